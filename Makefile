@@ -1,0 +1,64 @@
+# Everything that a checkout needs, from one command: every target builds .venv first if it is
+# missing or out of date. Works with GNU make 3.81 (macOS) and newer.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.downpour-stamp
+SOURCE := cluster models paramserver shuffler workers tests benchmarks
+
+# `make PYTHON=/path/to/python3.12 demo` picks the interpreter; empty means the first that fits.
+PYTHON ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-pure lint format check bench lock clean
+
+help:
+	@echo 'make demo       train the MNIST net with batch normalization: 10 replicas x 5 steps'
+	@echo 'make test       run every test that this machine can run'
+	@echo 'make test-pure  run the fast tests only (no Ray; under 10 seconds)'
+	@echo 'make lint       check style (ruff) and types (mypy)'
+	@echo 'make format     rewrite the sources in the house format'
+	@echo 'make check      lint, then test'
+	@echo 'make bench      run the benchmarks behind the claims of speed'
+	@echo 'make lock       write requirements.lock again from pyproject.toml'
+	@echo 'make clean      remove .venv and caches (runs/ stays)'
+
+demo: $(STAMP)
+	@$(BIN)/downpour train mnist-bn
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+test-pure: $(STAMP)
+	@$(BIN)/python -m pytest tests/pure
+
+lint: $(STAMP)
+	@echo 'ruff check'
+	@$(BIN)/ruff check --quiet $(SOURCE)
+	@echo 'ruff format --check'
+	@$(BIN)/ruff format --quiet --check $(SOURCE)
+	@echo 'mypy'
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --quiet --fix $(SOURCE)
+	@$(BIN)/ruff format --quiet $(SOURCE)
+
+check:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks
+
+lock:
+	@sh .ci/lock
+
+clean:
+	rm -rf $(VENV) .venv-lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(SOURCE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is newer than both files exactly when the environment was built from them.
+$(STAMP): requirements.lock pyproject.toml
+	@sh .ci/setup $(VENV) && touch $@

@@ -1,0 +1,80 @@
+"""What the controller asks of whatever runs the actors.
+
+`cluster.ray_backend` does it with Ray; tests do it with threads in one process. Calls start
+something and return a ticket at once; `wait` collects what is done. Nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.errors import UserError
+from shuffler.lease import Lease
+
+Ticket = Any
+"""Stands for something under way; hashable."""
+
+
+class RunFailed(UserError):
+    """The run cannot go on by itself. The message says what to do."""
+
+
+class ProcessLost(Exception):
+    """A process of replicas died, or cannot be reached."""
+
+
+class ShufflerLost(Exception):
+    """A shuffler died, or cannot be reached."""
+
+
+class PartitionLost(Exception):
+    """A partition died, or cannot be reached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What became of a ticket: a value, or one of the exceptions above."""
+
+    ticket: Ticket
+    value: Any = None
+    error: Exception | None = None
+
+
+class Backend(Protocol):
+    """Starts, reaches and replaces the actors of one run."""
+
+    num_partitions: int
+    processes: tuple[tuple[int, ...], ...]
+    """Replicas of each process."""
+
+    def start_process(self, index: int) -> Ticket:
+        """Start, or start again, a process of replicas; done once it is connected."""
+
+    def start_evaluator(self) -> Ticket:
+        """Start the evaluator; done once it is connected."""
+
+    def run_window(self, replica: int, lease: Lease) -> Ticket:
+        """Deliver a window to a replica and train on it; gives a `WindowReport`."""
+
+    def replace_shufflers(self) -> None:
+        """Replace every shuffler that is lost."""
+
+    def report(self, partition: int) -> Ticket:
+        """Gives a `PartitionReport`."""
+
+    def flags(self, partition: int, epochs: tuple[int, ...]) -> Ticket:
+        """Gives the state of every mini-batch of these epochs."""
+
+    def snapshot(self, partition: int, folder_uri: str) -> Ticket:
+        """Write a snapshot; gives a `SnapshotFile`."""
+
+    def evaluate(self, best: float | None, best_path: str | None) -> Ticket:
+        """Score the current weights, and keep them if they beat `best`; gives an `Evaluation`."""
+
+    def wait(self, tickets: Collection[Ticket], timeout_s: float) -> list[Done]:
+        """Wait for at least one of the tickets, at most `timeout_s`; gives those that are done."""
+
+    def stop(self) -> None:
+        """Stop every actor."""

@@ -1,0 +1,179 @@
+"""The commands of `downpour`, as click sees them. Each is a few lines over what does the work."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cluster import recipes
+from cluster.config import RunConfig
+from cluster.errors import UserError
+from cluster.options import ConfigCommand, apply, config_options
+from cluster.run_folder import BEST, CONFIG, MODEL, RESULT, STATUS, RunFolder
+
+RUNS = Path("runs")
+
+ray_options = [
+    click.option(
+        "--address",
+        default=None,
+        help="Ray cluster to run on; without it RAY_ADDRESS, or a new one on this machine.",
+    ),
+    click.option(
+        "--dashboard/--no-dashboard",
+        default=True,
+        help="Start Ray's dashboard with a cluster of our own.",
+    ),
+]
+
+
+def with_ray_options(function: Any) -> Any:
+    """Add the options that say which Ray cluster to use."""
+    for option in reversed(ray_options):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="downpour")
+def downpour() -> None:
+    """Train batch-normalised networks asynchronously, on a sharded parameter server."""
+
+
+@downpour.command(cls=ConfigCommand)
+@config_options(RunConfig)
+@click.argument("recipe")
+@click.option("--name", default=None, help="Name of the run; default: recipe, date and time.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=RUNS, help="Folder that runs are kept in."
+)
+@with_ray_options
+def train(
+    recipe: str,
+    name: str | None,
+    runs: Path,
+    address: str | None,
+    dashboard: bool,
+    given: dict[str, object],
+) -> int:
+    """Train RECIPE from the beginning. `downpour recipes` lists the recipes."""
+    from cluster import launch
+
+    config = apply(recipes.find(recipe), given)
+    launch.check(config)
+    folder = RunFolder.create(runs / (name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config)
+    return launch.train(
+        folder, resume=False, address=address, dashboard=dashboard, console=Console(stderr=True)
+    )
+
+
+@downpour.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@with_ray_options
+def resume(run: Path, address: str | None, dashboard: bool) -> int:
+    """Go on with RUN, the folder of a run that was stopped or died."""
+    from cluster import launch
+
+    folder = RunFolder.open(run)
+    return launch.train(
+        folder, resume=True, address=address, dashboard=dashboard, console=Console(stderr=True)
+    )
+
+
+@downpour.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", default=None, help="Folder or URI with the shards; default: the run's.")
+@click.option("--split", default=None, help="Split to score; default: the run's evaluation split.")
+@click.option("--best/--last", default=False, help="The best weights, or the last ones.")
+def evaluate(run: Path, data: str | None, split: str | None, best: bool) -> int:
+    """Score the weights of RUN on a split, with the BN statistics that the server kept."""
+    from workers.evaluator import Evaluator
+    from workers.split import SplitBatches
+
+    folder = RunFolder.open(run)
+    weights = folder.path / (BEST if best else MODEL)
+    if not weights.exists():
+        other = "--last" if best else "--best"
+        raise UserError(f"{weights} does not exist (yet): wait for the run to end, or try {other}")
+    config = folder.config()
+    spec = config.model_spec()
+    batches = SplitBatches(spec, data or config.data.data, split or config.data.eval_split)
+    evaluator = Evaluator(spec, batches)
+    evaluator.load(str(weights))
+    score = evaluator.score()
+    click.echo(
+        json.dumps(
+            {
+                "run": str(run),
+                "weights": weights.name,
+                "accuracy": score.accuracy,
+                "loss": round(score.loss, 6),
+                "examples": score.num_examples,
+            }
+        )
+    )
+    return 0
+
+
+@downpour.command(name="recipes")
+def list_recipes() -> None:
+    """List the recipes."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for recipe in recipes.RECIPES.values():
+        table.add_row(f"[bold]{recipe.name}[/bold]", recipe.summary)
+    Console().print(table)
+
+
+@downpour.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=RUNS, help="Folder that runs are kept in."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(run: Path | None, runs: Path, as_json: bool) -> None:
+    """Show where RUN stands; without one, where all runs stand."""
+    if run is not None:
+        folders = [RunFolder.open(run)]
+    else:
+        found = sorted(runs.iterdir()) if runs.is_dir() else []
+        folders = [RunFolder.open(path) for path in found if (path / CONFIG).is_file()]
+        if not folders and not as_json:
+            click.echo(f"no runs in {runs}: `downpour train mnist-bn` makes one")
+            return
+    rows = [run_status(folder) for folder in folders]
+    if as_json:
+        click.echo(json.dumps(rows if run is None else rows[0]))
+        return
+    table = Table(box=None, pad_edge=False)
+    columns = ("run", "recipe", "state", "epoch", "updates", "loss", "accuracy")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:3] else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console().print(table)
+
+
+def run_status(folder: RunFolder) -> dict[str, Any]:
+    """Where a run stands. One that says it is training, but that nobody holds, has died."""
+    status: dict[str, Any] = {"run": folder.name, "recipe": folder.config().recipe}
+    if (folder.path / STATUS).exists():
+        status |= folder.read_json(STATUS)
+    if (folder.path / RESULT).exists():
+        status |= {"state": "finished", "accuracy": folder.read_json(RESULT)["accuracy"]}
+    elif status.get("state") != "stopped" and not folder.held():
+        status["state"] = "died: `downpour resume` goes on with it"
+    return status
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

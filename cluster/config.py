@@ -1,0 +1,270 @@
+"""The configuration of a run: frozen dataclasses, each value with one home.
+
+The command line is derived from these (`options`), recipes are instances of `RunConfig`
+(`recipes`), and the run folder keeps the resolved one as JSON (`to_plain`, `from_plain`).
+What belongs to a package is configured by that package's own dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cluster.errors import UserError
+from paramserver.rules import Regulariser, check_fraction, make_rule
+from paramserver.schedule import Schedule
+from paramserver.state import UpdateConfig
+from paramserver.statistics import StatisticsRule
+from shuffler.decode import ImageSpec
+from shuffler.keys import stream_key
+from shuffler.plan import Plan
+from workers.spec import ModelSpec, StepConfig
+
+ConfigT = TypeVar("ConfigT")
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED_MNIST = str(ROOT / "data" / "mnist-binary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network is trained, and on what kind of input."""
+
+    model: str = field(default="mnist", metadata={"cli": False})
+    """A name that `models.registry` knows, or `package.module:function`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": False})
+    """The network's keyword arguments."""
+    image: ImageSpec = field(default_factory=ImageSpec, metadata={"cli": False})
+    """How a row becomes an input."""
+    num_classes: int = field(default=10, metadata={"cli": False})
+    """Labels are in [0, num_classes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the examples are, and how they are put together into mini-batches."""
+
+    data: str = BUNDLED_MNIST
+    """Folder or pyarrow.fs URI with the shards, `<split>-*.parquet`."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str = "test"
+    """Split to score."""
+    batch_size: int = 32
+    """Examples in a mini-batch."""
+    window_batches: int = 64
+    """Mini-batches that a replica is handed at a time."""
+    strategy: Literal["pairwise", "fixed"] = "pairwise"
+    """How examples meet: `pairwise` lets no pair meet twice."""
+    past_bound: Literal["error", "rekey"] = "error"
+    """Past the epochs in which no pair can meet twice: an error, or a fresh keyed order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The parameter server."""
+
+    partitions: int = 2
+    """Partitions that the model is cut into; each is a process."""
+    rule: Literal["momentum", "nesterov", "sgd", "adagrad"] = "momentum"
+    """The update rule."""
+    momentum: float = 0.9
+    """Momentum, for the two rules that have it."""
+    weight_decay: float = 0.0
+    """L2 weight of linear and convolutional weights."""
+    clip_norm: float | None = None
+    """Largest norm of a gradient; longer ones are scaled down to it."""
+    schedule: Schedule = field(default_factory=Schedule)
+    """The learning rate."""
+    statistics: StatisticsRule = field(default_factory=StatisticsRule)
+    """How BN statistics are aggregated."""
+
+    def __post_init__(self) -> None:
+        if self.partitions < 1:
+            raise ValueError(f"partitions is {self.partitions}: give at least 1")
+        check_fraction("momentum", self.momentum)
+        Regulariser(weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """The model replicas."""
+
+    replicas: int = 10
+    """Model replicas."""
+    steps: StepConfig = field(default_factory=StepConfig)
+    """How each runs its steps."""
+    replicas_per_process: int | None = None
+    """Replicas that share a process; none spreads them over a process for each processor."""
+    warm_start_epochs: float = 0.0
+    """Epochs that one replica trains alone before others join (Dean et al. 2012, section 4.1)."""
+    ramp_epochs: float = 0.0
+    """Epochs over which the others then join, evenly."""
+    queued_windows: int = 2
+    """Windows that a replica holds at a time: one in work, and the next."""
+    max_restarts: int = 100
+    """Lost processes that are replaced before the run gives up."""
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "queued_windows"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        if self.replicas_per_process is not None and self.replicas_per_process < 1:
+            raise ValueError(
+                f"replicas per process is {self.replicas_per_process}: give at least 1, or none"
+            )
+        if self.warm_start_epochs < 0 or self.ramp_epochs < 0 or self.max_restarts < 0:
+            raise ValueError(
+                f"warm-start epochs is {self.warm_start_epochs}, ramp epochs {self.ramp_epochs} "
+                f"and max restarts {self.max_restarts}: give 0 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """How long the run is, and what it does on the way."""
+
+    epochs: int = 20
+    """Epochs to train."""
+    seed: int = 0
+    """What every random stream of the run comes from."""
+    evaluate_every_s: float = 5.0
+    """Seconds between two scorings of the evaluation split."""
+    checkpoint_every_s: float = 30.0
+    """Seconds between two checkpoints."""
+    keep_checkpoints: int = 3
+    """Checkpoints kept; older ones are removed."""
+    on_refusal: Literal["continue", "stop"] = "continue"
+    """What a refused mini-batch (loss or gradient not finite) does to the run."""
+    max_refused: int | None = 1000
+    """Refused mini-batches after which the run stops all the same; none for no such bound."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: give 0 or more")
+        for name in ("evaluate_every_s", "checkpoint_every_s"):
+            if getattr(self, name) <= 0:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give more than 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run but where its folder is and which cluster it runs on."""
+
+    recipe: str = field(metadata={"cli": False})
+    """The recipe that this began as."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The examples."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """The parameter server."""
+    replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
+    """The replicas."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Length and policies."""
+
+    def plan(self, num_rows: int) -> Plan:
+        """The mini-batches of `num_rows` examples, checked against the length of the run."""
+        plan = Plan(
+            num_rows=num_rows,
+            batch_size=self.data.batch_size,
+            seed=self.policy.seed,
+            window_batches=self.data.window_batches,
+            strategy=self.data.strategy,
+            past_bound=self.data.past_bound,
+        )
+        plan.check_epochs(self.policy.epochs)
+        return plan
+
+    def update_config(self, plan: Plan) -> UpdateConfig:
+        """What the partitions are told."""
+        server = self.server
+        return UpdateConfig(
+            rule=make_rule(server.rule, server.momentum),
+            regulariser=Regulariser(weight_decay=server.weight_decay, clip_norm=server.clip_norm),
+            schedule=server.schedule,
+            statistics=server.statistics,
+            batches_per_epoch=plan.num_batches,
+            epoch_examples=plan.num_rows,
+        )
+
+    def model_spec(self) -> ModelSpec:
+        """What the workers are told."""
+        return ModelSpec(
+            name=self.model.model,
+            arguments=dict(self.model.arguments),
+            seed=stream_key(self.policy.seed, "initial weights"),
+            image=self.model.image,
+            num_classes=self.model.num_classes,
+        )
+
+
+def num_processes(config: ReplicaConfig, num_processors: int) -> int:
+    """How many processes the replicas are spread over.
+
+    Steps of small nets are bound by the processor, so more processes than processors only add
+    context switches, memory and time to start.
+    """
+    if config.replicas_per_process is not None:
+        return -(-config.replicas // config.replicas_per_process)
+    return max(1, min(config.replicas, num_processors))
+
+
+def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
+    """How many replicas train after `epochs_done` epochs: the warm start, then an even ramp."""
+    if epochs_done < config.warm_start_epochs:
+        return 1
+    if not config.ramp_epochs:
+        return config.replicas
+    share = min(1.0, (epochs_done - config.warm_start_epochs) / config.ramp_epochs)
+    return max(1, min(config.replicas, 1 + int(share * (config.replicas - 1))))
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain dicts, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_plain(config_class: type[ConfigT], plain: Mapping[str, Any]) -> ConfigT:
+    """The configuration that `to_plain` gave. Unknown and missing names are one-line errors."""
+    hints = typing.get_type_hints(config_class)
+    names = {f.name for f in dataclasses.fields(typing.cast("Any", config_class))}
+    unknown = set(plain) - names
+    if unknown:
+        raise UserError(
+            f"the saved configuration has {', '.join(sorted(unknown))}, which this version does "
+            "not know: use the version that wrote it"
+        )
+    values = {name: _value(hints[name], value) for name, value in plain.items()}
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the saved configuration is not usable: {error}") from None
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(typing.cast("type[Any]", hint), value)
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is None:
+        return None
+    return value

@@ -1,0 +1,258 @@
+"""From a configuration to a finished run: starts Ray and the actors, and writes what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.backend import RunFailed
+from cluster.checkpoint import Checkpoint, CheckpointStore
+from cluster.config import RunConfig, processors
+from cluster.controller import Controller, Outcome, merged_staleness
+from cluster.display import Progress, TrainingDisplay, print_result
+from cluster.errors import UserError
+from cluster.report import plot_run
+from cluster.run_folder import RESULT, STATUS, RunFolder
+from models.layout import Layout
+from paramserver.messages import KEY_BYTES
+from paramserver.partition import Partition, split
+from shuffler.plan import Plan
+from shuffler.records import Dataset
+
+
+def check(config: RunConfig) -> Plan:
+    """Open the data and lay out the plan and the partitions: every error that can be had early."""
+    plan = config.plan(Dataset.open(config.data.data, config.data.train_split).num_rows)
+    Dataset.open(config.data.data, config.data.eval_split)
+    partitions_of(config, config.model_spec().build_flat().layout)
+    return plan
+
+
+def partitions_of(config: RunConfig, layout: Layout) -> tuple[Partition, ...]:
+    """How the model is cut."""
+    return split(
+        num_parameters=layout.num_parameters,
+        num_features=layout.num_features,
+        num_decayed=layout.decayed,
+        num_partitions=config.server.partitions,
+    )
+
+
+def train(
+    folder: RunFolder, *, resume: bool, address: str | None, dashboard: bool, console: Any
+) -> int:
+    """Train the run of `folder` to its end; returns the exit status of the process."""
+    age_s = process_age_s()
+    began_at, began_s = time.time() - age_s, time.monotonic() - age_s
+    config = folder.config()
+    with folder.locked():
+        store = CheckpointStore(folder.checkpoints_uri)
+        resumed = _find_checkpoint(folder, store, console) if resume else None
+        plan = check(config)
+        with TrainingDisplay(folder.name, console=console) as display:
+            display.update(Progress(elapsed_s=time.time() - began_at, phase="starting Ray"))
+            with _ray(address=address, dashboard=dashboard) as dashboard_url:
+                if dashboard_url:
+                    console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
+                controller, outcome = _run(config, plan, folder, store, resumed, display, began_s)
+        if outcome.finished:
+            return _conclude(folder, config, outcome, began_at, console)
+        return _stopped(folder, controller.stop_reason or "stopped", console)
+
+
+def _run(
+    config: RunConfig,
+    plan: Plan,
+    folder: RunFolder,
+    store: CheckpointStore,
+    resumed: Checkpoint | None,
+    display: TrainingDisplay,
+    began_s: float,
+) -> tuple[Controller, Outcome]:
+    from cluster.ray_backend import RayBackend
+
+    model = config.model_spec().build_flat("cpu")
+    backend = RayBackend(
+        config=config,
+        plan=plan,
+        partitions=partitions_of(config, model.layout),
+        weights=model.weights.numpy(),
+        key=secrets.token_bytes(KEY_BYTES),
+        num_processors=processors(),
+        resumed=resumed,
+        store=store,
+    )
+    try:
+        controller = Controller(
+            config=config,
+            plan=plan,
+            backend=backend,
+            folder=folder,
+            store=store,
+            show=display.update,
+            resumed=resumed,
+            began_s=began_s,
+        )
+        with _stop_on_signals(controller):
+            return controller, controller.run()
+    finally:
+        backend.stop()
+
+
+def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) -> Checkpoint | None:
+    if (folder.path / RESULT).exists():
+        raise UserError(
+            f"{folder.path} is finished: its result is in {RESULT}; train a new run, or give "
+            "this one more with `downpour train`"
+        )
+    checkpoint, passed = store.latest()
+    for problem in passed:
+        console.print(f"{problem}; taking the one before", style="yellow")
+    if checkpoint is None:
+        console.print("no checkpoint yet: starting from the beginning", style="yellow")
+    else:
+        console.print(
+            f"resuming from checkpoint {checkpoint.number} at {checkpoint.updates:,} updates"
+        )
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
+    """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own."""
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    options: dict[str, Any] = {"include_dashboard": dashboard} if address == "local" else {}
+    try:
+        context = ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="downpour",
+            **options,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"Ray at {address!r} cannot be reached: {error}") from None
+    try:
+        yield context.dashboard_url or ""
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stop_on_signals(controller: Controller) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one ends at once."""
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in names}
+
+    def ask(number: int, _: Any) -> None:
+        controller.request_stop(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in names:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(folder: RunFolder, reason: str, console: Any) -> int:
+    status = folder.read_json(STATUS)
+    folder.write_json(STATUS, {**status, "state": "stopped", "reason": reason})
+    if reason not in signal.Signals.__members__:
+        raise RunFailed(f"{reason}; then go on with `downpour resume {folder.path}`")
+    console.print(
+        f"stopped by {reason} after a checkpoint: go on with `downpour resume {folder.path}`"
+    )
+    return 128 + signal.Signals[reason]
+
+
+def _conclude(
+    folder: RunFolder, config: RunConfig, outcome: Outcome, began_at: float, console: Any
+) -> int:
+    result = make_result(folder, config, outcome, began_at)
+    folder.write_json(RESULT, result)
+    status = folder.read_json(STATUS)
+    folder.write_json(STATUS, {**status, "state": "finished", "accuracy": result["accuracy"]})
+    plot_run(folder.path)
+    print_result(result, shown_path(folder.path))
+    assert outcome.exactly_once, "a mini-batch was lost or applied twice; see result.json"
+    return 0
+
+
+def make_result(
+    folder: RunFolder, config: RunConfig, outcome: Outcome, began_at: float
+) -> dict[str, Any]:
+    """What came out of a finished run, for `result.json`."""
+    reports = outcome.reports
+    first = [r.first_update_at for r in reports if r.first_update_at is not None]
+    last = [r.last_update_at for r in reports if r.last_update_at is not None]
+    updates = min(r.version for r in reports)
+    session_updates = min(r.version - r.updates_before for r in reports)
+    training_s = max(last) - min(first) if first else 0.0
+    staleness = merged_staleness(reports)
+    evaluation = outcome.evaluation
+    assert evaluation is not None
+    return {
+        "run": folder.name,
+        "recipe": config.recipe,
+        "seed": config.policy.seed,
+        "accuracy": evaluation.score.accuracy,
+        "best_accuracy": outcome.best_accuracy,
+        "evaluation_loss": evaluation.score.loss,
+        "evaluated_examples": evaluation.score.num_examples,
+        "updates": updates,
+        "examples": min(r.examples for r in reports),
+        "epochs": config.policy.epochs,
+        "replicas": config.replicas.replicas,
+        "concurrent_steps": config.replicas.steps.concurrent_steps,
+        "batch_size": config.data.batch_size,
+        "partitions": config.server.partitions,
+        "updates_per_s": round(session_updates / training_s, 1) if training_s else None,
+        "time_to_first_update_s": round(min(first) - began_at, 2) if first else None,
+        "time_to_all_replicas_s": (
+            round(outcome.all_replicas_at - began_at, 2) if outcome.all_replicas_at else None
+        ),
+        "training_s": round(training_s, 2),
+        "wall_s": round(time.time() - began_at, 2),
+        "elapsed_s": round(outcome.elapsed_s, 2),
+        "staleness": {
+            **staleness.summary(),
+            "histogram": [[i, int(n)] for i, n in enumerate(staleness.counts) if n],
+        },
+        "batches_applied": min(r.batches_applied for r in reports),
+        "batches_duplicate": sum(r.pushes_duplicate for r in reports),
+        "batches_refused": outcome.refused,
+        "exactly_once": outcome.exactly_once,
+        "process_restarts": outcome.restarts,
+    }
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, where the system tells."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    return uptime_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def shown_path(path: Path) -> str:
+    """A path as short as it can be from here."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

@@ -1,0 +1,319 @@
+"""A module whose parameters are views into one buffer, and whose gradients are into another.
+
+Here: `FlatModel`, which takes a module's parameters apart from their own memory and points them,
+and its batch normalization layers, at buffers of the caller's choice, shared memory included.
+Not here: the description of where things lie and checkpoints by name (`layout`).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from models.batchnorm import BatchNorm
+from models.errors import LayoutError
+from models.layout import FeatureEntry, Layout, ParameterEntry, check_buffer, flatten, state_dict
+
+__all__ = [
+    "DecayPredicate",
+    "FeatureEntry",
+    "FlatModel",
+    "Layout",
+    "ParameterEntry",
+    "flatten",
+    "is_linear_weight",
+    "layout_of",
+    "state_dict",
+]
+
+DecayPredicate = Callable[[nn.Module, str], bool]
+"""`(owner, dotted name of the parameter) -> whether it takes weight decay`."""
+
+
+def is_linear_weight(owner: nn.Module, name: str) -> bool:
+    """True of the weights of linear and convolutional layers: the usual choice for L2 weight loss.
+
+    Biases, gamma and beta are left alone. (L2 on a weight that BN follows changes only its scale,
+    which BN takes out again, and so in effect the learning rate.)
+    """
+    return isinstance(owner, (nn.Linear, _ConvNd)) and name.rpartition(".")[2] == "weight"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Place:
+    """A parameter's slot in the module that owns it."""
+
+    owner: nn.Module
+    local_name: str
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = self.owner._parameters[self.local_name]
+        assert parameter is not None
+        return parameter
+
+
+def _places(module: nn.Module) -> Iterator[_Place]:
+    """Every slot that holds a parameter, those that share one included."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for local_name, parameter in owner._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{local_name}" if path else local_name
+                yield _Place(owner=owner, local_name=local_name, name=name)
+
+
+def _check_parameters(places: list[_Place]) -> None:
+    seen: dict[int, str] = {}
+    for place in places:
+        parameter = place.parameter
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise LayoutError(
+                f"parameter '{place.name}' has no shape yet: give the layer its input size"
+            )
+        # Apart from one object under two names, two objects over the same memory are tied too.
+        keys = [id(parameter)]
+        if parameter.numel() and not parameter.is_meta:
+            keys.append(parameter.data_ptr())
+        for key in keys:
+            if key in seen:
+                raise LayoutError(
+                    f"parameters '{seen[key]}' and '{place.name}' are tied: "
+                    "give each layer weights of its own"
+                )
+        seen.update((key, place.name) for key in keys)
+        if parameter.dtype != torch.float32:
+            raise LayoutError(
+                f"parameter '{place.name}' is {parameter.dtype}: make the model float32"
+            )
+
+
+def _norm_layers(module: nn.Module) -> list[tuple[str, BatchNorm]]:
+    layers = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, BatchNorm):
+            layers.append((name, layer))
+        elif isinstance(layer, _NormBase) and layer.track_running_stats:
+            raise LayoutError(
+                f"layer '{name}' is {type(layer).__name__}, which keeps running averages of its "
+                "own: use models.batchnorm.BatchNorm, whose statistics the server keeps"
+            )
+    return layers
+
+
+def _ordered(places: list[_Place], decay: DecayPredicate) -> list[tuple[_Place, bool]]:
+    """Those that decay first; within each part, in the module's order.
+
+    A frozen parameter does not decay, so that nothing moves it.
+    """
+    marked = [(p, p.parameter.requires_grad and decay(p.owner, p.name)) for p in places]
+    return sorted(marked, key=lambda pair: not pair[1])
+
+
+def _layout(ordered: list[tuple[_Place, bool]], norms: list[tuple[str, BatchNorm]]) -> Layout:
+    entries, features, start = [], [], 0
+    for place, decays in ordered:
+        shape = tuple(place.parameter.shape)
+        stop = start + place.parameter.numel()
+        entries.append(
+            ParameterEntry(name=place.name, shape=shape, start=start, stop=stop, decays=decays)
+        )
+        start = stop
+    start = 0
+    for name, layer in norms:
+        stop = start + layer.num_features
+        features.append(FeatureEntry(name=name, start=start, stop=stop))
+        start = stop
+    return Layout(entries=tuple(entries), features=tuple(features))
+
+
+def _analyse(
+    module: nn.Module, decay: DecayPredicate
+) -> tuple[Layout, list[_Place], list[BatchNorm]]:
+    places = list(_places(module))
+    if not places:
+        raise LayoutError(f"{type(module).__name__} has no parameters: there is nothing to train")
+    _check_parameters(places)
+    norms = _norm_layers(module)
+    ordered = _ordered(places, decay)
+    return _layout(ordered, norms), [p for p, _ in ordered], [layer for _, layer in norms]
+
+
+def layout_of(module: nn.Module, *, decay: DecayPredicate = is_linear_weight) -> Layout:
+    """The layout that `FlatModel` would give `module`; allocates nothing and changes nothing.
+
+    Works on a module built under `torch.device("meta")` as well. Raises `LayoutError` as
+    `FlatModel` does.
+    """
+    return _analyse(module, decay)[0]
+
+
+class FlatModel:
+    """`module` with its P parameters in one buffer, ready for a training or inference step.
+
+    Construction moves the parameters' values into a new buffer of their own and makes one for the
+    gradient; `bind` then moves the whole model to other buffers by changing pointers. A module
+    built under `torch.device("meta")` has no values to move: for it nothing is allocated until
+    `bind` names the buffers.
+
+    One step, once bound::
+
+        flat.zero_gradient()
+        loss(flat.module(x), y).backward()    # accumulates straight into flat.gradient
+
+    Gradients must stay views, so the module's `zero_grad()` and optimizers that set gradients
+    to None are not for it; `check` finds out. One thread at a time: a slot with concurrent steps
+    beside it needs a `FlatModel` of its own.
+
+    Raises `LayoutError` for a model without parameters, tied parameters (names both), a
+    parameter that is not float32, and PyTorch's own normalization layers with running averages.
+    """
+
+    module: nn.Module
+    """The module itself, its parameters now views."""
+    layout: Layout
+    """Where everything lies."""
+
+    def __init__(self, module: nn.Module, *, decay: DecayPredicate = is_linear_weight) -> None:
+        self.module = module
+        self.layout, self._places, self._norms = _analyse(module, decay)
+        self._weights: Tensor | None = None
+        self._gradient: Tensor | None = None
+        self._moments: Tensor | None = None
+        self._statistics: Tensor | None = None
+        on_meta = {place.parameter.is_meta for place in self._places}
+        if on_meta == {True, False}:
+            raise LayoutError("some parameters are on the meta device and some are not")
+        if on_meta == {False}:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Moves the values that the module has into buffers made for them."""
+        devices = {place.parameter.device for place in self._places}
+        if len(devices) > 1:
+            raise LayoutError(f"the parameters are on {sorted(map(str, devices))}: use one device")
+        device = devices.pop()
+        weights = torch.empty(self.layout.num_parameters, device=device)
+        for entry, place in zip(self.layout.entries, self._places, strict=True):
+            weights[entry.start : entry.stop].copy_(place.parameter.detach().reshape(-1))
+        statistics = torch.empty(2, self.layout.num_features, device=device)
+        for feature, layer in zip(self.layout.features, self._norms, strict=True):
+            statistics[0, feature.start : feature.stop] = layer.running_mean
+            statistics[1, feature.start : feature.stop] = layer.running_var
+        self.bind(weights, gradient=torch.zeros_like(weights), statistics=statistics)
+
+    def bind(
+        self,
+        weights: Tensor,
+        gradient: Tensor | None = None,
+        moments: Tensor | None = None,
+        statistics: Tensor | None = None,
+    ) -> None:
+        """Points every parameter and every batch normalization layer at these buffers.
+
+        No copying: the model is from now on whatever the buffers hold. All are contiguous float32
+        on one device: `weights` `[P]`; `gradient` `[P]`, or None for a model that only infers;
+        `moments` `[3, F]` (count, mean, unbiased variance), where training forwards leave the
+        mini-batch's; `statistics` `[2, F]` (mean, unbiased variance of the population), which
+        inference uses. None for either of the last two means scratch memory of this object's
+        own, with statistics of mean 0 and variance 1.
+
+        Raises `LayoutError` for a buffer that does not match the layout.
+        """
+        num_features = self.layout.num_features
+        if moments is None:
+            moments = torch.zeros(3, num_features, device=weights.device)
+        if statistics is None:
+            statistics = torch.zeros(2, num_features, device=weights.device)
+            statistics[1] = 1
+        check_buffer("weights", weights, self.layout.num_parameters)
+        check_buffer("moments", moments, 3, num_features)
+        check_buffer("statistics", statistics, 2, num_features)
+        if gradient is not None:
+            check_buffer("gradient", gradient, self.layout.num_parameters)
+        for what, buffer in (
+            ("gradient", gradient),
+            ("moments", moments),
+            ("statistics", statistics),
+        ):
+            if buffer is not None and buffer.device != weights.device:
+                raise LayoutError(
+                    f"{what} is on {buffer.device} and weights on {weights.device}: use one device"
+                )
+        for entry, place in zip(self.layout.entries, self._places, strict=True):
+            _point(place, entry, weights, gradient)
+        for feature, layer in zip(self.layout.features, self._norms, strict=True):
+            columns = slice(feature.start, feature.stop)
+            layer.bind(moments=moments[:, columns], statistics=statistics[:, columns])
+        self._weights, self._gradient = weights, gradient
+        self._moments, self._statistics = moments, statistics
+
+    @property
+    def weights(self) -> Tensor:
+        """float32 `[P]`: the buffer that the parameters are views of."""
+        return _bound(self._weights)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """float32 `[P]`: the buffer that autograd accumulates into, if one is bound."""
+        return self._gradient
+
+    @property
+    def moments(self) -> Tensor:
+        """float32 `[3, F]`: count, mean and unbiased variance of the last training mini-batch."""
+        return _bound(self._moments)
+
+    @property
+    def statistics(self) -> Tensor:
+        """float32 `[2, F]`: the population's mean and unbiased variance, for inference."""
+        return _bound(self._statistics)
+
+    def zero_gradient(self) -> None:
+        """Zeroes the gradient in one pass; autograd adds to what is there."""
+        if self._gradient is None:
+            raise LayoutError("the model has no gradient buffer: bind one before training")
+        self._gradient.zero_()
+
+    def check(self) -> None:
+        """Raises `LayoutError` for a parameter or gradient that is no longer where it was bound.
+
+        Something replaced it: `module.to(...)`, `module.zero_grad()`, an optimizer. Costs about a
+        microsecond a parameter.
+        """
+        weights = self.weights
+        for entry, place in zip(self.layout.entries, self._places, strict=True):
+            pairs: list[tuple[str, Tensor | None, Tensor]] = [("value", place.parameter, weights)]
+            if self._gradient is not None and place.parameter.requires_grad:
+                pairs.append(("gradient", place.parameter.grad, self._gradient))
+            for what, tensor, buffer in pairs:
+                address = buffer.data_ptr() + entry.start * buffer.element_size()
+                if tensor is None or (tensor.numel() and tensor.data_ptr() != address):
+                    raise LayoutError(
+                        f"the {what} of '{entry.name}' left the flat buffer: use zero_gradient() "
+                        "and bind() in place of the module's zero_grad() and to()"
+                    )
+
+
+def _point(place: _Place, entry: ParameterEntry, weights: Tensor, gradient: Tensor | None) -> None:
+    """Makes the parameter, and its gradient, a view of `[start, stop)` of the buffers."""
+    parameter = place.parameter
+    view = weights[entry.start : entry.stop].view(entry.shape)
+    if parameter.is_meta:
+        # A meta tensor cannot become a real one in place. `.data`: see `BatchNorm.bind`.
+        parameter = nn.Parameter(view.data, requires_grad=parameter.requires_grad)
+        place.owner._parameters[place.local_name] = parameter
+    else:
+        # An old gradient must go first: it may be on another device than the new data.
+        parameter.grad = None
+        parameter.data = view
+    if gradient is not None and parameter.requires_grad:
+        parameter.grad = gradient[entry.start : entry.stop].view(entry.shape)
+
+
+def _bound(buffer: Tensor | None) -> Tensor:
+    if buffer is None:
+        raise LayoutError("the model was built on the meta device: bind buffers before using it")
+    return buffer

@@ -1,0 +1,118 @@
+"""The Ray actor around a partition. Plain Python: `cluster.launch` wraps it with `ray.remote`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.fs
+import torch
+
+from paramserver import snapshot
+from paramserver.partition import Partition
+from paramserver.server import PartitionServer
+from paramserver.snapshot import Snapshot, SnapshotFile
+from paramserver.state import PartitionState, UpdateConfig
+from paramserver.transport.local import Endpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionReport:
+    """Where a partition stands. Plain data, for progress and metrics."""
+
+    index: int
+    version: int
+    examples: int
+    rate: float
+    batches_applied: int
+    batches_refused: int
+    pushes_duplicate: int
+    pushes_malformed: int
+    staleness: dict[int, list[int]]
+    """Counts of each staleness from 0 on, by replica."""
+    refusals: dict[int, int]
+    """Pushes refused, by replica."""
+    connections: int
+    dropped: dict[str, int]
+    """Connections that the partition closed, by reason."""
+    first_update_at: float | None
+    """Unix time of the first update since the actor started."""
+    last_update_at: float | None
+    """Unix time of the latest update since the actor started."""
+    updates_before: int
+    """The version that the actor started from."""
+
+
+class PartitionActor:
+    """One partition of the parameter server as a process of its own."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        config: UpdateConfig,
+        key: bytes,
+        weights: npt.NDArray[np.float32] | None,
+        restore_uri: str | None = None,
+        restore_sha256: str | None = None,
+    ) -> None:
+        """Serve from `weights`, or from the snapshot at `restore_uri`."""
+        restore = None
+        if restore_uri is not None:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(restore_uri)
+            restore = snapshot.read(filesystem, path, restore_sha256)
+        self._server = PartitionServer(
+            partition=partition,
+            config=config,
+            key=key,
+            weights=None if weights is None else torch.from_numpy(weights.copy()),
+            restore=restore,
+        ).start()
+        self._updates_before = self._server.call(lambda state: state.version)
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and log prefixes show."""
+        partition = self._server.partition
+        return f"Partition({partition.index + 1} of {partition.num_partitions})"
+
+    def endpoint(self) -> Endpoint:
+        """Where replicas reach this partition."""
+        return self._server.endpoint
+
+    def report(self) -> PartitionReport:
+        """Where this partition stands."""
+        server = self._server
+
+        def look(state: PartitionState) -> PartitionReport:
+            return PartitionReport(
+                index=server.partition.index,
+                version=state.version,
+                examples=state.examples,
+                rate=state.rate(),
+                staleness=state.staleness.dump(),
+                refusals=dict(state.refusals),
+                connections=server.num_connections,
+                dropped=server.dropped(),
+                first_update_at=server.first_update_at,
+                last_update_at=server.last_update_at,
+                updates_before=self._updates_before,
+                **state.counts(),
+            )
+
+        return server.call(look)
+
+    def flags(self, epochs: Sequence[int]) -> dict[int, npt.NDArray[np.uint8]]:
+        """What became of each mini-batch of these epochs: waiting, applied or refused."""
+        return self._server.call(lambda state: {e: state.applied.flags(e) for e in epochs})
+
+    def snapshot(self, folder_uri: str) -> SnapshotFile:
+        """Write a snapshot into a folder; pushes wait only while the state is copied."""
+        meta, tensors = self._server.call(lambda state: state.dump())
+        filesystem, folder = pyarrow.fs.FileSystem.from_uri(folder_uri)
+        taken = Snapshot(partition=self._server.partition, meta=meta, tensors=tensors)
+        return snapshot.write(filesystem, folder, taken)
+
+    def stop(self) -> None:
+        """Stop serving."""
+        self._server.stop()

@@ -1,0 +1,182 @@
+"""A process's way to the parameter server: every partition at once.
+
+One client serves all replicas of a process. It owns the mailboxes, keeps a connection to each
+partition, and knows which mailboxes are waiting for answers from whom. It is used by one thread.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
+from paramserver.messages import MAX_BATCHES, MAX_MAILBOXES, Outcome, Push
+from paramserver.transport.local import Connection, Endpoint
+from paramserver.transport.memory import Mailboxes
+
+Weights = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """Every partition has answered the push from a mailbox, which is free again."""
+
+    mailbox: int
+    outcomes: tuple[Outcome, ...]
+    """By partition."""
+
+
+class ParameterClient:
+    """Pulls weights from, and pushes gradients to, all partitions."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        *,
+        key: bytes,
+        num_mailboxes: int = 0,
+        depth: int = 1,
+        deadline_s: float = 30.0,
+    ) -> None:
+        """Connect to every partition; `depth` is how many sets of moments a mailbox holds.
+
+        `endpoints` are those of all partitions of the model, in order of their index. After any
+        `ConnectionLost`, from here on, the client is of no more use: close it and make another.
+        """
+        if not endpoints:
+            raise BadConfiguration("no partition to connect to: give at least one endpoint")
+        indices = [endpoint.partition.index for endpoint in endpoints]
+        if indices != list(range(endpoints[0].partition.num_partitions)):
+            raise BadConfiguration(
+                f"endpoints of partitions {indices} of {endpoints[0].partition.num_partitions}: "
+                "give one of each, in order"
+            )
+        if not 0 <= num_mailboxes <= MAX_MAILBOXES or not 1 <= depth <= MAX_BATCHES:
+            raise BadConfiguration(
+                f"{num_mailboxes} mailboxes of depth {depth}: give at most {MAX_MAILBOXES} to a "
+                f"client, and a depth from 1 to {MAX_BATCHES}"
+            )
+        whole = endpoints[0].partition
+        self.num_parameters = whole.total_parameters
+        self.num_features = whole.total_features
+        self.mailboxes = (
+            Mailboxes(self.num_parameters, self.num_features, num_mailboxes, depth)
+            if num_mailboxes
+            else None
+        )
+        self._deadline_s = deadline_s
+        self._connections: list[Connection] = []
+        self._poll = select.poll()
+        try:
+            for endpoint in endpoints:
+                connection = Connection(
+                    endpoint, key=key, mailboxes=self.mailboxes, deadline_s=deadline_s
+                )
+                self._connections.append(connection)
+                self._poll.register(connection.fileno(), select.POLLIN)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if self.mailboxes:
+                self.mailboxes.close()
+        self._waiting: list[int] = [0] * num_mailboxes
+        self._outcomes: list[list[Outcome]] = [[] for _ in range(num_mailboxes)]
+        self._by_fd = {c.fileno(): (i, c) for i, c in enumerate(self._connections)}
+
+    @property
+    def num_partitions(self) -> int:
+        """How many partitions there are."""
+        return len(self._connections)
+
+    @property
+    def torn(self) -> int:
+        """Copies of weights that were thrown away because the writer had lapped them."""
+        return sum(c.reader.torn for c in self._connections)
+
+    def pull(self, weights: Weights, versions: list[int]) -> None:
+        """Copy the latest weights [P]; `versions` receives each partition's version."""
+        for i, connection in enumerate(self._connections):
+            part = connection.partition
+            versions[i] = connection.reader.read(weights[part.start : part.stop])
+
+    def pull_statistics(self, weights: Weights, statistics: Weights, versions: list[int]) -> None:
+        """Copy the latest weights [P] and the BN statistics [2, F] that belong to them."""
+        for i, connection in enumerate(self._connections):
+            part = connection.partition
+            versions[i] = connection.reader.read(
+                weights[part.start : part.stop],
+                statistics[:, part.feature_start : part.feature_stop],
+            )
+
+    def push(
+        self,
+        *,
+        mailbox: int,
+        replica: int,
+        epoch: int,
+        batches: tuple[int, ...],
+        examples: int,
+        versions: Sequence[int],
+        loss: float,
+        gradient_norm: float,
+    ) -> None:
+        """Tell every partition that a gradient is in `mailbox`, which must be free."""
+        assert not self._waiting[mailbox], f"mailbox {mailbox} has a push in flight"
+        assert self.mailboxes is not None
+        assert 0 < len(batches) <= self.mailboxes.depth
+        self._waiting[mailbox] = len(self._connections)
+        self._outcomes[mailbox] = [Outcome.REFUSED_UNKNOWN] * len(self._connections)
+        for connection, version in zip(self._connections, versions, strict=True):
+            connection.push(
+                Push(
+                    mailbox=mailbox,
+                    replica=replica,
+                    epoch=epoch,
+                    batches=batches,
+                    examples=examples,
+                    version=version,
+                    loss=loss,
+                    gradient_norm=gradient_norm,
+                )
+            )
+
+    def in_flight(self, mailbox: int) -> bool:
+        """Whether answers for this mailbox are still to come."""
+        return self._waiting[mailbox] > 0
+
+    def collect(self, wait_s: float = 0.0) -> list[Settled]:
+        """Pushes that all partitions have answered by now; waits up to `wait_s` for an answer."""
+        return self._settle(self._poll.poll(wait_s * 1000))
+
+    def _settle(self, ready: list[tuple[int, int]]) -> list[Settled]:
+        settled: list[Settled] = []
+        for fd, _ in ready:
+            index, connection = self._by_fd[fd]
+            for answer in connection.answers():
+                mailbox = answer.mailbox
+                if mailbox >= len(self._waiting) or not self._waiting[mailbox]:
+                    raise MalformedMessage(f"an answer for mailbox {mailbox}, which awaits none")
+                self._outcomes[mailbox][index] = answer.outcome
+                self._waiting[mailbox] -= 1
+                if not self._waiting[mailbox]:
+                    settled.append(
+                        Settled(mailbox=mailbox, outcomes=tuple(self._outcomes[mailbox]))
+                    )
+        return settled
+
+    def wait(self) -> list[Settled]:
+        """Wait for at least one answer; `DeadlineExceeded` where none comes."""
+        ready = self._poll.poll(self._deadline_s * 1000)
+        if not ready:
+            raise DeadlineExceeded(f"no partition has answered for {self._deadline_s} s")
+        return self._settle(ready)
+
+    def close(self) -> None:
+        """Close every connection."""
+        for connection in self._connections:
+            connection.close()

@@ -1,0 +1,49 @@
+"""What can go wrong between a replica and a partition, by cause.
+
+::
+
+    ServerError
+    ├── MalformedMessage    bytes that are not one of our messages, or a message out of place
+    ├── NotAuthenticated    a peer without the run's key, or of another user
+    ├── NotColocated        shared memory was asked for across machines
+    ├── ConnectionLost      the partition went away; what was unacknowledged may or may not be in
+    ├── DeadlineExceeded    a wait ran out
+    ├── BadConfiguration    a value that no rule or partitioning can work with
+    └── BadSnapshot         a snapshot that is damaged, or of another model
+"""
+
+
+class ServerError(Exception):
+    """Base of this package's errors."""
+
+
+class MalformedMessage(ServerError):
+    """Bytes that are not one of our messages, or a message out of place."""
+
+
+class NotAuthenticated(ServerError):
+    """A peer without the run's key, or of another user."""
+
+
+class NotColocated(ServerError):
+    """Shared memory was asked for between two machines."""
+
+
+class ConnectionLost(ServerError):
+    """The partition went away; pushes without an answer may or may not have been applied."""
+
+
+class DeadlineExceeded(ServerError):
+    """A wait ran out."""
+
+
+class BadConfiguration(ServerError, ValueError):
+    """A value that no rule or partitioning can work with."""
+
+    user_facing = True
+
+
+class BadSnapshot(ServerError):
+    """A snapshot that is damaged, or of another model."""
+
+    user_facing = True

@@ -1,0 +1,297 @@
+"""One partition, served: a thread that takes pushes off sockets and publishes versions.
+
+The thread owns the partition's state. Everything else that wants to see or change it (`call`) is
+run by that thread between two pushes, so there is no lock and no half-applied state to be seen.
+Deciding what a push does is `state`'s; moving bytes is `transport`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from paramserver.errors import (
+    BadConfiguration,
+    ConnectionLost,
+    DeadlineExceeded,
+    MalformedMessage,
+    ServerError,
+)
+from paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode
+from paramserver.partition import Partition
+from paramserver.snapshot import Snapshot
+from paramserver.state import PartitionState, UpdateConfig
+from paramserver.transport.local import Endpoint, Listener, ServerSide, machine
+from paramserver.transport.memory import PublishedWeights
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+GREETING_DEADLINE_S = 10.0
+MAX_CONNECTIONS = 4096
+PUSHES_A_TURN = 16
+"""Pushes taken from one connection before the next has its turn."""
+
+
+class _Command(Generic[T]):
+    """A function that waits for its turn on the state."""
+
+    def __init__(self, function: Callable[[PartitionState], T]) -> None:
+        self.future: Future[T] = Future()
+        self._function = function
+
+    def run(self, state: PartitionState) -> None:
+        try:
+            self.future.set_result(self._function(state))
+        except Exception as error:
+            self.future.set_exception(error)
+
+
+class PartitionServer:
+    """Serves one partition until `stop`."""
+
+    def __init__(
+        self,
+        *,
+        partition: Partition,
+        config: UpdateConfig,
+        key: bytes,
+        weights: Tensor | None = None,
+        restore: Snapshot | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start from `weights` [num_parameters] as version 0, or go on from a snapshot.
+
+        Raises `BadConfiguration` for weights or a key of another length, and `BadSnapshot`.
+        """
+        if len(key) != KEY_BYTES:
+            raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
+        if weights is not None and weights.shape != (partition.num_parameters,):
+            raise BadConfiguration(
+                f"partition {partition.index} was given weights of shape {list(weights.shape)}: "
+                f"give [{partition.num_parameters}]"
+            )
+        if restore is not None:
+            restore.check(partition)
+        self.partition = partition
+        self._key = key
+        self._clock = clock
+        self._published = PublishedWeights(partition.num_parameters, partition.num_features)
+        current = self._published.versions[0]
+        current.statistics[1:].fill_(1.0)  # as torch's: mean 0, variance 1 before the first push
+        if weights is not None:
+            current.weights.copy_(weights)
+        self._state = PartitionState(partition, config, current)
+        if restore is not None:
+            try:
+                self._state.load(restore.meta, restore.tensors)
+            except BaseException:
+                self._published.close()
+                raise
+        self._published.publish(self._state.version)
+        self._listener = Listener()
+        self.endpoint = Endpoint(
+            partition=partition, machine=machine(), address=self._listener.address
+        )
+        self._sides: dict[int, ServerSide] = {}
+        self._dropped: Counter[str] = Counter()
+        self.first_update_at: float | None = None
+        """Unix time of the first update since `start`."""
+        self.last_update_at: float | None = None
+        """Unix time of the latest update since `start`."""
+        self._commands: queue.SimpleQueue[_Command[Any]] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._door = threading.Lock()  # of `_commands` and `_wake`, which end with the thread
+        self._ended = False
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"partition-{partition.index}", daemon=True
+        )
+
+    def start(self) -> PartitionServer:
+        """Start serving."""
+        self._thread.start()
+        return self
+
+    def call(self, function: Callable[[PartitionState], T], deadline_s: float = 60.0) -> T:
+        """Run `function` on the state between two pushes, and return what it returns.
+
+        Raises what ended the serving thread, if anything did; `ConnectionLost` after `stop`; and
+        `DeadlineExceeded`, in which case `function` may still run.
+        """
+        command = _Command(function)
+        with self._door:
+            if self._ended:
+                raise self._failure or self._stopped()
+            self._commands.put(command)
+            os.eventfd_write(self._wake, 1)
+        try:
+            return command.future.result(deadline_s)
+        except FutureTimeoutError:
+            if command.future.done():
+                raise  # the function's own
+            raise DeadlineExceeded(
+                f"partition {self.partition.index} has not answered for {deadline_s} s"
+            ) from None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the serving thread, if anything did."""
+        return self._failure
+
+    def dropped(self) -> dict[str, int]:
+        """Connections closed by us, by reason."""
+        return dict(self._dropped)
+
+    @property
+    def num_connections(self) -> int:
+        """Open connections."""
+        return len(self._sides)
+
+    def stop(self, deadline_s: float = 10.0) -> None:
+        """Stop serving, and close every connection. Does nothing the second time."""
+        if self._thread.ident is None:  # never started
+            self._end()
+            return
+        with self._door:
+            if not self._ended:
+                self._stopping = True
+                os.eventfd_write(self._wake, 1)
+        self._thread.join(deadline_s)
+        if self._thread.is_alive():
+            raise DeadlineExceeded(
+                f"partition {self.partition.index} has not stopped for {deadline_s} s"
+            )
+
+    def _run(self) -> None:
+        try:
+            torch.set_num_threads(1)
+            self._loop()
+        except BaseException as error:
+            self._failure = error
+            log.exception("partition %d stopped serving", self.partition.index)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._door:
+            if self._ended:
+                return
+            self._ended = True
+            os.close(self._wake)
+        for side in self._sides.values():
+            side.close()
+        self._sides.clear()
+        self._listener.close()
+        self._published.close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait().future.set_exception(self._failure or self._stopped())
+
+    def _stopped(self) -> ConnectionLost:
+        return ConnectionLost(f"partition {self.partition.index} was stopped")
+
+    def _loop(self) -> None:
+        epoll = select.epoll()
+        listening = self._listener.socket.fileno()
+        epoll.register(listening, select.EPOLLIN)
+        epoll.register(self._wake, select.EPOLLIN)
+        with contextlib.closing(epoll):
+            while not self._stopping:
+                for fd, _ in epoll.poll(1.0):
+                    if fd == listening:
+                        self._accept(epoll)
+                    elif fd == self._wake:
+                        self._obey()
+                    else:
+                        self._serve(epoll, fd)
+                self._drop_silent(epoll)
+
+    def _accept(self, epoll: select.epoll) -> None:
+        while True:
+            try:
+                peer = self._listener.accept()
+            except ServerError as error:
+                self._dropped[type(error).__name__] += 1
+                return  # whoever waits behind it wakes us again
+            if peer is None:
+                return
+            if len(self._sides) >= MAX_CONNECTIONS:
+                self._dropped["too many connections"] += 1
+                peer.close()
+                continue
+            self._sides[peer.fileno()] = ServerSide(peer, self._clock())
+            epoll.register(peer.fileno(), select.EPOLLIN)
+
+    def _obey(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command.run(self._state)
+
+    def _serve(self, epoll: select.epoll, fd: int) -> None:
+        side = self._sides[fd]
+        try:
+            if not side.greeted:
+                side.greet(self.partition, self._published, self._key)
+                return
+            for _ in range(PUSHES_A_TURN):
+                data = side.receive()
+                if data is None:
+                    return
+                self._take(side, data)
+        except ConnectionLost:
+            self._drop(epoll, fd, None)
+        except (ServerError, OSError) as error:
+            log.warning("partition %d closed a connection: %s", self.partition.index, error)
+            self._drop(epoll, fd, type(error).__name__)
+
+    def _take(self, side: ServerSide, data: bytes) -> None:
+        push = decode(data)
+        if not isinstance(push, Push):
+            raise MalformedMessage(f"{type(push).__name__} in place of a push")
+        views, count = side.views, len(push.batches)
+        if views is None or push.mailbox >= len(views.gradients) or count > side.depth:
+            raise MalformedMessage(f"a push of {count} mini-batches from mailbox {push.mailbox}")
+        outcome = self._state.apply(
+            push,
+            views.gradients[push.mailbox],
+            views.moments[push.mailbox][:count],
+            self._published.begin(),
+        )
+        if outcome is Outcome.APPLIED:
+            self._published.commit(self._state.version)
+            self.last_update_at = time.time()
+            if self.first_update_at is None:
+                self.first_update_at = self.last_update_at
+        side.answer(Answer(mailbox=push.mailbox, outcome=outcome, version=self._state.version))
+
+    def _drop_silent(self, epoll: select.epoll) -> None:
+        late = self._clock() - GREETING_DEADLINE_S
+        silent = [f for f, s in self._sides.items() if not s.greeted and s.since_s < late]
+        for fd in silent:
+            self._drop(epoll, fd, "no hello")
+
+    def _drop(self, epoll: select.epoll, fd: int, reason: str | None) -> None:
+        if reason is not None:
+            self._dropped[reason] += 1
+        epoll.unregister(fd)
+        self._sides.pop(fd).close()

@@ -1,0 +1,239 @@
+"""The state of one partition, and its one door: `apply`.
+
+Pure logic apart from transport, clock and Ray. A push comes in, is judged against the applied
+set, and either becomes a new version (weights, rule state, BN statistics, applied set, staleness
+record all change together) or changes nothing but the counters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paramserver.applied import APPLIED, REFUSED, WAITING, AppliedSet
+from paramserver.errors import BadConfiguration, BadSnapshot
+from paramserver.messages import Outcome, Push
+from paramserver.partition import Partition
+from paramserver.rules import Momentum, Regulariser, Rule
+from paramserver.schedule import Schedule
+from paramserver.staleness import StalenessRecord
+from paramserver.statistics import BatchStatistics, StatisticsRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """All that decides how a push changes a partition."""
+
+    rule: Rule = field(default_factory=Momentum)
+    """How a gradient changes the weights."""
+    regulariser: Regulariser = field(default_factory=Regulariser)
+    """What happens to a gradient before that."""
+    schedule: Schedule = field(default_factory=Schedule)
+    """The learning rate, by examples applied."""
+    statistics: StatisticsRule = field(default_factory=StatisticsRule)
+    """How BN moments are merged."""
+    batches_per_epoch: int
+    """q, mini-batches in an epoch."""
+    epoch_examples: int
+    """N, examples in an epoch."""
+
+    def __post_init__(self) -> None:
+        if self.batches_per_epoch < 1 or self.epoch_examples < 1:
+            raise BadConfiguration(
+                f"an epoch has {self.batches_per_epoch} mini-batches and {self.epoch_examples} "
+                "examples: give at least 1 of each"
+            )
+
+
+@dataclass(kw_only=True)
+class Version:
+    """Where a version's vectors live. The shell chooses; the next version is written to another."""
+
+    weights: Tensor
+    """float32 [num_parameters] of the partition."""
+    statistics: Tensor
+    """float32 [2, num_features]: moving averages of mean and unbiased variance."""
+
+
+class PartitionState:
+    """Weights, rule state, BN statistics, version and applied set of one partition."""
+
+    def __init__(self, partition: Partition, config: UpdateConfig, current: Version) -> None:
+        """Version 0, with the weights and statistics that `current` holds."""
+        if current.weights.shape != (partition.num_parameters,):
+            raise BadConfiguration(
+                f"partition {partition.index} has {partition.num_parameters} parameters, but was "
+                f"given weights of shape {tuple(current.weights.shape)}"
+            )
+        self.partition = partition
+        self.config = config
+        self.current = current
+        self.version = 0
+        self.examples = 0
+        self.applied = AppliedSet(config.batches_per_epoch)
+        self.staleness = StalenessRecord()
+        self.rule_state = config.rule.init(partition.num_parameters)
+        self.statistics = BatchStatistics(partition.num_features, config.statistics)
+        self.outcomes: Counter[Outcome] = Counter()
+        self.refusals: Counter[int] = Counter()
+
+    def judge(self, push: Push) -> Outcome:
+        """What would become of `push`, by its header alone. Changes nothing."""
+        applied = self.applied
+        if not applied.valid(push.epoch, push.batches) or push.version > self.version:
+            return Outcome.REFUSED_UNKNOWN
+        waiting = sum(applied.get(push.epoch, b) == WAITING for b in push.batches)
+        if waiting == 0:
+            return Outcome.DUPLICATE
+        if waiting < len(push.batches):
+            return Outcome.REFUSED_MIXED
+        if not math.isfinite(push.loss):
+            return Outcome.REFUSED_LOSS
+        if not math.isfinite(push.gradient_norm):
+            return Outcome.REFUSED_GRADIENT
+        return Outcome.APPLIED
+
+    def apply(self, push: Push, gradient: Tensor, moments: Tensor, into: Version) -> Outcome:
+        """Take in one push; the only way in which this state changes.
+
+        `gradient` is this partition's slice of the sum over the push's mini-batches of their mean
+        gradients, float32 [num_parameters], and is scribbled on; `moments` is float32
+        [len(push.batches), 3, num_features]. A new version is written to `into`, which becomes
+        `current`; where there is none, `into` is left as it is or holds rubbish.
+        """
+        outcome = self.judge(push)
+        if outcome is Outcome.APPLIED and not self._finite(gradient, moments):
+            outcome = Outcome.REFUSED_GRADIENT
+        self.outcomes[outcome] += 1
+        if outcome is Outcome.APPLIED:
+            self._update(gradient, moments, push.gradient_norm, into)
+            self.staleness.add(push.replica, self.version - push.version)
+            self.version += 1
+            self.examples += push.examples
+            for batch in push.batches:
+                self.applied.add(push.epoch, batch, APPLIED)
+        elif outcome in (Outcome.REFUSED_LOSS, Outcome.REFUSED_GRADIENT):
+            self.refusals[push.replica] += 1
+            for batch in push.batches:
+                self.applied.add(push.epoch, batch, REFUSED)
+        return outcome
+
+    def rate(self) -> float:
+        """The learning rate of the next update."""
+        return self.config.schedule.rate(self.examples, self.config.epoch_examples)
+
+    def _finite(self, gradient: Tensor, moments: Tensor) -> bool:
+        # A sum is finite only if every term is; one that overflows is an outlier all the same.
+        # One read of memory, where isfinite().all() would write a mask too.
+        if not math.isfinite(float(gradient.sum())):
+            return False
+        return not moments.numel() or math.isfinite(float(moments.sum()))
+
+    def _update(self, gradient: Tensor, moments: Tensor, norm: float, into: Version) -> None:
+        config, current = self.config, self.current
+        config.regulariser.apply(gradient, current.weights, self.partition.num_decayed, norm)
+        config.rule.update(current.weights, gradient, self.rule_state, self.rate(), into.weights)
+        if self.partition.num_features:
+            source = current.statistics
+            for batch_moments in moments:
+                self.statistics.update(source, batch_moments, into.statistics)
+                source = into.statistics
+        self.current = into
+
+    def counts(self) -> dict[str, int]:
+        """Mini-batches by what became of them, and pushes repeated or refused."""
+        return {
+            "batches_applied": self.applied.num_applied,
+            "batches_refused": self.applied.num_refused,
+            "pushes_duplicate": self.outcomes[Outcome.DUPLICATE],
+            "pushes_malformed": self.outcomes[Outcome.REFUSED_MIXED]
+            + self.outcomes[Outcome.REFUSED_UNKNOWN],
+        }
+
+    def dump(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        """Plain metadata and tensors that `load` takes; the tensors are copies."""
+        applied_meta, open_flags = self.applied.dump()
+        statistics_meta, statistics_arrays = self.statistics.dump()
+        meta: dict[str, object] = {
+            "version": self.version,
+            "examples": self.examples,
+            "applied": applied_meta,
+            "statistics": statistics_meta,
+            "staleness": {str(r): c for r, c in self.staleness.dump().items()},
+            "outcomes": {o.name: n for o, n in sorted(self.outcomes.items())},
+            "refusals": {str(r): n for r, n in sorted(self.refusals.items())},
+        }
+        tensors = {
+            "weights": self.current.weights.clone(),
+            "statistics": self.current.statistics.clone(),
+        }
+        tensors |= {f"rule.{name}": t.clone() for name, t in self.rule_state.items()}
+        tensors |= {f"applied.{e}": torch.from_numpy(f) for e, f in open_flags.items()}
+        tensors |= {n: torch.from_numpy(a.copy()) for n, a in statistics_arrays.items()}
+        return meta, tensors
+
+    def load(self, meta: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `dump` gave, writing the weights to where `current` points.
+
+        Raises `BadSnapshot` for what no `dump` of this configuration gives; this state is then
+        of no more use.
+        """
+        rule_names = {name for name in tensors if name.startswith("rule.")}
+        if rule_names != {f"rule.{name}" for name in self.rule_state}:
+            raise BadSnapshot(
+                f"the snapshot's rule kept {sorted(rule_names) or 'nothing'}, which is not what "
+                f"{self.config.rule} keeps: resume with the rule that the run began with"
+            )
+        try:
+            self._load(meta, tensors)
+            self.check()
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise self._damaged(error) from None
+        except AssertionError as error:  # it says that what it holds cannot be
+            raise self._damaged(error) from None
+        if self.applied.num_batches != self.config.batches_per_epoch:
+            raise BadSnapshot(
+                f"the snapshot is of epochs of {self.applied.num_batches} mini-batches, not "
+                f"{self.config.batches_per_epoch}: resume with the data and the batch size that "
+                "the run began with"
+            )
+
+    def _damaged(self, error: Exception) -> BadSnapshot:
+        return BadSnapshot(
+            f"the snapshot of partition {self.partition.index} is damaged "
+            f"({type(error).__name__}: {' '.join(str(error).split())}): use another checkpoint"
+        )
+
+    def _load(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.version, self.examples = int(meta["version"]), int(meta["examples"])
+        into = {"weights": self.current.weights, "statistics": self.current.statistics}
+        into |= {f"rule.{name}": value for name, value in self.rule_state.items()}
+        for name, value in into.items():
+            saved = tensors[name]
+            if saved.shape != value.shape or saved.dtype != value.dtype:
+                raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}")
+            value.copy_(saved)
+        flags = {
+            int(name.removeprefix("applied.")): tensor.numpy()
+            for name, tensor in tensors.items()
+            if name.startswith("applied.")
+        }
+        self.applied = AppliedSet.load(meta["applied"], flags)
+        self.statistics.load(meta["statistics"], {"ledger": tensors["ledger"].numpy()})
+        self.staleness = StalenessRecord({int(r): c for r, c in meta["staleness"].items()})
+        self.outcomes = Counter({Outcome[o]: int(n) for o, n in meta["outcomes"].items()})
+        self.refusals = Counter({int(r): int(n) for r, n in meta["refusals"].items()})
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        self.applied.check()
+        assert self.version == self.outcomes[Outcome.APPLIED] == self.staleness.all().total
+        assert self.version <= self.applied.num_applied
+        assert torch.isfinite(self.current.weights).all()
+        assert torch.isfinite(self.current.statistics).all()

@@ -1,0 +1,1 @@
+"""Transports between model replicas and partitions: shared memory on one machine."""

@@ -1,0 +1,320 @@
+"""The co-located connection: a unix socket as doorbell beside shared memory.
+
+A SEQPACKET socket in Linux's abstract namespace keeps message boundaries, has no file to leave
+behind, and tells either side at once when the other dies. The first message of a connection
+(`Hello`, with the mailboxes' memfd) has to bear the run's key, from a process of the same user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hmac
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+from dataclasses import dataclass
+
+from paramserver.errors import (
+    BadConfiguration,
+    ConnectionLost,
+    DeadlineExceeded,
+    MalformedMessage,
+    NotAuthenticated,
+    NotColocated,
+    ServerError,
+)
+from paramserver.messages import (
+    KEY_BYTES,
+    MAX_BATCHES,
+    MAX_MAILBOXES,
+    Answer,
+    Hello,
+    Push,
+    Welcome,
+    decode,
+    encode,
+)
+from paramserver.partition import Partition
+from paramserver.transport.memory import (
+    Mailboxes,
+    MailboxViews,
+    PublishedWeights,
+    WeightsReader,
+    supported,
+)
+
+MAX_MESSAGE = 8192
+_PEER_CREDENTIALS = struct.Struct("3i")
+_SEND_BUFFER_BYTES = 1 << 18
+
+
+def machine() -> str:
+    """Names the machine (the kernel and network namespace) that this process runs on."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+
+
+def _is_ours(peer: socket.socket) -> bool:
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return bool(_PEER_CREDENTIALS.unpack(raw)[1] == os.geteuid())
+
+
+def _receive_with_fds(peer: socket.socket) -> tuple[bytes, list[int]]:
+    # A child that is started now must not inherit what comes.
+    data, fds, _, _ = socket.recv_fds(peer, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+    return data, fds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where a partition is reached. Plain data, which travels through Ray."""
+
+    partition: Partition
+    machine: str
+    address: str
+    """Name in the abstract socket namespace of `machine`."""
+
+
+class Listener:
+    """The partition's listening socket."""
+
+    def __init__(self) -> None:
+        """Listen under a random name."""
+        if not supported():
+            raise NotColocated("shared memory needs Linux memfds on x86-64, which are not here")
+        self.address = f"downpour-{secrets.token_hex(16)}"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.bind(b"\0" + self.address.encode())
+        self.socket.listen(256)
+        self.socket.setblocking(False)
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def accept(self) -> socket.socket | None:
+        """A new connection by a process of this user, or None where none waits.
+
+        Raises `NotAuthenticated` for another user's, and `ConnectionLost` for one that went again
+        or that no file descriptor is left for; either is closed by then.
+        """
+        try:
+            peer, _ = self.socket.accept()
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            raise ConnectionLost(f"a connection could not be taken: {error}") from None
+        if not _is_ours(peer):
+            peer.close()
+            raise NotAuthenticated("a connection by another user")
+        peer.setblocking(False)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        return peer
+
+    def _turn_away(self) -> None:
+        # One that is left waiting would wake us again at once, and for ever.
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+        with contextlib.suppress(OSError):
+            self.socket.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.socket.close()
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+
+
+class ServerSide:
+    """One accepted connection as the partition sees it."""
+
+    def __init__(self, peer: socket.socket, since_s: float) -> None:
+        """Not yet greeted."""
+        self.socket = peer
+        self.since_s = since_s
+        self.views: MailboxViews | None = None
+        self.greeted = False
+        self.depth = 0
+
+    def greet(self, partition: Partition, published: PublishedWeights, key: bytes) -> bool:
+        """Take the `Hello`. False where it has not come yet; raises where it is no good."""
+        try:
+            data, fds = _receive_with_fds(self.socket)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ConnectionLost(str(error)) from None
+        try:
+            if not data:
+                raise ConnectionLost("the peer left before it said hello")
+            hello = decode(data)
+            if not isinstance(hello, Hello):
+                raise MalformedMessage(f"{type(hello).__name__} came before hello")
+            if not hmac.compare_digest(hello.key, key):
+                raise NotAuthenticated("hello with a key that is not this run's")
+            shape = (hello.total_parameters, hello.total_features)
+            if shape != (partition.total_parameters, partition.total_features):
+                raise MalformedMessage(f"hello for a model of {shape} parameters and features")
+            num, depth = hello.num_mailboxes, hello.depth
+            if bool(num) != bool(fds) or bool(num) != bool(depth):
+                raise MalformedMessage("hello whose mailboxes and memory do not agree")
+            if num > MAX_MAILBOXES or depth > MAX_BATCHES:
+                raise MalformedMessage(f"hello with {num} mailboxes of depth {depth}")
+            if fds:
+                fd = fds.pop()
+                self.views = MailboxViews(fd, partition, num, depth)
+                self.depth = depth
+        finally:
+            for fd in fds:
+                os.close(fd)
+        welcome = Welcome(
+            num_parameters=partition.num_parameters,
+            num_features=partition.num_features,
+            num_slots=published.num_slots,
+        )
+        try:
+            socket.send_fds(self.socket, [encode(welcome)], [published.fd])
+        except OSError as error:
+            raise ConnectionLost(str(error)) from None
+        self.greeted = True
+        return True
+
+    def receive(self) -> bytes | None:
+        """The next message's bytes, or None where none waits; `ConnectionLost` at the end."""
+        try:
+            data = self.socket.recv(MAX_MESSAGE)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise ConnectionLost(str(error)) from None
+        if not data:
+            raise ConnectionLost("the peer closed the connection")
+        return data
+
+    def answer(self, answer: Answer) -> None:
+        """Send an answer; a peer too slow to take it is given up, so that none can hold us up."""
+        try:
+            self.socket.send(encode(answer))
+        except BlockingIOError:
+            raise DeadlineExceeded("the peer has left its answers unread") from None
+        except OSError as error:
+            raise ConnectionLost(f"an answer could not be sent: {error}") from None
+
+    def close(self) -> None:
+        """Close the socket, and let go of the mailboxes."""
+        self.socket.close()
+        self.views = None
+
+
+class Connection:
+    """A process of replicas' connection to one partition on the same machine."""
+
+    def __init__(
+        self, endpoint: Endpoint, *, key: bytes, mailboxes: Mailboxes | None, deadline_s: float = 30
+    ) -> None:
+        """Connect, say hello and map the published weights, all before `deadline_s` from now."""
+        if len(key) != KEY_BYTES:
+            raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
+        if endpoint.machine != machine():
+            raise NotColocated(
+                f"partition {endpoint.partition.index} is on another machine, out of reach of "
+                "shared memory"
+            )
+        self.partition = partition = endpoint.partition
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(deadline_s)
+        hello = Hello(
+            key=key,
+            total_parameters=partition.total_parameters,
+            total_features=partition.total_features,
+            num_mailboxes=mailboxes.num if mailboxes else 0,
+            depth=mailboxes.depth if mailboxes else 0,
+        )
+        try:
+            self.socket.connect(b"\0" + endpoint.address.encode())
+            if not _is_ours(self.socket):  # the name is free to all once the partition is gone
+                raise NotAuthenticated(f"partition {partition.index} is another user's now")
+            socket.send_fds(self.socket, [encode(hello)], [mailboxes.fd] if mailboxes else [])
+            self.reader = self._welcome()
+        except TimeoutError:
+            self.socket.close()
+            raise DeadlineExceeded(
+                f"partition {partition.index} has not welcomed us for {deadline_s} s"
+            ) from None
+        except OSError as error:
+            self.socket.close()
+            raise ConnectionLost(f"partition {partition.index}: {error}") from None
+        except ServerError:
+            self.socket.close()
+            raise
+        self._deadline_s = deadline_s
+        self.socket.setblocking(False)
+
+    def _welcome(self) -> WeightsReader:
+        data, fds = _receive_with_fds(self.socket)
+        try:
+            if not data:
+                raise NotAuthenticated(
+                    f"partition {self.partition.index} closed the connection at hello: another "
+                    "run's key, or another model"
+                )
+            welcome = decode(data)
+            expected = (self.partition.num_parameters, self.partition.num_features)
+            if not isinstance(welcome, Welcome) or not fds:
+                raise MalformedMessage("hello was not answered with a welcome")
+            if (welcome.num_parameters, welcome.num_features) != expected:
+                raise MalformedMessage("the partition that answered is not the one asked for")
+            return WeightsReader(fds.pop(), *expected, welcome.num_slots)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def fileno(self) -> int:
+        """For `select`: readable when answers wait."""
+        return self.socket.fileno()
+
+    def push(self, push: Push) -> None:
+        """Ring the doorbell. Waits, until the deadline, only while the socket's buffer is full."""
+        data = encode(push)
+        give_up_s = time.monotonic() + self._deadline_s
+        while True:
+            try:
+                self.socket.send(data)
+                return
+            except BlockingIOError:
+                left_s = give_up_s - time.monotonic()
+                if left_s <= 0 or not select.select([], [self.socket], [], left_s)[1]:
+                    raise DeadlineExceeded(
+                        f"partition {self.partition.index} has not read for {self._deadline_s} s"
+                    ) from None
+            except OSError as error:
+                raise ConnectionLost(f"partition {self.partition.index}: {error}") from None
+
+    def answers(self) -> list[Answer]:
+        """Every answer that has arrived. Raises `ConnectionLost` where the partition is gone."""
+        found: list[Answer] = []
+        while True:
+            try:
+                data = self.socket.recv(MAX_MESSAGE)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                raise ConnectionLost(f"partition {self.partition.index}: {error}") from None
+            if not data:
+                raise ConnectionLost(f"partition {self.partition.index} closed the connection")
+            message = decode(data)
+            if not isinstance(message, Answer):
+                raise MalformedMessage(f"{type(message).__name__} in place of an answer")
+            found.append(message)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()

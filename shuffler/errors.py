@@ -1,0 +1,37 @@
+"""The errors that a user can cause in this package, named by cause.
+
+    ShufflerError(ValueError)
+    ├── PlanError      a plan or a permutation that cannot be laid out, or is asked beyond its end
+    ├── LeaseError     a lease that does not exist, or a resume state that does not fit the plan
+    ├── DatasetError   a dataset that is missing, damaged, mixed or out of range
+    ├── DecodeError    a row whose image cannot become an input
+    └── IngestError    a source that cannot be read, or a destination that must not be written
+
+Every message is one line that names the value and the remedy. Nothing else lives here.
+"""
+
+
+class ShufflerError(ValueError):
+    """Base of every error that this package raises for a cause outside its own code."""
+
+    user_facing = True
+
+
+class PlanError(ShufflerError):
+    """A plan that cannot be laid out, or an epoch, index or window beyond its end."""
+
+
+class LeaseError(ShufflerError):
+    """A lease that was never granted, or a resume state that does not fit the plan."""
+
+
+class DatasetError(ShufflerError):
+    """A dataset that is missing, damaged, mixed, or holds a value out of range."""
+
+
+class DecodeError(ShufflerError):
+    """A row whose image cannot be decoded, or does not have the shape asked for."""
+
+
+class IngestError(ShufflerError):
+    """A source that cannot be read, or a destination that must not be written."""

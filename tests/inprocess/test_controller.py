@@ -1,0 +1,244 @@
+"""The whole system on threads: real partitions, sockets and shared memory; scripted faults."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.backend import RunFailed
+from cluster.checkpoint import CheckpointStore
+from cluster.config import RunConfig
+from cluster.controller import Controller, Outcome
+from cluster.display import Progress
+from cluster.errors import user_message
+from cluster.run_folder import RunFolder
+from paramserver.applied import APPLIED, REFUSED
+from shuffler.lease import Lease
+from shuffler.records import Dataset
+from tests.inprocess import tiny
+from tests.inprocess.thread_backend import ThreadBackend
+
+
+class Run:
+    """One run of a configuration on threads, from the beginning or from its last checkpoint."""
+
+    def __init__(self, folder: Path, config: RunConfig, *, resume: bool = False) -> None:
+        self.config = config
+        self.folder = RunFolder.open(folder) if resume else RunFolder.create(folder, config)
+        self.store = CheckpointStore(self.folder.checkpoints_uri)
+        self.resumed = self.store.latest()[0] if resume else None
+        self.plan = config.plan(Dataset.open(config.data.data, config.data.train_split).num_rows)
+        self.backend = ThreadBackend(config, self.plan, resumed=self.resumed, store=self.store)
+        self.shown: list[Progress] = []
+        self.controller = Controller(
+            config=config,
+            plan=self.plan,
+            backend=self.backend,
+            folder=self.folder,
+            store=self.store,
+            show=self.shown.append,
+            resumed=self.resumed,
+        )
+
+    def go(self, on_window: Callable[[ThreadBackend, int, Lease], None] | None = None) -> Outcome:
+        self.backend.on_window = on_window
+        try:
+            return self.controller.run()
+        finally:
+            self.flags = [self.backend.flags_of(i) for i in range(self.backend.num_partitions)]
+            self.backend.stop()
+
+    def assert_exactly_once(self, outcome: Outcome) -> None:
+        """From the applied sets, and not from anything that the controller says."""
+        total = self.config.policy.epochs * self.plan.num_batches
+        assert outcome.finished
+        assert outcome.exactly_once
+        for flags, report in zip(self.flags, outcome.reports, strict=True):
+            assert flags.shape == (self.config.policy.epochs, self.plan.num_batches)
+            assert (flags == APPLIED).all()
+            assert report.batches_applied == total
+            assert report.examples == self.config.policy.epochs * self.plan.num_rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(("replicas", "partitions"), [(1, 1), (4, 3), (7, 2)])
+def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
+    tmp_path: Path, data: str, replicas: int, partitions: int
+) -> None:
+    run = Run(tmp_path / "run", tiny.config(data, replicas=replicas, partitions=partitions))
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    assert [r.version for r in outcome.reports] == [2 * run.plan.num_batches] * partitions
+    assert all(r.pushes_duplicate == 0 for r in outcome.reports)
+    assert outcome.evaluation is not None
+    assert outcome.evaluation.score.accuracy > 0.5  # chance is 0.25
+    assert run.shown[-1].examples == 2000
+
+
+@pytest.mark.parametrize(("n_push", "n_fetch"), [(1, 3), (4, 1), (4, 2)])
+def test_pushing_and_fetching_every_few_steps(
+    tmp_path: Path, data: str, n_push: int, n_fetch: int
+) -> None:
+    run = Run(tmp_path / "run", tiny.config(data, n_push=n_push, n_fetch=n_fetch))
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    windows = -(-run.plan.num_batches // 6)
+    assert outcome.reports[0].version <= 2 * (run.plan.num_batches // n_push + windows)
+
+
+def test_a_process_that_dies_costs_only_its_unfinished_mini_batches(
+    tmp_path: Path, data: str
+) -> None:
+    killed: list[int] = []
+
+    def kill_some(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id in (5, 11, 17):
+            backend.kill_process(replica % 2)
+            killed.append(lease.id)
+
+    run = Run(tmp_path / "run", tiny.config(data, epochs=3))
+    outcome = run.go(kill_some)
+    assert killed == [5, 11, 17]
+    assert outcome.restarts >= 1
+    run.assert_exactly_once(outcome)
+
+
+def test_a_shuffler_that_dies_is_replaced(tmp_path: Path, data: str) -> None:
+    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id in (4, 9):
+            backend.kill_shuffler()
+
+    run = Run(tmp_path / "run", tiny.config(data))
+    run.assert_exactly_once(run.go(kill))
+
+
+def test_a_stopped_run_is_resumed_to_the_same_end(tmp_path: Path, data: str) -> None:
+    run = Run(tmp_path / "run", tiny.config(data, epochs=3))
+
+    def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id == 12:
+            run.controller.request_stop("SIGTERM")
+
+    stopped = run.go(stop)
+    assert not stopped.finished
+    assert run.controller.stop_reason == "SIGTERM"
+    before = min(r.version for r in stopped.reports)
+    assert 0 < before < 3 * run.plan.num_batches
+
+    again = Run(tmp_path / "run", run.config, resume=True)
+    assert again.resumed is not None
+    outcome = again.go()
+    again.assert_exactly_once(outcome)
+    assert min(r.updates_before for r in outcome.reports) == again.resumed.updates > 0
+    assert outcome.elapsed_s > outcome.wall_s
+
+
+def test_resume_goes_on_from_partitions_of_different_instants(tmp_path: Path, data: str) -> None:
+    """A checkpoint of snapshots taken at different times, as they are without a barrier."""
+    run = Run(tmp_path / "run", tiny.config(data, epochs=2))
+    early: dict[int, Any] = {}
+
+    def look(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id in (6, 9, 12):
+            index = lease.id // 3 - 2
+            folder = run.store.begin(900)
+            early[index] = backend.partitions[index].snapshot(folder)
+        if lease.id == 14:
+            run.controller.request_stop("SIGTERM")
+
+    run.go(look)
+    versions = [early[i].version for i in range(3)]
+    assert len(set(versions)) > 1
+    from cluster.checkpoint import Checkpoint, slowest
+
+    files = tuple(early[i] for i in range(3))
+    run.store.commit(Checkpoint(number=900, updates=slowest(files), elapsed_s=1.0, files=files))
+    again = Run(tmp_path / "run", run.config, resume=True)
+    assert again.resumed is not None
+    assert again.resumed.number == 900
+    outcome = again.go()
+    again.assert_exactly_once(outcome)
+    assert sum(r.pushes_duplicate for r in outcome.reports) > 0
+
+
+def poisoned_data(folder: Path) -> str:
+    pixels, labels = tiny.images(320, 1)
+    pixels[[7, 200]] = 255
+    tiny.write_split(folder, "train", pixels, labels)
+    tiny.write_split(folder, "test", *tiny.images(50, 2), shards=1)
+    return str(folder)
+
+
+def test_a_loss_that_is_not_a_number_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+    data = poisoned_data(tmp_path / "data")
+    config = tiny.config(data, model="tests.inprocess.tiny:poisoned", epochs=2)
+    run = Run(tmp_path / "run", config)
+    outcome = run.go()
+    assert outcome.finished
+    assert outcome.exactly_once
+    settled = [(f == REFUSED).sum() for f in run.flags]
+    assert len(set(settled)) == 1
+    assert outcome.refused == settled[0]
+    assert 2 <= outcome.refused <= 4
+    for report in outcome.reports:
+        assert report.batches_refused == outcome.refused
+        assert report.batches_applied == 2 * run.plan.num_batches - outcome.refused
+        assert sum(report.refusals.values()) == outcome.refused
+    assert outcome.evaluation is not None
+    assert np.isfinite(outcome.evaluation.score.loss)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_by_policy(tmp_path: Path) -> None:
+    data = poisoned_data(tmp_path / "data")
+    config = tiny.config(data, model="tests.inprocess.tiny:poisoned", on_refusal="stop")
+    run = Run(tmp_path / "run", config)
+    outcome = run.go()
+    assert not outcome.finished
+    assert run.controller.stop_reason is not None
+    assert "refused" in run.controller.stop_reason
+    assert "--max-refused" in run.controller.stop_reason
+    assert run.store.latest()[0] is not None
+
+
+def test_an_image_that_does_not_decode_ends_the_run_in_a_line(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    data = tmp_path / "data"
+    tiny.dataset(data)
+    shard = next(data.glob("train-00001*"))
+    table = pq.read_table(shard)
+    rows = table["image"].to_pylist()
+    rows[17]["bytes"] = b"not an image"
+    import pyarrow as pa
+
+    bad = table.set_column(0, "image", pa.array(rows, table.schema.field("image").type))
+    pq.write_table(bad, shard)
+    run = Run(tmp_path / "run", tiny.config(str(data)))
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the kind is what is looked at
+        run.go()
+    message = user_message(caught.value)
+    assert message is not None
+    assert "decode" in message
+    assert "\n" not in message
+
+
+def test_processes_that_keep_dying_end_the_run_with_a_remedy(tmp_path: Path, data: str) -> None:
+    config = tiny.config(data)
+    import dataclasses
+
+    config = dataclasses.replace(
+        config, replicas=dataclasses.replace(config.replicas, max_restarts=2)
+    )
+
+    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        backend.kill_process(replica % 2)
+
+    run = Run(tmp_path / "run", config)
+    with pytest.raises(RunFailed, match=r"died 2 times.*downpour resume"):
+        run.go(kill)

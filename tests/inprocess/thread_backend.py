@@ -1,0 +1,184 @@
+"""The controller's backend on threads of this process: real partitions, replicas and sockets.
+
+What Ray does for a real run is done by a thread pool; actors are the same classes, unwrapped.
+Faults are scripted: `kill_process` takes a process's connections away and fails its calls, as a
+kill -9 would, and lets a new one be started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Collection
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+
+from cluster.backend import Done, PartitionLost, ProcessLost, ShufflerLost
+from cluster.checkpoint import Checkpoint, CheckpointStore
+from cluster.config import RunConfig
+from paramserver.actor import PartitionActor
+from paramserver.errors import ConnectionLost
+from paramserver.partition import split
+from shuffler.actor import ShufflerActor
+from shuffler.lease import Lease
+from shuffler.plan import Plan
+from workers.actor import EvaluatorActor, ReplicasActor
+
+KEY = bytes(range(32))
+
+
+class ThreadBackend:
+    """Implements `cluster.backend.Backend`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        *,
+        num_processes: int = 2,
+        resumed: Checkpoint | None = None,
+        store: CheckpointStore | None = None,
+    ) -> None:
+        self.config, self.plan = config, plan
+        self.spec = config.model_spec()
+        model = self.spec.build_flat("cpu")
+        layout = model.layout
+        self.partitions_layout = split(
+            num_parameters=layout.num_parameters,
+            num_features=layout.num_features,
+            num_decayed=layout.decayed,
+            num_partitions=config.server.partitions,
+        )
+        self.num_partitions = len(self.partitions_layout)
+        num_processes = min(num_processes, config.replicas.replicas)
+        self.processes = tuple(
+            tuple(range(i, config.replicas.replicas, num_processes)) for i in range(num_processes)
+        )
+        self.partitions = []
+        for part in self.partitions_layout:
+            start: tuple[Any, ...] = (model.weights.numpy()[part.start : part.stop],)
+            if resumed is not None and store is not None:
+                file = resumed.files[part.index]
+                start = (None, f"{store.folder_uri(resumed.number)}/{file.name}", file.sha256)
+            self.partitions.append(PartitionActor(part, config.update_config(plan), KEY, *start))
+        self.shuffler: ShufflerActor | None = self._new_shuffler()
+        self.pool = ThreadPoolExecutor(32)
+        self.actors: list[ReplicasActor | None] = [None] * num_processes
+        self.dead: set[int] = set()
+        self.corpses: list[ReplicasActor | None] = []
+        self.evaluator: EvaluatorActor | None = None
+        self.windows_run = 0
+        self.on_window: Any = None
+        """Called with (backend, replica, lease) before a window is run: where faults are put."""
+        self._lock = threading.Lock()
+
+    def _new_shuffler(self) -> ShufflerActor:
+        data = self.config.data
+        return ShufflerActor(0, data.data, data.train_split, self.plan, self.spec.num_classes)
+
+    def _endpoints(self) -> list[Any]:
+        return [p.endpoint() for p in self.partitions]
+
+    def start_process(self, index: int) -> Future[Any]:
+        def start() -> int:
+            actor = ReplicasActor(self.processes[index], self.spec, self.config.replicas.steps, 1)
+            actor.connect(self._endpoints(), KEY)
+            self.actors[index] = actor
+            self.dead.discard(index)
+            return index
+
+        return self.pool.submit(start)
+
+    def start_evaluator(self) -> Future[Any]:
+        def start() -> None:
+            data = self.config.data
+            self.evaluator = EvaluatorActor(
+                self.spec, data.data, data.eval_split, self._endpoints(), KEY
+            )
+
+        return self.pool.submit(start)
+
+    def run_window(self, replica: int, lease: Lease) -> Future[Any]:
+        index = next(i for i, members in enumerate(self.processes) if replica in members)
+        if self.on_window is not None:
+            self.on_window(self, replica, lease)
+        actor = self.actors[index]
+
+        def run() -> Any:
+            if self.shuffler is None:
+                raise ShufflerLost("killed by the test")
+            delivery = self.shuffler.deliver(lease.epoch, lease.batches)
+            if actor is None or index in self.dead:
+                raise ProcessLost("killed by the test")
+            try:
+                report = actor.run_window(replica, lease.epoch, lease.batches, delivery)
+            except Exception:
+                if self.actors[index] is not actor or index in self.dead:
+                    raise ProcessLost("killed by the test") from None
+                raise
+            with self._lock:
+                self.windows_run += 1
+            return report
+
+        return self.pool.submit(run)
+
+    def kill_process(self, index: int) -> None:
+        """Cut the process off in the middle of whatever it does."""
+        actor = self.actors[index]
+        self.dead.add(index)
+        self.actors[index] = None
+        self.corpses.append(actor)
+        if actor is not None and actor._client is not None:
+            for connection in actor._client._connections:
+                with contextlib.suppress(OSError):
+                    connection.socket.shutdown(2)
+
+    def kill_shuffler(self) -> None:
+        self.shuffler = None
+
+    def replace_shufflers(self) -> None:
+        if self.shuffler is None:
+            self.shuffler = self._new_shuffler()
+
+    def report(self, partition: int) -> Future[Any]:
+        return self.pool.submit(self.partitions[partition].report)
+
+    def flags(self, partition: int, epochs: tuple[int, ...]) -> Future[Any]:
+        return self.pool.submit(self.partitions[partition].flags, epochs)
+
+    def snapshot(self, partition: int, folder_uri: str) -> Future[Any]:
+        return self.pool.submit(self.partitions[partition].snapshot, folder_uri)
+
+    def evaluate(self, best: float | None, best_path: str | None) -> Future[Any]:
+        assert self.evaluator is not None
+        return self.pool.submit(self.evaluator.evaluate, best, best_path)
+
+    def wait(self, tickets: Collection[Future[Any]], timeout_s: float) -> list[Done]:
+        done, _ = wait(tickets, timeout_s, return_when=FIRST_COMPLETED)
+        return [self._outcome(future) for future in done]
+
+    def _outcome(self, future: Future[Any]) -> Done:
+        error = future.exception()
+        if error is None:
+            return Done(ticket=future, value=future.result())
+        assert isinstance(error, Exception)
+        if isinstance(error, ConnectionLost):
+            error = PartitionLost(str(error))
+        return Done(ticket=future, error=error)
+
+    def stop(self) -> None:
+        for actor in [*self.actors, *self.corpses, self.evaluator]:
+            if actor is not None:
+                actor.stop()
+        for partition in self.partitions:
+            partition._server.call(lambda state: state.check())
+            partition.stop()
+        self.pool.shutdown(cancel_futures=True)
+
+    def flags_of(self, partition: int) -> np.ndarray[Any, Any]:
+        """Flags of every epoch, uint8 [epochs, q]."""
+        epochs = range(self.config.policy.epochs)
+        flags = self.partitions[partition].flags(tuple(epochs))
+        return np.stack([flags[e] for e in epochs])

@@ -1,0 +1,112 @@
+"""Configuration: recipes hold together, values are refused with a remedy, pure decisions."""
+
+import dataclasses
+
+import pytest
+
+from cluster import recipes
+from cluster.config import (
+    PolicyConfig,
+    ReplicaConfig,
+    RunConfig,
+    ServerConfig,
+    active_replicas,
+    from_plain,
+    num_processes,
+    to_plain,
+)
+from cluster.errors import UserError
+from cluster.options import OptionError, apply, settings_of
+from paramserver.rules import Adagrad, Momentum
+
+
+def test_the_paper_recipes_train_as_the_paper_did() -> None:
+    for name in recipes.RECIPES:
+        config = recipes.find(name)
+        assert config.recipe == name
+        assert config.replicas.replicas == 10
+        assert config.replicas.steps.concurrent_steps == 5
+        assert config.data.batch_size == 32
+        assert config.server.rule == "momentum"
+
+
+def test_an_unknown_recipe_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="did you mean mnist-bn") as caught:
+        recipes.find("mnist_bn")
+    assert "mnist" in str(caught.value)
+
+
+def test_every_value_has_one_option() -> None:
+    names = [setting.name for setting in settings_of(RunConfig)]
+    assert len(names) == len(set(names))
+    assert {"replicas", "concurrent_steps", "n_push", "learning_rate", "statistics_decay"} <= {
+        *names
+    }
+
+
+def test_options_reach_through_the_nesting() -> None:
+    config = apply(recipes.find("mnist-bn"), {"replicas": 3, "learning_rate": 0.5, "epochs": 2})
+    assert config.replicas.replicas == 3
+    assert config.server.schedule.learning_rate == 0.5
+    assert config.policy.epochs == 2
+    assert config.data == recipes.find("mnist-bn").data
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"learning_rate": -1.0}, "--learning-rate -1.0: learning rate is -1.0"),
+        ({"replicas": 0}, "--replicas 0: replicas is 0: give at least 1"),
+        ({"momentum": 1.0}, "--momentum 1.0: momentum is 1.0"),
+        ({"epochs": 0}, "--epochs 0: epochs is 0"),
+        ({"concurrent_steps": 0}, "--concurrent-steps 0: concurrent steps is 0"),
+        ({"partitions": 0}, "--partitions 0: partitions is 0"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1: weight decay is -0.1"),
+        ({"seed": -1}, "--seed -1: seed is -1"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_option(given: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        apply(recipes.find("mnist-bn"), given)
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_and_back() -> None:
+    config = dataclasses.replace(
+        recipes.find("mnist-bn"),
+        server=ServerConfig(rule="adagrad", clip_norm=None),
+        policy=PolicyConfig(max_refused=None),
+    )
+    assert from_plain(RunConfig, to_plain(config)) == config
+
+
+def test_rules_by_name() -> None:
+    config = apply(recipes.find("mnist-bn"), {"rule": "adagrad"})
+    plan = config.plan(60_000)
+    assert config.update_config(plan).rule == Adagrad()
+    assert recipes.find("mnist-bn").update_config(plan).rule == Momentum(momentum=0.9)
+    assert config.update_config(plan).batches_per_epoch == 1875
+
+
+def test_the_warm_start_ramps_evenly() -> None:
+    config = ReplicaConfig(replicas=10, warm_start_epochs=1, ramp_epochs=9)
+    assert [active_replicas(config, e) for e in (0, 0.99, 1, 1.99, 2, 5.5, 9.99, 10, 19)] == [
+        *(1, 1, 1, 1, 2, 5, 9, 10, 10)
+    ]
+    assert active_replicas(ReplicaConfig(replicas=10), 0) == 10
+    assert active_replicas(ReplicaConfig(replicas=1, warm_start_epochs=1), 0) == 1
+
+
+def test_processes_are_as_many_as_processors_unless_told() -> None:
+    assert num_processes(ReplicaConfig(replicas=10), 2) == 2
+    assert num_processes(ReplicaConfig(replicas=10), 64) == 10
+    assert num_processes(ReplicaConfig(replicas=10, replicas_per_process=1), 2) == 10
+    assert num_processes(ReplicaConfig(replicas=10, replicas_per_process=3), 2) == 4
+
+
+def test_the_initial_weights_depend_on_the_seed_alone() -> None:
+    config = recipes.find("mnist-bn")
+    assert config.model_spec().seed == config.model_spec().seed
+    other = apply(config, {"seed": 1})
+    assert other.model_spec().seed != config.model_spec().seed

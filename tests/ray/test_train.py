@@ -1,0 +1,116 @@
+"""The real command on a real Ray: it trains, it survives deaths, it resumes, it cleans up."""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.ray import commands
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+NUM_BATCHES, NUM_ROWS = 1875, 60_000
+SMALL = ("--replicas", "4", "--warm-start-epochs", "0", "--ramp-epochs", "0")
+
+
+def check_result(result: dict[str, object], *, epochs: int) -> None:
+    """Every example once an epoch, by the applied sets and by the counts."""
+    assert result["exactly_once"] is True
+    assert result["batches_applied"] == epochs * NUM_BATCHES
+    assert result["examples"] == epochs * NUM_ROWS
+    assert result["updates"] == epochs * NUM_BATCHES
+    assert result["batches_refused"] == 0
+
+
+def test_training_the_bundled_digits(tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "runs" / "a"
+    arguments = ("--runs", tmp_path / "runs", "--name", "a", "--epochs", "2", "--partitions", "3")
+    assert commands.run("train", "mnist-bn", *arguments, *SMALL, log=log) == 0, log.read_text()
+    result = commands.result(run)
+    check_result(result, epochs=2)
+    wanted = {
+        *("accuracy", "updates", "examples", "epochs", "replicas", "concurrent_steps"),
+        *("batch_size", "updates_per_s", "time_to_first_update_s", "wall_s", "staleness"),
+        *("batches_applied", "batches_duplicate", "batches_refused", "seed", "recipe"),
+    }
+    assert wanted <= set(result)
+    staleness = result["staleness"]
+    assert {"mean", "p50", "p99", "max"} <= set(staleness)
+    assert 10 < staleness["mean"] < 20.5  # 4 x 5 steps in flight: 19 but for the start and the end
+    assert sum(count for _, count in staleness["histogram"]) == 3 * 2 * NUM_BATCHES
+    assert result["accuracy"] > 0.85
+    assert (result["recipe"], result["seed"], result["replicas"]) == ("mnist-bn", 0, 4)
+    assert (result["concurrent_steps"], result["batch_size"]) == (5, 32)
+    for name in ("model.safetensors", "best.safetensors", "plots/training.png", "config.json"):
+        assert (run / name).is_file(), name
+    output = log.read_text()
+    assert str(run) in re.sub(r"[\s│]+", "", output)
+    assert "Traceback" not in output
+
+    assert commands.run("evaluate", run, log=tmp_path / "evaluate") == 0
+    evaluated = (tmp_path / "evaluate").read_text()
+    assert f'"accuracy": {result["accuracy"]}' in evaluated
+    assert commands.run("status", run, "--json", log=tmp_path / "status") == 0
+    assert '"state": "finished"' in (tmp_path / "status").read_text()
+    assert commands.run("resume", run, log=tmp_path / "again") == 2
+    assert "is finished" in (tmp_path / "again").read_text()
+
+
+@pytest.mark.parametrize("death", [signal.SIGTERM, signal.SIGKILL])
+def test_a_driver_that_dies_is_resumed_to_every_example_once(
+    tmp_path: Path, death: signal.Signals
+) -> None:
+    log, run = tmp_path / "log", tmp_path / "runs" / "a"
+    process = commands.start(
+        *("train", "mnist-bn", "--runs", tmp_path / "runs", "--name", "a", "--epochs", "4"),
+        *("--checkpoint-every-s", "0.5", *SMALL),
+        log=log,
+    )
+    try:
+        commands.wait_for(lambda: commands.updates(run) > NUM_BATCHES, "the second epoch")
+        family = set(commands.descendants(process.pid))
+        assert len(family) > 5
+        process.send_signal(death)
+        status = process.wait(commands.DEADLINE_S)
+    finally:
+        process.kill()
+    assert status == (143 if death == signal.SIGTERM else -9)
+    before = commands.updates(run)
+    assert not (run / "result.json").exists()
+    commands.wait_for(lambda: not commands.alive(family), "the end of every process of the run")
+
+    commands.run("status", run, "--json", log=tmp_path / "status")
+    state = "stopped" if death == signal.SIGTERM else "died"
+    assert f'"state": "{state}' in (tmp_path / "status").read_text()
+
+    assert commands.run("resume", run, log=log) == 0, log.read_text()
+    output = log.read_text()
+    assert "resuming from checkpoint" in output
+    assert "Traceback" not in output
+    result = commands.result(run)
+    check_result(result, epochs=4)
+    assert 0 < before < result["updates"]
+
+
+def test_a_replica_process_that_is_killed_costs_nothing_but_time(tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "runs" / "a"
+    process = commands.start(
+        *("train", "mnist-bn", "--runs", tmp_path / "runs", "--name", "a", "--epochs", "4", *SMALL),
+        log=log,
+    )
+    try:
+        commands.wait_for(lambda: commands.updates(run) > 500, "some updates")
+        victims = [
+            pid
+            for pid, command in commands.descendants(process.pid).items()
+            if command.startswith("ray::") and "Replica" in command
+        ]
+        assert len(victims) >= 2, commands.descendants(process.pid)
+        commands.kill(victims[0])
+        assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
+    finally:
+        process.kill()
+    result = commands.result(run)
+    check_result(result, epochs=4)
+    assert result["process_restarts"] == 1

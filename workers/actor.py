@@ -1,0 +1,149 @@
+"""The Ray actors of the workers. Plain Python: `cluster.launch` wraps them with `ray.remote`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from paramserver.client import ParameterClient
+from paramserver.transport.local import Endpoint
+from shuffler.actor import Delivery
+from shuffler.decode import decode
+from workers.evaluator import Evaluator, Score
+from workers.replica import Replicas, Window, WindowReport
+from workers.spec import ModelSpec, StepConfig
+from workers.split import SplitBatches
+from workers.step import Slot
+
+
+STOP_DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The score of a snapshot taken while training goes on."""
+
+    versions: tuple[int, ...]
+    """Version of each partition."""
+    score: Score
+    wall_s: float
+
+
+class ReplicasActor:
+    """Some of the run's replicas in one process."""
+
+    def __init__(
+        self, replicas: Sequence[int], spec: ModelSpec, config: StepConfig, num_threads: int
+    ) -> None:
+        """Build the slots' models, which need no weights yet."""
+        torch.set_num_threads(num_threads)
+        self._spec = spec
+        self._config = config
+        self._ids = tuple(replicas)
+        self._models = [spec.build_flat() for _ in range(len(self._ids) * config.concurrent_steps)]
+        self._client: ParameterClient | None = None
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and log prefixes show."""
+        if len(self._ids) == 1:
+            return f"Replica({self._ids[0]})"
+        return f"Replicas({', '.join(map(str, self._ids))})"
+
+    def connect(self, endpoints: Sequence[Endpoint], key: bytes) -> int:
+        """Connect to every partition, start the thread that runs the steps; gives the process id.
+
+        Apart from construction, so that processes start while the partitions do.
+        """
+        self._client = client = ParameterClient(
+            endpoints, key=key, num_mailboxes=len(self._models), depth=self._config.n_push
+        )
+        mailboxes, models = client.mailboxes, self._models
+        assert mailboxes is not None
+
+        def make_slot(mailbox: int) -> Slot:
+            return Slot(models[mailbox], mailboxes.gradients[mailbox], mailboxes.moments[mailbox])
+
+        self._replicas = Replicas(
+            replicas=self._ids, config=self._config, client=client, make_slot=make_slot
+        )
+        self._thread = threading.Thread(target=self._replicas.run, name="steps", daemon=True)
+        self._thread.start()
+        return os.getpid()
+
+    def run_window(
+        self,
+        replica: int,
+        epoch: int,
+        batches: tuple[int, ...],
+        delivery: Delivery,
+    ) -> WindowReport:
+        """Train one of the replicas on a window, and return when every push is answered."""
+        batch, lengths, rows = delivery
+        inputs, labels = decode(batch, self._spec.image, rows=rows)
+        window = Window(
+            epoch=epoch,
+            batches=batches,
+            offsets=(0, *np.cumsum(lengths).tolist()),
+            inputs=torch.from_numpy(inputs),
+            targets=torch.from_numpy(labels),
+        )
+        return self._replicas.assign(replica, window).result()
+
+    def stop(self) -> None:
+        """Stop after the step in hand, and close the connections."""
+        if self._client is not None:
+            self._replicas.stop()
+            self._thread.join(STOP_DEADLINE_S)
+            self._client.close()
+
+
+class EvaluatorActor:
+    """Scores the partitions' weights on a split, beside the training."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        data_uri: str,
+        split: str,
+        endpoints: Sequence[Endpoint],
+        key: bytes,
+    ) -> None:
+        """Open the split and connect to every partition."""
+        torch.set_num_threads(1)
+        self._client = ParameterClient(endpoints, key=key)
+        self._evaluator = Evaluator(spec, SplitBatches(spec, data_uri, split))
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and log prefixes show."""
+        return "Evaluator()"
+
+    def ready(self) -> int:
+        """Answers, with the process id, once the actor is up."""
+        return os.getpid()
+
+    def evaluate(self, best: float | None = None, path: str | None = None) -> Evaluation:
+        """Pull the latest version of every partition, and score it.
+
+        Where the accuracy beats `best` (None: in any case), just these weights and statistics are
+        written to `path`, under PyTorch's names, whole or not at all.
+        """
+        began_s = time.monotonic()
+        evaluator = self._evaluator
+        versions = [0] * self._client.num_partitions
+        self._client.pull_statistics(
+            evaluator.weights.numpy(), evaluator.statistics.numpy(), versions
+        )
+        score = evaluator.score()
+        if path is not None and (best is None or score.accuracy > best):
+            evaluator.save(path, versions=versions, score=score)
+        return Evaluation(versions=tuple(versions), score=score, wall_s=time.monotonic() - began_s)
+
+    def stop(self) -> None:
+        """Close the connections."""
+        self._client.close()

@@ -1,0 +1,283 @@
+"""Model replicas and their concurrent steps, as one thread runs them.
+
+A process hosts one replica or more. Every replica has `concurrent_steps` slots; the slots of all
+of them take turns, slot by slot. A slot's turn is: compute the gradient on the weights that it
+pulled at the end of its last turn, push it, pull again. So between a slot's pull and its push
+come the turns of all others: its step is in flight all that time, and nothing but the processor
+is ever waited for. Threads would run the same steps, at the price of handing Python's lock round
+at every kernel.
+
+Windows of mini-batches come in from other threads (`assign`), and their completion is told by a
+future once every partition has answered every push.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from paramserver.client import ParameterClient, Settled
+from paramserver.messages import Outcome
+from workers.spec import StepConfig
+from workers.step import Slot
+
+IDLE_WAIT_S = 1.0
+log = logging.getLogger(__name__)
+
+
+class ReplicaFailed(RuntimeError):
+    """The thread that runs the steps came to an end by an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Mini-batches to train on, decoded."""
+
+    epoch: int
+    batches: tuple[int, ...]
+    """Indices, in the order in which they are to run."""
+    offsets: tuple[int, ...]
+    """Mini-batch i has rows [offsets[i], offsets[i + 1])."""
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowReport:
+    """What became of a window's mini-batches."""
+
+    replica: int
+    epoch: int
+    num_batches: int
+    num_examples: int
+    mean_loss: float | None
+    """Over mini-batches whose loss is finite; None where there is none."""
+    refused: tuple[int, ...]
+    """Mini-batches that some partition refused: their loss or gradient was not finite."""
+    unsettled: tuple[int, ...]
+    """Mini-batches that some partition did not take note of."""
+    wall_s: float
+
+
+@dataclass(kw_only=True)
+class _Task:
+    """A window in progress."""
+
+    window: Window
+    future: Future[WindowReport]
+    next: int = 0
+    settled: int = 0
+    losses: float = 0.0
+    finite: int = 0
+    refused: list[int] = field(default_factory=list)
+    unsettled: list[int] = field(default_factory=list)
+    started_s: float = 0.0
+
+
+class _Turn:
+    """One slot in the rotation, and the push that it is working on."""
+
+    def __init__(self, replica: int, mailbox: int, slot: Slot, num_partitions: int) -> None:
+        self.replica = replica
+        self.mailbox = mailbox
+        self.slot = slot
+        self.versions = [0] * num_partitions
+        self.since_fetch = 0
+        self.fetched = False
+        self.task: _Task | None = None
+        self.batches: tuple[int, ...] = ()
+        self.first = 0
+        self.done = 0
+        self.examples = 0
+        self.loss = 0.0
+
+
+class Replicas:
+    """The replicas of one process. `run` is the thread; `assign` may be called from any other."""
+
+    def __init__(
+        self,
+        *,
+        replicas: Sequence[int],
+        config: StepConfig,
+        client: ParameterClient,
+        make_slot: Callable[[int], Slot],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`make_slot(mailbox)` gives the slot that owns that mailbox of `client`."""
+        self._config = config
+        self._client = client
+        self._clock = clock
+        num = config.concurrent_steps
+        self._turns = [
+            _Turn(replica, i * num + s, make_slot(i * num + s), client.num_partitions)
+            for s in range(num)
+            for i, replica in enumerate(replicas)
+        ]
+        self._by_mailbox = {turn.mailbox: turn for turn in self._turns}
+        self._queues: dict[int, deque[_Task]] = {replica: deque() for replica in replicas}
+        self._in_flight = 0
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._failure: Exception | None = None
+        self.steps = dict.fromkeys(replicas, 0)
+        """Steps computed so far, by replica."""
+
+    def assign(self, replica: int, window: Window) -> Future[WindowReport]:
+        """Queue a window for one of the replicas."""
+        future: Future[WindowReport] = Future()
+        with self._wake:
+            if self._failure is not None:
+                raise ReplicaFailed(f"replica {replica} has stopped: {self._failure}")
+            self._queues[replica].append(_Task(window=window, future=future))
+            self._wake.notify()
+        return future
+
+    def stop(self) -> None:
+        """Let `run` return, once the step in hand is done."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    def run(self) -> None:
+        """Run steps until `stop`; whatever ends them ends every window that was assigned."""
+        failure: Exception = ReplicaFailed("the replicas were stopped")
+        try:
+            self._run()
+        except Exception as error:
+            log.exception("the replicas of this process have stopped")
+            failure = error
+        self._fail(failure)
+
+    def _fail(self, error: Exception) -> None:
+        with self._wake:
+            self._failure = error
+            tasks = {id(turn.task): turn.task for turn in self._turns if turn.task is not None}
+            tasks |= {id(task): task for queue in self._queues.values() for task in queue}
+        for task in tasks.values():
+            if not task.future.done():
+                task.future.set_exception(error)
+
+    def _run(self) -> None:
+        client = self._client
+        while not self._stopping:
+            worked = False
+            for turn in self._turns:
+                if client.in_flight(turn.mailbox):
+                    # Its last push has still to be answered: the server is behind.
+                    while client.in_flight(turn.mailbox):
+                        self._settle(client.wait())
+                worked |= self._take(turn)
+                self._settle(client.collect())
+            if worked:
+                continue
+            if self._in_flight:
+                self._settle(client.wait())
+                continue
+            with self._wake:
+                self._wake.wait_for(self._has_work, IDLE_WAIT_S)
+
+    def _has_work(self) -> bool:
+        return self._stopping or any(self._queues.values())
+
+    def _take(self, turn: _Turn) -> bool:
+        """One turn of a slot: a step, and what it leads to. False where it has nothing to do."""
+        if not turn.batches and not self._next_push(turn):
+            turn.fetched = False  # it would be old by the time there is work
+            return False
+        if not turn.fetched:
+            self._fetch(turn)
+        task = turn.task
+        assert task is not None
+        window, place = task.window, turn.first + turn.done
+        start, stop = window.offsets[place], window.offsets[place + 1]
+        result = turn.slot.step(window.inputs[start:stop], window.targets[start:stop], turn.done)
+        self.steps[turn.replica] += 1
+        turn.done += 1
+        turn.since_fetch += 1
+        turn.examples += stop - start
+        turn.loss += result.loss * (stop - start)
+        if turn.done == len(turn.batches):
+            self._push(turn, result.gradient_norm)
+        if turn.since_fetch >= self._config.n_fetch:
+            self._fetch(turn)
+        return True
+
+    def _next_push(self, turn: _Turn) -> bool:
+        queue = self._queues[turn.replica]
+        if not queue:
+            return False
+        task, depth = queue[0], self._config.n_push
+        if not task.next:
+            task.started_s = self._clock()
+        turn.task, turn.first = task, task.next
+        turn.batches = task.window.batches[task.next : task.next + depth]
+        turn.done = turn.examples = 0
+        turn.loss = 0.0
+        task.next += len(turn.batches)
+        if task.next == len(task.window.batches):
+            queue.popleft()
+        return True
+
+    def _fetch(self, turn: _Turn) -> None:
+        self._client.pull(turn.slot.weights, turn.versions)
+        turn.since_fetch = 0
+        turn.fetched = True
+
+    def _push(self, turn: _Turn, gradient_norm: float) -> None:
+        task = turn.task
+        assert task is not None
+        loss = turn.loss / turn.examples
+        if loss - loss == 0:  # finite
+            task.losses += loss * len(turn.batches)
+            task.finite += len(turn.batches)
+        self._client.push(
+            mailbox=turn.mailbox,
+            replica=turn.replica,
+            epoch=task.window.epoch,
+            batches=turn.batches,
+            examples=turn.examples,
+            versions=turn.versions,
+            loss=loss,
+            gradient_norm=gradient_norm,
+        )
+        self._in_flight += 1
+
+    def _settle(self, settled: list[Settled]) -> None:
+        for push in settled:
+            turn = self._by_mailbox[push.mailbox]
+            task = turn.task
+            assert task is not None
+            self._in_flight -= 1
+            if any(not outcome.settled for outcome in push.outcomes):
+                task.unsettled.extend(turn.batches)
+            elif any(o in _REFUSED for o in push.outcomes):
+                task.refused.extend(turn.batches)
+            task.settled += len(turn.batches)
+            turn.batches = ()
+            turn.task = None
+            if task.settled == len(task.window.batches):
+                task.future.set_result(self._report(turn.replica, task))
+
+    def _report(self, replica: int, task: _Task) -> WindowReport:
+        window = task.window
+        return WindowReport(
+            replica=replica,
+            epoch=window.epoch,
+            num_batches=len(window.batches),
+            num_examples=window.offsets[-1] - window.offsets[0],
+            mean_loss=task.losses / task.finite if task.finite else None,
+            refused=tuple(sorted(task.refused)),
+            unsettled=tuple(sorted(task.unsettled)),
+            wall_s=self._clock() - task.started_s,
+        )
+
+
+_REFUSED = (Outcome.REFUSED_LOSS, Outcome.REFUSED_GRADIENT)

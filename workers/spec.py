@@ -1,0 +1,60 @@
+"""What a worker is told about the run: plain frozen data that travels through Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from models.flat import FlatModel
+from models.registry import build
+from shuffler.decode import ImageSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which model, and what its inputs look like."""
+
+    name: str
+    """A name that `models.registry` knows, or `package.module:function`."""
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    """The factory's keyword arguments."""
+    seed: int
+    """What the initial weights come from."""
+    image: ImageSpec
+    """How rows become inputs."""
+    num_classes: int
+    """Labels are in [0, num_classes)."""
+
+    def build(self) -> nn.Module:
+        """The model with its initial weights."""
+        return build(self.name, self.seed, **self.arguments)
+
+    def build_flat(self, device: str = "meta") -> FlatModel:
+        """The model over flat buffers; on `meta` it has no weights until it is bound."""
+        if device == "meta":
+            with torch.device("meta"):
+                return FlatModel(self.build())
+        return FlatModel(self.build())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How a replica runs its steps."""
+
+    concurrent_steps: int = 5
+    """Steps that each replica has in flight: pulled, and not yet pushed and answered."""
+    n_fetch: int = 1
+    """Steps between two fetches of the weights, in each slot (Dean et al. 2012, section 4.1)."""
+    n_push: int = 1
+    """Steps whose gradients are added up before they are pushed, in each slot."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrent_steps", "n_fetch", "n_push"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        if self.n_push > 1024:
+            raise ValueError(f"n push is {self.n_push}: give at most 1024")

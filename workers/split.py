@@ -1,0 +1,49 @@
+"""Whole splits as decoded batches, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from shuffler.decode import decode
+from shuffler.reader import RowReader
+from shuffler.records import Dataset
+from workers.evaluator import Batches
+from workers.spec import ModelSpec
+
+EVALUATION_ROWS = 1000
+"""Rows decoded and scored at a time."""
+
+
+class SplitBatches:
+    """A split in row order, decoded a thousand rows at a time; decoded once where that is small."""
+
+    KEEP_BYTES = 256 << 20
+
+    def __init__(self, spec: ModelSpec, data_uri: str, split: str) -> None:
+        """Open the split."""
+        self._spec = spec
+        self._dataset = Dataset.open(data_uri, split)
+        self._reader = RowReader(self._dataset, num_classes=spec.num_classes)
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self) -> Batches:
+        """The split afresh."""
+        return self._kept or self._decode()
+
+    def _decode(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        num_bytes = 0
+        for start in range(0, self._dataset.num_rows, EVALUATION_ROWS):
+            stop = min(start + EVALUATION_ROWS, self._dataset.num_rows)
+            rows = self._reader.take(np.arange(start, stop, dtype=np.int64))
+            inputs, labels = decode(rows, self._spec.image)
+            pair = torch.from_numpy(inputs), torch.from_numpy(labels)
+            num_bytes += pair[0].nbytes
+            if num_bytes <= self.KEEP_BYTES:
+                kept.append(pair)
+            yield pair
+        if num_bytes <= self.KEEP_BYTES:
+            self._kept = kept
