@@ -16,6 +16,7 @@ from cluster.config import RunConfig
 from cluster.errors import UserError
 from cluster.options import ConfigCommand, apply, config_options
 from cluster.run_folder import BEST, CONFIG, MODEL, RESULT, STATUS, RunFolder
+from shuffler.ingest import IngestConfig
 
 RUNS = Path("runs")
 
@@ -119,6 +120,38 @@ def evaluate(run: Path, data: str | None, split: str | None, best: bool) -> int:
         )
     )
     return 0
+
+
+@downpour.command(cls=ConfigCommand)
+@config_options(IngestConfig)
+@click.argument("source")
+@click.argument("destination")
+def ingest(source: str, destination: str, given: dict[str, object]) -> None:
+    """Make a dataset in DESTINATION from SOURCE, its rows shuffled once.
+
+    SOURCE is a folder of IDX files (MNIST's), of a folder for each class (ImageNet's layout), or
+    of Parquet in the Hugging Face convention.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from shuffler.ingest import ingest as write
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("shuffling rows", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        manifest = write(source, destination, apply(IngestConfig(), given), progress=show)
+    finally:
+        bar.stop()
+    for name, split in manifest.splits.items():
+        size = sum(shard.num_bytes for shard in split.shards)
+        click.echo(f"{name}: {split.num_rows:,} rows, {size:,} bytes, {len(split.shards)} file(s)")
 
 
 @downpour.command(name="recipes")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster.backend import RunFailed
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig, processors
@@ -23,15 +25,22 @@ from cluster.run_folder import RESULT, STATUS, RunFolder
 from models.layout import Layout
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
+from shuffler.decode import decode
 from shuffler.plan import Plan
+from shuffler.reader import RowReader
 from shuffler.records import Dataset
 
 
 def check(config: RunConfig) -> Plan:
     """Open the data and lay out the plan and the partitions: every error that can be had early."""
-    plan = config.plan(Dataset.open(config.data.data, config.data.train_split).num_rows)
-    Dataset.open(config.data.data, config.data.eval_split)
-    partitions_of(config, config.model_spec().build_flat().layout)
+    spec = config.model_spec()
+    for split_name in (config.data.eval_split, config.data.train_split):
+        dataset = Dataset.open(config.data.data, split_name)
+        with contextlib.closing(RowReader(dataset, num_classes=spec.num_classes)) as reader:
+            first = np.zeros(1, np.int64)
+            decode(reader.take(first), spec.image, rows=first)
+    plan = config.plan(dataset.num_rows)
+    partitions_of(config, spec.build_flat().layout)
     return plan
 
 

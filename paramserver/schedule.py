@@ -53,5 +53,5 @@ class Schedule:
             exponent = epochs / self.decay_epochs
             rate *= self.decay_factor ** (int(exponent) if self.staircase else exponent)
         if epochs < self.warmup_epochs:
-            rate *= max(epochs, 1 / epoch_examples) / self.warmup_epochs
+            rate *= min(1.0, max(epochs, 1 / epoch_examples) / self.warmup_epochs)
         return rate

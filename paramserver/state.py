@@ -235,5 +235,8 @@ class PartitionState:
         self.applied.check()
         assert self.version == self.outcomes[Outcome.APPLIED] == self.staleness.all().total
         assert self.version <= self.applied.num_applied
+        assert self.examples >= 0
+        if self.partition.num_features:
+            assert self.statistics.num_updates == self.applied.num_applied
         assert torch.isfinite(self.current.weights).all()
         assert torch.isfinite(self.current.statistics).all()

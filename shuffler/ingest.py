@@ -29,7 +29,7 @@ from shuffler.keys import stream_key
 from shuffler.manifest import MANIFEST_NAME, MARKER_NAME, Manifest, ShardEntry, SplitEntry
 from shuffler.permutation import Permutation
 from shuffler.scatter import Scatter
-from shuffler.sources import Format, Source, SourceSplit, open_source
+from shuffler.sources import Source, SourceSplit, open_source
 
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all; a row is half done once it is in a bucket."""
@@ -44,7 +44,7 @@ _ZSTD_LEVELS = {"bits": 19, "image": 1}  # image files are compressed already
 class IngestConfig:
     """How a dataset is made."""
 
-    format: Format | Literal["auto"] = "auto"
+    format: Literal["auto", "idx", "folder", "huggingface"] = "auto"
     """What the source is: `idx` pairs, a `folder` of class folders, `huggingface` Parquet."""
 
     splits: tuple[str, ...] = ()
@@ -288,9 +288,10 @@ def _row_groups(num_rows: int, shard_rows: int, group_rows: int) -> list[list[in
 
 def _check_labels(batch: pa.RecordBatch, num_classes: int, split: str, start: int) -> None:
     column = batch.column("label")
-    missing = column.is_null().to_numpy(zero_copy_only=False)
     labels = column.fill_null(-1).to_numpy()
-    outside = (labels < 0) | ((labels >= num_classes) if num_classes else missing)
+    outside = labels < 0
+    if num_classes:
+        outside |= labels >= num_classes
     if outside.any():
         bad = int(np.flatnonzero(outside)[0])
         raise IngestError(

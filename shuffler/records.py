@@ -25,8 +25,8 @@ from shuffler.encoding import Encoding, class_names_of, encoding_of, schema_for
 from shuffler.errors import DatasetError
 from shuffler.manifest import Manifest, SplitEntry, read_manifest
 
-_SHARD_NAME = re.compile(r"(?P<split>.+?)-(?P<rest>[^/]*)\.parquet")
-_NUMBERED = re.compile(r"(?P<number>\d+)-of-(?P<total>\d+)")
+_NUMBERED_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.parquet")
+_ANY_SHARD = re.compile(r"(?P<split>[^-]+)-.*\.parquet")
 _FOOTER_THREADS = 16
 
 
@@ -192,7 +192,8 @@ def _shards_by_split(
         ) from error
     shards: dict[str, list[fs.FileInfo]] = {}
     for entry in entries:
-        match = _SHARD_NAME.fullmatch(entry.base_name)
+        name = entry.base_name
+        match = _NUMBERED_SHARD.fullmatch(name) or _ANY_SHARD.fullmatch(name)
         if match:
             shards.setdefault(match["split"], []).append(entry)
     return shards
@@ -202,7 +203,7 @@ def _check_numbering(chosen: list[fs.FileInfo], where: str) -> None:
     """Shards named `-00001-of-00004` must be there all four."""
     numbers: dict[int, set[int]] = {}
     for info in chosen:
-        match = _NUMBERED.fullmatch(_SHARD_NAME.fullmatch(info.base_name)["rest"])  # type: ignore[index]
+        match = _NUMBERED_SHARD.fullmatch(info.base_name)
         if match:
             numbers.setdefault(int(match["total"]), set()).add(int(match["number"]))
     for total, found in numbers.items():

@@ -329,8 +329,8 @@ def _open_parquet(uri: str, chunk_bytes: int) -> Source:
     for dataset in datasets[1:]:
         if (dataset.encoding, dataset.class_names) != (first.encoding, first.class_names):
             raise IngestError(
-                f"splits {first.split!r} and {dataset.split!r} of {uri} differ in their encoding or "
-                "class names; ingest them apart"
+                f"splits {first.split!r} and {dataset.split!r} of {uri} differ in their encoding "
+                "or class names; ingest them apart"
             )
     return Source(
         format="huggingface",
@@ -341,15 +341,10 @@ def _open_parquet(uri: str, chunk_bytes: int) -> Source:
 
 
 def _parquet_split(dataset: Dataset, chunk_bytes: int) -> SourceSplit:
-    wanted = (f"{dataset.encoding.column}.", "label.")
     num_bytes = sum(
-        column.total_uncompressed_size
+        _uncompressed_bytes(shard.metadata.row_group(group), dataset.schema.names)
         for shard in dataset.shards
         for group in range(shard.metadata.num_row_groups)
-        for number in range(shard.metadata.num_columns)
-        if f"{(column := shard.metadata.row_group(group).column(number)).path_in_schema}.".startswith(
-            wanted
-        )
     )
     chunk = _chunk_rows(chunk_bytes, num_bytes // dataset.num_rows)
 
@@ -367,6 +362,16 @@ def _parquet_split(dataset: Dataset, chunk_bytes: int) -> SourceSplit:
 
     return SourceSplit(
         name=dataset.split, num_rows=dataset.num_rows, num_bytes=num_bytes, batches=batches
+    )
+
+
+def _uncompressed_bytes(group: pq.RowGroupMetaData, names: list[str]) -> int:
+    """Return the bytes of the named columns, and of their fields, in a row group."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(
+        int(column.total_uncompressed_size)
+        for column in columns
+        if column.path_in_schema.partition(".")[0] in names
     )
 
 

@@ -109,9 +109,7 @@ def test_flags_are_a_copy() -> None:
         ({"num_batches": Q, "complete": {"0": []}}, {0: [1, 0, 0, 0, 0]}),
     ],
 )
-def test_what_cannot_be_is_not_loaded(
-    meta: dict[str, object], flags: dict[int, list[int]]
-) -> None:
+def test_what_cannot_be_is_not_loaded(meta: dict[str, object], flags: dict[int, list[int]]) -> None:
     arrays = {epoch: np.array(f, np.uint8) for epoch, f in flags.items()}
     with pytest.raises(AssertionError):
         AppliedSet.load(meta, arrays)

@@ -13,7 +13,7 @@ from shuffler.errors import PlanError, ShufflerError
 from shuffler.keys import stream_key
 from shuffler.permutation import Permutation
 
-AROUND_POWERS = [2**k + d for k in (12, 16, 20) for d in (-1, 0, 1)]
+AROUND_POWERS = [2**k + d for k in (12, 16) for d in (-1, 0, 1)] + [2**20 + 1]
 
 
 def is_bijection(order: np.ndarray, n: int) -> bool:
@@ -56,7 +56,7 @@ def z_score(counts: np.ndarray, expected: float) -> float:
 
 @pytest.mark.parametrize("n", [4, 5])
 def test_every_order_of_few_values_is_equally_likely(n):
-    samples = 2000
+    samples = 1200
     seen = Counter(
         tuple(Permutation(n, stream_key(1, "uniform", i)).order().tolist()) for i in range(samples)
     )
@@ -65,8 +65,8 @@ def test_every_order_of_few_values_is_equally_likely(n):
 
 
 def test_distances_are_uniform():
-    """Neighbours land at every distance alike; four rounds fail this at n=16."""
-    n, samples = 80, 3000
+    """Neighbours land at every distance alike; three rounds fail this."""
+    n, samples = 80, 1600
     pairs = np.stack(
         [
             Permutation(n, stream_key(2, "pairs", i)).forward(np.array([0, 1]))

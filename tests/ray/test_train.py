@@ -11,7 +11,11 @@ from tests.ray import commands
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 NUM_BATCHES, NUM_ROWS = 1875, 60_000
-SMALL = ("--replicas", "4", "--warm-start-epochs", "0", "--ramp-epochs", "0")
+# All four at once from the start, at a rate that 20 steps in flight bear without a warm start.
+SMALL = (
+    *("--replicas", "4", "--warm-start-epochs", "0", "--ramp-epochs", "0"),
+    *("--learning-rate", "0.02"),
+)
 
 
 def check_result(result: dict[str, object], *, epochs: int) -> None:
