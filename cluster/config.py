@@ -36,11 +36,11 @@ BUNDLED_MNIST = str(ROOT / "data" / "mnist-binary")
 class ModelConfig:
     """Which network is trained, and on what kind of input."""
 
-    model: str = field(default="mnist", metadata={"cli": False})
+    model: str = field(metadata={"cli": False})
     """A name that `models.registry` knows, or `package.module:function`."""
     arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": False})
     """The network's keyword arguments."""
-    image: ImageSpec = field(default_factory=ImageSpec, metadata={"cli": False})
+    image: ImageSpec = field(metadata={"cli": False})
     """How a row becomes an input."""
     num_classes: int = field(default=10, metadata={"cli": False})
     """Labels are in [0, num_classes)."""
@@ -165,7 +165,7 @@ class RunConfig:
 
     recipe: str = field(metadata={"cli": False})
     """The recipe that this began as."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig
     """The network."""
     data: DataConfig = field(default_factory=DataConfig)
     """The examples."""

@@ -124,7 +124,9 @@ class Controller:
         self._latest = _Latest()
         self._stop_reason: str | None = None
         self._phase = "starting the replicas"
-        self._evaluator_ready = False
+        self._evaluator_started = self._evaluator_ready = False
+        self._evaluator_restarts = 0
+        self._num_evaluations = 0
         self._all_replicas_at: float | None = None
         self._next_report_s = self._next_evaluation_s = clock()
         self._next_checkpoint_s = clock() + config.policy.checkpoint_every_s
@@ -242,15 +244,31 @@ class Controller:
             self._phase = "training"
             if self._all_replicas_at is None and all(p.ready for p in self._processes):
                 self._all_replicas_at = time.time()
-                self._start_evaluator()
+                if not self._evaluator_started:
+                    self._start_evaluator()
 
         self._tickets[ticket] = handle
 
+    def _replace_evaluator(self) -> None:
+        self._evaluator_restarts += 1
+        if self._evaluator_restarts > self._config.replicas.max_restarts:
+            raise RunFailed(
+                f"the evaluator died {self._config.replicas.max_restarts} times: see its log, then "
+                f"go on with `downpour resume {self._folder.path}`"
+            )
+        self._evaluator_ready = False
+        self._start_evaluator()
+
     def _start_evaluator(self) -> None:
+        self._evaluator_started = True
+
         def handle(done: Done) -> None:
-            if done.error is not None:
+            if isinstance(done.error, ProcessLost):
+                self._replace_evaluator()
+            elif done.error is not None:
                 raise self._failure(done.error)
-            self._evaluator_ready = True
+            else:
+                self._evaluator_ready = True
 
         self._tickets[self._backend.start_evaluator()] = handle
 
@@ -261,7 +279,7 @@ class Controller:
             self._ask_reports()
         if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
             self._next_evaluation_s = now + self._config.policy.evaluate_every_s
-            self._evaluate()
+            self._evaluate(self._latest.best_accuracy, BEST)
         if now >= self._next_checkpoint_s and self._snapshots is None:
             self._next_checkpoint_s = now + self._config.policy.checkpoint_every_s
             self._checkpoint()
@@ -281,22 +299,25 @@ class Controller:
         if not self._reporting:
             self._note()
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, best: float | None, name: str) -> None:
+        """Score the current weights; keep them under `name` if they beat `best`."""
         self._evaluating = True
 
         def handle(done: Done) -> None:
             self._evaluating = False
-            if done.error is not None:
+            if isinstance(done.error, ProcessLost):
+                self._replace_evaluator()
+            elif done.error is not None:
                 raise self._failure(done.error)
-            self._on_evaluation(done.value)
+            else:
+                self._on_evaluation(done.value)
 
-        best_path = str(self._folder.path / BEST)
-        ticket = self._backend.evaluate(self._latest.best_accuracy, best_path)
-        self._tickets[ticket] = handle
+        self._tickets[self._backend.evaluate(best, str(self._folder.path / name))] = handle
 
     def _on_evaluation(self, evaluation: Evaluation) -> None:
         latest = self._latest
         latest.evaluation = evaluation
+        self._num_evaluations += 1
         accuracy = evaluation.score.accuracy
         latest.best_accuracy = max(latest.best_accuracy or 0.0, accuracy)
         self._folder.append_metrics(
@@ -516,17 +537,20 @@ class Controller:
             self._turn(1.0)
 
     def _final_evaluation(self) -> None:
+        """Score the last weights, and keep them."""
         self._phase = "evaluating"
-        if not self._evaluator_ready:
-            self._result(self._backend.start_evaluator())
-        while self._evaluating:
+        if not self._evaluator_started:
+            self._start_evaluator()  # the run was over before all of its replicas were up
+        while self._evaluating:  # of weights that were not the last
             self._turn(1.0)
-        best = self._latest.best_accuracy
-        best_path = str(self._folder.path / BEST)
-        self._on_evaluation(self._result(self._backend.evaluate(best, best_path)))
-        self._on_evaluation(
-            self._result(self._backend.evaluate(None, str(self._folder.path / MODEL)))
-        )
+        paths = {BEST: self._latest.best_accuracy, MODEL: None}
+        for name, best in paths.items():
+            wanted = self._num_evaluations + 1
+            while self._num_evaluations < wanted:
+                if self._evaluator_ready and not self._evaluating:
+                    self._evaluate(best, name)
+                self._turn(1.0)
+        self._progress()
 
     def _exactly_once(self) -> bool:
         """Whether every partition settled every mini-batch of every epoch, and applied all that

@@ -21,7 +21,7 @@ from cluster.controller import Controller, Outcome, merged_staleness
 from cluster.display import Progress, TrainingDisplay, print_result
 from cluster.errors import UserError
 from cluster.report import plot_run
-from cluster.run_folder import RESULT, STATUS, RunFolder
+from cluster.run_folder import DATA, RESULT, STATUS, RunFolder
 from models.layout import Layout
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
@@ -31,8 +31,11 @@ from shuffler.reader import RowReader
 from shuffler.records import Dataset
 
 
-def check(config: RunConfig) -> Plan:
-    """Open the data and lay out the plan and the partitions: every error that can be had early."""
+def check(config: RunConfig) -> tuple[Plan, str]:
+    """Open the data and lay out the plan and the partitions: every error that can be had early.
+
+    Gives the plan, and the fingerprint of the training split.
+    """
     spec = config.model_spec()
     for split_name in (config.data.eval_split, config.data.train_split):
         dataset = Dataset.open(config.data.data, split_name)
@@ -41,7 +44,7 @@ def check(config: RunConfig) -> Plan:
             decode(reader.take(first), spec.image, rows=first)
     plan = config.plan(dataset.num_rows)
     partitions_of(config, spec.build_flat().layout)
-    return plan
+    return plan, dataset.fingerprint
 
 
 def partitions_of(config: RunConfig, layout: Layout) -> tuple[Partition, ...]:
@@ -64,7 +67,8 @@ def train(
     with folder.locked():
         store = CheckpointStore(folder.checkpoints_uri)
         resumed = _find_checkpoint(folder, store, console) if resume else None
-        plan = check(config)
+        plan, fingerprint = check(config)
+        _check_data(folder, fingerprint)
         with TrainingDisplay(folder.name, console=console) as display:
             display.update(Progress(elapsed_s=time.time() - began_at, phase="starting Ray"))
             with _ray(address=address, dashboard=dashboard) as dashboard_url:
@@ -113,6 +117,18 @@ def _run(
             return controller, controller.run()
     finally:
         backend.stop()
+
+
+def _check_data(folder: RunFolder, fingerprint: str) -> None:
+    """A run is resumed on the rows that it began with, or mini-batches would not be the same."""
+    if not (folder.path / DATA).exists():
+        folder.write_json(DATA, {"train_fingerprint": fingerprint})
+    elif folder.read_json(DATA)["train_fingerprint"] != fingerprint:
+        data = folder.config().data
+        raise UserError(
+            f"split {data.train_split!r} of {data.data} has changed since {folder.path} began: "
+            "put the dataset back, or train a new run"
+        )
 
 
 def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) -> Checkpoint | None:

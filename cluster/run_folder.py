@@ -25,7 +25,8 @@ from typing import Any
 from cluster.config import RunConfig, from_plain, to_plain
 from cluster.errors import UserError
 
-CONFIG, STATUS, METRICS, RESULT = "config.json", "status.json", "metrics.jsonl", "result.json"
+CONFIG, DATA, STATUS = "config.json", "data.json", "status.json"
+METRICS, RESULT = "metrics.jsonl", "result.json"
 BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
 
 

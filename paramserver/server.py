@@ -261,7 +261,8 @@ class PartitionServer:
         except ConnectionLost:
             self._drop(epoll, fd, None)
         except (ServerError, OSError) as error:
-            log.warning("partition %d closed a connection: %s", self.partition.index, error)
+            # As text: a record that is kept would keep the error's frames, and all they map.
+            log.warning("partition %d closed a connection: %s", self.partition.index, str(error))
             self._drop(epoll, fd, type(error).__name__)
 
     def _take(self, side: ServerSide, data: bytes) -> None:

@@ -80,7 +80,7 @@ class Ledger:
         self._blocks: deque[Block] = deque([Block(num_features)], maxlen=NUM_BLOCKS)
         self._in_block = 0
 
-    def add(self, moments: npt.NDArray[np.float32]) -> None:
+    def add(self, moments: npt.NDArray[np.float32] | Array) -> None:
         """Take in one mini-batch's moments [3, F] (count, mean, unbiased variance)."""
         if self._in_block >= self._per_block:  # more, where a snapshot had a longer window
             self._blocks.append(Block(self._num_features))

@@ -21,7 +21,6 @@ from workers.spec import ModelSpec, StepConfig
 from workers.split import SplitBatches
 from workers.step import Slot
 
-
 STOP_DEADLINE_S = 10.0
 
 

@@ -1,8 +1,6 @@
 """A run's folder: made once, held by one process, written whole."""
 
 import json
-import multiprocessing
-import os
 from pathlib import Path
 
 import pytest
@@ -55,28 +53,3 @@ def test_a_damaged_configuration_is_a_line(tmp_path: Path) -> None:
     (folder.path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         folder.config()
-
-
-def hold(path: Path, ready: "multiprocessing.synchronize.Event") -> None:
-    with RunFolder.open(path).locked():
-        ready.set()
-        os.kill(os.getpid(), 9)  # the lock must die with its holder, without a clean-up
-
-
-def test_one_process_holds_a_run_and_a_dead_one_does_not(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "a", recipes.find("mnist"))
-    with folder.locked():
-        assert folder.held()
-        with (
-            pytest.raises(UserError, match="is being trained by another process"),
-            RunFolder.open(folder.path).locked(),
-        ):
-            pass
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    process = context.Process(target=hold, args=(folder.path, ready))
-    process.start()
-    assert ready.wait(60)
-    process.join(60)
-    assert process.exitcode == -9
-    assert not folder.held()

@@ -99,8 +99,7 @@ def decode_strictly(data: bytes) -> Message | None:
     """The message, which must be what these very bytes say, or None where it is malformed."""
     try:
         message = decode(data)
-    except MalformedMessage as error:
-        assert "\n" not in str(error)
+    except MalformedMessage:
         return None
     floats = (message.loss, message.gradient_norm) if isinstance(message, Push) else ()
     assert any(math.isnan(f) for f in floats) or encode(message) == data

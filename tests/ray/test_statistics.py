@@ -1,0 +1,96 @@
+"""The server's BN statistics after real training, against Algorithm 2; and folding them in."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.run_folder import RunFolder
+from models.flat import FlatModel
+from models.fold import fold
+from shuffler.decode import decode
+from shuffler.reader import RowReader
+from shuffler.records import Dataset
+from tests.ray import commands
+from workers.evaluator import Evaluator, population_statistics
+from workers.split import SplitBatches
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+MEAN_TOLERANCE = 0.1
+"""Largest difference of a mean, in standard deviations of its feature."""
+VARIANCE_TOLERANCE = 0.15
+"""Largest relative difference of a variance."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Three epochs whose rate decays, as it does by the end of a real run."""
+    root = tmp_path_factory.mktemp("statistics")
+    arguments = ("--replicas", "4", "--warm-start-epochs", "0", "--ramp-epochs", "0")
+    rates = ("--learning-rate", "0.02", "--decay-factor", "0.2", "--epochs", "3")
+    log = root / "log"
+    status = commands.run(
+        *("train", "mnist-bn", "--runs", root, "--name", "a", "--no-dashboard"),
+        *(*arguments, *rates),
+        log=log,
+    )
+    assert status == 0, log.read_text()
+    return RunFolder.open(root / "a")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: RunFolder) -> Evaluator:
+    config = folder.config()
+    spec = config.model_spec()
+    evaluator = Evaluator(spec, SplitBatches(spec, config.data.data, config.data.eval_split))
+    evaluator.load(str(folder.path / "model.safetensors"))
+    return evaluator
+
+
+def training_batches(folder: RunFolder) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch's mini-batches, by the plan."""
+    config = folder.config()
+    dataset = Dataset.open(config.data.data, config.data.train_split)
+    reader, plan = RowReader(dataset), config.plan(dataset.num_rows)
+    for window in plan.window_order(0).tolist():
+        rows, lengths = plan.rows_of(0, plan.window_batches_order(0, window))
+        inputs, labels = decode(reader.take(rows), config.model.image)
+        ends = np.cumsum(lengths)
+        for start, stop in zip(ends - lengths, ends, strict=True):
+            yield torch.from_numpy(inputs[start:stop]), torch.from_numpy(labels[start:stop])
+
+
+def test_the_server_kept_what_algorithm_2_recomputes(folder: RunFolder, trained: Evaluator) -> None:
+    model = FlatModel(folder.config().model_spec().build())
+    model.bind(trained.weights)
+    recomputed = population_statistics(model, training_batches(folder))
+    kept = trained.statistics
+    mean_gap = (kept[0] - recomputed[0]).abs() / recomputed[1].sqrt()
+    variance_gap = (kept[1] / recomputed[1] - 1).abs()
+    assert mean_gap.max() < MEAN_TOLERANCE
+    assert variance_gap.max() < VARIANCE_TOLERANCE
+    assert mean_gap.max() > 0  # two ways of computing it, not one
+
+    before = trained.score()
+    trained.statistics.copy_(recomputed)
+    after = trained.score()
+    trained.statistics.copy_(kept)
+    assert abs(before.accuracy - after.accuracy) < 0.005
+
+
+def test_folding_the_statistics_in_changes_nothing_but_rounding(
+    folder: RunFolder, trained: Evaluator
+) -> None:
+    config = folder.config()
+    folded = fold(trained._model.module)
+    assert not any("Norm" in type(m).__name__ for m in folded.modules())
+    batches = SplitBatches(config.model_spec(), config.data.data, config.data.eval_split)
+    with torch.inference_mode():
+        for inputs, _ in batches():
+            torch.testing.assert_close(
+                folded(inputs), trained._model.module(inputs), rtol=1e-4, atol=1e-4
+            )
