@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cluster.errors import UserError
+from paramserver.policy import StalenessPolicy
 from paramserver.rules import Regulariser, check_fraction, make_rule
 from paramserver.schedule import Schedule
 from paramserver.state import UpdateConfig
@@ -84,6 +85,8 @@ class ServerConfig:
     """The learning rate."""
     statistics: StatisticsRule = field(default_factory=StatisticsRule)
     """How BN statistics are aggregated."""
+    policy: StalenessPolicy = field(default_factory=StalenessPolicy)
+    """What is done about staleness."""
 
     def __post_init__(self) -> None:
         if self.partitions < 1:
@@ -197,6 +200,7 @@ class RunConfig:
             regulariser=Regulariser(weight_decay=server.weight_decay, clip_norm=server.clip_norm),
             schedule=server.schedule,
             statistics=server.statistics,
+            policy=server.policy,
             batches_per_epoch=plan.num_batches,
             epoch_examples=plan.num_rows,
         )

@@ -261,6 +261,7 @@ def make_result(
         "batches_applied": min(r.batches_applied for r in reports),
         "batches_duplicate": sum(r.pushes_duplicate for r in reports),
         "batches_refused": outcome.refused,
+        "pushes_dropped": sum(r.pushes_dropped for r in reports),
         "exactly_once": outcome.exactly_once,
         "process_restarts": outcome.restarts,
     }

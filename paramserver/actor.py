@@ -29,6 +29,7 @@ class PartitionReport:
     batches_applied: int
     batches_refused: int
     pushes_duplicate: int
+    pushes_dropped: int
     pushes_malformed: int
     staleness: dict[int, list[int]]
     """Counts of each staleness from 0 on, by replica."""

@@ -45,11 +45,16 @@ class Outcome(enum.IntEnum):
     """Some of the push's mini-batches are held and some are not; nothing was changed."""
     REFUSED_UNKNOWN = 6
     """A mini-batch, mailbox or version that does not exist; nothing was changed."""
+    REFUSED_STALE = 7
+    """Dropped by the staleness policy: to be computed again; nothing was changed."""
 
     @property
     def settled(self) -> bool:
         """Whether the partition has now taken note of the mini-batches for good."""
-        return self not in (Outcome.REFUSED_MIXED, Outcome.REFUSED_UNKNOWN)
+        return self not in _UNSETTLED
+
+
+_UNSETTLED = (Outcome.REFUSED_MIXED, Outcome.REFUSED_UNKNOWN, Outcome.REFUSED_STALE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

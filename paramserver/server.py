@@ -55,9 +55,13 @@ class _Command(Generic[T]):
 
     def run(self, state: PartitionState) -> None:
         try:
-            self.future.set_result(self._function(state))
-        except Exception as error:
+            result = self._function(state)
+        except BaseException as error:
             self.future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self.future.set_result(result)
 
 
 class PartitionServer:

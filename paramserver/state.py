@@ -20,10 +20,14 @@ from paramserver.applied import APPLIED, REFUSED, WAITING, AppliedSet
 from paramserver.errors import BadConfiguration, BadSnapshot
 from paramserver.messages import Outcome, Push
 from paramserver.partition import Partition
+from paramserver.policy import APPLY, Decision, StalenessPolicy
 from paramserver.rules import Momentum, Regulariser, Rule
 from paramserver.schedule import Schedule
 from paramserver.staleness import StalenessRecord
 from paramserver.statistics import BatchStatistics, StatisticsRule
+
+MEAN_WEIGHT = 0.01
+"""Weight of a new observation in the moving average of staleness."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class UpdateConfig:
     """The learning rate, by examples applied."""
     statistics: StatisticsRule = field(default_factory=StatisticsRule)
     """How BN moments are merged."""
+    policy: StalenessPolicy = field(default_factory=StalenessPolicy)
+    """What is done about staleness."""
     batches_per_epoch: int
     """q, mini-batches in an epoch."""
     epoch_examples: int
@@ -78,6 +84,8 @@ class PartitionState:
         self.examples = 0
         self.applied = AppliedSet(config.batches_per_epoch)
         self.staleness = StalenessRecord()
+        self.mean_staleness = 0.0
+        """Moving average of the staleness of applied pushes, in versions."""
         self.rule_state = config.rule.init(partition.num_parameters)
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
         self.outcomes: Counter[Outcome] = Counter()
@@ -108,12 +116,18 @@ class PartitionState:
         `current`; where there is none, `into` is left as it is or holds rubbish.
         """
         outcome = self.judge(push)
-        if outcome is Outcome.APPLIED and not self._finite(gradient, moments):
-            outcome = Outcome.REFUSED_GRADIENT
+        staleness, decision = self.version - push.version, APPLY
+        if outcome is Outcome.APPLIED:
+            decision = self.config.policy.decide(staleness, self.mean_staleness)
+            if decision.dropped:
+                outcome = Outcome.REFUSED_STALE
+            elif not self._finite(gradient, moments):
+                outcome = Outcome.REFUSED_GRADIENT
         self.outcomes[outcome] += 1
         if outcome is Outcome.APPLIED:
-            self._update(gradient, moments, push.gradient_norm, into)
-            self.staleness.add(push.replica, self.version - push.version)
+            self._update(gradient, moments, push.gradient_norm, decision, into)
+            self.staleness.add(push.replica, staleness)
+            self.mean_staleness += MEAN_WEIGHT * (staleness - self.mean_staleness)
             self.version += 1
             self.examples += push.examples
             for batch in push.batches:
@@ -135,10 +149,13 @@ class PartitionState:
             return False
         return not moments.numel() or math.isfinite(float(moments.sum()))
 
-    def _update(self, gradient: Tensor, moments: Tensor, norm: float, into: Version) -> None:
+    def _update(
+        self, gradient: Tensor, moments: Tensor, norm: float, decision: Decision, into: Version
+    ) -> None:
         config, current = self.config, self.current
         config.regulariser.apply(gradient, current.weights, self.partition.num_decayed, norm)
-        config.rule.update(current.weights, gradient, self.rule_state, self.rate(), into.weights)
+        rate = self.rate() * decision.scale
+        config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
         if self.partition.num_features:
             source = current.statistics
             for batch_moments in moments:
@@ -152,6 +169,7 @@ class PartitionState:
             "batches_applied": self.applied.num_applied,
             "batches_refused": self.applied.num_refused,
             "pushes_duplicate": self.outcomes[Outcome.DUPLICATE],
+            "pushes_dropped": self.outcomes[Outcome.REFUSED_STALE],
             "pushes_malformed": self.outcomes[Outcome.REFUSED_MIXED]
             + self.outcomes[Outcome.REFUSED_UNKNOWN],
         }
@@ -166,6 +184,7 @@ class PartitionState:
             "applied": applied_meta,
             "statistics": statistics_meta,
             "staleness": {str(r): c for r, c in self.staleness.dump().items()},
+            "mean_staleness": self.mean_staleness,
             "outcomes": {o.name: n for o, n in sorted(self.outcomes.items())},
             "refusals": {str(r): n for r, n in sorted(self.refusals.items())},
         }
@@ -212,6 +231,7 @@ class PartitionState:
 
     def _load(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.version, self.examples = int(meta["version"]), int(meta["examples"])
+        self.mean_staleness = float(meta["mean_staleness"])
         into = {"weights": self.current.weights, "statistics": self.current.statistics}
         into |= {f"rule.{name}": value for name, value in self.rule_state.items()}
         for name, value in into.items():
@@ -233,6 +253,7 @@ class PartitionState:
     def check(self) -> None:
         """Assert the invariants."""
         self.applied.check()
+        assert 0 <= self.mean_staleness < math.inf
         assert self.version == self.outcomes[Outcome.APPLIED] == self.staleness.all().total
         assert self.version <= self.applied.num_applied
         assert self.examples >= 0

@@ -1,5 +1,6 @@
 """The whole system on threads: real partitions, sockets and shared memory; scripted faults."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cluster.display import Progress
 from cluster.errors import user_message
 from cluster.run_folder import RunFolder
 from paramserver.applied import APPLIED, REFUSED
+from paramserver.policy import StalenessPolicy
 from shuffler.lease import Lease
 from shuffler.records import Dataset
 from tests.inprocess import tiny
@@ -93,6 +95,19 @@ def test_pushing_and_fetching_every_few_steps(
     run.assert_exactly_once(outcome)
     windows = -(-run.plan.num_batches // 6)
     assert outcome.reports[0].version <= 2 * (run.plan.num_batches // n_push + windows)
+
+
+def test_mini_batches_that_are_too_stale_are_computed_again(tmp_path: Path, data: str) -> None:
+    config = tiny.config(data, replicas=4, concurrent_steps=5)
+    policy = StalenessPolicy(staleness_policy="drop", staleness_bound=12)
+    config = dataclasses.replace(config, server=dataclasses.replace(config.server, policy=policy))
+    run = Run(tmp_path / "run", config)
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    assert sum(r.pushes_dropped for r in outcome.reports) > 0
+    for report in outcome.reports:
+        for counts in report.staleness.values():
+            assert len(counts) <= 13  # none beyond the bound was applied
 
 
 def test_a_process_that_dies_costs_only_its_unfinished_mini_batches(
@@ -233,8 +248,6 @@ def test_an_image_that_does_not_decode_ends_the_run_in_a_line(tmp_path: Path) ->
 
 def test_processes_that_keep_dying_end_the_run_with_a_remedy(tmp_path: Path, data: str) -> None:
     config = tiny.config(data)
-    import dataclasses
-
     config = dataclasses.replace(
         config, replicas=dataclasses.replace(config.replicas, max_restarts=2)
     )

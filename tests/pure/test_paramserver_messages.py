@@ -153,4 +153,8 @@ def test_an_outcome_that_there_is_not(outcome: int) -> None:
 
 
 def test_which_outcomes_settle() -> None:
-    assert {o for o in Outcome if not o.settled} == {Outcome.REFUSED_MIXED, Outcome.REFUSED_UNKNOWN}
+    assert {o for o in Outcome if not o.settled} == {
+        Outcome.REFUSED_MIXED,
+        Outcome.REFUSED_UNKNOWN,
+        Outcome.REFUSED_STALE,
+    }

@@ -396,7 +396,11 @@ class TestLoading:
     def test_anything_of_another_kind(self, value: object) -> None:
         meta, tensors = self.used().dump()
         for name in meta:
-            possible = {"refusals": [{}, {"0": 1}], "examples": [1]}.get(name, [meta[name]])
+            possible = {
+                "refusals": [{}, {"0": 1}],
+                "examples": [1],
+                "mean_staleness": [1],
+            }.get(name, [meta[name]])
             if value not in possible:
                 self.load({**meta, name: value}, tensors)
 

@@ -1,7 +1,6 @@
 """The server's BN statistics after real training, against Algorithm 2; and folding them in."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest

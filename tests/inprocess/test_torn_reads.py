@@ -1,0 +1,357 @@
+"""A copy of the weights is of one version, whole, whatever the writer does meanwhile.
+
+Once by hand, step by step, and once with readers in processes of their own. Either way a reader
+without the second look at the stamp does the same beside it, and must be seen to go wrong: these
+tests can fail.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from paramserver.client import ParameterClient
+from paramserver.errors import DeadlineExceeded
+from paramserver.messages import KEY_BYTES
+from paramserver.partition import split
+from paramserver.rules import SGD
+from paramserver.schedule import Schedule
+from paramserver.server import PartitionServer
+from paramserver.state import UpdateConfig
+from paramserver.transport import memory
+from paramserver.transport.memory import PublishedWeights, WeightsReader
+
+torch.set_num_threads(1)
+
+DEADLINE_S = 30.0
+
+
+class Writer:
+    """Publishes versions of which every element says which version it belongs to."""
+
+    def __init__(self, num_parameters: int, num_features: int, num_slots: int) -> None:
+        self.shape = num_parameters, num_features, num_slots
+        self.published = PublishedWeights(*self.shape)
+        self.version = 0
+
+    def write(self) -> None:
+        slot = self.published.begin()
+        self.version += 1
+        slot.weights.fill_(self.version)
+        slot.statistics.fill_(self.version)
+        self.published.commit(self.version)
+
+    def half_write(self) -> None:
+        """Begin the next version, and die over it."""
+        slot = self.published.begin()
+        slot.weights[: len(slot.weights) // 2].fill_(self.version + 1)
+
+    def reader(self, kind: type[WeightsReader] = WeightsReader) -> WeightsReader:
+        return kind(os.dup(self.published.fd), *self.shape)
+
+
+class Hooked:
+    """A sequence, some of whose look-ups let the writer in first."""
+
+    def __init__(self, items: Any, hook: Callable[[], None]) -> None:
+        self._items, self._hook = items, hook
+
+    def __getitem__(self, index: int) -> Any:
+        self._hook()
+        return self._items[index]
+
+
+class Careless(WeightsReader):
+    """Takes every copy: the second look at the stamp finds what the first one found."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._header = FirstLook(self._header)  # type: ignore[assignment]
+
+    def read(self, *arguments: Any) -> int:
+        self._header.found.clear()  # type: ignore[attr-defined]
+        return super().read(*arguments)
+
+
+class FirstLook:
+    """The header as each place of it was when it was looked at first."""
+
+    def __init__(self, header: Any) -> None:
+        self._header = header
+        self.found: dict[int, int] = {}
+
+    def __getitem__(self, place: int) -> int:
+        if place not in self.found:
+            value = int(self._header[place])
+            if value == memory._VOID:
+                self.found.clear()  # both begin anew
+                return value
+            self.found[place] = value
+        return self.found[place]
+
+
+SLOTS = 4
+
+
+class Interleaved:
+    """A reader and a writer in one thread, who take their steps as the test says."""
+
+    def __init__(self, kind: type[WeightsReader]) -> None:
+        self.writer = Writer(8, 2, SLOTS)
+        for _ in range(5):
+            self.writer.write()
+        self.reader = self.writer.reader(kind)
+        self.weights = np.full(8, -1, np.float32)
+        self.statistics = np.full((2, 2), -1, np.float32)
+
+    def before(self, what: str, steps: Callable[[Writer], None], times: int = 1) -> None:
+        """Run `steps` once the stamp is known, before `_weights` or `_statistics` is copied."""
+        left = [times]
+
+        def hook() -> None:
+            if left[0]:
+                left[0] -= 1
+                steps(self.writer)
+
+        setattr(self.reader, what, Hooked(getattr(self.reader, what), hook))
+
+    def read(self) -> tuple[int, set[float]]:
+        """The version that the reader names, and those that its copy is made of."""
+        version = self.reader.read(self.weights, self.statistics)
+        return version, {*self.weights.tolist(), *self.statistics.flatten().tolist()}
+
+
+def lap(writer: Writer) -> None:
+    for _ in range(SLOTS):
+        writer.write()
+
+
+def nearly_lap(writer: Writer) -> None:
+    for _ in range(SLOTS - 1):
+        writer.write()
+
+
+def lap_and_begin(writer: Writer) -> None:
+    nearly_lap(writer)
+    writer.half_write()
+
+
+@pytest.mark.parametrize("kind", [WeightsReader, Careless])
+def test_nobody_in_between(kind: type[WeightsReader]) -> None:
+    scene = Interleaved(kind)
+    assert scene.read() == (5, {5})
+    scene.writer.write()
+    assert scene.read() == (6, {6})
+    assert scene.reader.torn == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "steps", "latest", "careless"),
+    [
+        # Overwritten between the look at the stamp and the copy: whole, but not what it says.
+        ("_weights", lap, 9, (5, {9})),
+        ("_statistics", lap, 9, (5, {5, 9})),
+        # The writer is in the middle of the slot.
+        ("_weights", lap_and_begin, 8, (5, {9, 5})),
+    ],
+)
+def test_a_reader_that_is_lapped_copies_again(
+    what: str, steps: Callable[[Writer], None], latest: int, careless: tuple[int, set[float]]
+) -> None:
+    scene = Interleaved(WeightsReader)
+    scene.before(what, steps)
+    assert scene.read() == (latest, {latest})
+    assert scene.reader.torn == 1
+
+    scene = Interleaved(Careless)
+    scene.before(what, steps)
+    assert scene.read() == careless, "this test could not have failed"
+
+
+def test_one_version_less_than_a_lap_leaves_the_copy_alone() -> None:
+    scene = Interleaved(WeightsReader)
+    scene.before("_weights", nearly_lap)
+    assert scene.read() == (5, {5})
+    assert scene.reader.torn == 0
+    assert scene.read() == (8, {8})
+
+
+def test_a_version_begun_and_never_finished_is_seen_by_nobody() -> None:
+    scene = Interleaved(WeightsReader)
+    scene.writer.half_write()
+    assert scene.reader.version == 5
+    assert scene.read() == (5, {5})
+    scene.writer.write()  # a push that was refused leaves its slot to the next
+    assert scene.read() == (6, {6})
+    assert scene.reader.torn == 0
+
+
+def test_a_reader_that_is_lapped_for_ever_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MAX_TORN", 20)
+    scene = Interleaved(WeightsReader)
+    scene.before("_weights", lap, times=1000)
+    with pytest.raises(DeadlineExceeded, match="20 copies"):
+        scene.read()
+    assert scene.reader.torn == 20
+
+
+def test_readers_cannot_write_nor_shrink_what_they_read() -> None:
+    writer = Writer(8, 2, SLOTS)
+    reader = writer.reader()
+    with pytest.raises(ValueError, match="read-only"):
+        reader._weights[0][:] = 1
+    for spoil in (
+        lambda: os.write(writer.published.fd, b"x"),
+        lambda: os.ftruncate(writer.published.fd, 0),
+        lambda: mmap.mmap(writer.published.fd, 4096),  # one that could be written to
+    ):
+        with pytest.raises(PermissionError):
+            spoil()
+    writer.published.close()
+    weights = np.empty(8, np.float32)
+    assert reader.read(weights) == 0
+
+
+# --- In processes of their own ------------------------------------------------------------------
+
+NUM_PARAMETERS, NUM_FEATURES = 1 << 18, 64
+ENOUGH = {"reads": 500, "versions": 60, "torn": 60, "careless": 1}
+"""What a reader has to live through before it has shown anything."""
+
+
+def read_in_a_process(fd: int) -> dict[str, int]:
+    """What a reader process does: copies and checks, until both kinds have shown what they do."""
+    shape = NUM_PARAMETERS, NUM_FEATURES, 2
+    careful, careless = WeightsReader(os.dup(fd), *shape), Careless(fd, *shape)
+    weights = np.empty(NUM_PARAMETERS, np.float32)
+    statistics = np.empty((2, NUM_FEATURES), np.float32)
+    found = {**dict.fromkeys(ENOUGH, 0), "mixed": 0, "backwards": 0}
+    latest, give_up_s = -1, time.monotonic() + DEADLINE_S
+    while any(found[what] < least for what, least in ENOUGH.items()):
+        version = careful.read(weights, statistics)
+        whole = (weights == version).all() and (statistics == version).all()
+        found["reads"] += 1
+        found["mixed"] += not whole
+        found["backwards"] += version < latest
+        found["versions"] += version > latest
+        found["torn"] = careful.torn
+        latest = version
+        version = careless.read(weights, statistics)
+        found["careless"] += not ((weights == version).all() and (statistics == version).all())
+        if time.monotonic() > give_up_s:
+            break
+    return found
+
+
+def test_readers_in_other_processes() -> None:
+    # Two slots are the fewest that work: the next version but one overwrites what is being read.
+    writer = Writer(NUM_PARAMETERS, NUM_FEATURES, 2)
+    root = Path(__file__).parents[2]
+    with contextlib.ExitStack() as stack:
+        fd = writer.published.fd
+        readers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, __file__, str(fd)],
+                    pass_fds=[fd],
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, "PYTHONPATH": str(root)},
+                )
+            )
+            for _ in range(2)
+        ]
+        for reader in readers:
+            stack.callback(reader.kill)
+        give_up_s = time.monotonic() + 2 * DEADLINE_S
+        while any(reader.poll() is None for reader in readers):
+            assert time.monotonic() < give_up_s
+            for _ in range(50):
+                writer.write()
+        for reader in readers:
+            assert reader.returncode == 0
+            assert reader.stdout is not None
+            found = json.loads(reader.stdout.read())
+            assert found["mixed"] == 0, found
+            assert found["backwards"] == 0, found
+            assert all(found[what] >= least for what, least in ENOUGH.items()), found
+
+
+def test_pulls_from_a_server_that_is_being_pushed_to() -> None:
+    # Every push takes 1 off every weight, so that a version v is -v everywhere.
+    num_parameters, num_partitions, key = 1 << 17, 2, b"k" * KEY_BYTES
+    config = UpdateConfig(
+        rule=SGD(), schedule=Schedule(learning_rate=1.0), batches_per_epoch=400, epoch_examples=400
+    )
+    parts = split(
+        num_parameters=num_parameters,
+        num_features=0,
+        num_decayed=0,
+        num_partitions=num_partitions,
+    )
+    with contextlib.ExitStack() as stack:
+        servers = [
+            PartitionServer(
+                partition=part,
+                config=config,
+                key=key,
+                weights=torch.zeros(part.num_parameters),
+            ).start()
+            for part in parts
+        ]
+        for server in servers:
+            stack.callback(server.stop)
+        endpoints = [server.endpoint for server in servers]
+        pushing = ParameterClient(endpoints, key=key, num_mailboxes=1)
+        pulling = [ParameterClient(endpoints, key=key) for _ in range(2)]
+        for client in (pushing, *pulling):
+            stack.callback(client.close)
+        assert pushing.mailboxes is not None
+        wrong: list[list[int]] = []
+        pulls = [0, 0]
+
+        def pull(me: int) -> None:
+            weights, versions = np.empty(num_parameters, np.float32), [0, 0]
+            while min(versions) < config.batches_per_epoch and not wrong:
+                pulling[me].pull(weights, versions)
+                pulls[me] += 1
+                for part, version in zip(parts, versions, strict=True):
+                    if not (weights[part.start : part.stop] == -version).all():
+                        wrong.append([me, *versions])
+
+        threads = [threading.Thread(target=pull, args=(me,), daemon=True) for me in range(2)]
+        for thread in threads:
+            thread.start()
+        for batch in range(config.batches_per_epoch):
+            pushing.mailboxes.gradients[0].fill_(1.0)
+            pushing.push(
+                mailbox=0,
+                replica=0,
+                epoch=0,
+                batches=(batch,),
+                examples=1,
+                versions=[batch] * num_partitions,
+                loss=1.0,
+                gradient_norm=1.0,
+            )
+            while pushing.in_flight(0):
+                pushing.wait()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
+        assert wrong == []
+        assert min(pulls) > 1
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(read_in_a_process(int(sys.argv[1])), default=int))
