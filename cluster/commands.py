@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import recipes
-from cluster.config import RunConfig
+from cluster.config import ROOT, RunConfig
 from cluster.errors import UserError
 from cluster.options import ConfigCommand, apply, config_options
 from cluster.run_folder import BEST, CONFIG, MODEL, RESULT, STATUS, RunFolder
@@ -202,6 +204,38 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
     elif status.get("state") != "stopped" and not folder.held():
         status["state"] = "died: `downpour resume` goes on with it"
     return status
+
+
+@downpour.command()
+@click.argument("name", type=click.Choice(["push-pull", "peers", "replicas", "startup", "all"]))
+@click.option("--repeat", default=3, show_default=True, help="Rounds; medians are shown.")
+@click.option("--seconds", default=10.0, show_default=True, help="Seconds that each is measured.")
+@click.option("--only", multiple=True, help="Peers or sizes to run; may be given several times.")
+@click.option("--quick", is_flag=True, help="Only show that it works, in seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: raw output and medians.")
+@click.option("--save", is_flag=True, help="Keep the JSON in benchmarks/results/.")
+def bench(
+    name: str,
+    repeat: int,
+    seconds: float,
+    only: tuple[str, ...],
+    quick: bool,
+    as_json: bool,
+    save: bool,
+) -> int:
+    """Measure NAME, on a machine that does nothing else: the claims of speed behind the docs."""
+    sys.path.append(str(ROOT))  # an installed command knows the distribution's packages only
+    spec = importlib.util.find_spec("benchmarks")
+    if spec is None or spec.origin != str(ROOT / "benchmarks" / "__init__.py"):
+        found = "are not there" if spec is None else f"would come from {spec.origin}"
+        raise UserError(f"the benchmarks of {ROOT} {found}: run `make bench` in a checkout")
+    from benchmarks import suite
+    from benchmarks.harness import Settings
+
+    settings = (
+        Settings.quickly(only) if quick else Settings(repeat=repeat, seconds=seconds, only=only)
+    )
+    return suite.run(name, settings, as_json=as_json, save=save)
 
 
 def _cell(value: Any) -> str:

@@ -7,11 +7,9 @@ to the actors through a `Backend`, and to people through a callback that takes `
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,10 +27,10 @@ from cluster.backend import (
 from cluster.checkpoint import Checkpoint, CheckpointStore, slowest
 from cluster.config import RunConfig, active_replicas
 from cluster.display import Progress
-from cluster.run_folder import BEST, MODEL, STATUS, RunFolder
+from cluster.run_folder import BEST, MODEL, RunFolder
+from cluster.telemetry import Telemetry
 from paramserver.actor import PartitionReport
 from paramserver.applied import REFUSED, WAITING
-from paramserver.staleness import Histogram
 from shuffler.lease import Lease, LeaseBook
 from shuffler.plan import Plan
 from workers.actor import Evaluation
@@ -40,7 +38,6 @@ from workers.replica import WindowReport
 
 REPORT_EVERY_S = 1.0
 CALL_DEADLINE_S = 120.0
-RATE_WINDOW_S = 10.0
 
 
 @dataclass(kw_only=True)
@@ -74,18 +71,6 @@ class Outcome:
     wall_s: float
 
 
-@dataclass(kw_only=True)
-class _Latest:
-    """The newest figures, for progress."""
-
-    reports: dict[int, PartitionReport] = field(default_factory=dict)
-    loss: float | None = None
-    evaluation: Evaluation | None = None
-    best_accuracy: float | None = None
-    history: deque[tuple[float, int, int]] = field(default_factory=deque)
-    """(seconds, updates, examples) of late."""
-
-
 class Controller:
     """Runs one training run on a backend that has its partitions and shufflers up."""
 
@@ -112,8 +97,14 @@ class Controller:
         self._store = store
         self._show = show
         self._clock = clock
-        self._began_s = clock() if began_s is None else began_s
-        self._elapsed_before_s = resumed.elapsed_s if resumed else 0.0
+        self._telemetry = Telemetry(
+            config=config,
+            plan=plan,
+            folder=folder,
+            clock=clock,
+            began_s=clock() if began_s is None else began_s,
+            elapsed_before_s=resumed.elapsed_s if resumed else 0.0,
+        )
         self._checkpoint_number = max([0, *store.numbers()])
         self._resumed = resumed
         self._processes = [_Process(replicas=r) for r in backend.processes]
@@ -121,16 +112,14 @@ class Controller:
         self._holding: dict[int, int] = dict.fromkeys(self._process_of, 0)
         self._live: set[int] = set()
         self._tickets: dict[Ticket, Callable[[Done], None]] = {}
-        self._latest = _Latest()
         self._stop_reason: str | None = None
         self._phase = "starting the replicas"
         self._evaluator_started = self._evaluator_ready = False
         self._evaluator_restarts = 0
-        self._num_evaluations = 0
         self._all_replicas_at: float | None = None
         self._next_report_s = self._next_evaluation_s = clock()
         self._next_checkpoint_s = clock() + config.policy.checkpoint_every_s
-        self._refused: set[tuple[int, int]] = set()
+        self._reports: dict[int, PartitionReport] = {}
         self._reporting: set[int] = set()
         self._evaluating = False
         self._snapshots: dict[int, Any] | None = None
@@ -194,20 +183,18 @@ class Controller:
         return handle
 
     def _on_trained(self, replica: int, lease: Lease, report: WindowReport) -> None:
-        if report.mean_loss is not None:
-            self._latest.loss = report.mean_loss
+        self._telemetry.trained(report)
         if report.unsettled:
             self._reconcile(lease)
         else:
             self._book.complete(lease.id, replica)
-        self._refused |= {(report.epoch, batch) for batch in report.refused}
-        policy = self._config.policy
+        policy, num_refused = self._config.policy, len(self._telemetry.refused)
         bound = 0 if policy.on_refusal == "stop" else policy.max_refused
-        if bound is not None and len(self._refused) > bound and self._stop_reason is None:
+        if bound is not None and num_refused > bound and self._stop_reason is None:
             batch = next(iter(report.refused), None)
             named = "" if batch is None else f", the last of them (epoch {report.epoch}, {batch})"
             self._stop_reason = (
-                f"{len(self._refused)} mini-batches were refused for a loss or gradient that is "
+                f"{num_refused} mini-batches were refused for a loss or gradient that is "
                 f"not finite{named} from replica {replica}: lower --learning-rate, or raise "
                 "--max-refused"
             )
@@ -279,7 +266,7 @@ class Controller:
             self._ask_reports()
         if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
             self._next_evaluation_s = now + self._config.policy.evaluate_every_s
-            self._evaluate(self._latest.best_accuracy, BEST)
+            self._evaluate(self._telemetry.best_accuracy, BEST)
         if now >= self._next_checkpoint_s and self._snapshots is None:
             self._next_checkpoint_s = now + self._config.policy.checkpoint_every_s
             self._checkpoint()
@@ -295,9 +282,9 @@ class Controller:
             raise self._failure(done.error)
         report: PartitionReport = done.value
         self._reporting.discard(report.index)
-        self._latest.reports[report.index] = report
+        self._reports[report.index] = report
         if not self._reporting:
-            self._note()
+            self._tell()
 
     def _evaluate(self, best: float | None, name: str) -> None:
         """Score the current weights; keep them under `name` if they beat `best`."""
@@ -310,25 +297,9 @@ class Controller:
             elif done.error is not None:
                 raise self._failure(done.error)
             else:
-                self._on_evaluation(done.value)
+                self._telemetry.evaluated(done.value)
 
         self._tickets[self._backend.evaluate(best, str(self._folder.path / name))] = handle
-
-    def _on_evaluation(self, evaluation: Evaluation) -> None:
-        latest = self._latest
-        latest.evaluation = evaluation
-        self._num_evaluations += 1
-        accuracy = evaluation.score.accuracy
-        latest.best_accuracy = max(latest.best_accuracy or 0.0, accuracy)
-        self._folder.append_metrics(
-            {
-                "time_s": round(self._elapsed_s(), 3),
-                "updates": min(evaluation.versions),
-                "epoch": self._epochs_done(),
-                "accuracy": accuracy,
-                "evaluation_loss": evaluation.score.loss,
-            }
-        )
 
     def _checkpoint(self) -> None:
         self._checkpoint_number += 1
@@ -356,7 +327,7 @@ class Controller:
             Checkpoint(
                 number=number,
                 updates=slowest(in_order),
-                elapsed_s=self._elapsed_s(),
+                elapsed_s=self._telemetry.elapsed_s,
                 files=in_order,
             )
         )
@@ -388,7 +359,7 @@ class Controller:
         for epoch in epochs:
             settled = np.logical_and.reduce([f[epoch] != WAITING for f in flags])
             refused = np.logical_or.reduce([f[epoch] == REFUSED for f in flags])
-            self._refused |= {(epoch, int(b)) for b in np.flatnonzero(refused)}
+            self._telemetry.refused |= {(epoch, int(b)) for b in np.flatnonzero(refused)}
             if settled.any():
                 done[epoch] = settled
         self._book = LeaseBook(
@@ -419,88 +390,15 @@ class Controller:
             )
         return error
 
-    # What people see
-
-    def _elapsed_s(self) -> float:
-        return self._elapsed_before_s + self._clock() - self._began_s
-
-    def _epochs_done(self) -> float:
-        reports = self._latest.reports.values()
-        if not reports:
-            return 0.0
-        return round(min(r.examples for r in reports) / self._plan.num_rows, 4)
-
-    def _note(self) -> None:
-        """A new set of reports has come in: work out rates, and write a line of metrics."""
-        latest = self._latest
-        reports = list(latest.reports.values())
-        updates = min(r.version for r in reports)
-        examples = min(r.examples for r in reports)
-        now = self._clock()
-        history = latest.history
-        history.append((now, updates, examples))
-        while len(history) > 2 and now - history[0][0] > RATE_WINDOW_S:
-            history.popleft()
-        staleness = merged_staleness(reports).summary()
-        values: dict[str, Any] = {
-            "time_s": round(self._elapsed_s(), 3),
-            "updates": updates,
-            "examples": examples,
-            "epoch": self._epochs_done(),
-            "updates_per_s": self._rates()[0],
-            "learning_rate": reports[0].rate,
-            "staleness_mean": round(staleness["mean"], 2),
-            "staleness_p99": staleness["p99"],
-            "replicas": self._alive(),
-            "duplicates": sum(r.pushes_duplicate for r in reports),
-            "refused": len(self._refused),
-        }
-        if latest.loss is not None and math.isfinite(latest.loss):
-            values["loss"] = round(latest.loss, 6)
-        self._folder.append_metrics(values)
-        self._folder.write_json(STATUS, {"state": self._phase, "at": time.time(), **values})
-
-    def _rates(self) -> tuple[float | None, float | None]:
-        history = self._latest.history
-        if len(history) < 2 or history[-1][0] <= history[0][0]:
-            return None, None
-        seconds = history[-1][0] - history[0][0]
-        return (
-            round((history[-1][1] - history[0][1]) / seconds, 1),
-            round((history[-1][2] - history[0][2]) / seconds, 1),
-        )
+    def _tell(self) -> None:
+        reports = self._reports.values()
+        self._telemetry.reported(reports, phase=self._phase, alive=self._alive())
 
     def _alive(self) -> int:
         return sum(len(p.replicas) for p in self._processes if p.ready)
 
     def _progress(self) -> None:
-        latest, policy = self._latest, self._config.policy
-        reports = list(latest.reports.values())
-        updates_per_s, examples_per_s = self._rates()
-        staleness = merged_staleness(reports).summary() if reports else {}
-        examples = min((r.examples for r in reports), default=0)
-        self._show(
-            Progress(
-                elapsed_s=self._elapsed_s(),
-                phase=self._phase,
-                epoch=min(policy.epochs, int(self._epochs_done()) + 1),
-                epochs=policy.epochs,
-                examples=examples,
-                total_examples=policy.epochs * self._plan.num_rows,
-                updates=min((r.version for r in reports), default=0),
-                updates_per_s=updates_per_s,
-                examples_per_s=examples_per_s,
-                loss=latest.loss,
-                accuracy=latest.evaluation.score.accuracy if latest.evaluation else None,
-                best_accuracy=latest.best_accuracy,
-                staleness_mean=staleness.get("mean"),
-                staleness_p99=staleness.get("p99"),
-                replicas_alive=self._alive(),
-                replicas=self._config.replicas.replicas,
-                duplicates=sum(r.pushes_duplicate for r in reports),
-                refused=len(self._refused),
-            )
-        )
+        self._show(self._telemetry.progress(phase=self._phase, alive=self._alive()))
 
     # The end
 
@@ -514,22 +412,22 @@ class Controller:
         reports = [
             self._result(self._backend.report(i)) for i in range(self._backend.num_partitions)
         ]
-        self._latest.reports = {r.index: r for r in reports}
-        self._note()
+        self._reports = {r.index: r for r in reports}
+        self._tell()
         self._progress()
         if finished:
             self._final_evaluation()
         return Outcome(
             finished=finished,
             reports=reports,
-            evaluation=self._latest.evaluation,
-            best_accuracy=self._latest.best_accuracy,
+            evaluation=self._telemetry.evaluation,
+            best_accuracy=self._telemetry.best_accuracy,
             exactly_once=finished and self._exactly_once(),
-            refused=len(self._refused),
+            refused=len(self._telemetry.refused),
             restarts=sum(p.restarts for p in self._processes),
             all_replicas_at=self._all_replicas_at,
-            elapsed_s=self._elapsed_s(),
-            wall_s=self._clock() - self._began_s,
+            elapsed_s=self._telemetry.elapsed_s,
+            wall_s=self._telemetry.wall_s,
         )
 
     def _await_checkpoint(self) -> None:
@@ -543,10 +441,10 @@ class Controller:
             self._start_evaluator()  # the run was over before all of its replicas were up
         while self._evaluating:  # of weights that were not the last
             self._turn(1.0)
-        paths = {BEST: self._latest.best_accuracy, MODEL: None}
+        paths = {BEST: self._telemetry.best_accuracy, MODEL: None}
         for name, best in paths.items():
-            wanted = self._num_evaluations + 1
-            while self._num_evaluations < wanted:
+            wanted = self._telemetry.num_evaluations + 1
+            while self._telemetry.num_evaluations < wanted:
                 if self._evaluator_ready and not self._evaluating:
                     self._evaluate(best, name)
                 self._turn(1.0)
@@ -557,9 +455,7 @@ class Controller:
         none refused as often as it has versions.
         """
         epochs = tuple(range(self._config.policy.epochs))
-        for flags, report in zip(
-            self._all_flags(epochs), self._latest.reports.values(), strict=True
-        ):
+        for flags, report in zip(self._all_flags(epochs), self._telemetry.reports, strict=True):
             if any((flags[epoch] == WAITING).any() for epoch in epochs):
                 return False
             if report.batches_applied + report.batches_refused != len(epochs) * len(flags[0]):
@@ -570,12 +466,3 @@ class Controller:
     def stop_reason(self) -> str | None:
         """Why the run was asked to stop, if it was."""
         return self._stop_reason
-
-
-def merged_staleness(reports: list[PartitionReport]) -> Histogram:
-    """The staleness of every push applied on every partition."""
-    whole = Histogram()
-    for report in reports:
-        for counts in report.staleness.values():
-            whole = whole.merge(Histogram(counts))
-    return whole

@@ -17,11 +17,12 @@ import numpy as np
 from cluster.backend import RunFailed
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig, processors
-from cluster.controller import Controller, Outcome, merged_staleness
+from cluster.controller import Controller, Outcome
 from cluster.display import Progress, TrainingDisplay, print_result
 from cluster.errors import UserError
 from cluster.report import plot_run
 from cluster.run_folder import DATA, RESULT, STATUS, RunFolder
+from cluster.telemetry import merged_staleness
 from models.layout import Layout
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split

@@ -50,13 +50,13 @@ def mnist_bn() -> RunConfig:
             rule="momentum",
             momentum=0.9,
             weight_decay=1e-4,
-            schedule=Schedule(learning_rate=0.2, decay_factor=0.84, warmup_epochs=0.25),
+            schedule=Schedule(learning_rate=0.15, decay_factor=0.84, warmup_epochs=0.25),
         ),
         replicas=ReplicaConfig(
             replicas=10,
             steps=StepConfig(concurrent_steps=5),
             warm_start_epochs=1,
-            ramp_epochs=6,
+            ramp_epochs=8,
         ),
         policy=PolicyConfig(epochs=20),
     )
