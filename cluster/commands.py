@@ -69,11 +69,15 @@ def train(
     from cluster import launch
 
     config = apply(recipes.find(recipe), given)
-    launch.check(config)
+    launch.check_data(config)
     folder = RunFolder.create(runs / (name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config)
-    return launch.train(
-        folder, resume=False, address=address, dashboard=dashboard, console=Console(stderr=True)
-    )
+    try:
+        return launch.train(
+            folder, resume=False, address=address, dashboard=dashboard, console=Console(stderr=True)
+        )
+    except Exception:
+        folder.discard_if_unused()
+        raise
 
 
 @downpour.command()
@@ -224,7 +228,8 @@ def bench(
     save: bool,
 ) -> int:
     """Measure NAME, on a machine that does nothing else: the claims of speed behind the docs."""
-    sys.path.append(str(ROOT))  # an installed command knows the distribution's packages only
+    if str(ROOT) not in sys.path:  # the installed command knows the distribution's packages only
+        sys.path.append(str(ROOT))
     spec = importlib.util.find_spec("benchmarks")
     if spec is None or spec.origin != str(ROOT / "benchmarks" / "__init__.py"):
         found = "are not there" if spec is None else f"would come from {spec.origin}"

@@ -8,24 +8,30 @@ What belongs to a package is configured by that package's own dataclasses.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cluster.errors import UserError
 from paramserver.policy import StalenessPolicy
 from paramserver.rules import Regulariser, check_fraction, make_rule
 from paramserver.schedule import Schedule
-from paramserver.state import UpdateConfig
 from paramserver.statistics import StatisticsRule
+from paramserver.transport.access import TransportName
+from paramserver.transport.compress import WireDtypeName
+from paramserver.transport.greeting import NODE
 from shuffler.decode import ImageSpec
 from shuffler.keys import stream_key
 from shuffler.plan import Plan
 from workers.spec import ModelSpec, StepConfig
+
+if TYPE_CHECKING:
+    from paramserver.state import UpdateConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -68,6 +74,41 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """How replicas and partitions reach each other."""
+
+    transport: TransportName = "auto"
+    """Shared memory within a machine and the network between machines, or one of the two always."""
+    encrypt: bool = True
+    """Whether what goes over the network is encrypted; peers are authenticated in any case."""
+    wire_dtype: WireDtypeName = "float32"
+    """How gradients go over the network; 16 bits are with error feedback."""
+    listen: str = "auto"
+    """Address that partitions listen on: `auto` is loopback on a single node, and the address by
+    which Ray knows the node in a cluster of several."""
+
+    def __post_init__(self) -> None:
+        if self.listen != "auto":
+            try:
+                ipaddress.ip_address(self.listen)
+            except ValueError:
+                raise ValueError(
+                    f"listen is {self.listen!r}: give auto, or an IP address of the machine"
+                ) from None
+
+    def listens_on(self, num_nodes: int) -> str | None:
+        """Where partitions listen in a cluster of so many nodes; None for nowhere.
+
+        `NODE` stands for the node's address.
+        """
+        if self.transport == "shared" or (self.transport == "auto" and num_nodes == 1):
+            return None
+        if self.listen != "auto":
+            return self.listen
+        return "127.0.0.1" if num_nodes == 1 else NODE
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """The parameter server."""
 
@@ -87,6 +128,8 @@ class ServerConfig:
     """How BN statistics are aggregated."""
     policy: StalenessPolicy = field(default_factory=StalenessPolicy)
     """What is done about staleness."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """How replicas reach it."""
 
     def __post_init__(self) -> None:
         if self.partitions < 1:
@@ -194,6 +237,8 @@ class RunConfig:
 
     def update_config(self, plan: Plan) -> UpdateConfig:
         """What the partitions are told."""
+        from paramserver.state import UpdateConfig
+
         server = self.server
         return UpdateConfig(
             rule=make_rule(server.rule, server.momentum),

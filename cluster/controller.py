@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,14 @@ from cluster.config import RunConfig, active_replicas
 from cluster.display import Progress
 from cluster.run_folder import BEST, MODEL, RunFolder
 from cluster.telemetry import Telemetry
-from paramserver.actor import PartitionReport
 from paramserver.applied import REFUSED, WAITING
 from shuffler.lease import Lease, LeaseBook
 from shuffler.plan import Plan
-from workers.actor import Evaluation
-from workers.replica import WindowReport
+
+if TYPE_CHECKING:
+    from paramserver.actor import PartitionReport
+    from workers.actor import Evaluation
+    from workers.replica import WindowReport
 
 REPORT_EVERY_S = 1.0
 CALL_DEADLINE_S = 120.0

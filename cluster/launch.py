@@ -9,21 +9,22 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.backend import RunFailed
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig, processors
-from cluster.controller import Controller, Outcome
 from cluster.display import Progress, TrainingDisplay, print_result
 from cluster.errors import UserError
 from cluster.report import plot_run
 from cluster.run_folder import DATA, RESULT, STATUS, RunFolder
 from cluster.telemetry import merged_staleness
-from models.layout import Layout
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
 from shuffler.decode import decode
@@ -31,31 +32,51 @@ from shuffler.plan import Plan
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
 
+if TYPE_CHECKING:
+    from cluster.controller import Controller, Outcome
+    from cluster.ray_backend import RayBackend
 
-def check(config: RunConfig) -> tuple[Plan, str]:
-    """Open the data and lay out the plan and the partitions: every error that can be had early.
 
-    Gives the plan, and the fingerprint of the training split.
-    """
-    spec = config.model_spec()
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What opening the data tells."""
+
+    plan: Plan
+    fingerprint: str
+    """Of the training split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What building the model tells."""
+
+    partitions: tuple[Partition, ...]
+    weights: npt.NDArray[np.float32]
+    """Initial weights, [P]."""
+
+
+def check_data(config: RunConfig) -> _Data:
+    """Open both splits, decode a row of each, and lay out the plan."""
     for split_name in (config.data.eval_split, config.data.train_split):
         dataset = Dataset.open(config.data.data, split_name)
-        with contextlib.closing(RowReader(dataset, num_classes=spec.num_classes)) as reader:
+        num_classes = config.model.num_classes
+        with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
             first = np.zeros(1, np.int64)
-            decode(reader.take(first), spec.image, rows=first)
-    plan = config.plan(dataset.num_rows)
-    partitions_of(config, spec.build_flat().layout)
-    return plan, dataset.fingerprint
+            decode(reader.take(first), config.model.image, rows=first)
+    return _Data(plan=config.plan(dataset.num_rows), fingerprint=dataset.fingerprint)
 
 
-def partitions_of(config: RunConfig, layout: Layout) -> tuple[Partition, ...]:
-    """How the model is cut."""
-    return split(
+def build_model(config: RunConfig) -> _Model:
+    """Initial weights, and how they are cut. This is what imports PyTorch."""
+    model = config.model_spec().build_flat("cpu")
+    layout = model.layout
+    partitions = split(
         num_parameters=layout.num_parameters,
         num_features=layout.num_features,
         num_decayed=layout.decayed,
         num_partitions=config.server.partitions,
     )
+    return _Model(partitions=partitions, weights=model.weights.numpy())
 
 
 def train(
@@ -66,61 +87,65 @@ def train(
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     config = folder.config()
     with folder.locked():
+        data = check_data(config)
+        _check_data_unchanged(folder, data.fingerprint)
         store = CheckpointStore(folder.checkpoints_uri)
         resumed = _find_checkpoint(folder, store, console) if resume else None
-        plan, fingerprint = check(config)
-        _check_data(folder, fingerprint)
-        with TrainingDisplay(folder.name, console=console) as display:
+        with (
+            ThreadPoolExecutor(1) as pool,
+            TrainingDisplay(folder.name, console=console) as display,
+        ):
             display.update(Progress(elapsed_s=time.time() - began_at, phase="starting Ray"))
+            # Importing PyTorch takes as long as half of Ray's start, which mostly waits.
+            building = pool.submit(build_model, config)
             with _ray(address=address, dashboard=dashboard) as dashboard_url:
                 if dashboard_url:
                     console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
-                controller, outcome = _run(config, plan, folder, store, resumed, display, began_s)
+                from cluster.controller import Controller
+
+                backend = _backend(config, data.plan, building.result(), resumed, store)
+                controller = Controller(
+                    config=config,
+                    plan=data.plan,
+                    backend=backend,
+                    folder=folder,
+                    store=store,
+                    show=display.update,
+                    resumed=resumed,
+                    began_s=began_s,
+                )
+                try:
+                    with _stop_on_signals(controller):
+                        outcome = controller.run()
+                finally:
+                    backend.stop()
         if outcome.finished:
             return _conclude(folder, config, outcome, began_at, console)
         return _stopped(folder, controller.stop_reason or "stopped", console)
 
 
-def _run(
+def _backend(
     config: RunConfig,
     plan: Plan,
-    folder: RunFolder,
-    store: CheckpointStore,
+    model: _Model,
     resumed: Checkpoint | None,
-    display: TrainingDisplay,
-    began_s: float,
-) -> tuple[Controller, Outcome]:
+    store: CheckpointStore,
+) -> RayBackend:
     from cluster.ray_backend import RayBackend
 
-    model = config.model_spec().build_flat("cpu")
-    backend = RayBackend(
+    return RayBackend(
         config=config,
         plan=plan,
-        partitions=partitions_of(config, model.layout),
-        weights=model.weights.numpy(),
+        partitions=model.partitions,
+        weights=model.weights,
         key=secrets.token_bytes(KEY_BYTES),
         num_processors=processors(),
         resumed=resumed,
         store=store,
     )
-    try:
-        controller = Controller(
-            config=config,
-            plan=plan,
-            backend=backend,
-            folder=folder,
-            store=store,
-            show=display.update,
-            resumed=resumed,
-            began_s=began_s,
-        )
-        with _stop_on_signals(controller):
-            return controller, controller.run()
-    finally:
-        backend.stop()
 
 
-def _check_data(folder: RunFolder, fingerprint: str) -> None:
+def _check_data_unchanged(folder: RunFolder, fingerprint: str) -> None:
     """A run is resumed on the rows that it began with, or mini-batches would not be the same."""
     if not (folder.path / DATA).exists():
         folder.write_json(DATA, {"train_fingerprint": fingerprint})

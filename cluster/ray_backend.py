@@ -7,6 +7,7 @@ made a few times a second at the most. Who decides is `controller`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from ray.exceptions import (
     TaskUnschedulableError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.backend import (
     Done,
@@ -33,12 +35,15 @@ from cluster.backend import (
     Ticket,
 )
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.config import RunConfig, num_processes
+from cluster.config import NetworkConfig, RunConfig, num_processes
 from cluster.errors import user_message
 from paramserver.actor import PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import Partition
+from paramserver.transport.access import Access
+from paramserver.transport.greeting import NetworkListen
 from paramserver.transport.local import Endpoint
+from paramserver.transport.security import issue
 from shuffler.actor import ShufflerActor
 from shuffler.lease import Lease
 from shuffler.plan import Plan
@@ -79,6 +84,17 @@ class RayBackend:
         self._key = key
         self._spec = config.model_spec()
         self.num_partitions = len(partitions)
+        cluster: Any = ray  # these have no types
+        num_nodes = sum(bool(node["Alive"]) for node in cluster.nodes())
+        self._beside_us: Any = "DEFAULT"
+        self._anywhere = "DEFAULT"
+        if num_nodes > 1:
+            num_processors = max(1, int(cluster.cluster_resources().get("CPU", num_processors)))
+            # The run's folder and the data may be this machine's only: what touches them stays.
+            us = ray.get_runtime_context().get_node_id()
+            self._beside_us = NodeAffinitySchedulingStrategy(us, soft=False)
+            self._anywhere = "SPREAD"
+        self._access, listen = _network(config.server.network, num_nodes)
         count = num_processes(config.replicas, num_processors)
         # Replica r is in process r mod count, so that a warm start spreads over all processes.
         self.processes = tuple(
@@ -89,13 +105,18 @@ class RayBackend:
         self._partitions = []
         for partition in partitions:
             if resumed is None:
-                start: tuple[Any, ...] = (weights[partition.start : partition.stop],)
+                start: tuple[Any, ...] = (weights[partition.start : partition.stop], None, None)
             else:
                 file = resumed.files[partition.index]
                 uri = f"{store.folder_uri(resumed.number)}/{file.name}"
                 start = (None, uri, file.sha256)
             self._partitions.append(
-                _start(PartitionActor, 4, partition, update_config, key, *start)
+                _start(
+                    PartitionActor,
+                    4,
+                    *(partition, update_config, key, *start, listen),
+                    scheduling=self._beside_us,
+                )
             )
         self._endpoints: list[Endpoint] | None = None
         self._evaluator: Any = None
@@ -127,14 +148,18 @@ class RayBackend:
             with contextlib.suppress(Exception):
                 ray.kill(old)
         self._process_actors[index] = actor
-        call = actor.connect.remote(self.endpoints(), self._key)
+        call = actor.connect.remote(self.endpoints(), self._key, self._access)
         return self._ticket(call, ProcessLost, f"the process of {self._names(index)}")
 
     def start_evaluator(self) -> Ticket:
         """Start the evaluator; done once it is connected."""
         data = self._config.data
         self._evaluator = _start(
-            EvaluatorActor, 1, self._spec, data.data, data.eval_split, self.endpoints(), self._key
+            EvaluatorActor,
+            1,
+            *(self._spec, data.data, data.eval_split),
+            *(self.endpoints(), self._key, self._access),
+            scheduling=self._beside_us,
         )
         return self._ticket(self._evaluator.ready.remote(), ProcessLost, "the evaluator")
 
@@ -199,12 +224,22 @@ class RayBackend:
         members = self.processes[index]
         steps = self._config.replicas.steps
         windows = len(members) * self._config.replicas.queued_windows
-        return _start(ReplicasActor, windows + 2, members, self._spec, steps, self._threads)
+        return _start(
+            ReplicasActor,
+            windows + 2,
+            *(members, self._spec, steps, self._threads),
+            scheduling=self._anywhere,
+        )
 
     def _spawn_shuffler(self, index: int) -> Any:
         data = self._config.data
         split, num_classes = data.train_split, self._spec.num_classes
-        return _start(ShufflerActor, 2, index, data.data, split, self._plan, num_classes)
+        return _start(
+            ShufflerActor,
+            2,
+            *(index, data.data, split, self._plan, num_classes),
+            scheduling=self._beside_us,
+        )
 
     def _names(self, index: int) -> str:
         return f"replicas {', '.join(map(str, self.processes[index]))}"
@@ -235,11 +270,29 @@ class RayBackend:
         return None
 
 
-def _start(actor: type, max_concurrency: int, *arguments: Any) -> Any:
+def _network(config: NetworkConfig, num_nodes: int) -> tuple[Access, NetworkListen | None]:
+    """How clients reach the partitions, and where those listen; makes keys if need be."""
+    access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
+    host = config.listens_on(num_nodes)
+    if host is None:
+        return access, None
+    if not config.encrypt:
+        return access, NetworkListen(host=host)
+    credentials = issue()
+    return (
+        dataclasses.replace(access, credentials=credentials.clients),
+        NetworkListen(host=host, credentials=credentials.partitions),
+    )
+
+
+def _start(actor: type, max_concurrency: int, *arguments: Any, scheduling: Any) -> Any:
     """Start an actor of this class; does not wait for it."""
     # Ray's overloads know neither the options of actors nor a class that is not spelled out.
     remote: Any = ray.remote
-    return remote(actor).options(num_cpus=0, max_concurrency=max_concurrency).remote(*arguments)
+    options = remote(actor).options(
+        num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling
+    )
+    return options.remote(*arguments)
 
 
 def _translated(error: Exception, lost: type[Exception], what: str) -> Exception:

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,6 +70,11 @@ class RunFolder:
                 f"{path} is not a run folder: it has no {CONFIG}; `downpour status` lists runs"
             )
         return cls(path)
+
+    def discard_if_unused(self) -> None:
+        """Remove the folder where nothing was trained, so that a mistake leaves nothing behind."""
+        if not {entry.name for entry in self.path.iterdir()} - {CONFIG, DATA, ".lock"}:
+            shutil.rmtree(self.path)
 
     @property
     def name(self) -> str:

@@ -10,16 +10,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import RunConfig
 from cluster.display import Progress
 from cluster.run_folder import STATUS, RunFolder
-from paramserver.actor import PartitionReport
 from paramserver.staleness import Histogram
 from shuffler.plan import Plan
-from workers.actor import Evaluation
-from workers.replica import WindowReport
+
+if TYPE_CHECKING:
+    from paramserver.actor import PartitionReport
+    from workers.actor import Evaluation
+    from workers.replica import WindowReport
 
 RATE_WINDOW_S = 10.0
 """Rates are over this long."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from paramserver.partition import Partition
 from paramserver.server import PartitionServer
 from paramserver.snapshot import Snapshot, SnapshotFile
 from paramserver.state import PartitionState, UpdateConfig
+from paramserver.transport.greeting import NODE, NetworkListen
 from paramserver.transport.local import Endpoint
 
 
@@ -57,8 +58,12 @@ class PartitionActor:
         weights: npt.NDArray[np.float32] | None,
         restore_uri: str | None = None,
         restore_sha256: str | None = None,
+        network: NetworkListen | None = None,
     ) -> None:
-        """Serve from `weights`, or from the snapshot at `restore_uri`."""
+        """Serve from `weights`, or from the snapshot at `restore_uri`.
+
+        `network` says where to listen for replicas on other machines; its host may be `NODE`.
+        """
         restore = None
         if restore_uri is not None:
             filesystem, path = pyarrow.fs.FileSystem.from_uri(restore_uri)
@@ -69,6 +74,7 @@ class PartitionActor:
             key=key,
             weights=None if weights is None else torch.from_numpy(weights.copy()),
             restore=restore,
+            network=None if network is None else _on_this_node(network),
         ).start()
         self._updates_before = self._server.call(lambda state: state.version)
 
@@ -117,3 +123,14 @@ class PartitionActor:
     def stop(self) -> None:
         """Stop serving."""
         self._server.stop()
+
+
+def _on_this_node(network: NetworkListen) -> NetworkListen:
+    """`network` with the node's own address wherever one is missing."""
+    if network.host not in (NODE, "0.0.0.0", "::"):
+        return network
+    import ray
+
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    host = address if network.host == NODE else network.host
+    return replace(network, host=host, advertise=address)

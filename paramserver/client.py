@@ -1,7 +1,11 @@
 """A process's way to the parameter server: every partition at once.
 
 One client serves all replicas of a process. It owns the mailboxes, keeps a connection to each
-partition, and knows which mailboxes are waiting for answers from whom. It is used by one thread.
+partition (over shared memory or the network, `transport.access` says which), and knows which
+mailboxes are waiting for answers from whom. It is used by one thread.
+
+A pull is begun and finished apart, so that weights travel while other slots compute. Over shared
+memory the first half does it all: the copy is made at once.
 """
 
 from __future__ import annotations
@@ -10,15 +14,14 @@ import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
 from paramserver.messages import MAX_BATCHES, MAX_MAILBOXES, Outcome, Push
+from paramserver.transport.access import Access, connect
+from paramserver.transport.link import Link, Pull, Weights
 from paramserver.transport.local import Connection, Endpoint
 from paramserver.transport.memory import Mailboxes
 
-Weights = npt.NDArray[np.float32]
+DEFAULT_ACCESS = Access()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,7 @@ class ParameterClient:
         endpoints: Sequence[Endpoint],
         *,
         key: bytes,
+        access: Access = DEFAULT_ACCESS,
         num_mailboxes: int = 0,
         depth: int = 1,
         deadline_s: float = 30.0,
@@ -69,15 +73,27 @@ class ParameterClient:
             else None
         )
         self._deadline_s = deadline_s
-        self._connections: list[Connection] = []
+        self._connections: list[Link] = []
         self._poll = select.poll()
+        self._network_poll = select.poll()
+        self._network: dict[int, Link] = {}
+        self._events: dict[int, int] = {}
+        self._ahead: set[int] = set()
+        """Connections with answers that came while something else was waited for."""
         try:
             for endpoint in endpoints:
-                connection = Connection(
-                    endpoint, key=key, mailboxes=self.mailboxes, deadline_s=deadline_s
+                connection = connect(
+                    endpoint,
+                    key=key,
+                    access=access,
+                    mailboxes=self.mailboxes,
+                    deadline_s=deadline_s,
                 )
                 self._connections.append(connection)
-                self._poll.register(connection.fileno(), select.POLLIN)
+                self._poll.register(connection.fileno(), connection.events)
+                if not isinstance(connection, Connection):
+                    self._network[connection.fileno()] = connection
+                    self._network_poll.register(connection.fileno(), connection.events)
         except BaseException:
             self.close()
             raise
@@ -94,24 +110,54 @@ class ParameterClient:
         return len(self._connections)
 
     @property
+    def num_networked(self) -> int:
+        """How many of them are reached over the network."""
+        return len(self._network)
+
+    @property
     def torn(self) -> int:
         """Copies of weights that were thrown away because the writer had lapped them."""
-        return sum(c.reader.torn for c in self._connections)
+        return sum(c.torn for c in self._connections)
+
+    def start_pull(
+        self, weights: Weights, versions: list[int], statistics: Weights | None = None
+    ) -> Pull:
+        """Ask for the latest weights [P], and the BN statistics [2, F] that belong to them.
+
+        They are in place, and each partition's version in `versions`, once `finish` has returned;
+        until then none of these may be looked at or written to.
+        """
+        pull = Pull(versions)
+        for connection in self._connections:
+            part = connection.partition
+            connection.start_pull(
+                pull,
+                weights[part.start : part.stop],
+                None
+                if statistics is None
+                else statistics[:, part.feature_start : part.feature_stop],
+            )
+        if self._network:
+            self._watch()
+        return pull
+
+    def finish(self, pull: Pull) -> None:
+        """Wait for the rest of a pull; `DeadlineExceeded` where nothing comes any more."""
+        while pull.waiting:
+            for fd, _ in self._wait(self._network_poll):
+                connection = self._network[fd]
+                connection.service()
+                if connection.inbox:
+                    self._ahead.add(fd)
+            self._watch()
 
     def pull(self, weights: Weights, versions: list[int]) -> None:
-        """Copy the latest weights [P]; `versions` receives each partition's version."""
-        for i, connection in enumerate(self._connections):
-            part = connection.partition
-            versions[i] = connection.reader.read(weights[part.start : part.stop])
+        """Get the latest weights [P]; `versions` receives each partition's version."""
+        self.finish(self.start_pull(weights, versions))
 
     def pull_statistics(self, weights: Weights, statistics: Weights, versions: list[int]) -> None:
-        """Copy the latest weights [P] and the BN statistics [2, F] that belong to them."""
-        for i, connection in enumerate(self._connections):
-            part = connection.partition
-            versions[i] = connection.reader.read(
-                weights[part.start : part.stop],
-                statistics[:, part.feature_start : part.feature_stop],
-            )
+        """Get the latest weights [P] and the BN statistics [2, F] that belong to them."""
+        self.finish(self.start_pull(weights, versions, statistics))
 
     def push(
         self,
@@ -144,6 +190,8 @@ class ParameterClient:
                     gradient_norm=gradient_norm,
                 )
             )
+        if self._network:
+            self._watch()
 
     def in_flight(self, mailbox: int) -> bool:
         """Whether answers for this mailbox are still to come."""
@@ -151,13 +199,38 @@ class ParameterClient:
 
     def collect(self, wait_s: float = 0.0) -> list[Settled]:
         """Pushes that all partitions have answered by now; waits up to `wait_s` for an answer."""
+        if self._ahead:
+            return self._settle([])
         return self._settle(self._poll.poll(wait_s * 1000))
 
+    def wait(self) -> list[Settled]:
+        """Wait for something to come, and settle what it settles; it may be only a part of that.
+
+        Raises `DeadlineExceeded` where nothing comes any more.
+        """
+        if self._ahead:
+            return self._settle([])
+        return self._settle(self._wait(self._poll))
+
+    def _wait(self, poll: select.poll) -> list[tuple[int, int]]:
+        while True:
+            moved = sum(c.moved for c in self._network.values())
+            ready = poll.poll(self._deadline_s * 1000)
+            if ready:
+                return ready
+            # A large push or pull tells of itself only when it is through.
+            if sum(c.moved for c in self._network.values()) == moved:
+                raise DeadlineExceeded(f"no partition has answered for {self._deadline_s} s")
+
     def _settle(self, ready: list[tuple[int, int]]) -> list[Settled]:
+        if self._ahead:
+            ready = [*ready, *((fd, 0) for fd in self._ahead)]
+            self._ahead.clear()
         settled: list[Settled] = []
         for fd, _ in ready:
             index, connection = self._by_fd[fd]
-            for answer in connection.answers():
+            connection.service()
+            for answer in connection.inbox:
                 mailbox = answer.mailbox
                 if mailbox >= len(self._waiting) or not self._waiting[mailbox]:
                     raise MalformedMessage(f"an answer for mailbox {mailbox}, which awaits none")
@@ -167,14 +240,19 @@ class ParameterClient:
                     settled.append(
                         Settled(mailbox=mailbox, outcomes=tuple(self._outcomes[mailbox]))
                     )
+            connection.inbox.clear()
+        if ready and self._network:
+            self._watch()
         return settled
 
-    def wait(self) -> list[Settled]:
-        """Wait for at least one answer; `DeadlineExceeded` where none comes."""
-        ready = self._poll.poll(self._deadline_s * 1000)
-        if not ready:
-            raise DeadlineExceeded(f"no partition has answered for {self._deadline_s} s")
-        return self._settle(ready)
+    def _watch(self) -> None:
+        """Wait for sockets to become writable only while there is something to be written."""
+        for fd, connection in self._network.items():
+            events = connection.events
+            if self._events.get(fd) != events:
+                self._events[fd] = events
+                self._poll.modify(fd, events)
+                self._network_poll.modify(fd, events)
 
     def close(self) -> None:
         """Close every connection."""

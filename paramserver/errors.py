@@ -4,8 +4,8 @@
 
     ServerError
     ├── MalformedMessage    bytes that are not one of our messages, or a message out of place
-    ├── NotAuthenticated    a peer without the run's key, or of another user
-    ├── NotColocated        shared memory was asked for across machines
+    ├── NotAuthenticated    a peer without the run's key or certificate, or of another user
+    ├── NotColocated        a partition is out of reach of the transport asked for
     ├── ConnectionLost      the partition went away; what was unacknowledged may or may not be in
     ├── DeadlineExceeded    a wait ran out
     ├── BadConfiguration    a value that no rule or partitioning can work with
@@ -22,11 +22,13 @@ class MalformedMessage(ServerError):
 
 
 class NotAuthenticated(ServerError):
-    """A peer without the run's key, or of another user."""
+    """A peer without the run's key or certificate, or of another user."""
 
 
 class NotColocated(ServerError):
-    """Shared memory was asked for between two machines."""
+    """A partition is out of reach of the transport asked for."""
+
+    user_facing = True
 
 
 class ConnectionLost(ServerError):

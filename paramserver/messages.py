@@ -2,14 +2,19 @@
 
 Everything is fixed-width little-endian behind a 4-byte magic, a version and a kind. Nothing is
 unpickled, and every length is checked before it is used: `decode` raises `MalformedMessage` for
-any other bytes. Gradients and weights are not in here; they travel beside these, in shared memory.
+any other bytes. Gradients and weights are not in here; they travel beside these, in shared memory
+or, between machines, as the payload that follows a message.
+
+On one machine a connection begins with `Hello` and `Welcome`. Between machines it begins with
+`Challenge`, `Introduction` and `Admission`, and weights are asked for by `PullRequest`.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from paramserver.errors import MalformedMessage
 
@@ -20,6 +25,7 @@ MAX_MAILBOXES = 256
 kernel's default), so a partition need never wait for a client that is slow to take them."""
 MAX_BATCHES = 1024
 """Mini-batches that one push may name."""
+NONCE_BYTES = PROOF_BYTES = 32
 
 
 class Kind(enum.IntEnum):
@@ -29,6 +35,19 @@ class Kind(enum.IntEnum):
     WELCOME = 2
     PUSH = 3
     ANSWER = 4
+    PULL_REQUEST = 5
+    WEIGHTS = 6
+    CHALLENGE = 7
+    INTRODUCTION = 8
+    ADMISSION = 9
+
+
+class WireDtype(enum.IntEnum):
+    """How gradients travel between machines. Weights and moments always do as float32."""
+
+    FLOAT32 = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
 
 
 class Outcome(enum.IntEnum):
@@ -61,7 +80,7 @@ _UNSETTLED = (Outcome.REFUSED_MIXED, Outcome.REFUSED_UNKNOWN, Outcome.REFUSED_ST
 class Hello:
     """First message of a connection; the mailboxes' memory comes with it unless there are none."""
 
-    key: bytes
+    key: bytes = field(repr=False)
     """The run's key, `KEY_BYTES` long."""
     total_parameters: int
     total_features: int
@@ -108,14 +127,75 @@ class Answer:
     """The partition's version after it."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PullRequest:
+    """Asks for the weights, as they are once all that is ahead of them has been sent."""
+
+    statistics: bool
+    """Whether the BN statistics are wanted, too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Heads a payload: the partition's weights, then its statistics if they were asked for."""
+
+    version: int
+    statistics: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Challenge:
+    """The partition's first message between machines."""
+
+    nonce: bytes = field(repr=False)
+    """Fresh for each connection, so that no answer to it can be used twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Introduction:
+    """The client's answer to `Challenge`."""
+
+    proof: bytes = field(repr=False)
+    """That it has the run's key: HMAC-SHA256 over both nonces and all that follows here."""
+    nonce: bytes = field(repr=False)
+    """The client's own."""
+    partition: int
+    """Index of the partition that it means to reach."""
+    total_parameters: int
+    total_features: int
+    num_mailboxes: int
+    """Pushes that it may have in flight; 0 for a client that only pulls."""
+    depth: int
+    """The most mini-batches in a push (`n_push`); 0 for a client that only pulls."""
+    wire: WireDtype
+    """How its gradients travel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """The partition's answer to `Introduction`."""
+
+    proof: bytes = field(repr=False)
+    """That the partition has the run's key, too."""
+    num_parameters: int
+    num_features: int
+
+
 _PREFIX = struct.Struct("<4sB")
 _HELLO = struct.Struct(f"<4sB{KEY_BYTES}sQQII")
 _WELCOME = struct.Struct("<4sBQQI")
 _PUSH = struct.Struct("<4sBIIIIQddI")
 _ANSWER = struct.Struct("<4sBIBQ")
+_PULL_REQUEST = struct.Struct("<4sB?")
+_WEIGHTS = struct.Struct("<4sBQ?")
+_CHALLENGE = struct.Struct(f"<4sB{NONCE_BYTES}s")
+_INTRODUCTION = struct.Struct(f"<4sB{PROOF_BYTES}s{NONCE_BYTES}sIQQIIB")
+_ADMISSION = struct.Struct(f"<4sB{PROOF_BYTES}sQQ")
 _INDICES = [struct.Struct(f"<{n}I") for n in range(MAX_BATCHES + 1)]
 
-Message = Hello | Welcome | Push | Answer
+Message = (
+    Hello | Welcome | Push | Answer | PullRequest | Weights | Challenge | Introduction | Admission
+)
 
 
 def encode(message: Message) -> bytes:
@@ -157,6 +237,33 @@ def encode(message: Message) -> bytes:
                 message.num_features,
                 message.num_slots,
             )
+        case PullRequest():
+            return _PULL_REQUEST.pack(MAGIC, Kind.PULL_REQUEST, message.statistics)
+        case Weights():
+            return _WEIGHTS.pack(MAGIC, Kind.WEIGHTS, message.version, message.statistics)
+        case Challenge():
+            return _CHALLENGE.pack(MAGIC, Kind.CHALLENGE, message.nonce)
+        case Introduction():
+            return _INTRODUCTION.pack(
+                MAGIC,
+                Kind.INTRODUCTION,
+                message.proof,
+                message.nonce,
+                message.partition,
+                message.total_parameters,
+                message.total_features,
+                message.num_mailboxes,
+                message.depth,
+                message.wire,
+            )
+        case Admission():
+            return _ADMISSION.pack(
+                MAGIC,
+                Kind.ADMISSION,
+                message.proof,
+                message.num_parameters,
+                message.num_features,
+            )
 
 
 def decode(data: bytes) -> Message:
@@ -182,6 +289,8 @@ def decode(data: bytes) -> Message:
         if kind == Kind.WELCOME:
             _, _, parameters, features, slots = _WELCOME.unpack(data)
             return Welcome(num_parameters=parameters, num_features=features, num_slots=slots)
+        if kind in _BETWEEN_MACHINES:
+            return _BETWEEN_MACHINES[kind](data)
     except (struct.error, ValueError) as error:
         raise MalformedMessage(f"a message of {len(data)} bytes: {error}") from None
     raise MalformedMessage(f"a message of unknown kind {kind}")
@@ -206,3 +315,52 @@ def _decode_push(data: bytes) -> Push:
         loss=loss,
         gradient_norm=norm,
     )
+
+
+def _flag(value: int) -> bool:
+    if value not in (0, 1):
+        raise MalformedMessage(f"a flag that is {value}")
+    return bool(value)
+
+
+def _decode_pull_request(data: bytes) -> PullRequest:
+    _PULL_REQUEST.unpack(data)
+    return PullRequest(statistics=_flag(data[-1]))
+
+
+def _decode_weights(data: bytes) -> Weights:
+    _, _, version, _ = _WEIGHTS.unpack(data)
+    return Weights(version=version, statistics=_flag(data[-1]))
+
+
+def _decode_challenge(data: bytes) -> Challenge:
+    return Challenge(nonce=_CHALLENGE.unpack(data)[2])
+
+
+def _decode_introduction(data: bytes) -> Introduction:
+    fields = _INTRODUCTION.unpack(data)
+    _, _, proof, nonce, partition, parameters, features, mailboxes, depth, wire = fields
+    return Introduction(
+        proof=proof,
+        nonce=nonce,
+        partition=partition,
+        total_parameters=parameters,
+        total_features=features,
+        num_mailboxes=mailboxes,
+        depth=depth,
+        wire=WireDtype(wire),
+    )
+
+
+def _decode_admission(data: bytes) -> Admission:
+    _, _, proof, parameters, features = _ADMISSION.unpack(data)
+    return Admission(proof=proof, num_parameters=parameters, num_features=features)
+
+
+_BETWEEN_MACHINES: dict[int, Callable[[bytes], Message]] = {
+    Kind.PULL_REQUEST: _decode_pull_request,
+    Kind.WEIGHTS: _decode_weights,
+    Kind.CHALLENGE: _decode_challenge,
+    Kind.INTRODUCTION: _decode_introduction,
+    Kind.ADMISSION: _decode_admission,
+}

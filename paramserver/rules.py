@@ -8,6 +8,9 @@ learning rate. Weight decay and clipping come before the rule (`Regulariser`).
 
 The conventions are `torch.optim`'s, so that one replica with one step in flight equals it:
 momentum without dampening, and the rate outside the velocity.
+
+PyTorch is imported where it is used, since rules are part of the configuration, and commands that
+compute nothing should start at once.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from paramserver.errors import BadConfiguration
 
-State = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = Mapping[str, "Tensor"]
 
 
 class Rule(Protocol):
@@ -49,6 +52,8 @@ class SGD:
         self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
     ) -> None:
         """One step; one pass that reads two vectors and writes one."""
+        import torch
+
         torch.add(weights, gradient, alpha=-rate, out=out)
 
 
@@ -64,12 +69,16 @@ class Momentum:
 
     def init(self, num_parameters: int) -> dict[str, Tensor]:
         """The velocity v = 0."""
+        import torch
+
         return {"velocity": torch.zeros(num_parameters)}
 
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
     ) -> None:
         """One step; two passes over memory, six streams in all."""
+        import torch
+
         velocity = state["velocity"]
         torch.add(gradient, velocity, alpha=self.momentum, out=velocity)
         torch.add(weights, velocity, alpha=-rate, out=out)
@@ -87,12 +96,16 @@ class Nesterov:
 
     def init(self, num_parameters: int) -> dict[str, Tensor]:
         """The velocity v = 0."""
+        import torch
+
         return {"velocity": torch.zeros(num_parameters)}
 
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
     ) -> None:
         """One step; the gradient's buffer is left holding g + momentum * v."""
+        import torch
+
         velocity = state["velocity"]
         torch.add(gradient, velocity, alpha=self.momentum, out=velocity)
         gradient.add_(velocity, alpha=self.momentum)
@@ -122,15 +135,22 @@ class Adagrad:
 
     def init(self, num_parameters: int) -> dict[str, Tensor]:
         """The sums of squares s."""
+        import torch
+
         return {"squares": torch.full((num_parameters,), float(self.initial_accumulator))}
 
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
     ) -> None:
         """One step; `out` may be `weights`."""
+        import torch
+
         squares = state["squares"]
         squares.addcmul_(gradient, gradient)
-        torch.addcdiv(weights, gradient, squares.sqrt().add_(self.epsilon), value=-rate, out=out)
+        # The root needs room: `out` has it, unless that is where the weights still are.
+        free = out.data_ptr() != weights.data_ptr()
+        root = (torch.sqrt(squares, out=out) if free else squares.sqrt()).add_(self.epsilon)
+        torch.addcdiv(weights, gradient, root, value=-rate, out=out)
 
 
 RULES: dict[str, type[SGD | Momentum | Nesterov | Adagrad]] = {

@@ -34,13 +34,18 @@ from paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode
 from paramserver.partition import Partition
 from paramserver.snapshot import Snapshot
 from paramserver.state import PartitionState, UpdateConfig
+from paramserver.transport.frames import as_bytes
+from paramserver.transport.greeting import Admitted, NetworkListen, Porter
 from paramserver.transport.local import Endpoint, Listener, ServerSide, machine
 from paramserver.transport.memory import PublishedWeights
+from paramserver.transport.network import NetworkSide
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 GREETING_DEADLINE_S = 10.0
+STALL_DEADLINE_S = 60.0
+"""How long a connection over the network may stay in the middle of a frame without a byte."""
 MAX_CONNECTIONS = 4096
 PUSHES_A_TURN = 16
 """Pushes taken from one connection before the next has its turn."""
@@ -75,11 +80,14 @@ class PartitionServer:
         key: bytes,
         weights: Tensor | None = None,
         restore: Snapshot | None = None,
+        network: NetworkListen | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start from `weights` [num_parameters] as version 0, or go on from a snapshot.
 
-        Raises `BadConfiguration` for weights or a key of another length, and `BadSnapshot`.
+        Replicas on this machine reach it through shared memory; others over the network, if
+        `network` says where to listen. Raises `BadConfiguration` for weights or a key of another
+        length, or an address that is not to be had, and `BadSnapshot`.
         """
         if len(key) != KEY_BYTES:
             raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
@@ -106,11 +114,26 @@ class PartitionServer:
                 self._published.close()
                 raise
         self._published.publish(self._state.version)
+        self._porter = None
+        if network is not None:
+            try:
+                self._porter = Porter(
+                    network, partition=partition, key=key, admit=self._admit, clock=clock
+                )
+            except BaseException:
+                self._published.close()
+                raise
         self._listener = Listener()
         self.endpoint = Endpoint(
-            partition=partition, machine=machine(), address=self._listener.address
+            partition=partition,
+            machine=machine(),
+            address=self._listener.address,
+            network=self._porter.address if self._porter else None,
         )
-        self._sides: dict[int, ServerSide] = {}
+        self._sides: dict[int, ServerSide | NetworkSide] = {}
+        self._admitted: queue.SimpleQueue[Admitted] = queue.SimpleQueue()
+        self._scratch = torch.empty(0)
+        """Where a gradient that came as 16 bits is float32 again."""
         self._dropped: Counter[str] = Counter()
         self.first_update_at: float | None = None
         """Unix time of the first update since `start`."""
@@ -118,7 +141,8 @@ class PartitionServer:
         """Unix time of the latest update since `start`."""
         self._commands: queue.SimpleQueue[_Command[Any]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._door = threading.Lock()  # of `_commands` and `_wake`, which end with the thread
+        # Of `_commands`, `_admitted` and `_wake`, which end with the thread.
+        self._door = threading.Lock()
         self._ended = False
         self._stopping = False
         self._failure: BaseException | None = None
@@ -129,6 +153,8 @@ class PartitionServer:
     def start(self) -> PartitionServer:
         """Start serving."""
         self._thread.start()
+        if self._porter is not None:
+            self._porter.start()
         return self
 
     def call(self, function: Callable[[PartitionState], T], deadline_s: float = 60.0) -> T:
@@ -158,8 +184,10 @@ class PartitionServer:
         return self._failure
 
     def dropped(self) -> dict[str, int]:
-        """Connections closed by us, by reason."""
-        return dict(self._dropped)
+        """Connections closed by us, by reason; those that were refused at the greeting, too."""
+        if self._porter is None:
+            return dict(self._dropped)
+        return dict(Counter(dict(self._dropped)) + Counter(dict(self._porter.dropped)))
 
     @property
     def num_connections(self) -> int:
@@ -197,6 +225,11 @@ class PartitionServer:
                 return
             self._ended = True
             os.close(self._wake)
+        if self._porter is not None:
+            self._porter.stop()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._admitted.get_nowait().channel.socket.close()
         for side in self._sides.values():
             side.close()
         self._sides.clear()
@@ -220,7 +253,7 @@ class PartitionServer:
                     if fd == listening:
                         self._accept(epoll)
                     elif fd == self._wake:
-                        self._obey()
+                        self._obey(epoll)
                     else:
                         self._serve(epoll, fd)
                 self._drop_silent(epoll)
@@ -241,9 +274,30 @@ class PartitionServer:
             self._sides[peer.fileno()] = ServerSide(peer, self._clock())
             epoll.register(peer.fileno(), select.EPOLLIN)
 
-    def _obey(self) -> None:
+    def _admit(self, admitted: Admitted) -> None:
+        """Called by the porter, on its thread."""
+        with self._door:
+            if self._ended:
+                admitted.channel.socket.close()
+                return
+            self._admitted.put(admitted)
+            os.eventfd_write(self._wake, 1)
+
+    def _seat(self, epoll: select.epoll, admitted: Admitted) -> None:
+        peer = admitted.channel.socket
+        if len(self._sides) >= MAX_CONNECTIONS:
+            self._dropped["too many connections"] += 1
+            peer.close()
+            return
+        self._sides[peer.fileno()] = NetworkSide(admitted, self.partition, self._clock())
+        epoll.register(peer.fileno(), select.EPOLLIN)
+
+    def _obey(self, epoll: select.epoll) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._seat(epoll, self._admitted.get_nowait())
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -254,6 +308,9 @@ class PartitionServer:
     def _serve(self, epoll: select.epoll, fd: int) -> None:
         side = self._sides[fd]
         try:
+            if isinstance(side, NetworkSide):
+                self._serve_network(epoll, side)
+                return
             if not side.greeted:
                 side.greet(self.partition, self._published, self._key)
                 return
@@ -276,24 +333,55 @@ class PartitionServer:
         views, count = side.views, len(push.batches)
         if views is None or push.mailbox >= len(views.gradients) or count > side.depth:
             raise MalformedMessage(f"a push of {count} mini-batches from mailbox {push.mailbox}")
-        outcome = self._state.apply(
-            push,
-            views.gradients[push.mailbox],
-            views.moments[push.mailbox][:count],
-            self._published.begin(),
+        side.answer(
+            self._apply(push, views.gradients[push.mailbox], views.moments[push.mailbox][:count])
         )
+
+    def _serve_network(self, epoll: select.epoll, side: NetworkSide) -> None:
+        side.allow()
+        while (push := side.next()) is not None:
+            if len(self._scratch) < self.partition.num_parameters and not side.is_float32:
+                self._scratch = torch.empty(self.partition.num_parameters)
+            moments = side.moments[: len(push.batches)]
+            side.answer(self._apply(push, side.gradient(self._scratch), moments))
+        while True:
+            if side.pulls and side.sending is None:
+                current = self._state.current
+                weights, statistics = as_bytes(current.weights), as_bytes(current.statistics)
+                slot, version = self._published.current_slot, self._state.version
+                side.send_weights(slot, version, weights, statistics)
+            all_sent = side.flush()  # answers and weights at once: each call wakes the peer
+            if not all_sent or not side.pulls:
+                break
+        if side.watches_writable == all_sent:
+            side.watches_writable = not all_sent
+            writable = 0 if all_sent else select.EPOLLOUT
+            epoll.modify(side.socket.fileno(), select.EPOLLIN | writable)
+
+    def _apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Answer:
+        slot = self._published.next_slot
+        for side in self._sides.values():
+            if isinstance(side, NetworkSide):
+                side.detach(slot)
+        outcome = self._state.apply(push, gradient, moments, self._published.begin())
         if outcome is Outcome.APPLIED:
             self._published.commit(self._state.version)
             self.last_update_at = time.time()
             if self.first_update_at is None:
                 self.first_update_at = self.last_update_at
-        side.answer(Answer(mailbox=push.mailbox, outcome=outcome, version=self._state.version))
+        return Answer(mailbox=push.mailbox, outcome=outcome, version=self._state.version)
 
     def _drop_silent(self, epoll: select.epoll) -> None:
-        late = self._clock() - GREETING_DEADLINE_S
-        silent = [f for f, s in self._sides.items() if not s.greeted and s.since_s < late]
-        for fd in silent:
-            self._drop(epoll, fd, "no hello")
+        now_s = self._clock()
+        late: list[tuple[int, str]] = []
+        for fd, side in self._sides.items():
+            if isinstance(side, NetworkSide):
+                if side.stalled_since(now_s) < now_s - STALL_DEADLINE_S:
+                    late.append((fd, "stalled"))
+            elif not side.greeted and side.since_s < now_s - GREETING_DEADLINE_S:
+                late.append((fd, "no hello"))
+        for fd, reason in late:
+            self._drop(epoll, fd, reason)
 
     def _drop(self, epoll: select.epoll, fd: int, reason: str | None) -> None:
         if reason is not None:

@@ -12,14 +12,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow.fs
-import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from paramserver.errors import BadSnapshot
 from paramserver.partition import Partition
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 
@@ -59,6 +60,8 @@ def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) ->
         "partition": asdict(snapshot.partition),
         "meta": snapshot.meta,
     }
+    import safetensors.torch
+
     data = safetensors.torch.save(
         {n: t.contiguous() for n, t in snapshot.tensors.items()},
         metadata={"downpour": json.dumps(document)},
@@ -75,6 +78,8 @@ def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) ->
 
 def read(filesystem: pyarrow.fs.FileSystem, path: str, sha256: str | None = None) -> Snapshot:
     """The snapshot in the file at `path`, checked against its checksum where one is given."""
+    import safetensors.torch
+
     try:
         with filesystem.open_input_file(path) as stream:
             data = stream.read()

@@ -19,14 +19,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from paramserver.errors import BadConfiguration
 from paramserver.rules import check_fraction
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = npt.NDArray[np.float64]
 
@@ -123,6 +125,8 @@ class BatchStatistics:
 
     def update(self, current: Tensor, moments: Tensor, out: Tensor) -> None:
         """Merge a mini-batch's `moments` [3, F] into `current` [2, F], writing to `out` [2, F]."""
+        import torch
+
         weight = max(1.0 - self.rule.decay, 1.0 / (self.num_updates + 1))
         new = moments[1:]
         if moments.numel() and float(moments[0].min()) < 2:

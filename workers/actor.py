@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from paramserver.client import ParameterClient
+from paramserver.transport.access import Access
 from paramserver.transport.local import Endpoint
 from shuffler.actor import Delivery
 from shuffler.decode import decode
@@ -22,6 +23,7 @@ from workers.split import SplitBatches
 from workers.step import Slot
 
 STOP_DEADLINE_S = 10.0
+ANY_WAY = Access()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,17 @@ class ReplicasActor:
             return f"Replica({self._ids[0]})"
         return f"Replicas({', '.join(map(str, self._ids))})"
 
-    def connect(self, endpoints: Sequence[Endpoint], key: bytes) -> int:
+    def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, start the thread that runs the steps; gives the process id.
 
         Apart from construction, so that processes start while the partitions do.
         """
         self._client = client = ParameterClient(
-            endpoints, key=key, num_mailboxes=len(self._models), depth=self._config.n_push
+            endpoints,
+            key=key,
+            access=access,
+            num_mailboxes=len(self._models),
+            depth=self._config.n_push,
         )
         mailboxes, models = client.mailboxes, self._models
         assert mailboxes is not None
@@ -112,10 +118,11 @@ class EvaluatorActor:
         split: str,
         endpoints: Sequence[Endpoint],
         key: bytes,
+        access: Access = ANY_WAY,
     ) -> None:
         """Open the split and connect to every partition."""
         torch.set_num_threads(1)
-        self._client = ParameterClient(endpoints, key=key)
+        self._client = ParameterClient(endpoints, key=key, access=access)
         self._evaluator = Evaluator(spec, SplitBatches(spec, data_uri, split))
 
     def __repr__(self) -> str:

@@ -4,8 +4,12 @@ A process hosts one replica or more. Every replica has `concurrent_steps` slots;
 of them take turns, slot by slot. A slot's turn is: compute the gradient on the weights that it
 pulled at the end of its last turn, push it, pull again. So between a slot's pull and its push
 come the turns of all others: its step is in flight all that time, and nothing but the processor
-is ever waited for. Threads would run the same steps, at the price of handing Python's lock round
-at every kernel.
+is ever waited for. Weights that come over the network are asked for at the end of a turn, and
+waited for at the beginning of the next. Threads would run the same steps, at the price of handing
+Python's lock round at every kernel.
+
+A slot that is alone in its process has no others' turns to fill the time with: it pulls once its
+push is applied, so that one replica with one step in flight is ordinary SGD.
 
 Windows of mini-batches come in from other threads (`assign`), and their completion is told by a
 future once every partition has answered every push.
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from paramserver.client import ParameterClient, Settled
 from paramserver.messages import Outcome
+from paramserver.transport.link import Pull
 from workers.spec import StepConfig
 from workers.step import Slot
 
@@ -91,6 +96,7 @@ class _Turn:
         self.versions = [0] * num_partitions
         self.since_fetch = 0
         self.fetched = False
+        self.pull: Pull | None = None
         self.task: _Task | None = None
         self.batches: tuple[int, ...] = ()
         self.first = 0
@@ -171,9 +177,7 @@ class Replicas:
             worked = False
             for turn in self._turns:
                 if client.in_flight(turn.mailbox):
-                    # Its last push has still to be answered: the server is behind.
-                    while client.in_flight(turn.mailbox):
-                        self._settle(client.wait())
+                    self._await_answer(turn)  # the server is behind
                 worked |= self._take(turn)
                 self._settle(client.collect())
             if worked:
@@ -183,6 +187,10 @@ class Replicas:
                 continue
             with self._wake:
                 self._wake.wait_for(self._has_work, IDLE_WAIT_S)
+
+    def _await_answer(self, turn: _Turn) -> None:
+        while self._client.in_flight(turn.mailbox):
+            self._settle(self._client.wait())
 
     def _has_work(self) -> bool:
         return self._stopping or any(self._queues.values())
@@ -194,6 +202,8 @@ class Replicas:
             return False
         if not turn.fetched:
             self._fetch(turn)
+        if turn.pull is not None and turn.pull.waiting:
+            self._client.finish(turn.pull)
         task = turn.task
         assert task is not None
         window, place = task.window, turn.first + turn.done
@@ -206,6 +216,8 @@ class Replicas:
         turn.loss += result.loss * (stop - start)
         if turn.done == len(turn.batches):
             self._push(turn, result.gradient_norm)
+            if len(self._turns) == 1:
+                self._await_answer(turn)
         if turn.since_fetch >= self._config.n_fetch:
             self._fetch(turn)
         return True
@@ -227,7 +239,9 @@ class Replicas:
         return True
 
     def _fetch(self, turn: _Turn) -> None:
-        self._client.pull(turn.slot.weights, turn.versions)
+        if turn.pull is not None and turn.pull.waiting:
+            self._client.finish(turn.pull)  # both would write to the same weights
+        turn.pull = self._client.start_pull(turn.slot.weights, turn.versions)
         turn.since_fetch = 0
         turn.fetched = True
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from models.flat import FlatModel
-from models.registry import build
 from shuffler.decode import ImageSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.flat import FlatModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,16 @@ class ModelSpec:
 
     def build(self) -> nn.Module:
         """The model with its initial weights."""
+        from models.registry import build
+
         return build(self.name, self.seed, **self.arguments)
 
     def build_flat(self, device: str = "meta") -> FlatModel:
         """The model over flat buffers; on `meta` it has no weights until it is bound."""
+        import torch
+
+        from models.flat import FlatModel
+
         if device == "meta":
             with torch.device("meta"):
                 return FlatModel(self.build())

@@ -7,8 +7,6 @@ behind, and tells either side at once when the other dies. The first message of 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hmac
 import os
 import secrets
@@ -39,6 +37,8 @@ from paramserver.messages import (
     encode,
 )
 from paramserver.partition import Partition
+from paramserver.transport.door import Door
+from paramserver.transport.link import Pull, Weights
 from paramserver.transport.memory import (
     Mailboxes,
     MailboxViews,
@@ -71,6 +71,14 @@ def _receive_with_fds(peer: socket.socket) -> tuple[bytes, list[int]]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkAddress:
+    """Where a partition is reached from other machines."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """Where a partition is reached. Plain data, which travels through Ray."""
 
@@ -78,9 +86,11 @@ class Endpoint:
     machine: str
     address: str
     """Name in the abstract socket namespace of `machine`."""
+    network: NetworkAddress | None = None
+    """None where the partition does not listen on a network."""
 
 
-class Listener:
+class Listener(Door):
     """The partition's listening socket."""
 
     def __init__(self) -> None:
@@ -88,49 +98,20 @@ class Listener:
         if not supported():
             raise NotColocated("shared memory needs Linux memfds on x86-64, which are not here")
         self.address = f"downpour-{secrets.token_hex(16)}"
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.bind(b"\0" + self.address.encode())
-        self.socket.listen(256)
-        self.socket.setblocking(False)
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listening.bind(b"\0" + self.address.encode())
+        super().__init__(listening)
 
     def accept(self) -> socket.socket | None:
-        """A new connection by a process of this user, or None where none waits.
-
-        Raises `NotAuthenticated` for another user's, and `ConnectionLost` for one that went again
-        or that no file descriptor is left for; either is closed by then.
-        """
-        try:
-            peer, _ = self.socket.accept()
-        except BlockingIOError:
+        """See `Door`; a connection by a process of this user. Else, `NotAuthenticated`."""
+        peer = super().accept()
+        if peer is None:
             return None
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away()
-            raise ConnectionLost(f"a connection could not be taken: {error}") from None
         if not _is_ours(peer):
             peer.close()
             raise NotAuthenticated("a connection by another user")
-        peer.setblocking(False)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         return peer
-
-    def _turn_away(self) -> None:
-        # One that is left waiting would wake us again at once, and for ever.
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
-        with contextlib.suppress(OSError):
-            self.socket.accept()[0].close()
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self.socket.close()
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
 
 
 class ServerSide:
@@ -215,7 +196,9 @@ class ServerSide:
 
 
 class Connection:
-    """A process of replicas' connection to one partition on the same machine."""
+    """A process of replicas' connection to one partition on the same machine. A `Link`."""
+
+    events = select.POLLIN
 
     def __init__(
         self, endpoint: Endpoint, *, key: bytes, mailboxes: Mailboxes | None, deadline_s: float = 30
@@ -257,6 +240,8 @@ class Connection:
             raise
         self._deadline_s = deadline_s
         self.socket.setblocking(False)
+        self.inbox: list[Answer] = []
+        self.moved = 0
 
     def _welcome(self) -> WeightsReader:
         data, fds = _receive_with_fds(self.socket)
@@ -298,14 +283,22 @@ class Connection:
             except OSError as error:
                 raise ConnectionLost(f"partition {self.partition.index}: {error}") from None
 
-    def answers(self) -> list[Answer]:
-        """Every answer that has arrived. Raises `ConnectionLost` where the partition is gone."""
-        found: list[Answer] = []
+    @property
+    def torn(self) -> int:
+        """Copies of weights that were thrown away because the writer had lapped them."""
+        return self.reader.torn
+
+    def start_pull(self, pull: Pull, weights: Weights, statistics: Weights | None) -> None:
+        """Copy the weights [n] and statistics [2, f], which ends this part of `pull` at once."""
+        pull.versions[self.partition.index] = self.reader.read(weights, statistics)
+
+    def service(self) -> None:
+        """Take in every answer that has come; `ConnectionLost` where the partition is gone."""
         while True:
             try:
                 data = self.socket.recv(MAX_MESSAGE)
             except BlockingIOError:
-                return found
+                return
             except OSError as error:
                 raise ConnectionLost(f"partition {self.partition.index}: {error}") from None
             if not data:
@@ -313,7 +306,7 @@ class Connection:
             message = decode(data)
             if not isinstance(message, Answer):
                 raise MalformedMessage(f"{type(message).__name__} in place of an answer")
-            found.append(message)
+            self.inbox.append(message)
 
     def close(self) -> None:
         """Close the socket."""

@@ -125,15 +125,25 @@ class PublishedWeights:
         """Versions in the ring."""
         return len(self.versions)
 
+    @property
+    def current_slot(self) -> int:
+        """The slot that is published."""
+        return self._slot
+
+    @property
+    def next_slot(self) -> int:
+        """The slot that `begin` gives."""
+        return (self._slot + 1) % len(self.versions)
+
     def begin(self) -> Version:
         """The next slot, void until `publish`."""
-        slot = (self._slot + 1) % len(self.versions)
+        slot = self.next_slot
         self._header[_STAMPS + slot] = _VOID
         return self.versions[slot]
 
     def commit(self, version: int) -> None:
         """Publish the slot that `begin` gave, as `version`."""
-        self._slot = (self._slot + 1) % len(self.versions)
+        self._slot = self.next_slot
         self.publish(version)
 
     def publish(self, version: int) -> None:

@@ -61,7 +61,7 @@ from paramserver.messages import (
 from paramserver.partition import split
 from paramserver.rules import SGD, Adagrad, Momentum, Nesterov, Regulariser, Rule
 from paramserver.schedule import Schedule
-from paramserver.server import GREETING_DEADLINE_S, PartitionServer
+from paramserver.server import GREETING_DEADLINE_S, PUSHES_A_TURN, PartitionServer
 from paramserver.snapshot import Snapshot
 from paramserver.state import PartitionState, UpdateConfig
 from paramserver.transport.local import Endpoint
@@ -562,6 +562,12 @@ def size_of_mailboxes() -> int:
         return os.fstat(boxes.fd).st_size
 
 
+def fitting(num: int, depth: int) -> tuple[Hello, int]:
+    """A hello for so many mailboxes, with memory of just the size that they take."""
+    boxes = Mailboxes(P, F, num, depth)
+    return replace(GOOD_HELLO, num_mailboxes=num, depth=depth), boxes.fd
+
+
 def random_bytes(length: int) -> bytes:
     return random.Random(length).randbytes(length)
 
@@ -605,6 +611,9 @@ MEMORY: dict[str, Callable[[], tuple[Hello, int]]] = {
     "a device": lambda: (GOOD_HELLO, os.open(os.devnull, os.O_RDONLY)),
     "for no mailbox": lambda: (replace(GOOD_HELLO, num_mailboxes=0), memfd(4096)),
     "of no depth": lambda: (replace(GOOD_HELLO, depth=0), memfd(size_of_mailboxes())),
+    # Memory that fits, so that nothing but the bounds is in the way.
+    "one mailbox too many": lambda: fitting(MAX_MAILBOXES + 1, 1),
+    "one too deep": lambda: fitting(1, MAX_BATCHES + 1),
     "far too many": lambda: (replace(GOOD_HELLO, num_mailboxes=2**32 - 1), memfd(2**40)),
     "far too deep": lambda: (replace(GOOD_HELLO, depth=2**32 - 1), memfd(2**40)),
     "beyond any address": lambda: (
@@ -756,6 +765,30 @@ def test_a_peer_that_floods_does_not_keep_others_out(cluster: Cluster) -> None:
         stop.set()
         thread.join(DEADLINE_S)
     assert not thread.is_alive()
+
+
+def test_connections_take_turns(cluster: Cluster) -> None:
+    # One has many pushes queued when another's arrives: it is answered after a turn, not after all.
+    server, gate, inside = cluster.servers[0], threading.Event(), threading.Event()
+    busy, late = cluster.peer().greet(), cluster.peer().greet()
+
+    def hold(_: object) -> None:
+        inside.set()
+        gate.wait(DEADLINE_S)
+
+    holder = threading.Thread(target=server.call, args=(hold,))
+    holder.start()
+    assert inside.wait(DEADLINE_S)
+    for batch in range(4 * PUSHES_A_TURN):
+        busy.say(a_push(batch))
+    late.say(a_push(4 * PUSHES_A_TURN))
+    gate.set()
+    answer = decode(late.socket.recv(8192))
+    holder.join(DEADLINE_S)
+    assert isinstance(answer, Answer)
+    assert answer.outcome is Outcome.APPLIED
+    assert answer.version <= PUSHES_A_TURN + 1
+    by_deadline(lambda: cluster.versions() == [4 * PUSHES_A_TURN + 1])
 
 
 def test_a_client_that_closes_with_pushes_in_flight(cluster: Cluster, bystander: Bystander) -> None:

@@ -34,7 +34,7 @@ from paramserver.transport.memory import PublishedWeights, WeightsReader
 
 torch.set_num_threads(1)
 
-DEADLINE_S = 30.0
+DEADLINE_S = 45.0
 
 
 class Writer:
@@ -226,7 +226,7 @@ def test_readers_cannot_write_nor_shrink_what_they_read() -> None:
 # --- In processes of their own ------------------------------------------------------------------
 
 NUM_PARAMETERS, NUM_FEATURES = 1 << 18, 64
-ENOUGH = {"reads": 500, "versions": 60, "torn": 60, "careless": 1}
+ENOUGH = {"reads": 300, "versions": 20, "torn": 20, "careless": 1}
 """What a reader has to live through before it has shown anything."""
 
 
@@ -273,7 +273,7 @@ def test_readers_in_other_processes() -> None:
         ]
         for reader in readers:
             stack.callback(reader.kill)
-        give_up_s = time.monotonic() + 2 * DEADLINE_S
+        give_up_s = time.monotonic() + DEADLINE_S + 30
         while any(reader.poll() is None for reader in readers):
             assert time.monotonic() < give_up_s
             for _ in range(50):

@@ -8,6 +8,7 @@ kill -9 would, and lets a new one be started.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -21,6 +22,9 @@ from cluster.config import RunConfig
 from paramserver.actor import PartitionActor
 from paramserver.errors import ConnectionLost
 from paramserver.partition import split
+from paramserver.transport.access import Access
+from paramserver.transport.greeting import NetworkListen
+from paramserver.transport.security import issue
 from shuffler.actor import ShufflerActor
 from shuffler.lease import Lease
 from shuffler.plan import Plan
@@ -56,13 +60,16 @@ class ThreadBackend:
         self.processes = tuple(
             tuple(range(i, config.replicas.replicas, num_processes)) for i in range(num_processes)
         )
+        self.access, listen = self._network()
         self.partitions = []
         for part in self.partitions_layout:
-            start: tuple[Any, ...] = (model.weights.numpy()[part.start : part.stop],)
+            start: tuple[Any, ...] = (model.weights.numpy()[part.start : part.stop], None, None)
             if resumed is not None and store is not None:
                 file = resumed.files[part.index]
                 start = (None, f"{store.folder_uri(resumed.number)}/{file.name}", file.sha256)
-            self.partitions.append(PartitionActor(part, config.update_config(plan), KEY, *start))
+            self.partitions.append(
+                PartitionActor(part, config.update_config(plan), KEY, *start, listen)
+            )
         self.shuffler: ShufflerActor | None = self._new_shuffler()
         self.pool = ThreadPoolExecutor(32)
         self.actors: list[ReplicasActor | None] = [None] * num_processes
@@ -78,13 +85,25 @@ class ThreadBackend:
         data = self.config.data
         return ShufflerActor(0, data.data, data.train_split, self.plan, self.spec.num_classes)
 
+    def _network(self) -> tuple[Access, NetworkListen | None]:
+        config = self.config.server.network
+        access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
+        host = config.listens_on(1)
+        if host is None:
+            return access, None
+        if not config.encrypt:
+            return access, NetworkListen(host=host)
+        keys = issue()
+        access = dataclasses.replace(access, credentials=keys.clients)
+        return access, NetworkListen(host=host, credentials=keys.partitions)
+
     def _endpoints(self) -> list[Any]:
         return [p.endpoint() for p in self.partitions]
 
     def start_process(self, index: int) -> Future[Any]:
         def start() -> int:
             actor = ReplicasActor(self.processes[index], self.spec, self.config.replicas.steps, 1)
-            actor.connect(self._endpoints(), KEY)
+            actor.connect(self._endpoints(), KEY, self.access)
             self.actors[index] = actor
             self.dead.discard(index)
             return index
@@ -95,7 +114,7 @@ class ThreadBackend:
         def start() -> None:
             data = self.config.data
             self.evaluator = EvaluatorActor(
-                self.spec, data.data, data.eval_split, self._endpoints(), KEY
+                self.spec, data.data, data.eval_split, self._endpoints(), KEY, self.access
             )
 
         return self.pool.submit(start)
@@ -176,6 +195,9 @@ class ThreadBackend:
             partition._server.call(lambda state: state.check())
             partition.stop()
         self.pool.shutdown(cancel_futures=True)
+        for actor in self.actors:  # one that was just being started
+            if actor is not None:
+                actor.stop()
 
     def flags_of(self, partition: int) -> np.ndarray[Any, Any]:
         """Flags of every epoch, uint8 [epochs, q]."""

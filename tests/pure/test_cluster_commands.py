@@ -68,7 +68,6 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["train", "mnist-bn", "--replicas", "ten"], ["'ten'", "'--replicas'"]),
         (["train", "mnist-bn", "--rule", "adam"], ["'adam'", "adagrad"]),
         (["train", "mnist-bn", "--epochs", "100"], ["epochs=100", "61", "rekey"]),
-        (["train", "mnist-bn", "--partitions", "99999"], ["99999", "give 6250 or fewer"]),
         (["train", "mnist-bn", "--data", "/no/such/folder"], ["/no/such/folder"]),
         (["train", "mnist-bn", "--eval-split", "dev"], ["'dev'", "train"]),
         (["trian"], ["'trian'", "'train'"]),
@@ -76,6 +75,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["evaluate", "/no/such/run"], ["/no/such/run"]),
         (["status", "/no/such/run"], ["/no/such/run"]),
         (["ingest", "/no/such/source", "/tmp/never"], ["/no/such/source"]),
+        (["bench", "peer"], ["'peer'", "'peers'"]),
+        (["bench", "peers", "--repeat", "0"], ["repeat is 0", "give at least 1"]),
+        (["bench", "peers", "--only", "mpi"], ["'mpi'", "rpc, ddp"]),
+        (["bench", "all", "--only", "ddp"], ["--only ddp", "name one"]),
     ],
 )
 def test_words_that_are_wrong(

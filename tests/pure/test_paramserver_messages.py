@@ -12,12 +12,20 @@ from paramserver.errors import MalformedMessage
 from paramserver.messages import (
     KEY_BYTES,
     MAX_BATCHES,
+    NONCE_BYTES,
+    PROOF_BYTES,
+    Admission,
     Answer,
+    Challenge,
     Hello,
+    Introduction,
     Message,
     Outcome,
+    PullRequest,
     Push,
+    Weights,
     Welcome,
+    WireDtype,
     decode,
     encode,
 )
@@ -45,7 +53,34 @@ pushes = st.builds(
     gradient_norm=st.floats(allow_nan=False),
 )
 answers = st.builds(Answer, mailbox=U32, outcome=st.sampled_from(Outcome), version=U64)
-messages = st.one_of(hellos, welcomes, pushes, answers)
+pull_requests = st.builds(PullRequest, statistics=st.booleans())
+weights = st.builds(Weights, version=U64, statistics=st.booleans())
+nonces = st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES)
+proofs = st.binary(min_size=PROOF_BYTES, max_size=PROOF_BYTES)
+challenges = st.builds(Challenge, nonce=nonces)
+introductions = st.builds(
+    Introduction,
+    proof=proofs,
+    nonce=nonces,
+    partition=U32,
+    total_parameters=U64,
+    total_features=U64,
+    num_mailboxes=U32,
+    depth=U32,
+    wire=st.sampled_from(WireDtype),
+)
+admissions = st.builds(Admission, proof=proofs, num_parameters=U64, num_features=U64)
+messages = st.one_of(
+    hellos,
+    welcomes,
+    pushes,
+    answers,
+    pull_requests,
+    weights,
+    challenges,
+    introductions,
+    admissions,
+)
 
 PUSH = Push(
     mailbox=1,
@@ -62,6 +97,20 @@ EXAMPLES: list[Message] = [
     Answer(mailbox=1, outcome=Outcome.APPLIED, version=7),
     Hello(key=b"k" * KEY_BYTES, total_parameters=100, total_features=5, num_mailboxes=2, depth=1),
     Welcome(num_parameters=100, num_features=5, num_slots=4),
+    PullRequest(statistics=True),
+    Weights(version=3, statistics=False),
+    Challenge(nonce=b"n" * NONCE_BYTES),
+    Introduction(
+        proof=b"p" * PROOF_BYTES,
+        nonce=b"n" * NONCE_BYTES,
+        partition=1,
+        total_parameters=100,
+        total_features=5,
+        num_mailboxes=2,
+        depth=1,
+        wire=WireDtype.BFLOAT16,
+    ),
+    Admission(proof=b"p" * PROOF_BYTES, num_parameters=50, num_features=2),
 ]
 
 
@@ -113,7 +162,7 @@ def test_random_bytes(data: bytes) -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.sampled_from([0, 1, 2, 3, 4, 5, 255]), st.binary(max_size=120))
+@given(st.sampled_from([*range(11), 255]), st.binary(max_size=120))
 def test_random_bytes_behind_a_good_start(kind: int, data: bytes) -> None:
     decode_strictly(b"DPR1" + bytes([kind]) + data)
 

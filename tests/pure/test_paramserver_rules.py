@@ -182,6 +182,10 @@ class TestRegulariser:
         assert self.apply(Regulariser(clip_norm=5), 5).tolist() == [3, 4]
         assert self.apply(Regulariser(clip_norm=5), 4.9).tolist() == [3, 4]
 
+    def test_a_norm_just_above_the_limit_is_brought_down_to_it(self) -> None:
+        clipped = self.apply(Regulariser(clip_norm=5), 5.5)
+        torch.testing.assert_close(clipped, torch.tensor([3 * 5 / 5.5, 4 * 5 / 5.5]))
+
     def test_clipping_comes_before_decay(self) -> None:
         clipped = self.apply(Regulariser(clip_norm=2.5, weight_decay=0.5), 5)
         assert clipped.tolist() == [3 / 2 + 5, 4 / 2]

@@ -118,3 +118,15 @@ def test_a_replica_process_that_is_killed_costs_nothing_but_time(tmp_path: Path)
     result = commands.result(run)
     check_result(result, epochs=4)
     assert result["process_restarts"] == 1
+
+
+def test_what_is_wrong_with_the_model_leaves_nothing_behind(tmp_path: Path) -> None:
+    """It is found while Ray starts, since that is when PyTorch is imported."""
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    arguments = ("--runs", runs, "--partitions", "99999", "--no-dashboard")
+    assert commands.run("train", "mnist-bn", *arguments, log=log) == 2
+    lines = log.read_text().splitlines()
+    assert lines[-1].startswith("downpour: error: partitions is 99999")
+    assert lines[-1].endswith("give 6250 or fewer")
+    assert "Traceback" not in log.read_text()
+    assert list(runs.iterdir()) == []

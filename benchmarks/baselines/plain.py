@@ -1,0 +1,64 @@
+"""The limit: plain training loops, a process for each core, that share nothing.
+
+No server, no communication: each has its own weights and `torch.optim.SGD`.
+"""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+from benchmarks.baselines.common import (
+    CONTEXT,
+    START_DEADLINE_S,
+    Barrier,
+    Setup,
+    begin_child,
+    child_main,
+    count_steps,
+    gradient_of,
+    join,
+)
+
+
+def loop(worker: int, setup: Setup, barrier: Barrier, results: SimpleQueue[Any]) -> None:
+    """One process: warm up, then count steps."""
+    begin_child()
+    model, batches = setup.build().train(), setup.batches(worker)
+    optimizer = setup.optimizer(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        gradient_of(model, *next(batches))
+        optimizer.step()
+
+    step()
+    barrier.wait(START_DEADLINE_S)
+    count_steps(step, setup.warmup_s)
+    cpu_s = time.process_time()
+    steps, elapsed_s = count_steps(step, setup.seconds)
+    results.put((steps, elapsed_s, time.process_time() - cpu_s))
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    """Updates a second over all processes, and what an update costs."""
+    barrier, results = CONTEXT.Barrier(setup.workers), CONTEXT.SimpleQueue()
+    processes = [
+        CONTEXT.Process(target=loop, args=(i, setup, barrier, results), name=f"loop {i}")
+        for i in range(setup.workers)
+    ]
+    for process in processes:
+        process.start()
+    join(processes, START_DEADLINE_S + setup.warmup_s + 2 * setup.seconds)
+    found = [results.get() for _ in processes]
+    steps = sum(steps for steps, _, _ in found)
+    return {
+        "updates_per_s": sum(steps / elapsed_s for steps, elapsed_s, _ in found),
+        "updates": steps,
+        "cpu_ms_per_update": 1e3 * sum(cpu_s for _, _, cpu_s in found) / steps,
+    }
+
+
+if __name__ == "__main__":
+    child_main(measure)

@@ -1,0 +1,198 @@
+"""What a benchmark is asked for and what it gives: settings, a report, how it is shown and kept.
+
+Not here: any measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.baselines.common import INPUTS, LABELS
+from cluster.config import BUNDLED_MNIST, ROOT, processors
+from cluster.errors import UserError
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+Say = Callable[[str], None]
+"""Tells people what is going on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much to measure. Frozen, so that it can be kept beside what was measured."""
+
+    repeat: int = 3
+    """Rounds; in each, everything that is compared runs once, one after the other."""
+    seconds: float = 10.0
+    """How long each is measured in steady state, in a round."""
+    warmup_s: float = 4.0
+    """How long each runs before that."""
+    quick: bool = False
+    """Only show that it works: one short round with few workers and no dashboard."""
+    only: tuple[str, ...] = ()
+    """Peers or sizes to run, besides the limit; all if empty."""
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1:
+            raise BadSettings(f"repeat is {self.repeat}: give at least 1")
+        if not 0 < self.seconds < float("inf"):
+            raise BadSettings(f"seconds is {self.seconds}: give a number above 0")
+
+    def arguments(self) -> list[str]:
+        """The options of `downpour bench` that give these settings."""
+        if self.quick:
+            return ["--quick", *self._only()]
+        return ["--repeat", str(self.repeat), "--seconds", f"{self.seconds:g}", *self._only()]
+
+    def _only(self) -> list[str]:
+        return [word for name in self.only for word in ("--only", name)]
+
+    @classmethod
+    def quickly(cls, only: tuple[str, ...] = ()) -> Settings:
+        """Enough to show that everything works."""
+        return cls(repeat=1, seconds=0.5, warmup_s=0.2, quick=True, only=only)
+
+
+class BadSettings(UserError, ValueError):
+    """A setting of a benchmark is out of range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What came out of one benchmark."""
+
+    name: str
+    """As `downpour bench` calls it."""
+    title: str
+    """What was measured, on one line."""
+    columns: tuple[str, ...]
+    """Of the table for people; the first is text."""
+    rows: tuple[tuple[str, ...], ...]
+    """Of the same table."""
+    notes: tuple[str, ...] = ()
+    """Lines below it."""
+    configuration: dict[str, Any]
+    """What decides the numbers, apart from code and machine."""
+    result: dict[str, Any]
+    """The numbers: medians over the rounds."""
+    rounds: list[Any] = field(default_factory=list)
+    """Raw output, round by round."""
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, which one bad round does not move."""
+    return float(statistics.median(values))
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions, as far as they matter to speed."""
+    return {
+        "processor": _first("/proc/cpuinfo", "model name") or platform.processor(),
+        "processors": processors(),
+        "memory": _first("/proc/meminfo", "MemTotal"),
+        "kernel": platform.release(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "ray", "numpy")},
+        "commit": _commit(),
+    }
+
+
+def _first(path: str, key: str) -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return None
+
+
+def _commit() -> str | None:
+    """The commit that was measured, with `-dirty` where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+    return None
+
+
+def record(report: Report, settings: Settings, about: dict[str, Any]) -> dict[str, Any]:
+    """All of a report as plain data, with command, date, machine and configuration."""
+    return {
+        "benchmark": report.name,
+        "title": report.title,
+        "command": shlex.join(["downpour", "bench", report.name, *settings.arguments()]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": about,
+        "settings": dataclasses.asdict(settings),
+        "configuration": report.configuration,
+        "result": report.result,
+        "rounds": report.rounds,
+    }
+
+
+def save(plain: dict[str, Any]) -> Path:
+    """Keep a record in `benchmarks/results/`, whole or not at all."""
+    date = datetime.datetime.fromisoformat(plain["date"]).strftime("%Y%m%d-%H%M%S")
+    path = RESULTS / f"{plain['benchmark']}-{date}.json"
+    try:
+        RESULTS.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(plain, indent=2) + "\n")
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; leave out --save and use --json"
+        ) from None
+    return path
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table."""
+    table = Table(title=report.title, title_justify="left", title_style="bold", box=box.SIMPLE)
+    for index, column in enumerate(report.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in report.rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in report.notes:
+        console.print(note, style="dim", highlight=False)
+
+
+@contextlib.contextmanager
+def decoded_mnist(quick: bool) -> Iterator[str]:
+    """A folder with the bundled training split, decoded once for all plain loops."""
+    from cluster.recipes import BINARY_MNIST
+    from shuffler.decode import decode
+    from shuffler.reader import RowReader
+    from shuffler.records import Dataset
+
+    dataset = Dataset.open(BUNDLED_MNIST, "train")
+    rows = np.arange(min(dataset.num_rows, 4096 if quick else dataset.num_rows), dtype=np.int64)
+    with contextlib.closing(RowReader(dataset)) as reader:
+        inputs, labels = decode(reader.take(rows), BINARY_MNIST, rows=rows)
+    with tempfile.TemporaryDirectory(prefix="downpour-bench-") as folder:
+        np.save(Path(folder) / INPUTS, inputs)
+        np.save(Path(folder) / LABELS, labels)
+        yield folder

@@ -1,0 +1,325 @@
+"""Claim: push + pull costs at most 2x a memcpy on one machine; half a raw echo's speed, encrypted.
+
+One client pushes a gradient and pulls the weights, over and over, against a partition in another
+process that applies momentum SGD. Beside it, in turns: a memcpy of the same bytes, once for the
+gradient and once for the weights; and an echo of the same bytes over raw TCP on loopback, into
+fixed buffers on both sides. Over the network it is also timed without the update, by pushing a
+mini-batch that has been applied: that is the transport alone, as the echo is.
+
+    python -m benchmarks.push_pull [--json] [--repeat N] [--only SIZE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection as Wire
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from benchmarks.harness import BadSettings, Report, Say, Settings, machine, median, show
+from paramserver.client import ParameterClient
+from paramserver.messages import KEY_BYTES, Outcome
+from paramserver.partition import split
+from paramserver.rules import Momentum
+from paramserver.schedule import Schedule
+from paramserver.server import PartitionServer
+from paramserver.state import UpdateConfig
+from paramserver.transport.access import Access
+from paramserver.transport.greeting import NetworkListen
+from paramserver.transport.local import Endpoint
+from paramserver.transport.security import Credentials, issue
+
+SIZES = {"0.4": 400_000, "4": 4_000_000, "45": 45_000_000}
+"""Megabytes of weights -> bytes."""
+ROUND_TRIPS = {"0.4": 100, "4": 20, "45": 5}
+"""How many make up one round."""
+DEADLINE_S = 60.0
+BATCHES = 1 << 20
+
+MEMCPY, ECHO, SHARED = "memcpy", "echo", "shared"
+NETWORK = ("encrypted", "plain")
+TITLES = {
+    MEMCPY: "memcpy of the same bytes",
+    SHARED: "push + pull, shared memory, momentum SGD",
+    ECHO: "raw TCP echo of the same bytes",
+    "encrypted": "push + pull, network, momentum SGD",
+    "encrypted-alone": "push + pull, network, without the update",
+    "plain": "push + pull, network not encrypted, momentum SGD",
+    "plain-alone": "push + pull, network not encrypted, without the update",
+}
+"""What is timed -> what that is, in the order in which it runs."""
+
+
+def _echo(wire: Wire, num_bytes: int) -> None:
+    """A child: echoes `num_bytes` at a time."""
+    buffer = memoryview(bytearray(num_bytes))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        wire.send(listening.getsockname()[1])
+        peer, _ = listening.accept()
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with peer, contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                _fill(peer, buffer)
+                peer.sendall(buffer)
+
+
+def _fill(peer: socket.socket, buffer: memoryview) -> None:
+    while len(buffer):
+        num = peer.recv_into(buffer)
+        if not num:
+            raise EOFError
+        buffer = buffer[num:]
+
+
+def _serve(wire: Wire, num_parameters: int, key: bytes, credentials: Credentials | None) -> None:
+    """A child: serves one partition until it is told to stop."""
+    (partition,) = split(
+        num_parameters=num_parameters, num_features=0, num_decayed=0, num_partitions=1
+    )
+    server = PartitionServer(
+        partition=partition,
+        config=UpdateConfig(
+            rule=Momentum(momentum=0.9),
+            schedule=Schedule(learning_rate=1e-6),
+            batches_per_epoch=BATCHES,
+            epoch_examples=BATCHES,
+        ),
+        key=key,
+        weights=torch.zeros(num_parameters),
+        network=NetworkListen(credentials=credentials),
+    ).start()
+    wire.send(server.endpoint)
+    with contextlib.suppress(EOFError):
+        wire.recv()
+    server.stop()
+
+
+class _Children:
+    """Processes to talk to; a context manager that ends them."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._spawn = multiprocessing.get_context("spawn")
+
+    def __enter__(self) -> _Children:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def start(self, function: Callable[..., None], *arguments: Any) -> Any:
+        """Start one; gives the first thing that it sends."""
+        ours, theirs = self._spawn.Pipe()
+        process = self._spawn.Process(target=function, args=(theirs, *arguments), daemon=True)
+        process.start()
+        theirs.close()
+        self._stack.callback(_end, process, ours)
+        if not ours.poll(DEADLINE_S):
+            raise TimeoutError(f"{function.__name__} has not started for {DEADLINE_S:.0f} s")
+        return ours.recv()
+
+    def closing(self, thing: Any) -> Any:
+        """Close it, too, before the processes end."""
+        return self._stack.enter_context(contextlib.closing(thing))
+
+
+def _end(process: Any, ours: Wire) -> None:
+    ours.close()
+    process.join(DEADLINE_S)
+    if process.exitcode is None:
+        process.kill()
+
+
+class _RoundTrip:
+    """Push + pull over one connection."""
+
+    def __init__(
+        self, endpoint: Endpoint, key: bytes, access: Access, *, epoch: int, update: bool
+    ) -> None:
+        self.client = ParameterClient(
+            [endpoint], key=key, access=access, num_mailboxes=1, deadline_s=DEADLINE_S
+        )
+        assert self.client.mailboxes is not None
+        self.client.mailboxes.gradients[0].normal_()
+        self._weights = np.empty(self.client.num_parameters, np.float32)
+        self._versions = [0]
+        self._epoch, self._update = epoch, update
+        self._batch = 0
+        self._expected = (Outcome.APPLIED,)
+
+    def __call__(self) -> None:
+        client = self.client
+        client.push(
+            mailbox=0,
+            replica=0,
+            epoch=self._epoch,
+            batches=(self._batch,),
+            examples=1,
+            versions=self._versions,
+            loss=1.0,
+            gradient_norm=1.0,
+        )
+        shared = not client.num_networked
+        pull = None if shared else client.start_pull(self._weights, self._versions)
+        outcomes: tuple[Outcome, ...] = ()
+        while client.in_flight(0):
+            for settled in client.wait():
+                outcomes = settled.outcomes
+        if pull is None:
+            client.pull(self._weights, self._versions)
+        else:
+            client.finish(pull)
+        assert outcomes == self._expected, outcomes
+        if self._update:
+            self._batch += 1
+        else:
+            self._expected = (Outcome.DUPLICATE,)
+
+
+def _memcpy(num_bytes: int) -> Callable[[], None]:
+    gradient, weights = (np.random.default_rng(0).random(num_bytes // 4, np.float32) for _ in "ab")
+    to_gradient, to_weights = np.empty_like(gradient), np.empty_like(weights)
+
+    def copy() -> None:
+        np.copyto(to_gradient, gradient)
+        np.copyto(to_weights, weights)
+
+    return copy
+
+
+def _echoing(peer: socket.socket, num_bytes: int) -> Callable[[], None]:
+    peer.settimeout(DEADLINE_S)
+    peer.setblocking(True)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    out, back = (memoryview(bytearray(num_bytes)) for _ in "ab")
+    out[:] = secrets.token_bytes(num_bytes)
+
+    def echo() -> None:
+        peer.sendall(out)
+        _fill(peer, back)
+
+    return echo
+
+
+def _candidates(children: _Children, num_bytes: int) -> dict[str, Callable[[], None]]:
+    key, keys = secrets.token_bytes(KEY_BYTES), issue()
+    port = children.start(_echo, num_bytes)
+    peer = children.closing(socket.create_connection(("127.0.0.1", port), DEADLINE_S))
+    found = {MEMCPY: _memcpy(num_bytes), ECHO: _echoing(peer, num_bytes)}
+
+    def round_trip(endpoint: Endpoint, access: Access, epoch: int, update: bool) -> _RoundTrip:
+        trip = _RoundTrip(endpoint, key, access, epoch=epoch, update=update)
+        children.closing(trip.client)
+        return trip
+
+    for name, theirs, ours in (
+        ("encrypted", keys.partitions, keys.clients),
+        ("plain", None, None),
+    ):
+        endpoint = children.start(_serve, num_bytes // 4, key, theirs)
+        access = Access(transport="network", credentials=ours)
+        if SHARED not in found:
+            found[SHARED] = round_trip(endpoint, Access(transport="shared"), 0, True)
+        found[name] = round_trip(endpoint, access, 1, True)
+        found[f"{name}-alone"] = round_trip(endpoint, access, 2, False)
+    return {name: found[name] for name in TITLES}
+
+
+def measure(size: str, repeat: int, round_trips: int) -> list[dict[str, list[float]]]:
+    """Seconds of each round trip, by what it is and by round; all in turns."""
+    rounds: list[dict[str, list[float]]] = []
+    torch.set_num_threads(1)
+    with _Children() as children:
+        candidates = _candidates(children, SIZES[size])
+        for name in candidates:
+            for _ in range(3):
+                candidates[name]()
+        for _ in range(repeat):
+            found: dict[str, list[float]] = {name: [] for name in candidates}
+            for _ in range(round_trips):
+                for name, once in candidates.items():
+                    began_s = time.perf_counter()
+                    once()
+                    found[name].append(time.perf_counter() - began_s)
+            rounds.append(found)
+    return rounds
+
+
+def run(settings: Settings, say: Say) -> Report:
+    """Measure every size."""
+    unknown = set(settings.only) - set(SIZES)
+    if unknown:
+        raise BadSettings(f"there is no size {min(unknown)!r}: give some of {', '.join(SIZES)}")
+    sizes = [s for s in SIZES if not settings.only or s in settings.only]
+    raw: dict[str, list[dict[str, list[float]]]] = {}
+    for size in sizes:
+        say(f"push-pull: {size} MB")
+        raw[size] = measure(size, settings.repeat, 3 if settings.quick else ROUND_TRIPS[size])
+    result: dict[str, Any] = {}
+    rows: list[tuple[str, ...]] = []
+    for size in sizes:
+        ms = {
+            name: 1000 * median([s for found in raw[size] for s in found[name]]) for name in TITLES
+        }
+        result[size] = {"ms": ms, "ratio": {n: _ratio(ms, n) for n in TITLES}}
+        rows += [
+            (f"{size} MB: {TITLES[n]}", f"{ms[n]:.3f}", _shown(ms, n)) for n in TITLES
+        ]
+    return Report(
+        name="push-pull",
+        title="push a gradient and pull the weights, one at a time",
+        columns=("", "ms", "compared"),
+        rows=tuple(rows),
+        notes=(
+            f"medians of {settings.repeat} round(s), all in turns; on one machine as a multiple of "
+            "the memcpy's time, over the network as a share of the echo's speed.",
+        ),
+        configuration={"sizes": {s: SIZES[s] for s in sizes}, "partitions": 1, "rule": "momentum"},
+        result=result,
+        rounds=[{size: raw[size][i] for size in sizes} for i in range(settings.repeat)],
+    )
+
+
+def _ratio(ms: dict[str, float], name: str) -> float:
+    if name in (MEMCPY, SHARED):
+        return ms[name] / ms[MEMCPY]
+    return ms[ECHO] / ms[name]
+
+
+def _shown(ms: dict[str, float], name: str) -> str:
+    ratio = _ratio(ms, name)
+    return f"{ratio:.2f} x memcpy" if name in (MEMCPY, SHARED) else f"{ratio:.2f} of the echo"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, and print a table or, with `--json`, raw numbers."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.push_pull", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print raw numbers as JSON")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds")
+    parser.add_argument("--quick", action="store_true", help="only show that it works")
+    parser.add_argument("--only", action="append", default=[], choices=SIZES, metavar="SIZE")
+    given = parser.parse_args(argv)
+    settings = Settings(repeat=given.repeat, quick=given.quick, only=tuple(given.only))
+    about = machine()
+    report = run(settings, lambda _: None)
+    if given.json:
+        print(json.dumps({"machine": about, **dataclasses.asdict(report)}))
+    else:
+        show(report, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

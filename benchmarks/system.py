@@ -1,0 +1,231 @@
+"""This system under measurement: real runs of a configuration, as `downpour train` does them.
+
+A run is started in a process of its own, on a Ray of its own, with everything on. Once all
+replicas train and the warm-up is over, its own metrics and the kernel's processor times are read
+for some seconds; then it is asked to stop. As a main module (`python -m benchmarks.system RUN`) it
+is that process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Settings
+from benchmarks.processes import BenchmarkFailed, Child, descendants
+from cluster import recipes
+from cluster.config import ROOT, ModelConfig, RunConfig, to_plain
+from cluster.run_folder import METRICS, STATUS, RunFolder
+from paramserver.schedule import Schedule
+
+START_DEADLINE_S = 180.0
+STOP_DEADLINE_S = 60.0
+LINE_DEADLINE_S = 60.0
+LOOK_EVERY_S = 0.02
+
+ROLES = {
+    "ray::Replica": "replicas",
+    "ray::Partition": "partitions",
+    "ray::Shuffler": "shufflers",
+    "ray::Evaluator": "evaluator",
+    "benchmarks.system": "driver",
+}
+"""What a command line begins with or has in it -> the role of that process; others are Ray's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemMeasurement:
+    """What a run showed in steady state."""
+
+    updates_per_s: float
+    """Updates that the parameter server applied."""
+    updates: int
+    """Updates in the time measured."""
+    seconds: float
+    """The time measured."""
+    cpu_ms_per_update: float
+    """Processor time of all processes of the run, the driver's and Ray's own included."""
+    cpu_ms_by_role: Mapping[str, float]
+    """The same by role, milliseconds an update."""
+    staleness_mean: float
+    """Mean staleness since the run began."""
+    duplicates: int
+    """Pushes of mini-batches that had been applied before."""
+    refused: int
+    """Mini-batches that were refused."""
+    replicas: int
+    """Replicas that trained."""
+
+
+def mnist(*, replicas: int, concurrent_steps: int = 5) -> RunConfig:
+    """The recipe `mnist-bn` with all replicas on from the start, and momentum SGD alone.
+
+    Ramp, rate and weight decay make no difference to what is measured, or would make one that the
+    plain loops do not have. The rate is one that hundreds of steps in flight bear.
+    """
+    recipe = recipes.find("mnist-bn")
+    return dataclasses.replace(
+        recipe,
+        recipe="bench-mnist-bn",
+        data=dataclasses.replace(recipe.data, past_bound="rekey"),
+        server=dataclasses.replace(
+            recipe.server, weight_decay=0.0, schedule=Schedule(learning_rate=0.002)
+        ),
+        replicas=dataclasses.replace(
+            recipe.replicas,
+            replicas=replicas,
+            steps=dataclasses.replace(recipe.replicas.steps, concurrent_steps=concurrent_steps),
+            warm_start_epochs=0.0,
+            ramp_epochs=0.0,
+        ),
+        policy=dataclasses.replace(recipe.policy, epochs=10_000),
+    )
+
+
+def convnet(*, replicas: int, concurrent_steps: int = 5) -> RunConfig:
+    """The same for `benchmarks.models.convnet`, on the same images."""
+    config = mnist(replicas=replicas, concurrent_steps=concurrent_steps)
+    image = dataclasses.replace(config.model.image, flatten=False)
+    return dataclasses.replace(
+        config,
+        recipe="bench-convnet",
+        model=ModelConfig(model="benchmarks.models:convnet", image=image),
+    )
+
+
+def as_plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration, for a record; paths from the root."""
+    plain = to_plain(config)
+    plain["data"]["data"] = plain["data"]["data"].removeprefix(f"{ROOT}/")
+    return plain
+
+
+def measure(config: RunConfig, settings: Settings) -> SystemMeasurement:
+    """Run `config`, and measure it for at least `settings.seconds` once it is warm.
+
+    Raises `BenchmarkFailed` where the run fails, or refuses a mini-batch or applies one twice.
+    """
+    with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
+        folder = RunFolder.create(Path(scratch) / "run", config)
+        what = f"the run of {config.recipe} with {config.replicas.replicas} replicas"
+        flag = "--no-dashboard" if settings.quick else "--dashboard"
+        with Child(what, ["-m", "benchmarks.system", folder.path, flag]) as child:
+            follower = _Follower(child, folder.path / METRICS)
+            # The evaluator is the last to come up, after all replicas train.
+            sign = "updates_per_s" if settings.quick else "accuracy"
+            warm = follower.next(lambda line: line.get(sign) is not None, START_DEADLINE_S)
+            begin = follower.rates(warm["time"] + settings.warmup_s)
+            before = _cpu_by_pid()
+            end = follower.rates(begin["time"] + settings.seconds)
+            after = _cpu_by_pid()
+            child.process.send_signal(signal.SIGTERM)
+            child.process.wait(STOP_DEADLINE_S)
+            status = folder.read_json(STATUS)
+            if end["replicas"] != config.replicas.replicas:
+                raise BenchmarkFailed(
+                    f"{what} was left with {end['replicas']} of them: see {child.log}"
+                )
+            if status.get("state") != "stopped" or status["duplicates"] or status["refused"]:
+                raise BenchmarkFailed(
+                    f"{what} ended as {status.get('state')} with {status.get('duplicates')} "
+                    f"duplicates and {status.get('refused')} refused: see {child.log}"
+                )
+    return _summary(begin, end, before, after)
+
+
+def _summary(
+    begin: dict[str, Any],
+    end: dict[str, Any],
+    before: Mapping[int, tuple[str, float]],
+    after: Mapping[int, tuple[str, float]],
+) -> SystemMeasurement:
+    updates = end["updates"] - begin["updates"]
+    seconds = end["time"] - begin["time"]
+    by_role: dict[str, float] = {}
+    for pid, (role, cpu_s) in after.items():
+        used_s = cpu_s - before.get(pid, (role, 0.0))[1]
+        by_role[role] = by_role.get(role, 0.0) + 1e3 * used_s / max(updates, 1)
+    return SystemMeasurement(
+        updates_per_s=updates / seconds,
+        updates=updates,
+        seconds=seconds,
+        cpu_ms_per_update=sum(by_role.values()),
+        cpu_ms_by_role=by_role,
+        staleness_mean=end["staleness_mean"],
+        duplicates=end["duplicates"],
+        refused=end["refused"],
+        replicas=end["replicas"],
+    )
+
+
+class _Follower:
+    """Reads a run's metrics as they are written."""
+
+    def __init__(self, child: Child, path: Path) -> None:
+        self._child = child
+        self._path = path
+        self._read = 0
+
+    def next(self, wanted: Callable[[dict[str, Any]], bool], deadline_s: float) -> dict[str, Any]:
+        """The next line that is wanted, soon after it is written."""
+        give_up_s = time.monotonic() + deadline_s
+        while time.monotonic() < give_up_s:
+            for line in self._lines():
+                if wanted(line):
+                    return line
+            if self._child.process.poll() is not None:
+                raise self._child.failed()
+            time.sleep(LOOK_EVERY_S)
+        raise BenchmarkFailed(
+            f"{self._child.what} has not come so far within {deadline_s:.0f} s: see "
+            f"{self._child.log}, and try again on a machine that is less busy"
+        )
+
+    def rates(self, at_s: float) -> dict[str, Any]:
+        """The first line of rates that is written at this time (Unix) or later."""
+        deadline_s = max(0.0, at_s - time.time()) + LINE_DEADLINE_S
+        return self.next(lambda line: "replicas" in line and line["time"] >= at_s, deadline_s)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def _cpu_by_pid() -> dict[int, tuple[str, float]]:
+    """Role and processor seconds of every process of the run: all that are below this one."""
+    found = {}
+    for process in descendants(os.getpid()).values():
+        role = next((r for mark, r in ROLES.items() if mark in process.command), "ray")
+        found[process.pid] = (role, process.cpu_s)
+    return found
+
+
+def main() -> int:
+    """Train the run whose folder is given, as `downpour train` does."""
+    from rich.console import Console
+
+    from cluster import launch
+
+    folder = RunFolder.open(Path(sys.argv[1]))
+    dashboard = "--dashboard" in sys.argv
+    return launch.train(
+        folder, resume=False, address=None, dashboard=dashboard, console=Console(stderr=True)
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

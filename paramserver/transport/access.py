@@ -1,0 +1,70 @@
+"""Which way a process reaches a partition: shared memory on one machine, TCP between machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from paramserver.errors import NotColocated
+from paramserver.transport.compress import WireDtypeName, wire_dtype
+from paramserver.transport.link import Link
+from paramserver.transport.local import Connection, Endpoint, machine
+from paramserver.transport.memory import Mailboxes
+from paramserver.transport.network_client import NetworkConnection
+from paramserver.transport.security import Credentials
+
+TransportName = Literal["auto", "shared", "network"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What a process is told about how to reach the partitions."""
+
+    transport: TransportName = "auto"
+    """`shared` and `network` are used whether or not a partition is on the same machine."""
+    wire_dtype: WireDtypeName = "float32"
+    """How gradients travel over the network."""
+    credentials: Credentials | None = None
+    """The clients'; without them nothing that goes over the network is encrypted."""
+
+
+def way(endpoint: Endpoint, transport: TransportName, here: str) -> Literal["shared", "network"]:
+    """Which way a process on the machine `here` reaches a partition.
+
+    Raises `NotColocated` where there is none.
+    """
+    index = endpoint.partition.index
+    if transport == "shared" or (transport == "auto" and endpoint.machine == here):
+        if endpoint.machine != here:
+            raise NotColocated(
+                f"partition {index} is on another machine, out of reach of shared memory: give "
+                "--transport auto"
+            )
+        return "shared"
+    if endpoint.network is None:
+        raise NotColocated(
+            f"partition {index} is out of reach, it does not listen on a network: give "
+            "--transport network"
+        )
+    return "network"
+
+
+def connect(
+    endpoint: Endpoint,
+    *,
+    key: bytes,
+    access: Access,
+    mailboxes: Mailboxes | None,
+    deadline_s: float,
+) -> Link:
+    """Connect a process to a partition. Raises `ServerError` of every kind."""
+    if way(endpoint, access.transport, machine()) == "shared":
+        return Connection(endpoint, key=key, mailboxes=mailboxes, deadline_s=deadline_s)
+    return NetworkConnection(
+        endpoint,
+        key=key,
+        credentials=access.credentials,
+        mailboxes=mailboxes,
+        wire=wire_dtype(access.wire_dtype),
+        deadline_s=deadline_s,
+    )

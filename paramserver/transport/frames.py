@@ -1,0 +1,121 @@
+"""Frames: a message and its payload, one after the other on a channel.
+
+A frame is the message's length, the payload's length, the message and the payload. A receiver
+knows beforehand how long a payload has to be, and where it goes: a frame that announces another
+length is refused before a byte of it is read, and nothing is allocated on a peer's word.
+"""
+
+from __future__ import annotations
+
+import struct
+import typing
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from paramserver.errors import MalformedMessage
+from paramserver.messages import Message, decode, encode
+from paramserver.transport.channel import Channel
+from paramserver.transport.local import MAX_MESSAGE
+
+_PREFIX = struct.Struct("<IQ")
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Destinations = Callable[[Message], Sequence[memoryview]]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor; writable."""
+    if not tensor.numel():
+        return memoryview(bytearray())
+    assert tensor.is_contiguous()
+    return memory_of(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def memory_of(array: npt.NDArray[Any]) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(typing.cast("Buffer", array)).cast("B")
+
+
+def frame(message: Message, payload: Sequence[memoryview] = ()) -> list[memoryview]:
+    """The views that make up a frame; the payload is not copied."""
+    return [head(message, sum(map(len, payload))), *(view for view in payload if len(view))]
+
+
+def head(message: Message, payload_bytes: int) -> memoryview:
+    """A frame up to its payload, which has to follow."""
+    data = encode(message)
+    return memoryview(_PREFIX.pack(len(data), payload_bytes) + data)
+
+
+class FrameReader:
+    """Reads frames off a channel, as far as they have come."""
+
+    def __init__(self, channel: Channel, destinations: Destinations) -> None:
+        """`destinations(message)` says where the payload goes; it may refuse the message."""
+        self._channel = channel
+        self._destinations = destinations
+        self._reading = self._read()
+        self.midway = False
+        """Whether a frame has come in part."""
+
+    def next(self) -> Message | None:
+        """The next frame's message, its payload in place; None where it has not all come."""
+        return next(self._reading)
+
+    def _read(self) -> Generator[Message | None, None, None]:
+        prefix = memoryview(bytearray(_PREFIX.size))
+        buffer = memoryview(bytearray(MAX_MESSAGE))
+        while True:
+            yield from self._fill(prefix)
+            length, payload_bytes = _PREFIX.unpack(prefix)
+            if not 0 < length <= MAX_MESSAGE:
+                raise MalformedMessage(f"a message of {length} bytes")
+            yield from self._fill(buffer[:length])
+            message = decode(bytes(buffer[:length]))
+            places = self._destinations(message)
+            if payload_bytes != sum(map(len, places)):
+                raise MalformedMessage(
+                    f"a {type(message).__name__} with {payload_bytes} bytes behind it"
+                )
+            for place in places:
+                yield from self._fill(place)
+            self.midway = False
+            yield message
+
+    def _fill(self, view: memoryview) -> Generator[None, None, None]:
+        read_into = self._channel.read_into
+        while len(view):
+            num = read_into(view)
+            if num:
+                self.midway = True
+                view = view[num:]
+            else:
+                yield
+
+
+class Outbox:
+    """Views that wait to be sent, in order."""
+
+    def __init__(self, channel: Channel) -> None:
+        """Nothing waits."""
+        self._channel = channel
+        self.views: deque[memoryview] = deque()
+        self.empty = True
+        """Whether all has gone out, from the channel too."""
+
+    def put(self, views: Sequence[memoryview]) -> None:
+        """Queue some; `flush` sends them."""
+        self.views.extend(views)
+        self.empty = False
+
+    def flush(self) -> bool:
+        """Send what can be sent now; gives `empty`."""
+        if not self.empty:
+            self.empty = self._channel.write(self.views)
+        return self.empty

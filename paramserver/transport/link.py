@@ -1,0 +1,60 @@
+"""What a client needs of its connection to a partition, whichever way it goes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from paramserver.messages import Answer, Push
+from paramserver.partition import Partition
+
+Weights = npt.NDArray[np.float32]
+
+
+class Pull:
+    """Weights that are on their way to where they are wanted."""
+
+    __slots__ = ("versions", "waiting")
+
+    def __init__(self, versions: list[int]) -> None:
+        self.versions = versions
+        """Version by partition; those that have not come are old or rubbish."""
+        self.waiting = 0
+        """Partitions whose weights have not come."""
+
+
+class Link(Protocol):
+    """A client's connection to one partition. Every method is called by one thread."""
+
+    partition: Partition
+    inbox: list[Answer]
+    """Answers that `service` has taken in, and nobody has read."""
+
+    @property
+    def torn(self) -> int:
+        """Copies of weights that were thrown away because the writer had lapped them."""
+
+    @property
+    def events(self) -> int:
+        """What to `poll` its descriptor for."""
+
+    @property
+    def moved(self) -> int:
+        """Grows as long as anything goes to and fro."""
+
+    def fileno(self) -> int:
+        """For `poll`: what has come is taken in by `service`."""
+
+    def push(self, push: Push) -> None:
+        """Send off the gradient that is in the push's mailbox."""
+
+    def start_pull(self, pull: Pull, weights: Weights, statistics: Weights | None) -> None:
+        """Ask for the weights [n], and statistics [2, f], to be put there; or put them there."""
+
+    def service(self) -> None:
+        """Take in what has come, without waiting. Raises `ConnectionLost` at the end."""
+
+    def close(self) -> None:
+        """Close the connection."""

@@ -1,0 +1,146 @@
+"""The partition's side of a connection between machines, once it has been greeted.
+
+A push is a frame whose payload is the partition's slice of the gradient and of the moments; a
+`PullRequest` is answered by the weights. Nothing here waits: a connection is read as far as bytes
+have come and written as far as the kernel takes them, some megabytes at a time, so that a large
+push does not keep the others waiting.
+
+Weights are sent from the slot of the ring that they were published in. Where the writer comes round
+to that slot before they have gone, the rest is set aside first (`detach`); both happen on the
+serving thread, so what a client gets is one version, whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paramserver.errors import DeadlineExceeded, MalformedMessage
+from paramserver.messages import (
+    MAX_MAILBOXES,
+    Answer,
+    Message,
+    PullRequest,
+    Push,
+    Weights,
+    WireDtype,
+)
+from paramserver.partition import Partition
+from paramserver.transport.channel import SLICE_BYTES
+from paramserver.transport.compress import TORCH_DTYPES
+from paramserver.transport.frames import FrameReader, Outbox, as_bytes, frame
+from paramserver.transport.greeting import Admitted
+
+_MAX_QUEUED = 2 * MAX_MAILBOXES
+
+
+class NetworkSide:
+    """One greeted connection as the partition sees it."""
+
+    def __init__(self, admitted: Admitted, partition: Partition, now_s: float) -> None:
+        """Make room for one push of this partition; how much is not for the peer to say."""
+        about = admitted.introduction
+        self.socket = admitted.channel.socket
+        self.num_mailboxes, self.depth = about.num_mailboxes, about.depth
+        self._channel = admitted.channel
+        size = partition.num_parameters if about.num_mailboxes else 0
+        self._gradient = torch.empty(size, dtype=TORCH_DTYPES[about.wire])
+        self._gradient_bytes = as_bytes(self._gradient)
+        self.is_float32 = about.wire is WireDtype.FLOAT32
+        """Whether `gradient` needs no scratch."""
+        self.moments = torch.empty(about.depth, 3, partition.num_features)
+        """Of the push that `next` gave last, float32 [depth, 3, F]."""
+        self._moments_bytes = as_bytes(self.moments)
+        self._set_bytes = 12 * partition.num_features
+        self._reader = FrameReader(self._channel, self._destinations)
+        self._outbox = Outbox(self._channel)
+        self.pulls: list[PullRequest] = []
+        """Pulls that are to be answered, in order."""
+        self.sending: int | None = None
+        """Slot whose weights are being sent; -1 for ones that were set aside."""
+        self._aside = bytearray()
+        self._moved, self._moved_s = 0, now_s
+        self.watches_writable = False
+        """Whether the server waits for the socket to become writable; the server's own note."""
+
+    def allow(self) -> None:
+        """Let `next` take a slice off the socket."""
+        self._channel.allow(SLICE_BYTES)
+
+    def next(self) -> Push | None:
+        """The next push that has come whole; None where there is none, or it is others' turn."""
+        while (message := self._reader.next()) is not None:
+            if isinstance(message, Push):
+                return message
+            assert isinstance(message, PullRequest)
+            self.pulls.append(message)
+        return None
+
+    def _destinations(self, message: Message) -> list[memoryview]:
+        if isinstance(message, Push):
+            count = len(message.batches)
+            if message.mailbox >= self.num_mailboxes or count > self.depth:
+                raise MalformedMessage(
+                    f"a push of {count} mini-batches from mailbox {message.mailbox}"
+                )
+            return [self._gradient_bytes, self._moments_bytes[: count * self._set_bytes]]
+        if isinstance(message, PullRequest):
+            if len(self.pulls) >= max(1, self.num_mailboxes):
+                raise MalformedMessage("more pulls than mailboxes")
+            return []
+        raise MalformedMessage(f"{type(message).__name__} in place of a push")
+
+    def gradient(self, scratch: Tensor) -> Tensor:
+        """That of the push that `next` gave last, float32 [n]; may be `scratch`, or ours."""
+        return self._gradient if self.is_float32 else scratch.copy_(self._gradient)
+
+    def answer(self, answer: Answer) -> None:
+        """Queue an answer. A peer that leaves too many unread is given up."""
+        if len(self._outbox.views) > _MAX_QUEUED:
+            raise DeadlineExceeded("the peer has left its answers unread")
+        self._outbox.put(frame(answer))
+
+    def send_weights(
+        self, slot: int, version: int, weights: memoryview, statistics: memoryview
+    ) -> None:
+        """Queue what answers the oldest pull: the version in `slot`."""
+        assert self.sending is None
+        wanted = self.pulls.pop(0).statistics
+        payload = [weights, statistics] if wanted else [weights]
+        self._outbox.put(frame(Weights(version=version, statistics=wanted), payload))
+        self.sending = slot
+
+    def detach(self, slot: int) -> None:
+        """`slot` is about to be written: set aside what is still to be sent of it."""
+        if self.sending != slot:
+            return
+        views = self._outbox.views
+        num_bytes = sum(map(len, views))
+        if len(self._aside) < num_bytes:
+            self._aside = bytearray(num_bytes)
+        aside, at = memoryview(self._aside), 0
+        for view in views:
+            aside[at : at + len(view)] = view
+            at += len(view)
+        views.clear()
+        if num_bytes:
+            views.append(aside[:num_bytes])
+        self.sending = -1
+
+    def flush(self) -> bool:
+        """Send as much as goes without waiting; true once all has gone."""
+        if self._outbox.flush():
+            self.sending = None
+            return True
+        return False
+
+    def stalled_since(self, now_s: float) -> float:
+        """Since when nothing has moved although something should have."""
+        idle = self._outbox.empty and not self._reader.midway
+        if idle or self._channel.moved != self._moved:
+            self._moved, self._moved_s = self._channel.moved, now_s
+        return self._moved_s
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()

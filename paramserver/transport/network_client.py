@@ -1,0 +1,324 @@
+"""The client's side of a connection between machines.
+
+Gradients are sent from the mailbox's own memory, weights are received where they are wanted; there
+is no copy but the kernel's, and the seal's. Where a partition's slice is large the connection has a
+thread of its own, so that it travels while the next step computes. A small one fits into the
+kernel's buffers, which do the same for less: then all is done on the calling thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from paramserver.errors import BadConfiguration, ConnectionLost, MalformedMessage
+from paramserver.messages import (
+    KEY_BYTES,
+    NONCE_BYTES,
+    PROOF_BYTES,
+    Answer,
+    Introduction,
+    Message,
+    Outcome,
+    PullRequest,
+    Push,
+    Weights,
+    WireDtype,
+)
+from paramserver.transport import greeting
+from paramserver.transport.channel import SLICE_BYTES, Channel
+from paramserver.transport.compress import TORCH_DTYPES, encoder
+from paramserver.transport.frames import FrameReader, Outbox, as_bytes, head, memory_of
+from paramserver.transport.link import Pull
+from paramserver.transport.link import Weights as Array
+from paramserver.transport.local import Endpoint
+from paramserver.transport.memory import Mailboxes
+from paramserver.transport.security import Credentials
+
+THREAD_BYTES = 1 << 19
+"""Slices of the weights of this size and more get a thread."""
+CLOSE_DEADLINE_S = 10.0
+_LOOK_EVERY_MS = 60_000
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Wanted:
+    """A partition's part of a pull."""
+
+    pull: Pull
+    places: list[memoryview]
+    statistics: Array | None
+    staged: Array | None
+    """Statistics as they come, contiguous; `statistics` need not be."""
+    version: int = 0
+
+
+class _Pump:
+    """Frames out, frames in. Used by one thread, whichever that is."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.outbox = Outbox(channel)
+        self._reader = FrameReader(channel, self._destinations)
+        self._wanted: deque[_Wanted] = deque()
+        # Taken by another thread, where there are two: adding to a deque and taking are atomic.
+        self.answers: deque[Answer] = deque()
+        self.arrived: deque[_Wanted] = deque()
+
+    def put(self, views: Sequence[memoryview], wanted: _Wanted | None) -> None:
+        if wanted is not None:
+            self._wanted.append(wanted)
+        self.outbox.put(views)
+
+    def step(self) -> bool:
+        """Send a slice and receive a slice, as far as goes without waiting; false for nothing."""
+        moved = self.channel.moved
+        self.outbox.flush()
+        self.channel.allow(SLICE_BYTES)
+        while (message := self._reader.next()) is not None:
+            self._sort(message)
+        return self.channel.moved != moved
+
+    def send(self) -> None:
+        """Send as much as goes without waiting."""
+        moved = -1
+        while not self.outbox.empty and self.channel.moved != moved:
+            moved = self.channel.moved
+            self.outbox.flush()
+
+    def _sort(self, message: Message) -> None:
+        if isinstance(message, Answer):
+            self.answers.append(message)
+        else:
+            assert isinstance(message, Weights)
+            wanted = self._wanted.popleft()
+            wanted.version = message.version
+            self.arrived.append(wanted)
+
+    def _destinations(self, message: Message) -> Sequence[memoryview]:
+        if isinstance(message, Answer):
+            return ()
+        if isinstance(message, Weights) and self._wanted:
+            return self._wanted[0].places
+        raise MalformedMessage(f"{type(message).__name__} in place of an answer")
+
+
+class _Worker:
+    """A thread that owns a pump. What it is to send is put to it; what has come it tells of."""
+
+    def __init__(self, pump: _Pump, name: str) -> None:
+        self._pump = pump
+        self._orders: deque[tuple[Sequence[memoryview], _Wanted | None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.done = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable when something has come, or the thread has failed."""
+        self._failure: Exception | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, views: Sequence[memoryview], wanted: _Wanted | None) -> None:
+        self._orders.append((views, wanted))
+        os.eventfd_write(self._wake, 1)
+
+    def check(self) -> None:
+        """Raise what ended the thread, if anything did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def look(self) -> None:
+        """Note that what has come is going to be looked at."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.done)
+        self.check()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._failure = error
+            os.eventfd_write(self.done, 1)
+
+    def _work(self) -> None:
+        pump, peer = self._pump, self._pump.channel.socket
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        while not self._closing:
+            while self._orders:
+                pump.put(*self._orders.popleft())
+            moved = pump.step()
+            if pump.answers or pump.arrived:
+                os.eventfd_write(self.done, 1)
+            if moved:
+                continue
+            poll.register(peer, select.POLLIN | (0 if pump.outbox.empty else select.POLLOUT))
+            poll.poll(_LOOK_EVERY_MS)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+
+    def close(self) -> None:
+        """End the thread. Does nothing the second time."""
+        if self._closing:
+            return
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join(CLOSE_DEADLINE_S)
+        if not self._thread.is_alive():
+            os.close(self._wake)
+            os.close(self.done)
+
+
+class NetworkConnection:
+    """A process's connection to one partition on another machine. Implements `Link`."""
+
+    torn = 0
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        key: bytes,
+        credentials: Credentials | None,
+        mailboxes: Mailboxes | None,
+        wire: WireDtype = WireDtype.FLOAT32,
+        deadline_s: float = 30.0,
+    ) -> None:
+        """Connect and be greeted, all before `deadline_s` from now."""
+        if len(key) != KEY_BYTES:
+            raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
+        assert endpoint.network is not None
+        self.partition = partition = endpoint.partition
+        self.inbox: list[Answer] = []
+        self._itemsize = TORCH_DTYPES[wire].itemsize
+        start, stop = partition.start, partition.stop
+        low, high = partition.feature_start, partition.feature_stop
+        gradients = [g[start:stop] for g in mailboxes.gradients] if mailboxes else []
+        self._encoder = encoder(gradients, wire)
+        self._moments = [m[:, :, low:high] for m in mailboxes.moments] if mailboxes else []
+        self._sent_moments = [torch.empty(m.shape) for m in self._moments]
+        channel = greeting.connect(
+            endpoint.network,
+            partition=partition,
+            key=key,
+            credentials=credentials,
+            introduction=Introduction(
+                proof=bytes(PROOF_BYTES),
+                nonce=bytes(NONCE_BYTES),
+                partition=partition.index,
+                total_parameters=partition.total_parameters,
+                total_features=partition.total_features,
+                num_mailboxes=mailboxes.num if mailboxes else 0,
+                depth=mailboxes.depth if mailboxes else 0,
+                wire=wire,
+            ),
+            deadline_s=deadline_s,
+        )
+        self.socket: socket.socket = channel.socket
+        self._pump = _Pump(channel)
+        self._worker: _Worker | None = None
+        if 4 * partition.num_parameters >= THREAD_BYTES:
+            self._worker = _Worker(self._pump, f"network-{partition.index}")
+
+    def fileno(self) -> int:
+        """For `poll`."""
+        return self._worker.done if self._worker else self.socket.fileno()
+
+    @property
+    def events(self) -> int:
+        """What to `poll` for."""
+        if self._worker or self._pump.outbox.empty:
+            return select.POLLIN
+        return select.POLLIN | select.POLLOUT
+
+    @property
+    def moved(self) -> int:
+        """Bytes to and fro."""
+        return self._pump.channel.moved
+
+    def push(self, push: Push) -> None:
+        """Send off the gradient and moments that are in the push's mailbox."""
+        mailbox, count = push.mailbox, len(push.batches)
+        moments = self._sent_moments[mailbox][:count]
+        moments.copy_(self._moments[mailbox][:count])
+        payload_bytes = self._itemsize * self.partition.num_parameters + 4 * moments.numel()
+        self._put([head(push, payload_bytes)])
+        # Sent slice by slice as they are rounded, where they are.
+        for view in self._encoder.slices(mailbox, finite=math.isfinite(push.gradient_norm)):
+            self._put([view])
+        if moments.numel():
+            self._put([as_bytes(moments)])
+        self._go()
+
+    def start_pull(self, pull: Pull, weights: Array, statistics: Array | None) -> None:
+        """Ask for the weights; they are there once `pull` does not wait any more."""
+        wanted = _Wanted(
+            pull=pull, places=[memory_of(weights)], statistics=statistics, staged=None
+        )
+        if statistics is not None and statistics.size:
+            wanted.staged = np.empty(statistics.shape, np.float32)
+            wanted.places.append(memory_of(wanted.staged))
+        pull.waiting += 1
+        self._put([head(PullRequest(statistics=statistics is not None), 0)], wanted)
+        self._go()
+
+    def _put(self, views: Sequence[memoryview], wanted: _Wanted | None = None) -> None:
+        if self._worker:
+            self._worker.put(views, wanted)
+        else:
+            self._pump.put(views, wanted)
+
+    def _go(self) -> None:
+        # Nothing is received here: what came would not wake a `poll` any more.
+        try:
+            if self._worker:
+                self._worker.check()
+            else:
+                self._pump.send()
+        except ConnectionLost as error:
+            raise self._named(error) from None
+
+    def service(self) -> None:
+        """Take in answers and weights that have come."""
+        try:
+            if self._worker:
+                self._worker.look()
+            else:
+                while self._pump.step():
+                    pass
+        except ConnectionLost as error:
+            raise self._named(error) from None
+        for wanted in _taken(self._pump.arrived):
+            if wanted.staged is not None and wanted.statistics is not None:
+                np.copyto(wanted.statistics, wanted.staged)
+            wanted.pull.versions[self.partition.index] = wanted.version
+            wanted.pull.waiting -= 1
+        for answer in _taken(self._pump.answers):
+            if answer.outcome is not Outcome.APPLIED and answer.mailbox < len(self._moments):
+                self._encoder.restore(answer.mailbox)
+            self.inbox.append(answer)
+
+    def _named(self, error: ConnectionLost) -> ConnectionLost:
+        return ConnectionLost(f"partition {self.partition.index}: {error}")
+
+    def close(self) -> None:
+        """Close the socket, and end the thread."""
+        if self._worker:
+            self._worker.close()
+        self.socket.close()
+
+
+def _taken(items: deque[T]) -> Iterator[T]:
+    while items:
+        yield items.popleft()

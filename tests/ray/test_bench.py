@@ -1,0 +1,88 @@
+"""Every benchmark runs to its end in small, gives whole JSON, and leaves nothing behind."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import suite
+from tests.ray import commands
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+def bench(*arguments: str, tmp_path: Path) -> dict[str, Any]:
+    """What `downpour bench ... --quick --json` prints."""
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster", "bench", *arguments, "--quick", "--json"],
+            cwd=commands.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            timeout=commands.DEADLINE_S,
+            check=False,
+        )
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    record: dict[str, Any] = json.loads(done.stdout)
+    assert record["benchmark"] == arguments[0]
+    assert {"command", "date", "machine", "settings", "configuration", "rounds"} <= set(record)
+    assert record["machine"]["processors"] >= 1
+    assert len(record["rounds"]) == 1
+    return record
+
+
+def test_peers(tmp_path: Path) -> None:
+    chosen = ("rpc", "ddp")  # the system itself is measured below, and Ray's server much alike
+    options = [word for name in chosen for word in ("--only", name)]
+    result = bench("peers", *options, tmp_path=tmp_path)["result"]
+    assert set(result) == {"plain", *chosen}
+    for found in result.values():
+        assert found["updates_per_s"] > 0
+        assert found["ratio_to_plain"] > 0
+    assert result["plain"]["ratio_to_plain"] == 1
+    assert result["plain"]["cpu_ms_per_update"] > 0
+
+
+def test_replicas(tmp_path: Path) -> None:
+    record = bench("replicas", tmp_path=tmp_path)
+    (found,) = record["result"]["mnist"].values()
+    assert found["updates_per_s"] > 0
+    assert found["cpu_ms_per_update"] > 0
+    (measured,) = record["rounds"][0]["mnist"].values()
+    assert {"replicas", "partitions", "driver", "ray"} <= set(measured["cpu_ms_by_role"])
+    assert measured["staleness_mean"] > 1
+
+
+def test_startup(tmp_path: Path) -> None:
+    result = bench("startup", tmp_path=tmp_path)["result"]
+    assert result["ray_init_and_actor_s"] > 0
+    assert result["time_to_first_update_multiple"] > 0
+    assert result["time_to_all_replicas_multiple"] > 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec(suite.MODULES["push-pull"]) is None, reason="it is not written yet"
+)
+def test_push_pull(tmp_path: Path) -> None:
+    assert bench("push-pull", tmp_path=tmp_path)["result"]
+
+
+def test_one_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
+    process = commands.start("bench", "replicas", "--quick", log=tmp_path / "log")
+    try:
+        commands.wait_for(
+            lambda: any("gcs_server" in c for c in commands.descendants(process.pid).values()),
+            "Ray",
+        )
+        family = set(commands.descendants(process.pid))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(commands.DEADLINE_S) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert not commands.alive(family)
+    assert "Traceback" not in (tmp_path / "log").read_text()
