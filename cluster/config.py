@@ -22,9 +22,7 @@ from paramserver.policy import StalenessPolicy
 from paramserver.rules import Regulariser, check_fraction, make_rule
 from paramserver.schedule import Schedule
 from paramserver.statistics import StatisticsRule
-from paramserver.transport.access import TransportName
-from paramserver.transport.compress import WireDtypeName
-from paramserver.transport.greeting import NODE
+from paramserver.transport.names import NODE, TransportName, WireDtypeName
 from shuffler.decode import ImageSpec
 from shuffler.keys import stream_key
 from shuffler.plan import Plan

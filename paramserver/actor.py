@@ -15,8 +15,9 @@ from paramserver.partition import Partition
 from paramserver.server import PartitionServer
 from paramserver.snapshot import Snapshot, SnapshotFile
 from paramserver.state import PartitionState, UpdateConfig
-from paramserver.transport.greeting import NODE, NetworkListen
+from paramserver.transport.greeting import NetworkListen
 from paramserver.transport.local import Endpoint
+from paramserver.transport.names import NODE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from paramserver.errors import NotColocated
-from paramserver.transport.compress import WireDtypeName, wire_dtype
+from paramserver.transport.compress import wire_dtype
 from paramserver.transport.link import Link
 from paramserver.transport.local import Connection, Endpoint, machine
 from paramserver.transport.memory import Mailboxes
+from paramserver.transport.names import TransportName, WireDtypeName
 from paramserver.transport.network_client import NetworkConnection
 from paramserver.transport.security import Credentials
-
-TransportName = Literal["auto", "shared", "network"]
 
 
 @dataclass(frozen=True, kw_only=True)

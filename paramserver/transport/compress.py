@@ -17,7 +17,6 @@ sum over the pushes that were applied is that of their gradients, but for the on
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from torch import Tensor
 from paramserver.messages import WireDtype
 from paramserver.transport.channel import SLICE_BYTES
 from paramserver.transport.frames import as_bytes
-
-WireDtypeName = Literal["float32", "bfloat16", "float16"]
+from paramserver.transport.names import WireDtypeName
 
 TORCH_DTYPES = {
     WireDtype.FLOAT32: torch.float32,

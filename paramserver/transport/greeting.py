@@ -60,8 +60,6 @@ from paramserver.transport.door import Door
 from paramserver.transport.local import NetworkAddress
 from paramserver.transport.security import Credentials, TrafficKeys
 
-NODE = "node"
-"""As a host, stands for the address by which Ray knows the node that an actor runs on."""
 GREETING_DEADLINE_S = 10.0
 MAX_GUESTS = 128
 """Connections that a partition lets be in the middle of their greeting."""

@@ -263,9 +263,7 @@ class NetworkConnection:
 
     def start_pull(self, pull: Pull, weights: Array, statistics: Array | None) -> None:
         """Ask for the weights; they are there once `pull` does not wait any more."""
-        wanted = _Wanted(
-            pull=pull, places=[memory_of(weights)], statistics=statistics, staged=None
-        )
+        wanted = _Wanted(pull=pull, places=[memory_of(weights)], statistics=statistics, staged=None)
         if statistics is not None and statistics.size:
             wanted.staged = np.empty(statistics.shape, np.float32)
             wanted.places.append(memory_of(wanted.staged))
