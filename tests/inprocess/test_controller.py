@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
 from cluster.backend import RunFailed
 from cluster.checkpoint import CheckpointStore
@@ -15,9 +17,12 @@ from cluster.controller import Controller, Outcome
 from cluster.display import Progress
 from cluster.errors import user_message
 from cluster.run_folder import RunFolder
+from models.flat import FlatModel
 from paramserver.applied import APPLIED, REFUSED
 from paramserver.policy import StalenessPolicy
+from shuffler.decode import decode
 from shuffler.lease import Lease
+from shuffler.reader import RowReader
 from shuffler.records import Dataset
 from tests.inprocess import tiny
 from tests.inprocess.thread_backend import ThreadBackend
@@ -84,6 +89,63 @@ def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
         assert outcome.evaluation.score.accuracy > 0.6  # chance is 0.25
     assert run.shown[-1].examples == 2000
     assert run.shown[-1].accuracy == outcome.evaluation.score.accuracy
+
+
+def weights_of(backend: ThreadBackend) -> torch.Tensor:
+    """The weights of all partitions, [P]."""
+    parts = [
+        p._server.call(lambda state: state.current.weights.clone()) for p in backend.partitions
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov", "adagrad"])
+def test_one_replica_with_one_step_in_flight_is_torch_optim(
+    tmp_path: Path, data: str, rule: Literal["sgd", "momentum", "nesterov", "adagrad"]
+) -> None:
+    """The whole system against a plain loop over the plan's mini-batches: 252 steps."""
+    config = tiny.config(data, replicas=1, concurrent_steps=1, epochs=4)
+    server = dataclasses.replace(config.server, rule=rule, weight_decay=1e-3)
+    # One window at a time: of two that a replica holds, either may be ready to run first.
+    replicas = dataclasses.replace(config.replicas, queued_windows=1)
+    config = dataclasses.replace(config, server=server, replicas=replicas)
+    run = Run(tmp_path / "run", config)
+    final: list[torch.Tensor] = []
+    end = run.controller._finish
+
+    def finish() -> Outcome:
+        final.append(weights_of(run.backend))
+        return end()
+
+    run.controller._finish = finish  # type: ignore[method-assign]
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    assert outcome.reports[0].staleness == {0: [252]}  # always computed on the latest version
+
+    model = FlatModel(config.model_spec().build())
+    named = dict(model.module.named_parameters())
+    decayed = [named[e.name] for e in model.layout.entries if e.decays]
+    others = [named[e.name] for e in model.layout.entries if not e.decays]
+    groups = [{"params": decayed, "weight_decay": 1e-3}, {"params": others, "weight_decay": 0.0}]
+    rate = config.server.schedule.learning_rate
+    optimizer: torch.optim.Optimizer
+    if rule == "adagrad":
+        optimizer = torch.optim.Adagrad(groups, lr=rate)
+    else:
+        momentum = 0.0 if rule == "sgd" else 0.9
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=rule == "nesterov")
+    reader = RowReader(Dataset.open(data, "train"))
+    model.module.train()
+    for epoch in range(4):
+        for window in run.plan.window_order(epoch).tolist():
+            for batch in run.plan.window_batches_order(epoch, window).tolist():
+                rows = reader.take(run.plan.rows(epoch, batch))
+                inputs, labels = decode(rows, tiny.IMAGE)
+                model.zero_gradient()
+                outputs = model.module(torch.from_numpy(inputs))
+                functional.cross_entropy(outputs, torch.from_numpy(labels)).backward()
+                optimizer.step()
+    torch.testing.assert_close(final[0], model.weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n_push", "n_fetch"), [(1, 3), (4, 1), (4, 2)])
