@@ -28,6 +28,8 @@ _LIBC = ctypes.CDLL(None)
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 GRACE_S = 10.0
 """How long those who are left are given to end by themselves: Ray's daemons do."""
+FAILED_GRACE_S = 2.0
+"""The same after a failure or an interrupt."""
 
 
 class BenchmarkFailed(UserError):
@@ -106,7 +108,7 @@ def end_all_but(known: set[int], grace_s: float = GRACE_S) -> None:
     """Wait for every descendant that is not in `known` to end, and kill those that do not."""
     give_up_s = time.monotonic() + grace_s
     killed = False
-    while left := set(descendants(os.getpid())) - known:
+    while left := _strangers(known):
         for pid in left:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -118,6 +120,12 @@ def end_all_but(known: set[int], grace_s: float = GRACE_S) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def _strangers(known: set[int]) -> set[int]:
+    # Python's own tracker of what its processes share lives as long as this process, and no longer.
+    found = descendants(os.getpid()).values()
+    return {p.pid for p in found if "multiprocessing.resource_tracker" not in p.command} - known
 
 
 class Child:
@@ -174,21 +182,24 @@ class Child:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        end_all_but(self._before)
+        end_all_but(self._before, GRACE_S if exc_type is None else FAILED_GRACE_S)
         if not isinstance(exc, BenchmarkFailed):
             self.log.unlink(missing_ok=True)
 
     def wait(self, deadline_s: float) -> None:
         """Wait for a good end; `BenchmarkFailed` for another one, or none before the deadline."""
+        if self.end(deadline_s) != 0:
+            raise self.failed()
+
+    def end(self, deadline_s: float) -> int:
+        """Wait for any end, and return the status; `BenchmarkFailed` at the deadline."""
         try:
-            status = self.process.wait(deadline_s)
+            return self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
             raise BenchmarkFailed(
                 f"{self.what} has not ended for {deadline_s:.0f} s: see {self.log}, and try again "
                 "on a machine that is less busy"
             ) from None
-        if status != 0:
-            raise self.failed()
 
     def failed(self) -> BenchmarkFailed:
         """What to raise where the child has ended, and should not have."""

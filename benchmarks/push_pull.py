@@ -274,9 +274,7 @@ def run(settings: Settings, say: Say) -> Report:
             name: 1000 * median([s for found in raw[size] for s in found[name]]) for name in TITLES
         }
         result[size] = {"ms": ms, "ratio": {n: _ratio(ms, n) for n in TITLES}}
-        rows += [
-            (f"{size} MB: {TITLES[n]}", f"{ms[n]:.3f}", _shown(ms, n)) for n in TITLES
-        ]
+        rows += [(f"{size} MB: {TITLES[n]}", f"{ms[n]:.3f}", _shown(ms, n)) for n in TITLES]
     return Report(
         name="push-pull",
         title="push a gradient and pull the weights, one at a time",

@@ -137,6 +137,7 @@ def _report(
             "concurrent_steps": 5,
             "plain_processes": processors(),
             "system": system.as_plain(system.mnist(replicas=10)),
+            "system_convnet": system.as_plain(system.convnet(replicas=10)),
         },
         result=result,
         rounds=rounds,

@@ -64,7 +64,8 @@ def run(rank: int, setup: Setup, store: str, barrier: Barrier, results: SimpleQu
         ParameterServer.current = ParameterServer(setup)
     options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{store}")
     name = f"trainer{rank}" if rank else "server"
-    rpc.init_rpc(name, rank=rank, world_size=setup.workers + 1, rpc_backend_options=options)
+    initialize: Any = rpc.init_rpc  # which has no types
+    initialize(name, rank=rank, world_size=setup.workers + 1, rpc_backend_options=options)
     if rank:
         results.put(_train(rank, setup, barrier))
     rpc.shutdown()
