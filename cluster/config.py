@@ -82,8 +82,8 @@ class NetworkConfig:
     wire_dtype: WireDtypeName = "float32"
     """How gradients go over the network; 16 bits are with error feedback."""
     listen: str = "auto"
-    """Address that partitions listen on: `auto` is loopback on a single node, and the address by
-    which Ray knows the node in a cluster of several."""
+    """Address that partitions listen on: `auto` is the one by which Ray knows the node in a cluster
+    of several, and on a single node loopback, or none where nobody comes over the network."""
 
     def __post_init__(self) -> None:
         if self.listen != "auto":
@@ -99,11 +99,13 @@ class NetworkConfig:
 
         `NODE` stands for the node's address.
         """
-        if self.transport == "shared" or (self.transport == "auto" and num_nodes == 1):
+        if self.transport == "shared":
             return None
         if self.listen != "auto":
             return self.listen
-        return "127.0.0.1" if num_nodes == 1 else NODE
+        if num_nodes > 1:
+            return NODE
+        return "127.0.0.1" if self.transport == "network" else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import select
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 GREETING_DEADLINE_S = 10.0
 STALL_DEADLINE_S = 60.0
 """How long a connection over the network may stay in the middle of a frame without a byte."""
+SWEEP_EVERY_S = 0.5
 MAX_CONNECTIONS = 4096
 PUSHES_A_TURN = 16
 """Pushes taken from one connection before the next has its turn."""
@@ -114,6 +116,9 @@ class PartitionServer:
                 self._published.close()
                 raise
         self._published.publish(self._state.version)
+        self._slots = [
+            (as_bytes(v.weights), as_bytes(v.statistics)) for v in self._published.versions
+        ]
         self._porter = None
         if network is not None:
             try:
@@ -131,6 +136,7 @@ class PartitionServer:
             network=self._porter.address if self._porter else None,
         )
         self._sides: dict[int, ServerSide | NetworkSide] = {}
+        self._next_sweep_s = -math.inf
         self._admitted: queue.SimpleQueue[Admitted] = queue.SimpleQueue()
         self._scratch = torch.empty(0)
         """Where a gradient that came as 16 bits is float32 again."""
@@ -340,16 +346,14 @@ class PartitionServer:
     def _serve_network(self, epoll: select.epoll, side: NetworkSide) -> None:
         side.allow()
         while (push := side.next()) is not None:
-            if len(self._scratch) < self.partition.num_parameters and not side.is_float32:
+            if not side.is_float32 and len(self._scratch) < self.partition.num_parameters:
                 self._scratch = torch.empty(self.partition.num_parameters)
             moments = side.moments[: len(push.batches)]
             side.answer(self._apply(push, side.gradient(self._scratch), moments))
         while True:
             if side.pulls and side.sending is None:
-                current = self._state.current
-                weights, statistics = as_bytes(current.weights), as_bytes(current.statistics)
-                slot, version = self._published.current_slot, self._state.version
-                side.send_weights(slot, version, weights, statistics)
+                slot = self._published.current_slot
+                side.send_weights(slot, self._state.version, *self._slots[slot])
             all_sent = side.flush()  # answers and weights at once: each call wakes the peer
             if not all_sent or not side.pulls:
                 break
@@ -373,6 +377,9 @@ class PartitionServer:
 
     def _drop_silent(self, epoll: select.epoll) -> None:
         now_s = self._clock()
+        if now_s < self._next_sweep_s:
+            return
+        self._next_sweep_s = now_s + SWEEP_EVERY_S
         late: list[tuple[int, str]] = []
         for fd, side in self._sides.items():
             if isinstance(side, NetworkSide):

@@ -452,14 +452,15 @@ class Porter:
         self._thread.start()
 
     def stop(self, deadline_s: float = 10.0) -> None:
-        """Stop, and turn away whoever is being greeted."""
+        """Stop, and turn away whoever is being greeted. To be called once."""
+        self._stopping = True
         if self._thread.ident is None:
             self._end()
-            return
-        self._stopping = True
-        with contextlib.suppress(OSError):  # it has ended, and closed this
+        else:
             os.eventfd_write(self._wake, 1)
-        self._thread.join(deadline_s)
+            self._thread.join(deadline_s)
+        if not self._thread.is_alive():
+            os.close(self._wake)
 
     def _run(self) -> None:
         try:
@@ -484,7 +485,6 @@ class Porter:
         self._door.close()
         for fd in list(self._guests):
             self._drop(fd, None)
-        os.close(self._wake)
 
     def _accept(self, epoll: select.epoll) -> None:
         while True:

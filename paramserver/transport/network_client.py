@@ -111,7 +111,9 @@ class _Pump:
         if isinstance(message, Answer):
             return ()
         if isinstance(message, Weights) and self._wanted:
-            return self._wanted[0].places
+            wanted = self._wanted[0]
+            if message.statistics == (wanted.statistics is not None):
+                return wanted.places
         raise MalformedMessage(f"{type(message).__name__} in place of an answer")
 
 
@@ -130,6 +132,8 @@ class _Worker:
         self._thread.start()
 
     def put(self, views: Sequence[memoryview], wanted: _Wanted | None) -> None:
+        if self._closing:  # the descriptor may be another's by now
+            raise ConnectionLost("we have closed the connection")
         self._orders.append((views, wanted))
         os.eventfd_write(self._wake, 1)
 
@@ -201,13 +205,15 @@ class NetworkConnection:
         assert endpoint.network is not None
         self.partition = partition = endpoint.partition
         self.inbox: list[Answer] = []
-        self._itemsize = TORCH_DTYPES[wire].itemsize
         start, stop = partition.start, partition.stop
         low, high = partition.feature_start, partition.feature_stop
         gradients = [g[start:stop] for g in mailboxes.gradients] if mailboxes else []
         self._encoder = encoder(gradients, wire)
         self._moments = [m[:, :, low:high] for m in mailboxes.moments] if mailboxes else []
         self._sent_moments = [torch.empty(m.shape) for m in self._moments]
+        self._sent_bytes = [as_bytes(m) for m in self._sent_moments]
+        self._gradient_bytes = TORCH_DTYPES[wire].itemsize * partition.num_parameters
+        self._set_bytes = 12 * partition.num_features
         channel = greeting.connect(
             endpoint.network,
             partition=partition,
@@ -250,15 +256,15 @@ class NetworkConnection:
     def push(self, push: Push) -> None:
         """Send off the gradient and moments that are in the push's mailbox."""
         mailbox, count = push.mailbox, len(push.batches)
-        moments = self._sent_moments[mailbox][:count]
-        moments.copy_(self._moments[mailbox][:count])
-        payload_bytes = self._itemsize * self.partition.num_parameters + 4 * moments.numel()
-        self._put([head(push, payload_bytes)])
+        moments_bytes = count * self._set_bytes
+        if moments_bytes:  # those of the partition's features do not lie together
+            self._sent_moments[mailbox][:count].copy_(self._moments[mailbox][:count])
+        self._put([head(push, self._gradient_bytes + moments_bytes)])
         # Sent slice by slice as they are rounded, where they are.
         for view in self._encoder.slices(mailbox, finite=math.isfinite(push.gradient_norm)):
             self._put([view])
-        if moments.numel():
-            self._put([as_bytes(moments)])
+        if moments_bytes:
+            self._put([self._sent_bytes[mailbox][:moments_bytes]])
         self._go()
 
     def start_pull(self, pull: Pull, weights: Array, statistics: Array | None) -> None:

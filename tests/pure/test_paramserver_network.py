@@ -16,7 +16,6 @@ from paramserver.transport import security
 from paramserver.transport.access import Access, way
 from paramserver.transport.compress import ErrorFeedback, Plain, encoder, wire_dtype
 from paramserver.transport.greeting import (
-    NODE,
     Greeted,
     NetworkListen,
     Pipe,
@@ -26,6 +25,7 @@ from paramserver.transport.greeting import (
     greet_as_partition,
 )
 from paramserver.transport.local import Endpoint, NetworkAddress
+from paramserver.transport.names import NODE
 from paramserver.transport.security import RunCredentials, client_tls, issue, partition_tls
 
 torch.set_num_threads(1)
@@ -76,6 +76,7 @@ def test_where_partitions_listen() -> None:
     assert NetworkConfig().listens_on(2) == NODE
     assert NetworkConfig(transport="network").listens_on(1) == "127.0.0.1"
     assert NetworkConfig(transport="network", listen="10.0.0.7").listens_on(1) == "10.0.0.7"
+    assert NetworkConfig(listen="10.0.0.7").listens_on(1) == "10.0.0.7"
     assert NetworkConfig(transport="shared").listens_on(3) is None
     with pytest.raises(ValueError, match="listen is 'everywhere': give auto"):
         NetworkConfig(listen="everywhere")
