@@ -20,7 +20,7 @@ from typing import Protocol
 
 from paramserver.errors import ConnectionLost, MalformedMessage
 
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 17
 SLICE_BYTES = 1 << 22
 """What one `write`, or all of `read_into` since `allow`, moves at most."""
 _LENGTH = struct.Struct("<I")

@@ -38,7 +38,7 @@ class NetworkSide:
     """One greeted connection as the partition sees it."""
 
     def __init__(self, admitted: Admitted, partition: Partition, now_s: float) -> None:
-        """Make room for one push of this partition; how much is not for the peer to say."""
+        """Make room for one push; nothing is allocated for a peer after this."""
         about = admitted.introduction
         self.socket = admitted.channel.socket
         self.num_mailboxes, self.depth = about.num_mailboxes, about.depth

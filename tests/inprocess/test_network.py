@@ -781,10 +781,12 @@ def test_no_thread_and_no_descriptor_is_left(driven: str, keys: RunCredentials |
                 push(lost, 2)
 
     come_and_go()
-    before = num_open()
+    files, threads = num_open()
     for _ in range(3):
         come_and_go()
-    assert num_open() == before
+    files_now, threads_now = num_open()
+    assert files_now <= files
+    assert threads_now <= threads  # fewer where an earlier test's thread has ended meanwhile
 
 
 def test_keys_are_in_no_log(keys: RunCredentials | None, caplog: pytest.LogCaptureFixture) -> None:
