@@ -114,7 +114,7 @@ EXAMPLES: list[Message] = [
 ]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(messages)
 def test_there_and_back(message: Message) -> None:
     assert decode(encode(message)) == message
@@ -155,19 +155,19 @@ def decode_strictly(data: bytes) -> Message | None:
     return message
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=300))
 def test_random_bytes(data: bytes) -> None:
     assert decode_strictly(data) is None
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from([*range(11), 255]), st.binary(max_size=120))
 def test_random_bytes_behind_a_good_start(kind: int, data: bytes) -> None:
     decode_strictly(b"DPR1" + bytes([kind]) + data)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(messages, st.data())
 def test_flipped_bits(message: Message, data: st.DataObject) -> None:
     damaged = bytearray(encode(message))

@@ -19,7 +19,7 @@ def models(draw: st.DrawFn) -> dict[str, int]:
     }
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=100)
 @given(models())
 def test_tiles_balanced_and_consistent(model: dict[str, int]) -> None:
     parts = split(**model)

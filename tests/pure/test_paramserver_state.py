@@ -175,7 +175,7 @@ def deliver(bench: Bench, event: Event) -> Outcome:
     return bench.apply(push, *event.spoilt())
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(events, max_size=30))
 def test_each_mini_batch_counts_once_whatever_arrives(arrivals: list[Event]) -> None:
     bench, oracle = Bench(EXACT), Oracle()

@@ -317,6 +317,6 @@ class Books(RuleBasedStateMachine):
 
 
 Books.TestCase.settings = settings(
-    max_examples=20, stateful_step_count=25, deadline=None, derandomize=True, database=None
+    max_examples=12, stateful_step_count=25, deadline=None, derandomize=True, database=None
 )
 TestBooks = Books.TestCase

@@ -210,3 +210,11 @@ def test_a_run_that_nobody_holds_has_died(
     with folder.locked():
         assert run_cli(downpour, ["status", str(folder.path), "--json"]) == 0
     assert '"state": "training"' in capsys.readouterr().out
+
+
+def test_commands_that_compute_nothing_import_nothing_heavy() -> None:
+    heavy = "{'torch', 'ray', 'matplotlib'}"
+    code = f"import cluster.commands, sys; print(*({heavy} & sys.modules.keys()))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == []
