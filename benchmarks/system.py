@@ -227,8 +227,9 @@ def main() -> int:
 
     folder = RunFolder.open(Path(sys.argv[1]))
     dashboard = "--dashboard" in sys.argv
+    data = launch.check_data(folder.config())
     return launch.train(
-        folder, resume=False, address=None, dashboard=dashboard, console=Console(stderr=True)
+        folder, data, resume=False, address=None, dashboard=dashboard, console=Console(stderr=True)
     )
 
 

@@ -69,11 +69,16 @@ def train(
     from cluster import launch
 
     config = apply(recipes.find(recipe), given)
-    launch.check_data(config)
+    data = launch.check_data(config)
     folder = RunFolder.create(runs / (name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config)
     try:
         return launch.train(
-            folder, resume=False, address=address, dashboard=dashboard, console=Console(stderr=True)
+            folder,
+            data,
+            resume=False,
+            address=address,
+            dashboard=dashboard,
+            console=Console(stderr=True),
         )
     except Exception:
         folder.discard_if_unused()
@@ -88,8 +93,14 @@ def resume(run: Path, address: str | None, dashboard: bool) -> int:
     from cluster import launch
 
     folder = RunFolder.open(run)
+    data = launch.check_data(folder.config())
     return launch.train(
-        folder, resume=True, address=address, dashboard=dashboard, console=Console(stderr=True)
+        folder,
+        data,
+        resume=True,
+        address=address,
+        dashboard=dashboard,
+        console=Console(stderr=True),
     )
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Data:
+class Data:
     """What opening the data tells."""
 
     plan: Plan
@@ -55,7 +55,7 @@ class _Model:
     """Initial weights, [P]."""
 
 
-def check_data(config: RunConfig) -> _Data:
+def check_data(config: RunConfig) -> Data:
     """Open both splits, decode a row of each, and lay out the plan."""
     for split_name in (config.data.eval_split, config.data.train_split):
         dataset = Dataset.open(config.data.data, split_name)
@@ -63,7 +63,7 @@ def check_data(config: RunConfig) -> _Data:
         with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
             first = np.zeros(1, np.int64)
             decode(reader.take(first), config.model.image, rows=first)
-    return _Data(plan=config.plan(dataset.num_rows), fingerprint=dataset.fingerprint)
+    return Data(plan=config.plan(dataset.num_rows), fingerprint=dataset.fingerprint)
 
 
 def build_model(config: RunConfig) -> _Model:
@@ -80,14 +80,22 @@ def build_model(config: RunConfig) -> _Model:
 
 
 def train(
-    folder: RunFolder, *, resume: bool, address: str | None, dashboard: bool, console: Any
+    folder: RunFolder,
+    data: Data,
+    *,
+    resume: bool,
+    address: str | None,
+    dashboard: bool,
+    console: Any,
 ) -> int:
-    """Train the run of `folder` to its end; returns the exit status of the process."""
+    """Train the run of `folder` to its end; returns the exit status of the process.
+
+    `data` is what `check_data` found for its configuration.
+    """
     age_s = process_age_s()
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     config = folder.config()
     with folder.locked():
-        data = check_data(config)
         _check_data_unchanged(folder, data.fingerprint)
         store = CheckpointStore(folder.checkpoints_uri)
         resumed = _find_checkpoint(folder, store, console) if resume else None
