@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.batchnorm import BatchNorm, inference_map
 from models.errors import FoldError
-from models.layers import NormalizedBlock
+from models.layers import ActivationBatchNorm, NormalizedBlock
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
@@ -50,15 +50,36 @@ def fold_pair(layer: Layer, bn: BatchNorm) -> Layer:
     return folded
 
 
+class Affine(nn.Module):
+    """`scale*x + shift` by activation, both `[C, h, w]`: what is left of BN by activation."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[m, C, h, w]`, mapped."""
+        return x * self.scale + self.shift
+
+
 def fold(model: nn.Module) -> nn.Module:
     """A copy of `model`, in inference mode and on memory of its own, without BN layers.
 
     A BN layer is folded where it directly follows a `Linear` or `Conv2d` in an `nn.Sequential`,
     which then has one child less, or where a block declares the pair (`layers.NormalizedBlock`,
     as `ConvBN`, `LinearBN` and so every network here does), in which an `nn.Identity` takes its
-    place. Raises `FoldError`, naming the layer, if any other is left.
+    place. BN by activation (`layers.ActivationBatchNorm`) has no convolution that could take it in,
+    since a convolution is the same at every place: it becomes its linear map, `Affine`. Raises
+    `FoldError`, naming the layer, if any other is left.
     """
     folded = _detached_copy(model)
+    for path, module in list(folded.named_modules()):
+        if isinstance(module, ActivationBatchNorm):
+            folded.set_submodule(path, _affine(module))
     for path, module in list(folded.named_modules()):
         if isinstance(module, NormalizedBlock):
             _fold_block(path, module)
@@ -71,6 +92,15 @@ def fold(model: nn.Module) -> nn.Module:
                 "nn.Sequential: put it there, or declare the pair with normalized_pairs()"
             )
     return folded.eval()
+
+
+def _affine(layer: ActivationBatchNorm) -> Affine:
+    bn = layer.bn
+    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    with torch.no_grad():
+        gamma, beta, mean, variance = (tensor.double() for tensor in tensors)
+        scale, shift = inference_map(gamma, beta, mean, variance, bn.eps)
+    return Affine(scale.float().view(layer.shape), shift.float().view(layer.shape))
 
 
 def _fold_block(path: str, block: NormalizedBlock) -> None:

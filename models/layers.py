@@ -31,6 +31,24 @@ class NormalizedBlock(Protocol):
         ...
 
 
+class ActivationBatchNorm(nn.Module):
+    """BN of `[m, C, h, w]` by activation: a mean and variance for each of the C*h*w of them.
+
+    The fully connected form (Algorithm 1) on a convolutional layer, as the last hidden layers of
+    the paper's ensemble have it (section 4.2.3); m values of each activation, not m*h*w.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, *, eps: float = DEFAULT_EPS) -> None:
+        super().__init__()
+        self.shape = (channels, height, width)
+        self.bn = BatchNorm(channels * height * width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[m, C, h, w]`, normalized."""
+        y: Tensor = self.bn(x.flatten(1))
+        return y.reshape(-1, *self.shape)
+
+
 class LinearBN(nn.Module):
     """`g(BN(Wu))`, fully connected: `[m, inputs] -> [m, outputs]`; without BN, `g(Wu + b)`."""
 
@@ -91,7 +109,7 @@ class ConvBN(nn.Module):
             groups=groups,
             bias=not batch_norm,
         )
-        self.bn = BatchNorm(out_channels, eps=eps) if batch_norm else nn.Identity()
+        self.bn: nn.Module = BatchNorm(out_channels, eps=eps) if batch_norm else nn.Identity()
         self.activation = activation
 
     def normalized_pairs(self) -> Iterable[tuple[str, str]]:

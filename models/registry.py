@@ -14,6 +14,7 @@ from torch import nn
 from models.errors import ModelError, RegistryError
 
 KNOWN = {
+    "inception": "models.inception:Inception",
     "mnist": "models.mlp:MnistNet",
 }
 """Name -> where its factory is. Imported when asked for."""
