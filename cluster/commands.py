@@ -70,7 +70,9 @@ def train(
 
     config = apply(recipes.find(recipe), given)
     data = launch.check_data(config)
-    folder = RunFolder.create(runs / (name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config)
+    folder = RunFolder.create(
+        runs / (name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config
+    )
     try:
         return launch.train(
             folder,
@@ -93,7 +95,7 @@ def resume(run: Path, address: str | None, dashboard: bool) -> int:
     from cluster import launch
 
     folder = RunFolder.open(run)
-    data = launch.check_data(folder.config())
+    data = launch.check_data(recipes.admit(folder.config()))
     return launch.train(
         folder,
         data,
@@ -119,7 +121,7 @@ def evaluate(run: Path, data: str | None, split: str | None, best: bool) -> int:
     if not weights.exists():
         other = "--last" if best else "--best"
         raise UserError(f"{weights} does not exist (yet): wait for the run to end, or try {other}")
-    config = folder.config()
+    config = recipes.admit(folder.config())
     spec = config.model_spec()
     batches = SplitBatches(spec, data or config.data.data, split or config.data.eval_split)
     evaluator = Evaluator(spec, batches)
@@ -171,12 +173,21 @@ def ingest(source: str, destination: str, given: dict[str, object]) -> None:
         click.echo(f"{name}: {split.num_rows:,} rows, {size:,} bytes, {len(split.shards)} file(s)")
 
 
-@downpour.command(name="recipes")
-def list_recipes() -> None:
-    """List the recipes."""
+@downpour.command(cls=ConfigCommand, name="recipes")
+@config_options(RunConfig)
+@click.argument("recipe", required=False)
+def list_recipes(recipe: str | None, given: dict[str, object]) -> None:
+    """List the recipes; or show RECIPE, with options if any: its network and all its values."""
+    if recipe is not None:
+        from cluster.describe import describe
+
+        describe(apply(recipes.find(recipe), given), Console())
+        return
+    if given:
+        raise UserError("options say nothing without a recipe: name one to see it with them")
     table = Table(box=None, pad_edge=False, show_header=False)
-    for recipe in recipes.RECIPES.values():
-        table.add_row(f"[bold]{recipe.name}[/bold]", recipe.summary)
+    for known in recipes.RECIPES.values():
+        table.add_row(f"[bold]{known.name}[/bold]", known.summary)
     Console().print(table)
 
 

@@ -45,10 +45,38 @@ class ModelConfig:
     """A name that `models.registry` knows, or `package.module:function`."""
     arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": False})
     """The network's keyword arguments."""
+    loss: str = field(default="cross_entropy", metadata={"cli": False})
+    """A name that `models.registry` knows, or `package.module:function`."""
     image: ImageSpec = field(metadata={"cli": False})
     """How a row becomes an input."""
-    num_classes: int = field(default=10, metadata={"cli": False})
-    """Labels are in [0, num_classes)."""
+    num_classes: int = 10
+    """Labels are in [0, number of classes)."""
+    image_size: int | None = None
+    """Height and width that the network takes; none is the recipe's."""
+    width: float | None = None
+    """What the network's channel counts are multiplied by; none is the recipe's."""
+    stem_stride: int | None = None
+    """What Inception's first stages shrink an image by: 8 (Figure 5), 4 or 2; none takes the
+    largest that leaves the last module 2 pixels."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise ValueError(f"num classes is {self.num_classes}: give at least 2")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image size is {self.image_size}: give at least 1, or none")
+
+    @property
+    def input(self) -> ImageSpec:
+        """The images that the network takes."""
+        if self.image_size is None:
+            return self.image
+        return dataclasses.replace(self.image, height=self.image_size, width=self.image_size)
+
+    @property
+    def all_arguments(self) -> dict[str, Any]:
+        """The network's keyword arguments, those among them that are options of their own."""
+        own = {"width": self.width, "stem_stride": self.stem_stride}
+        return {**self.arguments, **{k: v for k, v in own.items() if v is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +210,9 @@ class PolicyConfig:
     seed: int = 0
     """What every random stream of the run comes from."""
     evaluate_every_s: float = 5.0
-    """Seconds between two scorings of the evaluation split."""
+    """Seconds between two scorings of the evaluation split; longer where scoring is slow."""
+    evaluation_share: float = 0.1
+    """Largest share of the time that scoring may take."""
     checkpoint_every_s: float = 30.0
     """Seconds between two checkpoints."""
     keep_checkpoints: int = 3
@@ -199,6 +229,10 @@ class PolicyConfig:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: give 0 or more")
+        if not 0 < self.evaluation_share <= 1:
+            raise ValueError(
+                f"evaluation share is {self.evaluation_share}: give a number above 0 and up to 1"
+            )
         for name in ("evaluate_every_s", "checkpoint_every_s"):
             if getattr(self, name) <= 0:
                 value = getattr(self, name)
@@ -254,9 +288,10 @@ class RunConfig:
         """What the workers are told."""
         return ModelSpec(
             name=self.model.model,
-            arguments=dict(self.model.arguments),
+            arguments=self.model.all_arguments,
+            loss=self.model.loss,
             seed=stream_key(self.policy.seed, "initial weights"),
-            image=self.model.image,
+            image=self.model.input,
             num_classes=self.model.num_classes,
         )
 
@@ -280,6 +315,15 @@ def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
         return config.replicas
     share = min(1.0, (epochs_done - config.warm_start_epochs) / config.ramp_epochs)
     return max(1, min(config.replicas, 1 + int(share * (config.replicas - 1))))
+
+
+def next_evaluation_s(config: PolicyConfig, began_s: float, ended_s: float) -> float:
+    """When to score again after a scoring that took from `began_s` to `ended_s`, on one clock.
+
+    Every `evaluate_every_s`, or as much later as keeps scoring to its share of the time.
+    """
+    took_s = ended_s - began_s
+    return began_s + max(config.evaluate_every_s, took_s / config.evaluation_share)
 
 
 def processors() -> int:

@@ -25,7 +25,7 @@ from cluster.backend import (
     Ticket,
 )
 from cluster.checkpoint import Checkpoint, CheckpointStore, slowest
-from cluster.config import RunConfig, active_replicas
+from cluster.config import RunConfig, active_replicas, next_evaluation_s
 from cluster.display import Progress
 from cluster.run_folder import BEST, MODEL, RunFolder
 from cluster.telemetry import Telemetry
@@ -267,7 +267,6 @@ class Controller:
             self._next_report_s = now + REPORT_EVERY_S
             self._ask_reports()
         if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
-            self._next_evaluation_s = now + self._config.policy.evaluate_every_s
             self._evaluate(self._telemetry.best_accuracy, BEST)
         if now >= self._next_checkpoint_s and self._snapshots is None:
             self._next_checkpoint_s = now + self._config.policy.checkpoint_every_s
@@ -291,9 +290,11 @@ class Controller:
     def _evaluate(self, best: float | None, name: str) -> None:
         """Score the current weights; keep them under `name` if they beat `best`."""
         self._evaluating = True
+        began_s = self._clock()
 
         def handle(done: Done) -> None:
             self._evaluating = False
+            self._next_evaluation_s = next_evaluation_s(self._config.policy, began_s, self._clock())
             if isinstance(done.error, ProcessLost):
                 self._replace_evaluator()
             elif done.error is not None:

@@ -62,7 +62,7 @@ def check_data(config: RunConfig) -> Data:
         num_classes = config.model.num_classes
         with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
             first = np.zeros(1, np.int64)
-            decode(reader.take(first), config.model.image, rows=first)
+            decode(reader.take(first), config.model.input, rows=first)
     return Data(plan=config.plan(dataset.num_rows), fingerprint=dataset.fingerprint)
 
 

@@ -1,16 +1,23 @@
 """Recipes: complete configurations by name. Each is Python, and a line that says what it is.
 
 A recipe names every value in which it departs from the defaults; the command line may override
-any of them.
+any of them. A recipe of the user's own is a function that returns a `RunConfig`, and its name is
+`package.module:function`.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster import inception_recipes
 from cluster.config import (
+    ROOT,
     DataConfig,
     ModelConfig,
     PolicyConfig,
@@ -18,7 +25,7 @@ from cluster.config import (
     RunConfig,
     ServerConfig,
 )
-from cluster.errors import UserError
+from cluster.errors import UserError, one_line
 from paramserver.schedule import Schedule
 from shuffler.decode import ImageSpec
 from workers.spec import StepConfig
@@ -96,17 +103,100 @@ RECIPES = {
             summary="the same net without batch normalization (section 4.1's comparison)",
             make=mnist,
         ),
+        Recipe(
+            name="inception",
+            summary="Inception (Figure 5) without batch normalization: what the others are "
+            "compared with (section 4.2)",
+            make=inception_recipes.inception,
+        ),
+        Recipe(
+            name="bn-baseline",
+            summary="the same with batch normalization before each nonlinearity",
+            make=inception_recipes.bn_baseline,
+        ),
+        Recipe(
+            name="bn-x5",
+            summary="BN-Inception at 5 times the rate, modified as in section 4.2.1",
+            make=inception_recipes.bn_x5,
+        ),
+        Recipe(
+            name="bn-x30",
+            summary="BN-Inception at 30 times the rate, modified as in section 4.2.1",
+            make=inception_recipes.bn_x30,
+        ),
+        Recipe(
+            name="bn-x5-sigmoid",
+            summary="bn-x5 with sigmoids for ReLU",
+            make=inception_recipes.bn_x5_sigmoid,
+        ),
+        *(
+            Recipe(
+                name=f"ensemble-{number}",
+                summary=f"of the ensemble of section 4.2.3: bn-x30 with {changes}",
+                make=functools.partial(inception_recipes.ensemble_member, number),
+            )
+            for number, (changes, _) in enumerate(inception_recipes.ENSEMBLE, 1)
+        ),
     )
 }
 
 
 def find(name: str) -> RunConfig:
-    """The configuration of the recipe called `name`; a one-line error where there is none."""
+    """The configuration of the recipe called `name`; a one-line error where there is none.
+
+    `package.module:function` is one of the user's own, looked for in the working directory too.
+    """
+    if ":" in name:
+        return _own(name)
     recipe = RECIPES.get(name)
     if recipe is None:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"there is no recipe {name!r}: {hint}`downpour recipes` lists {', '.join(RECIPES)}"
+            f"there is no recipe {name!r}: {hint}`downpour recipes` lists {', '.join(RECIPES)}, "
+            "and module:function names one of your own"
         )
-    return recipe.make()
+    return admit(recipe.make())
+
+
+def _own(name: str) -> RunConfig:
+    module_name, _, attribute = name.partition(":")
+    add_working_directory()
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"recipe {name!r}: {module_name!r} cannot be imported: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(
+            f"recipe {name!r}: {module_name!r} has no function {attribute!r}: name one that "
+            "returns a cluster.config.RunConfig"
+        )
+    config = function()
+    if not isinstance(config, RunConfig):
+        raise UserError(
+            f"recipe {name!r} returned {type(config).__name__}: return a cluster.config.RunConfig"
+        )
+    return config
+
+
+def admit(config: RunConfig) -> RunConfig:
+    """`config`, once the modules that its model and loss come from can be imported."""
+    if ":" in config.model.model or ":" in config.model.loss:
+        add_working_directory()
+    return config
+
+
+def add_working_directory() -> None:
+    """Make modules of the working directory importable, here and in processes started later.
+
+    Behind our own root, so that a folder called `models` there cannot stand in for ours.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep), here]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))

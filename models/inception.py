@@ -116,13 +116,18 @@ def scaled(filters: int, width: float) -> int:
     return max(4, 4 * round(filters * width / 4))
 
 
-def plan(*, image_size: int = 224, width: float = 1.0, stem_stride: int = 8) -> tuple[Planned, ...]:
+def plan(
+    *, image_size: int = 224, width: float = 1.0, stem_stride: int | None = None
+) -> tuple[Planned, ...]:
     """Channels and sizes of every stage for square inputs of `image_size`.
 
     `stem_stride` is what the stages before 3a shrink the input by. 8 is the paper's. Small images
     would be gone before the last module, so 4 makes the first convolution 3x3 with stride 1, and 2
-    drops the first pooling as well. Raises `ModelError` for values that make no network.
+    drops the first pooling as well. None is the largest that leaves the last module 2x2 or more,
+    so 8 from 64 pixels on. Raises `ModelError` for values that make no network.
     """
+    if stem_stride is None:
+        stem_stride = next((s for s in (8, 4) if image_size >= 8 * s), 2)
     if not 0 < width <= 16:
         raise ModelError(f"width is {width}: give a number above 0 and up to 16")
     if stem_stride not in (2, 4, 8):
@@ -299,7 +304,7 @@ class Inception(nn.Module):
         num_classes: int = 1000,
         image_size: int = 224,
         width: float = 1.0,
-        stem_stride: int = 8,
+        stem_stride: int | None = None,
         separable: bool = True,
         batch_norm: bool = True,
         activation: str = "relu",

@@ -16,6 +16,7 @@ from paramserver.transport.access import Access
 from paramserver.transport.local import Endpoint
 from shuffler.actor import Delivery
 from shuffler.decode import decode
+from shuffler.keys import stream_key
 from workers.evaluator import Evaluator, Score
 from workers.replica import Replicas, Window, WindowReport
 from workers.spec import ModelSpec, StepConfig
@@ -44,6 +45,8 @@ class ReplicasActor:
     ) -> None:
         """Build the slots' models, which need no weights yet."""
         torch.set_num_threads(num_threads)
+        # Dropout draws from the process's generator, which starts alike everywhere.
+        torch.default_generator.manual_seed(stream_key(spec.seed, "dropout", *replicas))
         self._spec = spec
         self._config = config
         self._ids = tuple(replicas)
@@ -68,11 +71,12 @@ class ReplicasActor:
             num_mailboxes=len(self._models),
             depth=self._config.n_push,
         )
-        mailboxes, models = client.mailboxes, self._models
+        mailboxes, models, loss = client.mailboxes, self._models, self._spec.build_loss()
         assert mailboxes is not None
 
         def make_slot(mailbox: int) -> Slot:
-            return Slot(models[mailbox], mailboxes.gradients[mailbox], mailboxes.moments[mailbox])
+            gradient, moments = mailboxes.gradients[mailbox], mailboxes.moments[mailbox]
+            return Slot(models[mailbox], gradient, moments, loss)
 
         self._replicas = Replicas(
             replicas=self._ids, config=self._config, client=client, make_slot=make_slot

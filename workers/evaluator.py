@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from models.flat import FlatModel, flatten, state_dict
 from models.moments import Population
@@ -31,7 +30,7 @@ class Score:
     accuracy: float
     """Share of examples whose highest output is their class, in [0, 1]."""
     loss: float
-    """Mean cross-entropy, nats."""
+    """Mean loss; of cross-entropy, in nats."""
     num_examples: int
 
 
@@ -49,6 +48,7 @@ class Evaluator:
         """Where to put their BN statistics, float32 [2, F]: mean, unbiased variance."""
         self._model.bind(self.weights, statistics=self.statistics)
         self._model.module.eval()
+        self._loss = spec.build_loss()
 
     def score(self) -> Score:
         """Score what is in `weights` and `statistics`, by Algorithm 2's inference."""
@@ -58,7 +58,7 @@ class Evaluator:
             for inputs, targets in self._batches():
                 outputs = self._model.module(inputs)
                 correct += int((outputs.argmax(1) == targets).sum())
-                loss += float(functional.cross_entropy(outputs, targets, reduction="sum"))
+                loss += float(self._loss(outputs, targets)) * len(targets)
                 examples += len(targets)
         return Score(
             accuracy=correct / max(examples, 1),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from models.flat import FlatModel
+    from models.registry import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class ModelSpec:
     """A name that `models.registry` knows, or `package.module:function`."""
     arguments: Mapping[str, object] = field(default_factory=dict)
     """The factory's keyword arguments."""
+    loss: str = "cross_entropy"
+    """A loss that `models.registry` knows, or `package.module:function`."""
     seed: int
     """What the initial weights come from."""
     image: ImageSpec
@@ -30,10 +33,22 @@ class ModelSpec:
     """Labels are in [0, num_classes)."""
 
     def build(self) -> nn.Module:
-        """The model with its initial weights."""
+        """The model with its initial weights.
+
+        A factory that takes `num_classes` or `image_size` is given them where the arguments do not.
+        """
         from models.registry import build
 
-        return build(self.name, self.seed, **self.arguments)
+        offered = {"num_classes": self.num_classes}
+        if self.image.height == self.image.width:
+            offered["image_size"] = self.image.height
+        return build(self.name, self.seed, offered=offered, **self.arguments)
+
+    def build_loss(self) -> Loss:
+        """The function `(outputs, targets) -> mean loss`."""
+        from models.registry import find_loss
+
+        return find_loss(self.loss)
 
     def build_flat(self, device: str = "meta") -> FlatModel:
         """The model over flat buffers; on `meta` it has no weights until it is bound."""

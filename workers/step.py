@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.flat import FlatModel
+from models.registry import Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +26,7 @@ class StepResult:
     """What a step found."""
 
     loss: float
-    """Mean cross-entropy over the mini-batch, nats."""
+    """Mean loss over the mini-batch; of cross-entropy, in nats."""
     gradient_norm: float
     """Euclidean norm of what is in the mailbox now."""
 
@@ -33,12 +34,19 @@ class StepResult:
 class Slot:
     """The weights, model and mailbox of one concurrent step."""
 
-    def __init__(self, model: FlatModel, gradient: Tensor, moments: Tensor) -> None:
+    def __init__(
+        self,
+        model: FlatModel,
+        gradient: Tensor,
+        moments: Tensor,
+        loss: Loss = functional.cross_entropy,
+    ) -> None:
         """Bind `model` to a mailbox: `gradient` [P] and `moments` [depth, 3, F]."""
         layout = model.layout
         self.weights: npt.NDArray[np.float32] = np.zeros(layout.num_parameters, np.float32)
         self._gradient = gradient
         self._moments = moments
+        self._loss = loss
         # With one mini-batch a push, the layers write where the server reads. With several, each
         # step's moments are kept apart, since the averages are by mini-batch.
         self._scratch = moments[0] if len(moments) == 1 else torch.zeros(3, layout.num_features)
@@ -49,7 +57,7 @@ class Slot:
         """Add a mini-batch's gradient to the mailbox; `index` is its place in the push, from 0."""
         if index == 0:
             self._gradient.zero_()
-        loss = functional.cross_entropy(self._module(inputs), targets)
+        loss = self._loss(self._module(inputs), targets)
         torch.autograd.backward(loss)
         if self._scratch is not self._moments[0] and len(self._moments) > 1:
             self._moments[index].copy_(self._scratch)

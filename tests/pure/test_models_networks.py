@@ -244,8 +244,8 @@ class TestRegistry:
         assert all(torch.equal(v, same[k]) for k, v in net.state_dict().items())
 
     def test_every_known_name_leads_to_a_factory(self) -> None:
-        for name in registry.KNOWN:
-            assert callable(registry._find(name))
+        for target in registry.KNOWN.values():
+            assert callable(registry._find("model", target, registry.KNOWN))
 
     def test_a_users_own(self, users_module: types.ModuleType) -> None:
         users_module.make = _needs_width  # type: ignore[attr-defined]
@@ -255,6 +255,27 @@ class TestRegistry:
         weights = [net.state_dict()["weight"] for net in nets]
         assert torch.equal(weights[0], weights[1])
         assert not torch.equal(weights[0], weights[2])
+
+    def test_a_users_own_is_offered_what_it_asks_for(self, users_module: types.ModuleType) -> None:
+        def sized(num_classes: int, seed: int) -> nn.Module:
+            del seed
+            return nn.Linear(2, num_classes)
+
+        users_module.sized = sized  # type: ignore[attr-defined]
+        name = f"{users_module.__name__}:sized"
+        offered = {"num_classes": 7, "image_size": 32}
+        assert registry.build(name, 1, offered=offered)(_random(1, 2)).shape == (1, 7)
+        assert registry.build(name, 1, offered=offered, num_classes=3)(_random(1, 2)).shape == (
+            1,
+            3,
+        )
+
+    def test_losses(self, users_module: types.ModuleType) -> None:
+        assert registry.find_loss("cross_entropy") is nn.functional.cross_entropy
+        users_module.loss = nn.functional.mse_loss  # type: ignore[attr-defined]
+        assert registry.find_loss(f"{users_module.__name__}:loss") is nn.functional.mse_loss
+        with pytest.raises(RegistryError, match="no loss 'hinge': use one of cross_entropy"):
+            registry.find_loss("hinge")
 
     def test_a_users_own_gets_the_seed_if_it_asks(self, users_module: types.ModuleType) -> None:
         seeds = []

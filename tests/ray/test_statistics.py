@@ -57,7 +57,7 @@ def training_batches(folder: RunFolder) -> Iterator[tuple[Tensor, Tensor]]:
     reader, plan = RowReader(dataset), config.plan(dataset.num_rows)
     for window in plan.window_order(0).tolist():
         rows, lengths = plan.rows_of(0, plan.window_batches_order(0, window))
-        inputs, labels = decode(reader.take(rows), config.model.image)
+        inputs, labels = decode(reader.take(rows), config.model.input)
         ends = np.cumsum(lengths)
         for start, stop in zip(ends - lengths, ends, strict=True):
             yield torch.from_numpy(inputs[start:stop]), torch.from_numpy(labels[start:stop])
