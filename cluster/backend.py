@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.checkpoint import Checkpoint
 from cluster.errors import UserError
 from shuffler.lease import Lease
 
@@ -33,6 +34,10 @@ class PartitionLost(Exception):
     """A partition died, or cannot be reached."""
 
 
+class WriteFailed(Exception):
+    """Something could not be written: the disk is full, or the place is gone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Done:
     """What became of a ticket: a value, or one of the exceptions above."""
@@ -49,8 +54,19 @@ class Backend(Protocol):
     processes: tuple[tuple[int, ...], ...]
     """Replicas of each process."""
 
+    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Ticket:
+        """Start, or start again, a partition from its snapshot in `checkpoint`, or from the initial
+        weights; done once it can be reached. One that still runs is ended first.
+        """
+
     def start_process(self, index: int) -> Ticket:
         """Start, or start again, a process of replicas; done once it is connected."""
+
+    def reconnect_process(self, index: int) -> Ticket:
+        """Have a process that runs drop its windows and connect to the partitions anew."""
+
+    def reconnect_evaluator(self) -> Ticket:
+        """Have the evaluator connect to the partitions anew."""
 
     def start_evaluator(self) -> Ticket:
         """Start the evaluator; done once it is connected."""
@@ -58,8 +74,8 @@ class Backend(Protocol):
     def run_window(self, replica: int, lease: Lease) -> Ticket:
         """Deliver a window to a replica and train on it; gives a `WindowReport`."""
 
-    def replace_shufflers(self) -> None:
-        """Replace every shuffler that is lost."""
+    def replace_shufflers(self) -> int:
+        """Replace every shuffler that failed to deliver; gives how many those were."""
 
     def report(self, partition: int) -> Ticket:
         """Gives a `PartitionReport`."""

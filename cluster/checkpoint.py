@@ -8,6 +8,7 @@ next `prune`. Everything goes through pyarrow.fs, so the base may be a bucket.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 import pyarrow.fs
 
-from cluster.errors import UserError
+from cluster.errors import UserError, one_line
 from paramserver.snapshot import SnapshotFile
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Checkpoint:
     """Version of the partition that was furthest behind."""
     elapsed_s: float
     """Seconds of training behind it, over all sessions of the run."""
+    accuracy: float | None = None
+    """Accuracy of the newest evaluation at that time."""
     files: tuple[SnapshotFile, ...]
     """One for each partition, in their order."""
 
@@ -54,7 +58,7 @@ class CheckpointStore:
 
     def begin(self, number: int) -> str:
         """Make the folder of checkpoint `number`, and return its URI."""
-        self._filesystem.create_dir(f"{self._base}/{number:06d}", recursive=True)
+        self._filesystem.create_dir(self._folder(number), recursive=True)
         return self.folder_uri(number)
 
     def commit(self, checkpoint: Checkpoint) -> None:
@@ -74,31 +78,61 @@ class CheckpointStore:
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and why each newer one was passed over."""
+        return self._newest(None)
+
+    def latest_for(self, index: int) -> tuple[Checkpoint | None, list[str]]:
+        """As `latest`, but only the file of partition `index` has to be whole."""
+        return self._newest((index,))
+
+    def _newest(self, indices: Sequence[int] | None) -> tuple[Checkpoint | None, list[str]]:
         passed: list[str] = []
         for number in reversed(self.numbers()):
-            checkpoint, problem = self._verify(number)
+            checkpoint, problem = self._verify(number, indices)
             if checkpoint is not None:
                 return checkpoint, passed
             passed.append(problem)
         return None, passed
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the last `keep` finished checkpoints, and unfinished older ones."""
+    def discard(self, number: int) -> None:
+        """Remove an unfinished checkpoint; what cannot be removed is left to `prune`."""
+        with contextlib.suppress(OSError):
+            self._filesystem.delete_dir(self._folder(number))
+
+    def prune(self, keep_last: int, keep_best: int = 0) -> None:
+        """Remove finished checkpoints but the last `keep_last` and the `keep_best` most accurate
+        ones, and unfinished ones that are older than the last finished one.
+
+        What cannot be removed is left to the next time.
+        """
         numbers = self.numbers()
         finished = [n for n in numbers if self._has_manifest(n)]
         if not finished:
             return
-        kept = set(finished[-keep:])
+        kept = set(finished[-keep_last:])
+        if keep_best and len(finished) > keep_last:
+            scores = {n: self._accuracy(n) for n in finished}
+            scored = sorted((n for n in finished if scores[n] is not None), reverse=True)
+            kept |= set(sorted(scored, key=lambda n: -(scores[n] or 0.0))[:keep_best])
         for number in numbers:
             if number not in kept and number < finished[-1]:
-                self._filesystem.delete_dir(f"{self._base}/{number:06d}")
+                self.discard(number)
+
+    def _folder(self, number: int) -> str:
+        return f"{self._base}/{number:06d}"
+
+    def _accuracy(self, number: int) -> float | None:
+        try:
+            value = json.loads(self._read(f"{self._folder(number)}/{MANIFEST}")).get("accuracy")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return float(value) if isinstance(value, int | float) else None
 
     def _has_manifest(self, number: int) -> bool:
-        info = self._filesystem.get_file_info(f"{self._base}/{number:06d}/{MANIFEST}")
+        info = self._filesystem.get_file_info(f"{self._folder(number)}/{MANIFEST}")
         return bool(info.type == pyarrow.fs.FileType.File)
 
-    def _verify(self, number: int) -> tuple[Checkpoint | None, str]:
-        folder = f"{self._base}/{number:06d}"
+    def _verify(self, number: int, indices: Sequence[int] | None) -> tuple[Checkpoint | None, str]:
+        folder = self._folder(number)
         if not self._has_manifest(number):
             return None, f"checkpoint {number} was not finished"
         try:
@@ -107,13 +141,21 @@ class CheckpointStore:
                 return None, f"checkpoint {number} is of another format"
             files = tuple(SnapshotFile(**f) for f in plain.pop("files"))
             checkpoint = Checkpoint(**plain, files=files)
-            for file in files:
-                data = self._read(f"{folder}/{file.name}")
-                if hashlib.sha256(data).hexdigest() != file.sha256:
+            for index in range(len(files)) if indices is None else indices:
+                file = files[index]
+                if self._digest(f"{folder}/{file.name}") != file.sha256:
                     return None, f"checkpoint {number} is damaged: {file.name} has changed"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return None, f"checkpoint {number} is damaged: {error}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return None, f"checkpoint {number} is damaged: {one_line(error)}"
         return checkpoint, ""
+
+    def _digest(self, path: str) -> str:
+        """SHA-256 of a file, which need not fit into memory."""
+        digest = hashlib.sha256()
+        with self._filesystem.open_input_stream(path, compression=None) as stream:
+            while block := stream.read(CHUNK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
     def _read(self, path: str) -> bytes:
         with self._filesystem.open_input_file(path) as stream:

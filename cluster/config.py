@@ -183,7 +183,8 @@ class ReplicaConfig:
     queued_windows: int = 2
     """Windows that a replica holds at a time: one in work, and the next."""
     max_restarts: int = 100
-    """Lost processes that are replaced before the run gives up."""
+    """Members of each kind (processes of replicas, partitions, shufflers, evaluators) that are
+    replaced before the run gives up."""
 
     def __post_init__(self) -> None:
         for name in ("replicas", "queued_windows"):
@@ -213,10 +214,15 @@ class PolicyConfig:
     """Seconds between two scorings of the evaluation split; longer where scoring is slow."""
     evaluation_share: float = 0.1
     """Largest share of the time that scoring may take."""
-    checkpoint_every_s: float = 30.0
+    checkpoint_every_s: float = 10.0
     """Seconds between two checkpoints."""
+    checkpoints: str | None = None
+    """Folder or pyarrow.fs URI for the checkpoints, in a folder of the run's name; none keeps them
+    in the run's folder."""
     keep_checkpoints: int = 3
     """Checkpoints kept; older ones are removed."""
+    keep_best_checkpoints: int = 0
+    """Checkpoints kept besides, however old: those with the highest accuracy."""
     on_refusal: Literal["continue", "stop"] = "continue"
     """What a refused mini-batch (loss or gradient not finite) does to the run."""
     max_refused: int | None = 1000
@@ -227,6 +233,10 @@ class PolicyConfig:
             if getattr(self, name) < 1:
                 value = getattr(self, name)
                 raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        if self.keep_best_checkpoints < 0:
+            raise ValueError(
+                f"keep best checkpoints is {self.keep_best_checkpoints}: give 0 or more"
+            )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: give 0 or more")
         if not 0 < self.evaluation_share <= 1:

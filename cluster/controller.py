@@ -1,14 +1,15 @@
 """The controller: hands out windows, watches over the run, and keeps no truth of its own.
 
 What has been trained on is what the partitions' applied sets say; the leases can be rebuilt from
-them at any time, and are, when a process is lost and when a run is resumed. The controller talks
-to the actors through a `Backend`, and to people through a callback that takes `Progress`.
+them at any time, and are, when a process or a partition is lost and when a run is resumed. The
+controller talks to the actors through a `Backend`, and to people through callbacks. What is done
+about a loss is decided in `recovery`; here it is carried out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,14 @@ from cluster.backend import (
     RunFailed,
     ShufflerLost,
     Ticket,
+    WriteFailed,
 )
-from cluster.checkpoint import Checkpoint, CheckpointStore, slowest
+from cluster.checkpoint import Checkpoint, CheckpointStore
+from cluster.checkpointing import Checkpointer
 from cluster.config import RunConfig, active_replicas, next_evaluation_s
 from cluster.display import Progress
+from cluster.errors import one_line, user_message
+from cluster.recovery import History, Loss, decide
 from cluster.run_folder import BEST, MODEL, RunFolder
 from cluster.telemetry import Telemetry
 from paramserver.applied import REFUSED, WAITING
@@ -39,17 +44,44 @@ if TYPE_CHECKING:
     from workers.replica import WindowReport
 
 REPORT_EVERY_S = 1.0
-CALL_DEADLINE_S = 120.0
+SILENT_AFTER_S = 60.0
+"""A partition that has not answered for so long is taken for lost."""
+Flags = Mapping[int, npt.NDArray[np.uint8]]
+"""By epoch, the state of every mini-batch on one partition."""
 
 
 @dataclass(kw_only=True)
 class _Process:
     """A process of replicas as the controller sees it."""
 
+    index: int
     replicas: tuple[int, ...]
-    starting: Ticket | None = None
+    starting: bool = False
+    """It is being started, or connected again."""
     ready: bool = False
-    restarts: int = 0
+    """It is connected, and may be lent windows."""
+    runs: bool = False
+    """It was up once, and has not died: what is not ready has lost its connections."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        numbers = ", ".join(map(str, self.replicas))
+        return f"the process of replica{'s' if len(self.replicas) > 1 else ''} {numbers}"
+
+
+@dataclass(kw_only=True)
+class _Partition:
+    """A partition as the controller sees it."""
+
+    index: int
+    up: bool = False
+    incarnation: int = 0
+    """Counts its starts: what an earlier one still has to say is of no interest."""
+    asked_s: float | None = None
+    """When it was asked for a report that has not come."""
+    version: int | None = None
+    """In its first report since it started."""
 
 
 @dataclass(kw_only=True)
@@ -65,16 +97,21 @@ class Outcome:
     """Every partition has settled every mini-batch of every finished epoch."""
     refused: int
     """Distinct mini-batches that some partition refused."""
-    restarts: int
+    restarts: Mapping[str, int]
+    """Members that were replaced, by kind."""
+    updates_before: int
+    """Updates at the beginning of this session."""
     all_replicas_at: float | None
     """Unix time at which the last process of replicas was ready."""
     elapsed_s: float
     """Seconds of training, over all sessions of the run."""
     wall_s: float
+    checkpoint: int | None
+    """Number of the last checkpoint of this session, if there was one."""
 
 
 class Controller:
-    """Runs one training run on a backend that has its partitions and shufflers up."""
+    """Runs one training run on a backend."""
 
     def __init__(
         self,
@@ -85,12 +122,13 @@ class Controller:
         folder: RunFolder,
         store: CheckpointStore,
         show: Callable[[Progress], None],
+        say: Callable[[str], None] = lambda _: None,
         resumed: Checkpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         began_s: float | None = None,
     ) -> None:
-        """`resumed` is the checkpoint that the backend's partitions started from, if any;
-        `began_s` is when the command began, by `clock`.
+        """`resumed` is the checkpoint that the backend's partitions start from, if any;
+        `began_s` is when the command began, by `clock`; `say` shows a line of news.
         """
         self._config = config
         self._plan = plan
@@ -106,25 +144,35 @@ class Controller:
             clock=clock,
             began_s=clock() if began_s is None else began_s,
             elapsed_before_s=resumed.elapsed_s if resumed else 0.0,
+            say=say,
         )
-        self._checkpoint_number = max([0, *store.numbers()])
+        self._checkpointer = Checkpointer(
+            store,
+            num_partitions=backend.num_partitions,
+            keep_last=config.policy.keep_checkpoints,
+            keep_best=config.policy.keep_best_checkpoints,
+        )
         self._resumed = resumed
-        self._processes = [_Process(replicas=r) for r in backend.processes]
+        self._processes = [_Process(index=i, replicas=r) for i, r in enumerate(backend.processes)]
         self._process_of = {r: p for p in self._processes for r in p.replicas}
+        self._partitions = [_Partition(index=i) for i in range(backend.num_partitions)]
+        self._history = History()
         self._holding: dict[int, int] = dict.fromkeys(self._process_of, 0)
         self._live: set[int] = set()
+        self._doubt: dict[int, Lease] = {}
+        """Leases whose holder is lost, until the partitions say what became of them."""
+        self._reopening = False
+        """A partition has gone back in time: what it lost is to be lent again."""
+        self._census = self._probing = False
         self._tickets: dict[Ticket, Callable[[Done], None]] = {}
         self._stop_reason: str | None = None
         self._phase = "starting the replicas"
-        self._evaluator_started = self._evaluator_ready = False
-        self._evaluator_restarts = 0
+        self._evaluator_started = self._evaluator_ready = self._evaluator_runs = False
         self._all_replicas_at: float | None = None
         self._next_report_s = self._next_evaluation_s = clock()
         self._next_checkpoint_s = clock() + config.policy.checkpoint_every_s
         self._reports: dict[int, PartitionReport] = {}
-        self._reporting: set[int] = set()
         self._evaluating = False
-        self._snapshots: dict[int, Any] | None = None
         self._book = LeaseBook(plan, config.policy.epochs, unit=config.replicas.steps.n_push)
 
     def request_stop(self, reason: str) -> None:
@@ -133,15 +181,23 @@ class Controller:
 
     def run(self) -> Outcome:
         """Train until every epoch is complete, or until asked to stop."""
+        for partition in self._partitions:
+            self._start_partition(partition, self._resumed)
+        while not self._all_up and self._stop_reason is None:
+            self._turn(1.0)
         if self._resumed is not None:
             self._rebuild()
-        for index in range(len(self._processes)):
-            self._start_process(index)
-        while not self._book.finished and self._stop_reason is None:
-            self._grant()
-            self._look_after()
-            self._turn(0.25)
-        return self._finish()
+        if self._all_up and self._stop_reason is None:
+            for process in self._processes:
+                self._start_process(process)
+        while True:
+            while not self._book.finished and self._stop_reason is None:
+                self._grant()
+                self._look_after()
+                self._turn(0.25)
+            outcome = self._wind_up()
+            if outcome is not None:
+                return outcome
 
     # What goes on all the time
 
@@ -150,7 +206,37 @@ class Controller:
             self._tickets.pop(done.ticket)(done)
         self._progress()
 
+    def _look_after(self) -> None:
+        now = self._clock()
+        if now >= self._next_report_s:
+            self._next_report_s = now + REPORT_EVERY_S
+            self._ask_reports()
+        for partition in self._partitions:
+            if partition.asked_s is not None and now - partition.asked_s > SILENT_AFTER_S:
+                self._on_partition_lost(partition, "silent")
+        if not self._all_up:
+            return
+        self._mend()
+        if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
+            self._evaluate(self._telemetry.best_accuracy, BEST)
+        if now >= self._next_checkpoint_s and self._checkpointer.under_way is None:
+            self._next_checkpoint_s = now + self._config.policy.checkpoint_every_s
+            self._checkpoint()
+
+    def _mend(self) -> None:
+        """Bring back what has lost its connections, and lend again what was lost."""
+        if not self._probing and self._cut_off():
+            self._probing = True
+            self._ask_all(self._backend.report, self._on_probed)
+        if (self._doubt or self._reopening) and not self._census:
+            self._census = True
+            self._take_census()
+
+    # Windows
+
     def _grant(self) -> None:
+        if self._reopening:
+            return
         done = self._book.progress * self._config.policy.epochs
         active = active_replicas(self._config.replicas, done)
         for replica in range(active):
@@ -166,19 +252,25 @@ class Controller:
                 self._tickets[ticket] = self._on_window(replica, lease)
 
     def _on_window(self, replica: int, lease: Lease) -> Callable[[Done], None]:
+        process = self._process_of[replica]
+
         def handle(done: Done) -> None:
             if lease.id not in self._live:
                 return  # the process was lost, and its windows have been dealt with
             if isinstance(done.error, ProcessLost):
-                self._on_process_lost(self._process_of[replica])
+                self._on_process_lost(process, "died")
+                return
+            if isinstance(done.error, PartitionLost):
+                self._cut(process, done.error)
+                return
+            if done.error is not None and not isinstance(done.error, ShufflerLost):
+                self._on_process_failed(process, done.error)
                 return
             self._live.discard(lease.id)
             self._holding[replica] -= 1
-            if isinstance(done.error, ShufflerLost):
+            if done.error is not None:
                 self._book.give_back(lease.id)
-                self._backend.replace_shufflers()
-            elif done.error is not None:
-                raise self._failure(done.error)
+                self._on_shuffler_lost()
             else:
                 self._on_trained(replica, lease, done.value)
 
@@ -186,8 +278,10 @@ class Controller:
 
     def _on_trained(self, replica: int, lease: Lease, report: WindowReport) -> None:
         self._telemetry.trained(report)
+        self._history.progressed("replicas", self._process_of[replica].index)
+        self._history.progressed("shuffler", 0)
         if report.unsettled:
-            self._reconcile(lease)
+            self._doubt[lease.id] = lease
         else:
             self._book.complete(lease.id, replica)
         policy, num_refused = self._config.policy, len(self._telemetry.refused)
@@ -201,91 +295,137 @@ class Controller:
                 "--max-refused"
             )
 
-    def _on_process_lost(self, process: _Process) -> None:
-        if process.starting is None:
-            process.ready = False
-            index = self._processes.index(process)
-            process.restarts += 1
-            if sum(p.restarts for p in self._processes) > self._config.replicas.max_restarts:
-                raise RunFailed(
-                    f"processes of replicas died {self._config.replicas.max_restarts} times: see "
-                    f"their logs, then go on with `downpour resume {self._folder.path}`"
-                )
-            self._start_process(index)
+    def _on_shuffler_lost(self) -> None:
+        # Its death is told by every window that it was to deliver; it is replaced once.
+        for _ in range(self._backend.replace_shufflers()):
+            self._recover(Loss(part="shuffler", index=0, name="a shuffler", cause="died"))
+
+    def _drop_windows(self, process: _Process) -> None:
+        """Put every window of a process in doubt."""
+        process.ready = False
         for replica in process.replicas:
             self._holding[replica] = 0
             for lease in self._book.lost(replica):
                 self._live.discard(lease.id)
-                self._reconcile(lease)
+                self._doubt[lease.id] = lease
 
-    def _start_process(self, index: int) -> None:
-        process = self._processes[index]
-        process.starting = ticket = self._backend.start_process(index)
+    # Losses
+
+    def _recover(self, loss: Loss) -> str:
+        """Decide what is done about a loss, and tell of it; gives the action."""
+        recovery = decide(loss, self._history, max_restarts=self._config.replicas.max_restarts)
+        self._telemetry.event(recovery.reason)
+        if recovery.action == "give up":
+            raise RunFailed(
+                f"{recovery.reason}: see the logs, then go on with `downpour resume "
+                f"{self._folder.path}`"
+            )
+        return recovery.action
+
+    def _on_process_lost(self, process: _Process, cause: str, detail: str = "") -> None:
+        process.runs = process.starting = False
+        self._drop_windows(process)
+        self._recover(_loss("replicas", process.index, process.name, cause, detail))
+        if self._all_up:
+            self._start_process(process)
+        # Otherwise it is started once all partitions are there again.
+
+    def _on_process_failed(self, process: _Process, error: Exception) -> None:
+        """An error that is nobody's death: the user's to repair, or the process's own."""
+        if isinstance(error, RunFailed) or user_message(error) is not None:
+            raise error
+        detail = f"{type(error).__name__}: {_last_line(error)}"
+        try:
+            self._on_process_lost(process, "failed", detail)
+        except RunFailed as failure:
+            raise failure from error
+
+    def _cut(self, process: _Process, error: Exception) -> None:
+        """A process has lost a connection. Which partition's fault that is, the probe will tell."""
+        self._drop_windows(process)
+        self._next_report_s = self._clock()
+        if self._all_up:
+            loss = _loss("replicas", process.index, process.name, "disconnected", str(error))
+            process.runs = self._recover(loss) == "reconnect"
+
+    def _cut_off(self) -> bool:
+        """Whether somebody runs without his connections, or not at all."""
+        waits = any(not p.ready and not p.starting for p in self._processes)
+        return waits or (self._evaluator_runs and not self._evaluator_ready)
+
+    def _on_probed(self, _: Sequence[PartitionReport]) -> None:
+        """All partitions are alive: connect again."""
+        self._probing = False
+        for process in self._processes:
+            if not process.ready and not process.starting:
+                self._start_process(process)
+        if self._evaluator_runs and not self._evaluator_ready:
+            self._connect_evaluator(self._backend.reconnect_evaluator())
+
+    def _start_process(self, process: _Process) -> None:
+        process.starting = True
+        backend = self._backend
+        start = backend.reconnect_process if process.runs else backend.start_process
 
         def handle(done: Done) -> None:
-            process.starting = None
-            if isinstance(done.error, ProcessLost):
-                self._on_process_lost(process)
-                return
-            if done.error is not None:
-                raise self._failure(done.error)
-            process.ready = True
-            self._phase = "training"
-            if self._all_replicas_at is None and all(p.ready for p in self._processes):
-                self._all_replicas_at = time.time()
-                if not self._evaluator_started:
-                    self._start_evaluator()
+            process.starting = False
+            if done.error is None:
+                process.ready = process.runs = True
+                self._phase = "training"
+                if self._all_replicas_at is None and all(p.ready for p in self._processes):
+                    self._all_replicas_at = time.time()
+                    if not self._evaluator_started:
+                        self._start_evaluator()
+            elif isinstance(done.error, PartitionLost):
+                process.runs = True
+                self._cut(process, done.error)
+            elif isinstance(done.error, ProcessLost):
+                self._on_process_lost(process, "died")
+            else:
+                self._on_process_failed(process, done.error)
 
-        self._tickets[ticket] = handle
+        self._tickets[start(process.index)] = handle
 
-    def _replace_evaluator(self) -> None:
-        self._evaluator_restarts += 1
-        if self._evaluator_restarts > self._config.replicas.max_restarts:
-            raise RunFailed(
-                f"the evaluator died {self._config.replicas.max_restarts} times: see its log, then "
-                f"go on with `downpour resume {self._folder.path}`"
-            )
-        self._evaluator_ready = False
-        self._start_evaluator()
+    # The evaluator
 
     def _start_evaluator(self) -> None:
         self._evaluator_started = True
+        self._connect_evaluator(self._backend.start_evaluator())
+
+    def _connect_evaluator(self, ticket: Ticket) -> None:
+        self._evaluator_runs = self._evaluator_ready = False
 
         def handle(done: Done) -> None:
-            if isinstance(done.error, ProcessLost):
-                self._replace_evaluator()
-            elif done.error is not None:
-                raise self._failure(done.error)
+            if done.error is None:
+                self._evaluator_ready = self._evaluator_runs = True
             else:
-                self._evaluator_ready = True
+                self._on_evaluator_error(done.error)
 
-        self._tickets[self._backend.start_evaluator()] = handle
+        self._tickets[ticket] = handle
 
-    def _look_after(self) -> None:
-        now = self._clock()
-        if now >= self._next_report_s:
-            self._next_report_s = now + REPORT_EVERY_S
-            self._ask_reports()
-        if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
-            self._evaluate(self._telemetry.best_accuracy, BEST)
-        if now >= self._next_checkpoint_s and self._snapshots is None:
-            self._next_checkpoint_s = now + self._config.policy.checkpoint_every_s
-            self._checkpoint()
-
-    def _ask_reports(self) -> None:
-        for index in range(self._backend.num_partitions):
-            if index not in self._reporting:
-                self._reporting.add(index)
-                self._tickets[self._backend.report(index)] = self._on_report
-
-    def _on_report(self, done: Done) -> None:
-        if done.error is not None:
-            raise self._failure(done.error)
-        report: PartitionReport = done.value
-        self._reporting.discard(report.index)
-        self._reports[report.index] = report
-        if not self._reporting:
-            self._tell()
+    def _on_evaluator_error(self, error: Exception) -> None:
+        self._evaluator_ready = False
+        if isinstance(error, WriteFailed):
+            self._evaluator_ready = True
+            self._telemetry.event(f"the best weights could not be written ({error}): going on")
+            return
+        if isinstance(error, PartitionLost):
+            self._evaluator_runs = True
+            self._next_report_s = self._clock()
+            if not self._all_up:
+                return
+            loss = _loss("evaluator", 0, "the evaluator", "disconnected", str(error))
+            if self._recover(loss) == "reconnect":
+                return
+            self._start_evaluator()
+            return
+        if not isinstance(error, ProcessLost) and user_message(error) is not None:
+            raise error
+        cause = "died" if isinstance(error, ProcessLost) else "failed"
+        detail = "" if cause == "died" else f"{type(error).__name__}: {_last_line(error)}"
+        self._recover(_loss("evaluator", 0, "the evaluator", cause, detail))
+        self._evaluator_runs = False
+        self._start_evaluator()
 
     def _evaluate(self, best: float | None, name: str) -> None:
         """Score the current weights; keep them under `name` if they beat `best`."""
@@ -295,72 +435,205 @@ class Controller:
         def handle(done: Done) -> None:
             self._evaluating = False
             self._next_evaluation_s = next_evaluation_s(self._config.policy, began_s, self._clock())
-            if isinstance(done.error, ProcessLost):
-                self._replace_evaluator()
-            elif done.error is not None:
-                raise self._failure(done.error)
+            if done.error is not None:
+                self._on_evaluator_error(done.error)
             else:
+                self._history.progressed("evaluator", 0)
                 self._telemetry.evaluated(done.value)
 
         self._tickets[self._backend.evaluate(best, str(self._folder.path / name))] = handle
 
+    # The partitions
+
+    @property
+    def _all_up(self) -> bool:
+        return all(p.up for p in self._partitions)
+
+    def _start_partition(self, partition: _Partition, checkpoint: Checkpoint | None) -> None:
+        partition.up, partition.asked_s, partition.version = False, None, None
+        partition.incarnation += 1
+        ticket = self._backend.start_partition(partition.index, checkpoint)
+
+        def arrived(_: Any) -> None:
+            partition.up = True
+            if self._all_up:
+                self._probing = self._census = False
+                self._phase = "training" if self._all_replicas_at else "starting the replicas"
+
+        self._tickets[ticket] = self._from_partition(partition, arrived)
+
+    def _on_partition_lost(self, partition: _Partition, cause: str, detail: str = "") -> None:
+        name = f"partition {partition.index}"
+        self._recover(_loss("partition", partition.index, name, cause, detail))
+        checkpoint, passed = self._store.latest_for(partition.index)
+        for problem in passed:
+            self._telemetry.event(f"{problem}; taking the one before")
+        self._telemetry.event(
+            f"{name} starts again from "
+            + (f"checkpoint {checkpoint.number}" if checkpoint else "the initial weights")
+        )
+        self._phase = f"replacing {name}"
+        self._checkpointer.abandon()
+        self._reopening = True
+        for process in self._processes:
+            self._drop_windows(process)
+        self._evaluator_ready = False
+        self._start_partition(partition, checkpoint)
+
+    def _from_partition(
+        self, partition: _Partition, then: Callable[[Any], None]
+    ) -> Callable[[Done], None]:
+        """Give `then` what this incarnation of a partition answers; replace it if it is lost."""
+        incarnation = partition.incarnation
+
+        def handle(done: Done) -> None:
+            if partition.incarnation != incarnation:
+                return
+            if done.error is None:
+                then(done.value)
+            elif isinstance(done.error, PartitionLost):
+                self._on_partition_lost(partition, "died")
+            else:
+                raise done.error
+
+        return handle
+
+    def _ask_all(self, ask: Callable[[int], Ticket], then: Callable[[Sequence[Any]], None]) -> None:
+        """Ask every partition; `then` gets their answers, unless one is lost meanwhile."""
+        answers: dict[int, Any] = {}
+        before = [p.incarnation for p in self._partitions]
+
+        def taker(index: int) -> Callable[[Any], None]:
+            def take(value: Any) -> None:
+                answers[index] = value
+                if len(answers) == len(before) and before == [
+                    p.incarnation for p in self._partitions
+                ]:
+                    then([answers[i] for i in range(len(before))])
+
+            return take
+
+        for partition in self._partitions:
+            handle = self._from_partition(partition, taker(partition.index))
+            self._tickets[ask(partition.index)] = handle
+
+    def _answers(self, ask: Callable[[int], Ticket]) -> Sequence[Any] | None:
+        """What every partition answers, waited for; None where one was lost meanwhile."""
+        got: list[Sequence[Any]] = []
+        if not self._all_up:
+            return None
+        before = [p.incarnation for p in self._partitions]
+        give_up_s = self._clock() + SILENT_AFTER_S
+        self._ask_all(ask, got.append)
+        while not got and before == [p.incarnation for p in self._partitions]:
+            if self._clock() > give_up_s:
+                raise RunFailed(
+                    f"a partition has not answered for {SILENT_AFTER_S:.0f} s: go on with "
+                    f"`downpour resume {self._folder.path}`"
+                )
+            self._turn(1.0)
+        return got[0] if got else None
+
+    def _ask_reports(self) -> None:
+        for partition in self._partitions:
+            if partition.up and partition.asked_s is None:
+                partition.asked_s = self._clock()
+                ticket = self._backend.report(partition.index)
+                self._tickets[ticket] = self._from_partition(partition, self._on_report)
+
+    def _on_report(self, report: PartitionReport) -> None:
+        partition = self._partitions[report.index]
+        partition.asked_s = None
+        if partition.version is None:
+            partition.version = report.version
+        elif report.version > partition.version:
+            self._history.progressed("partition", partition.index)
+        self._reports[report.index] = report
+        if len(self._reports) == len(self._partitions) and not any(
+            p.asked_s is not None for p in self._partitions
+        ):
+            self._tell()
+
+    # Checkpoints
+
     def _checkpoint(self) -> None:
-        self._checkpoint_number += 1
-        number = self._checkpoint_number
-        folder = self._store.begin(number)
-        files: dict[int, Any] = {}
-        self._snapshots = files
+        try:
+            folder = self._checkpointer.begin()
+        except OSError as error:
+            self._on_checkpoint_failed(error)
+            return
+        number = self._checkpointer.under_way
 
         def handler(index: int) -> Callable[[Done], None]:
             def handle(done: Done) -> None:
-                if done.error is not None:
-                    raise self._failure(done.error)
-                files[index] = done.value
-                if len(files) == self._backend.num_partitions:
-                    self._commit(number, files)
+                if self._checkpointer.under_way != number:
+                    return  # it has been given up
+                if isinstance(done.error, WriteFailed):
+                    self._on_checkpoint_failed(done.error)
+                    return
+                self._from_partition(self._partitions[index], take)(done)
+
+            def take(file: Any) -> None:
+                try:
+                    self._checkpointer.received(
+                        index,
+                        file,
+                        elapsed_s=self._telemetry.elapsed_s,
+                        accuracy=self._telemetry.accuracy,
+                    )
+                except OSError as error:
+                    self._on_checkpoint_failed(error)
 
             return handle
 
-        for index in range(self._backend.num_partitions):
+        for index in range(len(self._partitions)):
             self._tickets[self._backend.snapshot(index, folder)] = handler(index)
 
-    def _commit(self, number: int, files: Mapping[int, Any]) -> None:
-        in_order = tuple(files[i] for i in range(self._backend.num_partitions))
-        self._store.commit(
-            Checkpoint(
-                number=number,
-                updates=slowest(in_order),
-                elapsed_s=self._telemetry.elapsed_s,
-                files=in_order,
-            )
+    def _on_checkpoint_failed(self, error: Exception) -> None:
+        self._checkpointer.abandon()
+        last = self._checkpointer.last
+        kept = "there is none yet" if last is None else f"the last good one is {last}"
+        self._telemetry.event(
+            f"a checkpoint could not be written ({one_line(error)}): going on, {kept}"
         )
-        self._snapshots = None
-        self._store.prune(self._config.policy.keep_checkpoints)
 
     # What the applied sets say
 
-    def _all_flags(self, epochs: tuple[int, ...]) -> list[Mapping[int, npt.NDArray[np.uint8]]]:
-        tickets = [
-            self._backend.flags(index, epochs) for index in range(self._backend.num_partitions)
-        ]
-        return [self._result(ticket) for ticket in tickets]
+    def _take_census(self) -> None:
+        """Ask what the partitions have settled, and set the lease book right by it."""
+        doubt, reopening = dict(self._doubt), self._reopening
+        epochs = tuple(
+            range(self._book.epochs_entered)
+            if reopening
+            else sorted({lease.epoch for lease in doubt.values()})
+        )
 
-    def _handled(self, epoch: int) -> npt.NDArray[np.bool_]:
-        """Mini-batches of `epoch` that every partition has settled, bool [q]."""
-        flags = self._all_flags((epoch,))
-        settled: npt.NDArray[np.bool_] = np.logical_and.reduce([f[epoch] != WAITING for f in flags])
-        return settled
+        def take(answers: Sequence[Flags]) -> None:
+            self._census = False
+            settled = {e: _settled(answers, e) for e in epochs}
+            for lease in doubt.values():
+                self._book.reconcile(lease.id, settled[lease.epoch])
+                del self._doubt[lease.id]
+            if reopening:
+                again = sum(self._book.reopen(e, settled[e]) for e in epochs)
+                self._reopening = False
+                self._telemetry.event(f"{again:,} mini-batches are run again")
 
-    def _reconcile(self, lease: Lease) -> None:
-        self._book.reconcile(lease.id, self._handled(lease.epoch))
+        self._ask_all(lambda index: self._backend.flags(index, epochs), take)
 
     def _rebuild(self) -> None:
         """Lease only what some partition has not settled: what resuming is."""
         epochs = tuple(range(self._config.policy.epochs))
-        flags = self._all_flags(epochs)
+        flags: Sequence[Flags] | None = None
+        while flags is None:
+            if self._stop_reason is not None:
+                return
+            flags = self._answers(lambda index: self._backend.flags(index, epochs))
+            if flags is None:
+                self._turn(1.0)
         done = {}
         for epoch in epochs:
-            settled = np.logical_and.reduce([f[epoch] != WAITING for f in flags])
+            settled = _settled(flags, epoch)
             refused = np.logical_or.reduce([f[epoch] == REFUSED for f in flags])
             self._telemetry.refused |= {(epoch, int(b)) for b in np.flatnonzero(refused)}
             if settled.any():
@@ -371,27 +644,7 @@ class Controller:
             unit=self._config.replicas.steps.n_push,
             done=done,
         )
-
-    def _result(self, ticket: Ticket) -> Any:
-        """Wait for one ticket alone."""
-        answers = self._backend.wait([ticket], CALL_DEADLINE_S)
-        if not answers:
-            raise RunFailed(
-                f"an actor has not answered for {CALL_DEADLINE_S:.0f} s: go on with `downpour "
-                f"resume {self._folder.path}`"
-            )
-        (done,) = answers
-        if done.error is not None:
-            raise self._failure(done.error)
-        return done.value
-
-    def _failure(self, error: Exception) -> Exception:
-        if isinstance(error, PartitionLost | ProcessLost | ShufflerLost):
-            return RunFailed(
-                f"{error}: go on from the last checkpoint with `downpour resume "
-                f"{self._folder.path}`"
-            )
-        return error
+        self._reopening = False
 
     def _tell(self) -> None:
         reports = self._reports.values()
@@ -405,41 +658,65 @@ class Controller:
 
     # The end
 
-    def _finish(self) -> Outcome:
+    def _wind_up(self) -> Outcome | None:
+        """A last checkpoint, the last figures and, of a finished run, the last evaluation.
+
+        None where a partition was lost on the way, and the run is not finished any more.
+        """
         finished = self._book.finished
         self._phase = "finishing" if finished else "stopping"
         self._progress()
-        self._await_checkpoint()  # one may be under way
-        self._checkpoint()
-        self._await_checkpoint()
-        reports = [
-            self._result(self._backend.report(i)) for i in range(self._backend.num_partitions)
-        ]
-        self._reports = {r.index: r for r in reports}
-        self._tell()
+        if not self._write_last_checkpoint() and finished and not self._all_up:
+            return None
+        reports = self._answers(self._backend.report)
+        if reports is not None:
+            self._reports = {r.index: r for r in reports}
+            self._tell()
         self._progress()
+        exactly_once = False
         if finished:
-            self._final_evaluation()
+            if reports is None or not self._final_evaluation():
+                return None
+            flags = self._answers(self._flags_of_all)
+            if flags is None or self._reopening:
+                return None
+            exactly_once = _exactly_once(flags, self._telemetry.reports)
         return Outcome(
             finished=finished,
-            reports=reports,
+            reports=self._telemetry.reports,
             evaluation=self._telemetry.evaluation,
             best_accuracy=self._telemetry.best_accuracy,
-            exactly_once=finished and self._exactly_once(),
+            exactly_once=exactly_once,
             refused=len(self._telemetry.refused),
-            restarts=sum(p.restarts for p in self._processes),
+            restarts={part: n for part, n in self._history.restarts.items() if n},
+            updates_before=self._resumed.updates if self._resumed else 0,
             all_replicas_at=self._all_replicas_at,
             elapsed_s=self._telemetry.elapsed_s,
             wall_s=self._telemetry.wall_s,
+            checkpoint=self._checkpointer.last,
         )
 
+    def _flags_of_all(self, index: int) -> Ticket:
+        return self._backend.flags(index, tuple(range(self._config.policy.epochs)))
+
+    def _write_last_checkpoint(self) -> bool:
+        """Whether it was written."""
+        self._await_checkpoint()  # one that began before the end
+        if not self._all_up:
+            return False
+        before = self._checkpointer.last
+        self._checkpoint()
+        self._await_checkpoint()
+        return self._checkpointer.last != before
+
     def _await_checkpoint(self) -> None:
-        while self._snapshots is not None:
+        while self._checkpointer.under_way is not None:
             self._turn(1.0)
 
-    def _final_evaluation(self) -> None:
-        """Score the last weights, and keep them."""
+    def _final_evaluation(self) -> bool:
+        """Score the last weights, and keep them. False where a partition was lost meanwhile."""
         self._phase = "evaluating"
+        before = [p.incarnation for p in self._partitions]
         if not self._evaluator_started:
             self._start_evaluator()  # the run was over before all of its replicas were up
         while self._evaluating:  # of weights that were not the last
@@ -448,24 +725,46 @@ class Controller:
         for name, best in paths.items():
             wanted = self._telemetry.num_evaluations + 1
             while self._telemetry.num_evaluations < wanted:
-                if self._evaluator_ready and not self._evaluating:
+                if before != [p.incarnation for p in self._partitions]:
+                    return False
+                if not self._evaluator_ready:
+                    self._look_after()
+                elif not self._evaluating:
                     self._evaluate(best, name)
                 self._turn(1.0)
         self._progress()
-
-    def _exactly_once(self) -> bool:
-        """Whether every partition settled every mini-batch of every epoch, and applied all that
-        none refused as often as it has versions.
-        """
-        epochs = tuple(range(self._config.policy.epochs))
-        for flags, report in zip(self._all_flags(epochs), self._telemetry.reports, strict=True):
-            if any((flags[epoch] == WAITING).any() for epoch in epochs):
-                return False
-            if report.batches_applied + report.batches_refused != len(epochs) * len(flags[0]):
-                return False
         return True
 
     @property
     def stop_reason(self) -> str | None:
         """Why the run was asked to stop, if it was."""
         return self._stop_reason
+
+
+def _loss(part: Any, index: int, name: str, cause: Any, detail: str = "") -> Loss:
+    return Loss(part=part, index=index, name=name, cause=cause, detail=detail)
+
+
+def _last_line(error: Exception) -> str:
+    """The end of an error's text, which of one that comes from afar is a whole traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _settled(answers: Sequence[Flags], epoch: int) -> npt.NDArray[np.bool_]:
+    """Mini-batches of `epoch` that every partition has settled, bool [q]."""
+    settled: npt.NDArray[np.bool_] = np.logical_and.reduce([f[epoch] != WAITING for f in answers])
+    return settled
+
+
+def _exactly_once(answers: Sequence[Flags], reports: Sequence[PartitionReport]) -> bool:
+    """Whether every partition settled every mini-batch of every epoch, and applied all that
+    none refused as often as it has versions.
+    """
+    for flags, report in zip(answers, reports, strict=True):
+        if any((state == WAITING).any() for state in flags.values()):
+            return False
+        total = sum(len(state) for state in flags.values())
+        if report.batches_applied + report.batches_refused != total:
+            return False
+    return True

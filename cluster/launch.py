@@ -119,6 +119,7 @@ def train(
                     folder=folder,
                     store=store,
                     show=display.update,
+                    say=lambda line: console.print(line, style="yellow"),
                     resumed=resumed,
                     began_s=began_s,
                 )
@@ -129,7 +130,7 @@ def train(
                     backend.stop()
         if outcome.finished:
             return _conclude(folder, config, outcome, began_at, console)
-        return _stopped(folder, controller.stop_reason or "stopped", console)
+        return _stopped(folder, controller.stop_reason or "stopped", outcome, console)
 
 
 def _backend(
@@ -228,14 +229,15 @@ def _stop_on_signals(controller: Controller) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _stopped(folder: RunFolder, reason: str, console: Any) -> int:
-    status = folder.read_json(STATUS)
+def _stopped(folder: RunFolder, reason: str, outcome: Outcome, console: Any) -> int:
+    status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
     folder.write_json(STATUS, {**status, "state": "stopped", "reason": reason})
     if reason not in signal.Signals.__members__:
         raise RunFailed(f"{reason}; then go on with `downpour resume {folder.path}`")
-    console.print(
-        f"stopped by {reason} after a checkpoint: go on with `downpour resume {folder.path}`"
-    )
+    saved = "without a checkpoint of this session"
+    if outcome.checkpoint is not None:
+        saved = f"after checkpoint {outcome.checkpoint}"
+    console.print(f"stopped by {reason} {saved}: go on with `downpour resume {folder.path}`")
     return 128 + signal.Signals[reason]
 
 
@@ -260,7 +262,7 @@ def make_result(
     first = [r.first_update_at for r in reports if r.first_update_at is not None]
     last = [r.last_update_at for r in reports if r.last_update_at is not None]
     updates = min(r.version for r in reports)
-    session_updates = min(r.version - r.updates_before for r in reports)
+    session_updates = updates - outcome.updates_before
     training_s = max(last) - min(first) if first else 0.0
     staleness = merged_staleness(reports)
     evaluation = outcome.evaluation
@@ -297,7 +299,8 @@ def make_result(
         "batches_refused": outcome.refused,
         "pushes_dropped": sum(r.pushes_dropped for r in reports),
         "exactly_once": outcome.exactly_once,
-        "process_restarts": outcome.restarts,
+        "restarts": dict(outcome.restarts),
+        "process_restarts": sum(outcome.restarts.values()),
     }
 
 

@@ -33,10 +33,11 @@ from cluster.backend import (
     RunFailed,
     ShufflerLost,
     Ticket,
+    WriteFailed,
 )
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import NetworkConfig, RunConfig, num_processes
-from cluster.errors import user_message
+from cluster.errors import one_line, user_message
 from paramserver.actor import PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import Partition
@@ -101,41 +102,38 @@ class RayBackend:
             tuple(range(i, config.replicas.replicas, count)) for i in range(count)
         )
         self._threads = max(1, num_processors // count)
-        update_config = config.update_config(plan)
-        self._partitions = []
-        for partition in partitions:
-            if resumed is None:
-                start: tuple[Any, ...] = (weights[partition.start : partition.stop], None, None)
-            else:
-                file = resumed.files[partition.index]
-                uri = f"{store.folder_uri(resumed.number)}/{file.name}"
-                start = (None, uri, file.sha256)
-            self._partitions.append(
-                _start(
-                    PartitionActor,
-                    4,
-                    *(partition, update_config, key, *start, listen),
-                    scheduling=self._beside_us,
-                )
-            )
-        self._endpoints: list[Endpoint] | None = None
+        self._layout, self._weights, self._store = tuple(partitions), weights, store
+        self._update_config, self._listen = config.update_config(plan), listen
+        self._partitions: list[Any] = [None] * len(partitions)
+        self._spawned_partitions: list[Any] = [
+            self._spawn_partition(i, resumed) for i in range(len(partitions))
+        ]
+        self._endpoints: dict[int, Endpoint] = {}
         self._evaluator: Any = None
         self._process_actors: list[Any] = [None] * count
         self._spawned: list[Any] = [self._spawn_process(i) for i in range(count)]
         self._shufflers = [self._spawn_shuffler(i) for i in range(NUM_SHUFFLERS)]
+        self._lost_shufflers: list[Any] = []
         self._next_shuffler = 0
         self._kinds: dict[Ticket, tuple[type[Exception], str, Any]] = {}
+        self._arrivals: dict[Ticket, int] = {}
+        """Calls whose answer is the endpoint of a partition."""
 
     def endpoints(self) -> list[Endpoint]:
-        """Where the partitions are reached, once all of them are up."""
-        if self._endpoints is None:
-            calls = [actor.endpoint.remote() for actor in self._partitions]
-            done = [self._outcome(c, PartitionLost, "a partition", None) for c in calls]
-            for outcome in done:
-                if outcome.error is not None:
-                    raise outcome.error
-            self._endpoints = [outcome.value for outcome in done]
-        return self._endpoints
+        """Where the partitions are reached; all of them have been up."""
+        return [self._endpoints[i] for i in range(self.num_partitions)]
+
+    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Ticket:
+        """Start, or start again, a partition; done once it can be reached."""
+        _kill(self._partitions[index])  # it may be out of reach only
+        actor = self._spawned_partitions[index]
+        if actor is None:
+            actor = self._spawn_partition(index, checkpoint)
+        self._spawned_partitions[index] = None
+        self._partitions[index] = actor
+        ticket = self._partition_ticket(index, actor.endpoint.remote())
+        self._arrivals[ticket] = index
+        return ticket
 
     def start_process(self, index: int) -> Ticket:
         """Start, or start again, a process of replicas; done once it is connected."""
@@ -143,17 +141,21 @@ class RayBackend:
         if actor is None:
             actor = self._spawn_process(index)
         self._spawned[index] = None
-        old = self._process_actors[index]
-        if old is not None:  # it may be out of reach only: it must not come back beside the new
-            with contextlib.suppress(Exception):
-                ray.kill(old)
+        # It may be out of reach only: it must not come back beside the new one.
+        _kill(self._process_actors[index])
         self._process_actors[index] = actor
+        return self.reconnect_process(index)
+
+    def reconnect_process(self, index: int) -> Ticket:
+        """Have a process that runs drop its windows and connect to the partitions anew."""
+        actor = self._process_actors[index]
         call = actor.connect.remote(self.endpoints(), self._key, self._access)
         return self._ticket(call, ProcessLost, f"the process of {self._names(index)}")
 
     def start_evaluator(self) -> Ticket:
         """Start the evaluator; done once it is connected."""
         data = self._config.data
+        _kill(self._evaluator)
         self._evaluator = _start(
             EvaluatorActor,
             1,
@@ -162,6 +164,11 @@ class RayBackend:
             scheduling=self._beside_us,
         )
         return self._ticket(self._evaluator.ready.remote(), ProcessLost, "the evaluator")
+
+    def reconnect_evaluator(self) -> Ticket:
+        """Have the evaluator connect to the partitions anew."""
+        call = self._evaluator.connect.remote(self.endpoints(), self._key, self._access)
+        return self._ticket(call, ProcessLost, "the evaluator")
 
     def run_window(self, replica: int, lease: Lease) -> Ticket:
         """Deliver a window to a replica and train on it; gives a `WindowReport`."""
@@ -172,17 +179,17 @@ class RayBackend:
         call = self._process_actors[index].run_window.remote(
             replica, lease.epoch, lease.batches, delivery
         )
-        return self._ticket(call, ProcessLost, f"the process of {self._names(index)}", delivery)
+        what = f"the process of {self._names(index)}"
+        return self._ticket(call, ProcessLost, what, (delivery, shuffler))
 
-    def replace_shufflers(self) -> None:
-        """Replace every shuffler that is lost."""
-        for index, actor in enumerate(self._shufflers):
-            try:
-                ray.get(actor.ready.remote(), timeout=START_DEADLINE_S)
-            except (*_LOST, ray.exceptions.GetTimeoutError):
-                with contextlib.suppress(Exception):
-                    ray.kill(actor)
-                self._shufflers[index] = self._spawn_shuffler(index)
+    def replace_shufflers(self) -> int:
+        """Replace every shuffler that failed to deliver; gives how many those were."""
+        lost = [i for i, actor in enumerate(self._shufflers) if actor in self._lost_shufflers]
+        for index in lost:
+            _kill(self._shufflers[index])
+            self._shufflers[index] = self._spawn_shuffler(index)
+        self._lost_shufflers.clear()
+        return len(lost)
 
     def report(self, partition: int) -> Ticket:
         """Gives a `PartitionReport`."""
@@ -210,15 +217,33 @@ class RayBackend:
         ready, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready:
             ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
-        return [self._outcome(call, *self._kinds.pop(call)) for call in ready]
+        done = [self._outcome(call, *self._kinds.pop(call)) for call in ready]
+        for outcome in done:
+            index = self._arrivals.pop(outcome.ticket, None)
+            if index is not None and outcome.error is None:
+                self._endpoints[index] = outcome.value
+        return done
 
     def stop(self) -> None:
         """Stop every actor."""
         actors = [*self._process_actors, *self._spawned, *self._shufflers, self._evaluator]
-        for actor in [*actors, *self._partitions]:
-            if actor is not None:
-                with contextlib.suppress(Exception):
-                    ray.kill(actor)
+        for actor in [*actors, *self._partitions, *self._spawned_partitions]:
+            _kill(actor)
+
+    def _spawn_partition(self, index: int, checkpoint: Checkpoint | None) -> Any:
+        partition = self._layout[index]
+        if checkpoint is None:
+            start: tuple[Any, ...] = (self._weights[partition.start : partition.stop], None, None)
+        else:
+            file = checkpoint.files[index]
+            uri = f"{self._store.folder_uri(checkpoint.number)}/{file.name}"
+            start = (None, uri, file.sha256)
+        return _start(
+            PartitionActor,
+            4,
+            *(partition, self._update_config, self._key, *start, self._listen),
+            scheduling=self._beside_us,
+        )
 
     def _spawn_process(self, index: int) -> Any:
         members = self.processes[index]
@@ -255,18 +280,21 @@ class RayBackend:
         try:
             return Done(ticket=call, value=ray.get(call, timeout=START_DEADLINE_S))
         except Exception as error:
-            if delivery is not None and (failed := self._delivery_error(delivery)) is not None:
+            if delivery is not None and (failed := self._delivery_error(*delivery)) is not None:
                 return Done(ticket=call, error=failed)
             return Done(ticket=call, error=_translated(error, lost, what))
 
-    def _delivery_error(self, delivery: Any) -> Exception | None:
+    def _delivery_error(self, delivery: Any, shuffler: Any) -> Exception | None:
         """Why a window could not be delivered, if it was that."""
         try:
             ready, _ = ray.wait([delivery], timeout=0, fetch_local=False)
             if ready:
                 ray.get(delivery, timeout=START_DEADLINE_S)
         except Exception as error:
-            return _translated(error, ShufflerLost, "a shuffler")
+            translated = _translated(error, ShufflerLost, "a shuffler")
+            if isinstance(translated, ShufflerLost):
+                self._lost_shufflers.append(shuffler)
+            return translated
         return None
 
 
@@ -295,6 +323,13 @@ def _start(actor: type, max_concurrency: int, *arguments: Any, scheduling: Any) 
     return options.remote(*arguments)
 
 
+def _kill(actor: Any) -> None:
+    """End an actor, if there is one; one that is dead already is none of our business."""
+    if actor is not None:
+        with contextlib.suppress(Exception):
+            ray.kill(actor)
+
+
 def _translated(error: Exception, lost: type[Exception], what: str) -> Exception:
     """One of our exceptions for one of Ray's."""
     if isinstance(error, RayTaskError):
@@ -303,6 +338,8 @@ def _translated(error: Exception, lost: type[Exception], what: str) -> Exception
             return PartitionLost(str(cause))
         if isinstance(cause, _LOST):
             return lost(f"{what} died")
+        if isinstance(cause, OSError) and user_message(cause) is None:
+            return WriteFailed(f"{what}: {one_line(cause)}")
         return error
     if isinstance(error, _LOST):
         message = user_message(error)

@@ -4,6 +4,7 @@ runs/<name>/
   config.json        the resolved configuration
   status.json        where the run stands; replaced about once a second
   metrics.jsonl      a line a second, and a line for each evaluation
+  events.jsonl       a line for each loss and what was done about it, and for other news
   checkpoints/       what `downpour resume` goes on from
   best.safetensors   the weights that scored highest, with their BN statistics
   model.safetensors  the last weights, once the run is finished
@@ -27,7 +28,7 @@ from cluster.config import RunConfig, from_plain, to_plain
 from cluster.errors import UserError
 
 CONFIG, DATA, STATUS = "config.json", "data.json", "status.json"
-METRICS, RESULT = "metrics.jsonl", "result.json"
+METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
 BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
 
 
@@ -84,7 +85,12 @@ class RunFolder:
     @property
     def checkpoints_uri(self) -> str:
         """Where the checkpoints are."""
-        return (self.path / CHECKPOINTS).as_uri()
+        elsewhere = self.config().policy.checkpoints
+        if elsewhere is None:
+            return (self.path / CHECKPOINTS).as_uri()
+        if "://" not in elsewhere:
+            elsewhere = Path(elsewhere).absolute().as_uri()
+        return f"{elsewhere.rstrip('/')}/{self.name}"
 
     def config(self) -> RunConfig:
         """The configuration that the run began with."""
@@ -138,6 +144,13 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add a line to the metrics."""
+        self._append(METRICS, values)
+
+    def append_event(self, text: str) -> None:
+        """Add a line to the events."""
+        self._append(EVENTS, {"event": text})
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), **values})
-        with (self.path / METRICS).open("a") as file:
+        with (self.path / name).open("a") as file:
             file.write(line + "\n")

@@ -39,8 +39,13 @@ class Telemetry:
         clock: Callable[[], float],
         began_s: float,
         elapsed_before_s: float,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`began_s` is by `clock`; `elapsed_before_s` are the seconds of earlier sessions."""
+        """`began_s` is by `clock`; `elapsed_before_s` are the seconds of earlier sessions; `say`
+        shows people a line of news.
+        """
+        self._say = say
+        self._can_write = True
         self._config = config
         self._plan = plan
         self._folder = folder
@@ -59,6 +64,11 @@ class Telemetry:
         self.num_evaluations = 0
         self.refused: set[tuple[int, int]] = set()
         """Mini-batches, as (epoch, index), that some partition refused."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the newest evaluation."""
+        return self.evaluation.score.accuracy if self.evaluation else None
 
     @property
     def elapsed_s(self) -> float:
@@ -109,8 +119,25 @@ class Telemetry:
         }
         if self._loss is not None and math.isfinite(self._loss):
             values["loss"] = round(self._loss, 6)
-        self._folder.append_metrics(values)
-        self._folder.write_json(STATUS, {"state": phase, "at": time.time(), **values})
+        self._write(lambda: self._folder.append_metrics(values))
+        status = {"state": phase, "at": time.time(), **values}
+        self._write(lambda: self._folder.write_json(STATUS, status))
+
+    def event(self, text: str) -> None:
+        """News that people want to hear of at once, and to read later."""
+        self._say(text)
+        self._write(lambda: self._folder.append_event(text))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """A full disk must not end the training; it is told of once."""
+        try:
+            write()
+        except OSError as error:
+            if self._can_write:
+                self._say(f"the run folder cannot be written ({error.strerror}): going on")
+            self._can_write = False
+        else:
+            self._can_write = True
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Weights were scored: note it, and write it to the metrics."""
@@ -118,15 +145,14 @@ class Telemetry:
         self.num_evaluations += 1
         accuracy = evaluation.score.accuracy
         self.best_accuracy = max(self.best_accuracy or 0.0, accuracy)
-        self._folder.append_metrics(
-            {
-                "time_s": round(self.elapsed_s, 3),
-                "updates": min(evaluation.versions),
-                "epoch": self.epochs_done,
-                "accuracy": accuracy,
-                "evaluation_loss": evaluation.score.loss,
-            }
-        )
+        values = {
+            "time_s": round(self.elapsed_s, 3),
+            "updates": min(evaluation.versions),
+            "epoch": self.epochs_done,
+            "accuracy": accuracy,
+            "evaluation_loss": evaluation.score.loss,
+        }
+        self._write(lambda: self._folder.append_metrics(values))
 
     def progress(self, *, phase: str, alive: int) -> Progress:
         """Where the run stands."""
@@ -143,7 +169,7 @@ class Telemetry:
             updates_per_s=updates_per_s,
             examples_per_s=examples_per_s,
             loss=self._loss,
-            accuracy=self.evaluation.score.accuracy if self.evaluation else None,
+            accuracy=self.accuracy,
             best_accuracy=self.best_accuracy,
             staleness_mean=self._staleness.get("mean"),
             staleness_p99=self._staleness.get("p99"),

@@ -254,6 +254,14 @@ class ParameterClient:
                 self._poll.modify(fd, events)
                 self._network_poll.modify(fd, events)
 
+    def interrupt(self) -> None:
+        """Cut every connection, so that whoever waits for one gets `ConnectionLost`.
+
+        The one method that may be called from another thread.
+        """
+        for connection in self._connections:
+            connection.interrupt()
+
     def close(self) -> None:
         """Close every connection."""
         for connection in self._connections:

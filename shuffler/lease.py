@@ -152,6 +152,11 @@ class LeaseBook:
         return epoch
 
     @property
+    def epochs_entered(self) -> int:
+        """End, exclusive, of the epochs of which a window has been lent."""
+        return self._next_epoch
+
+    @property
     def outstanding(self) -> tuple[Lease, ...]:
         """Leases that are out, those in doubt among them, oldest first."""
         return tuple(loan.lease for loan in self._loans.values())

@@ -18,7 +18,7 @@ from shuffler.actor import Delivery
 from shuffler.decode import decode
 from shuffler.keys import stream_key
 from workers.evaluator import Evaluator, Score
-from workers.replica import Replicas, Window, WindowReport
+from workers.replica import ReplicaFailed, Replicas, Window, WindowReport
 from workers.spec import ModelSpec, StepConfig
 from workers.split import SplitBatches
 from workers.step import Slot
@@ -62,8 +62,11 @@ class ReplicasActor:
     def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, start the thread that runs the steps; gives the process id.
 
-        Apart from construction, so that processes start while the partitions do.
+        Apart from construction, so that processes start while the partitions do. A second time it
+        drops the windows in hand and every old connection: a partition has been replaced, or a
+        connection to one was lost. Raises `ReplicaFailed` where the steps do not end.
         """
+        self.stop()
         self._client = client = ParameterClient(
             endpoints,
             key=key,
@@ -106,10 +109,14 @@ class ReplicasActor:
 
     def stop(self) -> None:
         """Stop after the step in hand, and close the connections."""
-        if self._client is not None:
+        client, self._client = self._client, None
+        if client is not None:
             self._replicas.stop()
+            client.interrupt()  # or it might wait for a partition that is gone
             self._thread.join(STOP_DEADLINE_S)
-            self._client.close()
+            if self._thread.is_alive():
+                raise ReplicaFailed(f"a step has not ended for {STOP_DEADLINE_S:.0f} s")
+            client.close()
 
 
 class EvaluatorActor:
@@ -128,6 +135,11 @@ class EvaluatorActor:
         torch.set_num_threads(1)
         self._client = ParameterClient(endpoints, key=key, access=access)
         self._evaluator = Evaluator(spec, SplitBatches(spec, data_uri, split))
+
+    def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> None:
+        """Connect to every partition anew: one of them has been replaced."""
+        self._client.close()
+        self._client = ParameterClient(endpoints, key=key, access=access)
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""

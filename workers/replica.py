@@ -141,7 +141,7 @@ class Replicas:
         future: Future[WindowReport] = Future()
         with self._wake:
             if self._failure is not None:
-                raise ReplicaFailed(f"replica {replica} has stopped: {self._failure}")
+                raise self._failure
             self._queues[replica].append(_Task(window=window, future=future))
             self._wake.notify()
         return future

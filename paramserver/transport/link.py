@@ -56,5 +56,8 @@ class Link(Protocol):
     def service(self) -> None:
         """Take in what has come, without waiting. Raises `ConnectionLost` at the end."""
 
+    def interrupt(self) -> None:
+        """Cut the connection under the feet of the thread that uses it; called by another."""
+
     def close(self) -> None:
         """Close the connection."""

@@ -7,6 +7,7 @@ behind, and tells either side at once when the other dies. The first message of 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import secrets
@@ -307,6 +308,11 @@ class Connection:
             if not isinstance(message, Answer):
                 raise MalformedMessage(f"{type(message).__name__} in place of an answer")
             self.inbox.append(message)
+
+    def interrupt(self) -> None:
+        """Cut the connection under the feet of the thread that uses it; called by another."""
+        with contextlib.suppress(OSError):  # it is closed already
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket."""

@@ -316,6 +316,11 @@ class NetworkConnection:
     def _named(self, error: ConnectionLost) -> ConnectionLost:
         return ConnectionLost(f"partition {self.partition.index}: {error}")
 
+    def interrupt(self) -> None:
+        """Cut the connection under the feet of the thread that uses it; called by another."""
+        with contextlib.suppress(OSError):  # it is closed already
+            self.socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the socket, and end the thread."""
         if self._worker:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from cluster.backend import RunFailed
 from cluster.checkpoint import CheckpointStore
-from cluster.config import RunConfig
+from cluster.config import NetworkConfig, RunConfig
 from cluster.controller import Controller, Outcome
 from cluster.display import Progress
 from cluster.errors import user_message
@@ -111,13 +111,13 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
     config = dataclasses.replace(config, server=server, replicas=replicas)
     run = Run(tmp_path / "run", config)
     final: list[torch.Tensor] = []
-    end = run.controller._finish
+    end = run.controller._wind_up
 
-    def finish() -> Outcome:
+    def finish() -> Outcome | None:
         final.append(weights_of(run.backend))
         return end()
 
-    run.controller._finish = finish  # type: ignore[method-assign]
+    run.controller._wind_up = finish  # type: ignore[method-assign]
     outcome = run.go()
     run.assert_exactly_once(outcome)
     assert outcome.reports[0].staleness == {0: [252]}  # always computed on the latest version
@@ -185,8 +185,52 @@ def test_a_process_that_dies_costs_only_its_unfinished_mini_batches(
     run = Run(tmp_path / "run", tiny.config(data, epochs=3))
     outcome = run.go(kill_some)
     assert killed == [5, 11, 17]
-    assert outcome.restarts >= 1
+    assert outcome.restarts["replicas"] >= 1
     run.assert_exactly_once(outcome)
+
+
+@pytest.mark.parametrize("transport", ["shared", "network"])
+@pytest.mark.parametrize("checkpoint_every_s", [0.05, 1000.0])
+def test_a_partition_that_dies_is_replaced_and_gets_what_it_lost(
+    tmp_path: Path, data: str, transport: Literal["shared", "network"], checkpoint_every_s: float
+) -> None:
+    """From its last checkpoint, or from the initial weights where there is none yet."""
+    config = tiny.config(data, epochs=3, checkpoint_every_s=checkpoint_every_s)
+    network = NetworkConfig(transport=transport)
+    config = dataclasses.replace(config, server=dataclasses.replace(config.server, network=network))
+    killed: list[int] = []
+
+    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        for number, partition in ((8, 1), (20, 0), (25, 1)):
+            if lease.id >= number and number not in killed:
+                backend.kill_partition(partition)
+                killed.append(number)
+
+    run = Run(tmp_path / "run", config)
+    outcome = run.go(kill)
+    assert killed == [8, 20, 25]
+    run.assert_exactly_once(outcome)
+    assert run.backend.partition_starts == [2, 3, 1]
+    assert outcome.restarts["partition"] == 3
+    versions = [r.version for r in outcome.reports]
+    assert versions == [3 * run.plan.num_batches] * 3
+    assert outcome.reports[2].pushes_duplicate > 0  # it ignored what only the others had lost
+    events = (run.folder.path / "events.jsonl").read_text()
+    assert "partition 1 died: replaced, 1 of 100" in events
+    assert "mini-batches are run again" in events
+    assert ("from the initial weights" in events) == (checkpoint_every_s > 1)
+
+
+def test_a_process_that_loses_its_connections_is_connected_again(tmp_path: Path, data: str) -> None:
+    def cut(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id in (5, 14):
+            backend.cut_connections(lease.id % 2)
+
+    run = Run(tmp_path / "run", tiny.config(data, epochs=3))
+    outcome = run.go(cut)
+    run.assert_exactly_once(outcome)
+    assert outcome.restarts == {}
+    assert "connecting again" in (run.folder.path / "events.jsonl").read_text()
 
 
 def test_a_shuffler_that_dies_is_replaced(tmp_path: Path, data: str) -> None:

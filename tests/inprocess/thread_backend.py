@@ -2,7 +2,7 @@
 
 What Ray does for a real run is done by a thread pool; actors are the same classes, unwrapped.
 Faults are scripted: `kill_process` takes a process's connections away and fails its calls, as a
-kill -9 would, and lets a new one be started.
+kill -9 would, and lets a new one be started; `kill_partition` does so to a partition.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cluster.backend import Done, PartitionLost, ProcessLost, ShufflerLost
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig
 from paramserver.actor import PartitionActor
-from paramserver.errors import ConnectionLost
+from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import split
 from paramserver.transport.access import Access
 from paramserver.transport.greeting import NetworkListen
@@ -61,15 +61,10 @@ class ThreadBackend:
             tuple(range(i, config.replicas.replicas, num_processes)) for i in range(num_processes)
         )
         self.access, listen = self._network()
-        self.partitions = []
-        for part in self.partitions_layout:
-            start: tuple[Any, ...] = (model.weights.numpy()[part.start : part.stop], None, None)
-            if resumed is not None and store is not None:
-                file = resumed.files[part.index]
-                start = (None, f"{store.folder_uri(resumed.number)}/{file.name}", file.sha256)
-            self.partitions.append(
-                PartitionActor(part, config.update_config(plan), KEY, *start, listen)
-            )
+        self.weights = model.weights.numpy().copy()
+        self.listen, self.store = listen, store
+        self.partitions: list[Any] = [None] * self.num_partitions
+        self.partition_starts = [0] * self.num_partitions
         self.shuffler: ShufflerActor | None = self._new_shuffler()
         self.pool = ThreadPoolExecutor(32)
         self.actors: list[ReplicasActor | None] = [None] * num_processes
@@ -100,6 +95,24 @@ class ThreadBackend:
     def _endpoints(self) -> list[Any]:
         return [p.endpoint() for p in self.partitions]
 
+    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Future[Any]:
+        part = self.partitions_layout[index]
+
+        def run() -> None:
+            start: tuple[Any, ...] = (self.weights[part.start : part.stop], None, None)
+            if checkpoint is not None:
+                assert self.store is not None
+                file = checkpoint.files[index]
+                uri = f"{self.store.folder_uri(checkpoint.number)}/{file.name}"
+                start = (None, uri, file.sha256)
+            config = self.config.update_config(self.plan)
+            if self.partitions[index] is not None:
+                self.partitions[index].stop()
+            self.partitions[index] = PartitionActor(part, config, KEY, *start, self.listen)
+            self.partition_starts[index] += 1
+
+        return self.pool.submit(run)
+
     def start_process(self, index: int) -> Future[Any]:
         def start() -> int:
             actor = ReplicasActor(self.processes[index], self.spec, self.config.replicas.steps, 1)
@@ -109,6 +122,22 @@ class ThreadBackend:
             return index
 
         return self.pool.submit(start)
+
+    def reconnect_process(self, index: int) -> Future[Any]:
+        def connect() -> int:
+            actor = self.actors[index]
+            if actor is None:
+                raise ProcessLost("killed by the test")
+            return actor.connect(self._endpoints(), KEY, self.access)
+
+        return self.pool.submit(connect)
+
+    def reconnect_evaluator(self) -> Future[Any]:
+        def connect() -> None:
+            assert self.evaluator is not None
+            self.evaluator.connect(self._endpoints(), KEY, self.access)
+
+        return self.pool.submit(connect)
 
     def start_evaluator(self) -> Future[Any]:
         def start() -> None:
@@ -154,12 +183,24 @@ class ThreadBackend:
                 with contextlib.suppress(OSError):
                     connection.socket.shutdown(2)
 
+    def kill_partition(self, index: int) -> None:
+        """End a partition where it stands; what it has applied since its snapshot is gone."""
+        self.partitions[index].stop()
+
+    def cut_connections(self, index: int) -> None:
+        """Take a process's connections away; it lives on."""
+        actor = self.actors[index]
+        if actor is not None and actor._client is not None:
+            actor._client.interrupt()
+
     def kill_shuffler(self) -> None:
         self.shuffler = None
 
-    def replace_shufflers(self) -> None:
-        if self.shuffler is None:
-            self.shuffler = self._new_shuffler()
+    def replace_shufflers(self) -> int:
+        if self.shuffler is not None:
+            return 0
+        self.shuffler = self._new_shuffler()
+        return 1
 
     def report(self, partition: int) -> Future[Any]:
         return self.pool.submit(self.partitions[partition].report)
@@ -183,7 +224,7 @@ class ThreadBackend:
         if error is None:
             return Done(ticket=future, value=future.result())
         assert isinstance(error, Exception)
-        if isinstance(error, ConnectionLost):
+        if isinstance(error, ConnectionLost | DeadlineExceeded):
             error = PartitionLost(str(error))
         return Done(ticket=future, error=error)
 
@@ -192,6 +233,8 @@ class ThreadBackend:
             if actor is not None:
                 actor.stop()
         for partition in self.partitions:
+            if partition is None:
+                continue
             partition._server.call(lambda state: state.check())
             partition.stop()
         self.pool.shutdown(cancel_futures=True)

@@ -1,0 +1,104 @@
+"""What is done when a part of the run dies: a pure policy that also says why.
+
+Losses go in, decisions come out; nothing here knows Ray, clocks or actors. Who carries a decision
+out is `controller`; what it costs, and why nothing is lost by it, is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+Part = Literal["replicas", "partition", "shuffler", "evaluator"]
+Cause = Literal["died", "disconnected", "failed", "silent", "slow"]
+Action = Literal["restart", "reconnect", "give up"]
+
+MAX_IN_A_ROW = 5
+"""Losses of one member, without any progress of it in between, that end the run."""
+MAX_RECONNECTS = 3
+"""Reconnections of one member, without progress in between, before it is replaced instead."""
+
+_HAPPENED: dict[Cause, str] = {
+    "died": "died",
+    "disconnected": "lost a connection",
+    "failed": "failed",
+    "silent": "does not answer",
+    "slow": "is far slower than the others",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A member of the run that is not what it should be."""
+
+    part: Part
+    index: int
+    """Which one of its part."""
+    name: str
+    """What people call it."""
+    cause: Cause
+    detail: str = ""
+    """More about the cause, as one line."""
+
+    def __str__(self) -> str:
+        """As a log shows it."""
+        return f"{self.name} {_HAPPENED[self.cause]}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What is to be done about a loss, and why."""
+
+    action: Action
+    reason: str
+
+
+@dataclass(kw_only=True)
+class History:
+    """What has been lost so far. `decide` adds to it; `progressed` is told of what went well."""
+
+    restarts: Counter[Part] = field(default_factory=Counter)
+    """Replaced members, by part."""
+    _in_a_row: Counter[tuple[Part, int]] = field(default_factory=Counter)
+    _reconnects: Counter[tuple[Part, int]] = field(default_factory=Counter)
+
+    def progressed(self, part: Part, index: int) -> None:
+        """A member has done what it is there for, so that its losses begin to count anew."""
+        self._in_a_row.pop((part, index), None)
+        self._reconnects.pop((part, index), None)
+
+
+def decide(loss: Loss, history: History, *, max_restarts: int) -> Recovery:
+    """What to do about `loss`; `max_restarts` bounds the members of a part that are replaced.
+
+    A member whose connection is lost is connected again, since its process lives and a new one
+    costs seconds; one that loses it again and again is replaced. Members that are dead, silent,
+    slow or have failed are replaced. The run is given up where that does not help: beyond
+    `max_restarts`, or when one member is lost `MAX_IN_A_ROW` times before it has done anything.
+    """
+    member = (loss.part, loss.index)
+    if loss.cause == "disconnected" and history._reconnects[member] < MAX_RECONNECTS:
+        history._reconnects[member] += 1
+        return Recovery(
+            action="reconnect",
+            reason=f"{loss}: connecting again, {history._reconnects[member]} of {MAX_RECONNECTS}",
+        )
+    if history.restarts[loss.part] >= max_restarts:
+        return Recovery(
+            action="give up",
+            reason=f"{loss}; members of its kind died {max_restarts} times, which is all that "
+            "--max-restarts allows",
+        )
+    if history._in_a_row[member] >= MAX_IN_A_ROW:
+        return Recovery(
+            action="give up",
+            reason=f"{loss}; it did so {MAX_IN_A_ROW + 1} times without doing anything in between",
+        )
+    history.restarts[loss.part] += 1
+    history._in_a_row[member] += 1
+    history._reconnects.pop(member, None)
+    return Recovery(
+        action="restart",
+        reason=f"{loss}: replaced, {history.restarts[loss.part]} of {max_restarts} for its kind",
+    )
