@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -78,6 +79,9 @@ class PartitionActor:
             network=None if network is None else _on_this_node(network),
         ).start()
         self._updates_before = self._server.call(lambda state: state.version)
+        self._snapshots = threading.Lock()
+        self._copies: dict[str, torch.Tensor] = {}
+        """Where snapshots are copied to."""
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
@@ -115,11 +119,21 @@ class PartitionActor:
         return self._server.call(lambda state: {e: state.applied.flags(e) for e in epochs})
 
     def snapshot(self, folder_uri: str) -> SnapshotFile:
-        """Write a snapshot into a folder; pushes wait only while the state is copied."""
-        meta, tensors = self._server.call(lambda state: state.dump())
+        """Write a snapshot into a folder; pushes wait only while the state is copied.
+
+        Raises `OSError` where it cannot be written.
+        """
         filesystem, folder = pyarrow.fs.FileSystem.from_uri(folder_uri)
-        taken = Snapshot(partition=self._server.partition, meta=meta, tensors=tensors)
-        return snapshot.write(filesystem, folder, taken)
+        with self._snapshots:
+            copies = self._copies
+            if not copies:  # touched for the first time here, and not while pushes wait
+                copies = self._server.call(lambda state: state.room())
+                for copy in copies.values():
+                    copy.zero_()
+            meta, tensors = self._server.call(lambda state: state.dump(copies))
+            self._copies = copies
+            taken = Snapshot(partition=self._server.partition, meta=meta, tensors=tensors)
+            return snapshot.write(filesystem, folder, taken)
 
     def stop(self) -> None:
         """Stop serving."""

@@ -174,8 +174,21 @@ class PartitionState:
             + self.outcomes[Outcome.REFUSED_UNKNOWN],
         }
 
-    def dump(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        """Plain metadata and tensors that `load` takes; the tensors are copies."""
+    def room(self) -> dict[str, Tensor]:
+        """Memory for the large tensors of a `dump`, as yet untouched."""
+        large = {"weights": self.current.weights, "statistics": self.current.statistics}
+        large |= {f"rule.{name}": t for name, t in self.rule_state.items()}
+        return {name: torch.empty_like(tensor) for name, tensor in large.items()}
+
+    def dump(
+        self, into: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, object], dict[str, Tensor]]:
+        """Plain metadata and tensors that `load` takes; the tensors are copies.
+
+        The large ones are copied to where `into` has them, if it does: memory that has been used
+        before costs a fraction of fresh memory.
+        """
+        into = {} if into is None else into
         applied_meta, open_flags = self.applied.dump()
         statistics_meta, statistics_arrays = self.statistics.dump()
         meta: dict[str, object] = {
@@ -188,11 +201,9 @@ class PartitionState:
             "outcomes": {o.name: n for o, n in sorted(self.outcomes.items())},
             "refusals": {str(r): n for r, n in sorted(self.refusals.items())},
         }
-        tensors = {
-            "weights": self.current.weights.clone(),
-            "statistics": self.current.statistics.clone(),
-        }
-        tensors |= {f"rule.{name}": t.clone() for name, t in self.rule_state.items()}
+        large = {"weights": self.current.weights, "statistics": self.current.statistics}
+        large |= {f"rule.{name}": t for name, t in self.rule_state.items()}
+        tensors = {n: into[n].copy_(t) if n in into else t.clone() for n, t in large.items()}
         tensors |= {f"applied.{e}": torch.from_numpy(f) for e, f in open_flags.items()}
         tensors |= {n: torch.from_numpy(a.copy()) for n, a in statistics_arrays.items()}
         return meta, tensors

@@ -263,9 +263,14 @@ def test_some_partitions_on_this_machine_and_some_on_another(
 ) -> None:
     run = Run(tmp_path / "run", over_the_network(tiny.config(data)))
     run.backend.access = dataclasses.replace(run.backend.access, transport="auto")
-    endpoints = run.backend._endpoints()
-    endpoints[1] = dataclasses.replace(endpoints[1], machine="another")
-    monkeypatch.setattr(run.backend, "_endpoints", lambda: endpoints)
+    here = run.backend._endpoints
+
+    def endpoints() -> list[Any]:
+        found = here()
+        found[1] = dataclasses.replace(found[1], machine="another")
+        return found
+
+    monkeypatch.setattr(run.backend, "_endpoints", endpoints)
     networked: list[int] = []
 
     def look(backend: ThreadBackend, replica: int, lease: Any) -> None:
