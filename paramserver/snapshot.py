@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow.fs
 
 from paramserver.errors import BadSnapshot
@@ -101,7 +102,7 @@ def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for array in arrays.values():
         if array.nbytes:
-            view = memoryview(array.reshape(-1)).cast("B")
+            view = memoryview(array.reshape(-1).view(np.uint8))
             for start in range(0, len(view), BLOCK_BYTES):
                 yield view[start : start + BLOCK_BYTES]
 
