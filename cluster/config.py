@@ -23,7 +23,8 @@ from paramserver.rules import Regulariser, check_fraction, make_rule
 from paramserver.schedule import Schedule
 from paramserver.statistics import StatisticsRule
 from paramserver.transport.names import NODE, TransportName, WireDtypeName
-from shuffler.decode import ImageSpec
+from shuffler.augment import AugmentConfig
+from shuffler.decode import Decoder, ImageSpec
 from shuffler.keys import stream_key
 from shuffler.plan import Plan
 from workers.spec import ModelSpec, StepConfig
@@ -97,6 +98,22 @@ class DataConfig:
     """How examples meet: `pairwise` lets no pair meet twice."""
     past_bound: Literal["error", "rekey"] = "error"
     """Past the epochs in which no pair can meet twice: an error, or a fresh keyed order."""
+    shufflers: int = 1
+    """Actors that read the training rows; each has shards of its own."""
+    shuffler_cache_mb: int = 1024
+    """Most megabytes of decoded row groups that each of them keeps."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How training images are varied."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What a training image does that cannot be decoded: it stops the run, or is skipped and
+    counted."""
+
+    def __post_init__(self) -> None:
+        if self.shufflers < 1 or self.shuffler_cache_mb < 0:
+            raise ValueError(
+                f"shufflers is {self.shufflers} and shuffler cache {self.shuffler_cache_mb} MB: "
+                "give at least 1 shuffler, and 0 MB or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +309,15 @@ class RunConfig:
             policy=server.policy,
             batches_per_epoch=plan.num_batches,
             epoch_examples=plan.num_rows,
+        )
+
+    def decoder(self) -> Decoder:
+        """How training rows become inputs."""
+        return Decoder(
+            spec=self.model.input,
+            augment=self.data.augment,
+            seed=self.policy.seed,
+            on_bad_image=self.data.on_bad_image,
         )
 
     def model_spec(self) -> ModelSpec:

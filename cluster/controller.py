@@ -97,6 +97,8 @@ class Outcome:
     """Every partition has settled every mini-batch of every finished epoch."""
     refused: int
     """Distinct mini-batches that some partition refused."""
+    skipped: dict[int, str]
+    """Training rows whose image could not be decoded and was left out, each with a line on why."""
     restarts: Mapping[str, int]
     """Members that were replaced, by kind."""
     updates_before: int
@@ -688,6 +690,7 @@ class Controller:
             best_accuracy=self._telemetry.best_accuracy,
             exactly_once=exactly_once,
             refused=len(self._telemetry.refused),
+            skipped=self._telemetry.skipped,
             restarts={part: n for part, n in self._history.restarts.items() if n},
             updates_before=self._resumed.updates if self._resumed else 0,
             all_replicas_at=self._all_replicas_at,

@@ -18,6 +18,7 @@ from cluster.config import (
     ServerConfig,
 )
 from paramserver.schedule import Schedule
+from shuffler.augment import AugmentConfig
 from shuffler.decode import ImageSpec
 from workers.spec import StepConfig
 
@@ -42,7 +43,7 @@ def _recipe(
         model=ModelConfig(
             model="inception",
             arguments=network | arguments,
-            image=ImageSpec(height=224, width=224),
+            image=ImageSpec(height=224, width=224, fit="crop"),
             num_classes=1000,
         ),
         data=DataConfig(
@@ -50,6 +51,9 @@ def _recipe(
             eval_split="validation",
             batch_size=32,
             strategy="pairwise" if modified else "fixed",
+            augment=AugmentConfig(
+                random_crop=True, mirror=True, distortion="reduced" if modified else "full"
+            ),
         ),
         server=ServerConfig(
             rule="momentum",

@@ -27,10 +27,12 @@ from cluster.run_folder import DATA, RESULT, STATUS, RunFolder
 from cluster.telemetry import merged_staleness
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
-from shuffler.decode import decode
+from shuffler.decode import Decoder
 from shuffler.plan import Plan
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
+
+SKIPPED_SHOWN = 5
 
 if TYPE_CHECKING:
     from cluster.controller import Controller, Outcome
@@ -57,12 +59,16 @@ class _Model:
 
 def check_data(config: RunConfig) -> Data:
     """Open both splits, decode a row of each, and lay out the plan."""
-    for split_name in (config.data.eval_split, config.data.train_split):
+    decoders = {
+        config.data.eval_split: Decoder(spec=config.model.input),
+        config.data.train_split: config.decoder(),
+    }
+    for split_name, decoder in decoders.items():
         dataset = Dataset.open(config.data.data, split_name)
         num_classes = config.model.num_classes
         with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
             first = np.zeros(1, np.int64)
-            decode(reader.take(first), config.model.input, rows=first)
+            decoder.decode(reader.take(first), rows=first)
     return Data(plan=config.plan(dataset.num_rows), fingerprint=dataset.fingerprint)
 
 
@@ -250,6 +256,11 @@ def _conclude(
     folder.write_json(STATUS, {**status, "state": "finished", "accuracy": result["accuracy"]})
     plot_run(folder.path)
     print_result(result, shown_path(folder.path))
+    for line in result["images_skipped"][:SKIPPED_SHOWN]:
+        console.print(f"skipped: {line}", style="yellow")
+    more = len(result["images_skipped"]) - SKIPPED_SHOWN
+    if more > 0:
+        console.print(f"skipped: {more} more; {RESULT} lists them all", style="yellow")
     assert outcome.exactly_once, "a mini-batch was lost or applied twice; see result.json"
     return 0
 
@@ -298,6 +309,7 @@ def make_result(
         "batches_duplicate": sum(r.pushes_duplicate for r in reports),
         "batches_refused": outcome.refused,
         "pushes_dropped": sum(r.pushes_dropped for r in reports),
+        "images_skipped": [outcome.skipped[row] for row in sorted(outcome.skipped)],
         "exactly_once": outcome.exactly_once,
         "restarts": dict(outcome.restarts),
         "process_restarts": sum(outcome.restarts.values()),

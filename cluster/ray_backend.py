@@ -50,8 +50,10 @@ from shuffler.lease import Lease
 from shuffler.plan import Plan
 from workers.actor import EvaluatorActor, ReplicasActor
 
-NUM_SHUFFLERS = 1
 START_DEADLINE_S = 120.0
+
+Parts = Sequence[tuple[Any, Any]]
+"""Parts of a window that are being delivered, each with the shuffler that does it."""
 
 _LOST = (
     ActorDiedError,
@@ -112,10 +114,9 @@ class RayBackend:
         self._evaluator: Any = None
         self._process_actors: list[Any] = [None] * count
         self._spawned: list[Any] = [self._spawn_process(i) for i in range(count)]
-        self._shufflers = [self._spawn_shuffler(i) for i in range(NUM_SHUFFLERS)]
+        self._shufflers = [self._spawn_shuffler(i) for i in range(config.data.shufflers)]
         self._lost_shufflers: list[Any] = []
-        self._next_shuffler = 0
-        self._kinds: dict[Ticket, tuple[type[Exception], str, Any]] = {}
+        self._kinds: dict[Ticket, tuple[type[Exception], str, Parts]] = {}
         self._arrivals: dict[Ticket, int] = {}
         """Calls whose answer is the endpoint of a partition."""
 
@@ -172,15 +173,14 @@ class RayBackend:
 
     def run_window(self, replica: int, lease: Lease) -> Ticket:
         """Deliver a window to a replica and train on it; gives a `WindowReport`."""
-        shuffler = self._shufflers[self._next_shuffler % len(self._shufflers)]
-        self._next_shuffler += 1
-        delivery = shuffler.deliver.remote(lease.epoch, lease.batches)
+        parts = [s.deliver.remote(lease.epoch, lease.batches) for s in self._shufflers]
         index = next(i for i, members in enumerate(self.processes) if replica in members)
         call = self._process_actors[index].run_window.remote(
-            replica, lease.epoch, lease.batches, delivery
+            replica, lease.epoch, lease.batches, *parts
         )
         what = f"the process of {self._names(index)}"
-        return self._ticket(call, ProcessLost, what, (delivery, shuffler))
+        delivering = tuple(zip(parts, self._shufflers, strict=True))
+        return self._ticket(call, ProcessLost, what, delivering)
 
     def replace_shufflers(self) -> int:
         """Replace every shuffler that failed to deliver; gives how many those were."""
@@ -253,6 +253,7 @@ class RayBackend:
             ReplicasActor,
             windows + 2,
             *(members, self._spec, steps, self._threads),
+            *(self._config.decoder(), self._config.replicas.queued_windows),
             scheduling=self._anywhere,
         )
 
@@ -262,7 +263,8 @@ class RayBackend:
         return _start(
             ShufflerActor,
             2,
-            *(index, data.data, split, self._plan, num_classes),
+            *(index, data.data, split, self._plan, num_classes, data.shufflers),
+            data.shuffler_cache_mb << 20,
             scheduling=self._beside_us,
         )
 
@@ -272,24 +274,25 @@ class RayBackend:
     def _partition_ticket(self, partition: int, call: Any) -> Ticket:
         return self._ticket(call, PartitionLost, f"partition {partition}")
 
-    def _ticket(self, call: Any, lost: type[Exception], what: str, delivery: Any = None) -> Ticket:
-        self._kinds[call] = (lost, what, delivery)
+    def _ticket(self, call: Any, lost: type[Exception], what: str, parts: Parts = ()) -> Ticket:
+        self._kinds[call] = (lost, what, parts)
         return call
 
-    def _outcome(self, call: Any, lost: type[Exception], what: str, delivery: Any) -> Done:
+    def _outcome(self, call: Any, lost: type[Exception], what: str, parts: Sequence[Any]) -> Done:
         try:
             return Done(ticket=call, value=ray.get(call, timeout=START_DEADLINE_S))
         except Exception as error:
-            if delivery is not None and (failed := self._delivery_error(*delivery)) is not None:
-                return Done(ticket=call, error=failed)
+            for part, shuffler in parts:
+                if (failed := self._delivery_error(part, shuffler)) is not None:
+                    return Done(ticket=call, error=failed)
             return Done(ticket=call, error=_translated(error, lost, what))
 
-    def _delivery_error(self, delivery: Any, shuffler: Any) -> Exception | None:
-        """Why a window could not be delivered, if it was that."""
+    def _delivery_error(self, part: Any, shuffler: Any) -> Exception | None:
+        """Why a part of a window could not be delivered, if it was that."""
         try:
-            ready, _ = ray.wait([delivery], timeout=0, fetch_local=False)
+            ready, _ = ray.wait([part], timeout=0, fetch_local=False)
             if ready:
-                ray.get(delivery, timeout=START_DEADLINE_S)
+                ray.get(part, timeout=START_DEADLINE_S)
         except Exception as error:
             translated = _translated(error, ShufflerLost, "a shuffler")
             if isinstance(translated, ShufflerLost):

@@ -64,6 +64,8 @@ class Telemetry:
         self.num_evaluations = 0
         self.refused: set[tuple[int, int]] = set()
         """Mini-batches, as (epoch, index), that some partition refused."""
+        self.skipped: dict[int, str] = {}
+        """Training rows whose image was left out in this session, each with a line on why."""
 
     @property
     def accuracy(self) -> float | None:
@@ -92,6 +94,7 @@ class Telemetry:
         if report.mean_loss is not None:
             self._loss = report.mean_loss
         self.refused |= {(report.epoch, batch) for batch in report.refused}
+        self.skipped.update(report.skipped)
 
     def reported(self, reports: Iterable[PartitionReport], *, phase: str, alive: int) -> None:
         """All partitions have reported: work out rates, and write metrics and status."""
@@ -116,6 +119,7 @@ class Telemetry:
             "duplicates": sum(r.pushes_duplicate for r in self.reports),
             "dropped": sum(r.pushes_dropped for r in self.reports),
             "refused": len(self.refused),
+            "images_skipped": len(self.skipped),
         }
         if self._loss is not None and math.isfinite(self._loss):
             values["loss"] = round(self._loss, 6)

@@ -5,25 +5,42 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
+from shuffler.delivery import Part
 from shuffler.plan import Plan
-from shuffler.reader import RowReader
+from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
 from shuffler.records import Dataset
-
-Delivery = tuple[pa.RecordBatch, NDArray[np.int64], NDArray[np.int64]]
-"""Rows in mini-batch order, the length of each mini-batch, and the rows' numbers."""
 
 
 class ShufflerActor:
-    """Reads the rows of windows and hands them over as Arrow batches."""
+    """Reads the rows of windows from the shards that are its own, and hands them over."""
 
-    def __init__(self, index: int, data_uri: str, split: str, plan: Plan, num_classes: int) -> None:
-        """Open the split."""
+    def __init__(
+        self,
+        index: int,
+        data_uri: str,
+        split: str,
+        plan: Plan,
+        num_classes: int,
+        num_shufflers: int = 1,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        """Open the split.
+
+        Args:
+            index: of this shuffler, in [0, num_shufflers).
+            data_uri: the dataset.
+            split: to be read.
+            plan: which rows a window holds.
+            num_classes: labels must lie in [0, num_classes).
+            num_shufflers: among which the rows are divided, by shards.
+            cache_bytes: bound of the row groups that are kept in memory.
+        """
         self._index = index
         self._plan = plan
-        self._reader = RowReader(Dataset.open(data_uri, split), num_classes=num_classes)
+        dataset = Dataset.open(data_uri, split)
+        self._start, self._stop = dataset.share(index, num_shufflers)
+        self._reader = RowReader(dataset, num_classes=num_classes, cache_bytes=cache_bytes)
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
@@ -33,7 +50,9 @@ class ShufflerActor:
         """Answers, with the process id, once the actor is up."""
         return os.getpid()
 
-    def deliver(self, epoch: int, batches: tuple[int, ...]) -> Delivery:
-        """The rows of these mini-batches of an epoch, in the order given."""
+    def deliver(self, epoch: int, batches: tuple[int, ...]) -> Part:
+        """Those rows of these mini-batches of an epoch that are in this shuffler's shards."""
         rows, lengths = self._plan.rows_of(epoch, batches)
-        return self._reader.take(rows), lengths, rows
+        positions = np.flatnonzero((rows >= self._start) & (rows < self._stop))
+        batch = self._reader.take(rows[positions])
+        return Part(batch=batch, positions=positions, lengths=lengths, rows=rows)

@@ -1,25 +1,35 @@
 """Pixels: from rows as they are kept to the arrays that a network takes.
 
-Packed bits are unpacked all at once; encoded images go through Pillow, which is imported only
-then. Images must have the size that the network takes: cropping and distortion are `augment`'s.
+Packed bits are unpacked all at once; encoded images are decoded one after the other, cropped and
+distorted as `augment` says. A `Decoder` works on the thread that calls it; several threads may use
+one at once, and run side by side, because what takes time releases Python's lock. What is done to
+a single image is in `pixels`, which is imported only when there are images, because OpenCV takes
+its time to load.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from shuffler.augment import AugmentConfig, Variations, vary
+from shuffler.crops import views_of
 from shuffler.encoding import PackedBits, encoding_of
 from shuffler.errors import DecodeError
-from shuffler.files import one_line
 
-_MODES = {1: "L", 3: "RGB"}
+if TYPE_CHECKING:
+    from shuffler.pixels import Buffer, ImageFile, Pixels
+
+Fit = Literal["exact", "crop"]
+BadImage = Literal["stop", "skip"]
+
+_MODES: Final = {1: "grey", 3: "RGB"}
+_REMEDY: Final = "replace it or remove the row"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +51,10 @@ class ImageSpec:
     flatten: bool = False
     """Whether inputs are vectors [n, c*h*w] for fully connected layers, or [n, c, h, w]."""
 
+    fit: Fit = "exact"
+    """How images come to that size where no random crop does it. `exact`: they have it, and others
+    are refused. `crop`: the shorter side is resized to 256/224 of it, and the centre is cut."""
+
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
             raise DecodeError(
@@ -49,6 +63,13 @@ class ImageSpec:
         if self.channels not in _MODES:
             raise DecodeError(
                 f"channels={self.channels} is not supported; give 1 (grey) or 3 (RGB)"
+            )
+        if self.fit not in ("exact", "crop"):
+            raise DecodeError(f"fit={self.fit!r} is unknown; choose 'exact' or 'crop'")
+        if self.fit == "crop" and self.height != self.width:
+            raise DecodeError(
+                f"crops are square, and {self.height}x{self.width} is not; give a square size, or "
+                "fit='exact'"
             )
         if self.binary_threshold is not None and not 0 <= self.binary_threshold <= 254:
             raise DecodeError(
@@ -63,52 +84,237 @@ class ImageSpec:
         return (self.channels, self.height, self.width)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """Rows as a network takes them."""
+
+    inputs: NDArray[np.float32]
+    """[m, *spec.input_shape], in [0, 1]."""
+
+    labels: NDArray[np.int64]
+    """[m]."""
+
+    kept: NDArray[np.int64]
+    """Positions of these m among the n rows that were asked for, ascending; all of them but for
+    images that were skipped."""
+
+    problems: tuple[str, ...] = ()
+    """A line for each image that was skipped; it names the row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """How rows become inputs."""
+
+    spec: ImageSpec
+    """The images wanted."""
+
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How they are varied."""
+
+    seed: int = 0
+    """Of the run: names the random streams."""
+
+    on_bad_image: BadImage = "stop"
+    """What an image does that cannot be decoded: `stop` raises, `skip` leaves it out."""
+
+    def __post_init__(self) -> None:
+        if self.on_bad_image not in ("stop", "skip"):
+            raise DecodeError(
+                f"on_bad_image={self.on_bad_image!r} is unknown; choose 'stop' or 'skip'"
+            )
+
+    def decode(
+        self, batch: pa.RecordBatch, *, epoch: int = 0, rows: NDArray[np.int64] | None = None
+    ) -> Decoded:
+        """Return the inputs and the labels of rows.
+
+        Args:
+            batch: n rows as `reader` returns them, of either encoding.
+            epoch: names the random streams, with the seed and each row's number.
+            rows: int64 [n], the rows' numbers in the dataset; needed where images are varied,
+                otherwise for messages only.
+
+        Raises:
+            DecodeError: an image cannot be decoded or has another size; it names the row.
+            DatasetError: the batch has no image column or no label.
+        """
+        encoding = encoding_of(batch.schema, "the record batch")
+        labels = batch.column("label").to_numpy(zero_copy_only=False).astype(np.int64)
+        if isinstance(encoding, PackedBits):
+            if not self.augment.changes_nothing:
+                raise DecodeError(
+                    "packed bits cannot be cropped, mirrored or distorted; leave augmentation out, "
+                    "or ingest without a binary threshold"
+                )
+            inputs = _unpack(batch.column("bits"), encoding, self.spec)
+            kept = np.arange(len(batch), dtype=np.int64)
+            problems: tuple[str, ...] = ()
+        else:
+            planes, kept, problems = self._planes(batch, epoch, rows)
+            inputs = self._scaled(planes)
+            labels = labels[kept]
+        shape = (len(kept), *self.spec.input_shape)
+        return Decoded(inputs=inputs.reshape(shape), labels=labels, kept=kept, problems=problems)
+
+    def _planes(
+        self, batch: pa.RecordBatch, epoch: int, rows: NDArray[np.int64] | None
+    ) -> tuple[Pixels, NDArray[np.int64], tuple[str, ...]]:
+        """Return the images as uint8 [m, c, h, w], which rows they are, and what is wrong."""
+        from shuffler import pixels
+
+        spec, channels = self.spec, self.spec.channels
+        problems: dict[int, str] = {}
+        files: list[ImageFile | None] = []
+        kept: list[int] = []
+        for position, data in enumerate(image_buffers(batch.column("image"))):
+            file = None
+            if data is None:
+                problems[position] = f"{_describe(batch, position, rows)} has no bytes"
+            else:
+                try:
+                    file = pixels.open_image(data, channels)
+                except DecodeError as error:
+                    problems[position] = _undecodable(batch, position, rows, error)
+            files.append(file)
+        variations = self._variations(files, epoch, rows)
+        planes = np.empty((len(batch), channels, spec.height, spec.width), dtype=np.uint8)
+        for position, file in enumerate(files):
+            if file is not None:
+                try:
+                    image = self._image(file, variations, position)
+                except DecodeError as error:
+                    problems[position] = _undecodable(batch, position, rows, error)
+                    continue
+                if image.shape[:2] != (spec.height, spec.width):
+                    raise DecodeError(
+                        f"{_describe(batch, position, rows)} has "
+                        f"{image.shape[0]}x{image.shape[1]} pixels, and "
+                        f"{spec.height}x{spec.width} are wanted; resize the images, choose a "
+                        "recipe for their size, or let them be cropped (fit='crop')"
+                    )
+                pixels.put_planes(image, planes[len(kept)])
+                kept.append(position)
+        if problems and self.on_bad_image == "stop":
+            raise DecodeError(f"{problems[min(problems)]}; {_REMEDY}")
+        lines = tuple(problems[position] for position in sorted(problems))
+        return planes[: len(kept)], np.array(kept, dtype=np.int64), lines
+
+    def _variations(
+        self, files: list[ImageFile | None], epoch: int, rows: NDArray[np.int64] | None
+    ) -> Variations:
+        if self.augment.changes_nothing:
+            return Variations(boxes=None, mirrored=None, colours=None)
+        if rows is None:
+            raise DecodeError("images can be varied by the numbers of their rows only; give rows")
+        heights = np.array([1 if file is None else file.height for file in files], dtype=np.int64)
+        widths = np.array([1 if file is None else file.width for file in files], dtype=np.int64)
+        return vary(self.augment, self.seed, epoch, rows, heights, widths)
+
+    def _image(self, file: ImageFile, variations: Variations, position: int) -> Pixels:
+        """Return one image, cropped and varied."""
+        from shuffler import pixels
+
+        spec = self.spec
+        if variations.boxes is not None:
+            box = variations.boxes[position].tolist()
+            image = pixels.crop_file(file, spec.channels, box, spec.height, spec.width)
+        elif spec.fit == "crop":
+            (view,) = views_of(1, file.height, file.width, spec.height)
+            whole = pixels.decode_file(
+                file, spec.channels, min_height=view.image_height, min_width=view.image_width
+            )
+            whole = pixels.resize(whole, view.image_height, view.image_width)
+            image = whole[view.top : view.top + view.side, view.left : view.left + view.side]
+        else:
+            image = pixels.decode_file(file, spec.channels)
+        if variations.colours is not None:
+            affine = variations.colours.affine(position, pixels.channel_means(image))
+            image = pixels.distort(image, affine)
+        if variations.mirrored is not None and variations.mirrored[position]:
+            image = pixels.mirror(image)
+        return image
+
+    def _scaled(self, planes: Pixels) -> NDArray[np.float32]:
+        inputs = np.empty(planes.shape, dtype=np.float32)
+        if self.spec.binary_threshold is not None:
+            np.greater(planes, self.spec.binary_threshold, out=inputs, casting="unsafe")
+            return inputs
+        np.copyto(inputs, planes)  # and then to divide is faster than to do both at once
+        return np.divide(inputs, np.float32(255), out=inputs)
+
+
 def decode(
     batch: pa.RecordBatch, spec: ImageSpec, *, rows: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the inputs and the labels of rows.
-
-    Args:
-        batch: n rows as `reader` returns them, of either encoding.
-        spec: the images wanted.
-        rows: int64 [n], the rows' numbers in the dataset: for messages only.
-
-    Returns:
-        inputs: float32 [n, *spec.input_shape], in [0, 1].
-        labels: int64 [n], a copy.
+    """Return the inputs [n, *spec.input_shape] and the labels [n] of rows, not varied.
 
     Raises:
-        DecodeError: an image cannot be decoded or has another size; it names the row.
-        DatasetError: the batch has no image column or no label.
+        DecodeError: see `Decoder.decode`.
     """
-    encoding = encoding_of(batch.schema, "the record batch")
-    if isinstance(encoding, PackedBits):
-        inputs = _unpack(batch.column("bits"), encoding, spec)
-    else:
-        inputs = _decode_images(batch, spec, rows)
+    decoded = Decoder(spec=spec).decode(batch, rows=rows)
+    return decoded.inputs, decoded.labels
+
+
+def decode_views(
+    batch: pa.RecordBatch, spec: ImageSpec, crops: int, *, rows: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return several crops of each image, and the labels.
+
+    Args:
+        batch: n rows of encoded images, of any size.
+        spec: the images that the network takes, which are square.
+        crops: 1, 10 or 144; see `crops`.
+        rows: int64 [n], the rows' numbers: for messages only.
+
+    Returns:
+        inputs: float32 [n, crops, *spec.input_shape], in [0, 1]; the crops' order is that of
+            `crops.views_of`.
+        labels: int64 [n].
+
+    Raises:
+        DecodeError: an image cannot be decoded, `crops` is not one of the three, or the network's
+            input is not square; packed bits have no crops.
+    """
+    if isinstance(encoding_of(batch.schema, "the record batch"), PackedBits):
+        raise DecodeError("packed bits have no crops; ingest without a binary threshold")
+    from shuffler import pixels
+
+    if spec.height != spec.width:
+        raise DecodeError(f"crops are square, and {spec.height}x{spec.width} is not; give 1 crop")
+    size = spec.height
+    views_of(crops, size, size, size)  # raises where there is no such way
+    planes = np.empty((len(batch), crops, spec.channels, size, size), dtype=np.uint8)
+    for position, data in enumerate(image_buffers(batch.column("image"))):
+        if data is None:
+            raise DecodeError(f"{_describe(batch, position, rows)} has no bytes; {_REMEDY}")
+        try:
+            file = pixels.open_image(data, spec.channels)
+            views = views_of(crops, file.height, file.width, size)
+            image = pixels.decode_file(
+                file,
+                spec.channels,
+                min_height=max(view.image_height for view in views),
+                min_width=max(view.image_width for view in views),
+            )
+        except DecodeError as error:
+            problem = _undecodable(batch, position, rows, error)
+            raise DecodeError(f"{problem}; {_REMEDY}") from error
+        planes[position] = pixels.render(image, views, size)
     labels = batch.column("label").to_numpy(zero_copy_only=False).astype(np.int64)
-    return inputs.reshape(len(batch), *spec.input_shape), labels
+    inputs = Decoder(spec=spec)._scaled(planes)
+    return inputs.reshape(len(batch), crops, *spec.input_shape), labels
 
 
 def decode_image(data: bytes, channels: int) -> NDArray[np.uint8]:
     """Return the pixels of an image file of any size, uint8 [h, w, channels].
 
     Raises:
-        DecodeError: the bytes are not an image, are cut short, or have more than 8 bits a pixel
-            and channel.
+        DecodeError: the bytes are not an image, or are cut short.
     """
-    from PIL import Image  # packed bits never need it
+    from shuffler import pixels
 
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DecodeError(f"mode {image.mode} has more than 8 bits a pixel and channel")
-            pixels = np.asarray(image.convert(_MODES[channels]))
-    except DecodeError:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise DecodeError(one_line(error)) from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return pixels.decode_file(pixels.open_image(data, channels), channels)
 
 
 def pack_bits(pixels: NDArray[np.uint8], threshold: int) -> NDArray[np.uint8]:
@@ -144,41 +350,27 @@ def _unpack(column: Any, encoding: PackedBits, spec: ImageSpec) -> NDArray[np.fl
     return pixels.astype(np.float32)
 
 
-def _decode_images(
-    batch: pa.RecordBatch, spec: ImageSpec, rows: NDArray[np.int64] | None
-) -> NDArray[np.float32]:
-    shape = (len(batch), spec.height, spec.width, spec.channels)
-    pixels = np.empty(shape, dtype=np.uint8)
-    images = batch.column("image")
-    for position, data in enumerate(_image_bytes(images)):
-        if data is None:
-            raise DecodeError(f"{_describe(batch, position, rows)} has no bytes; remove the row")
-        try:
-            found = decode_image(data, spec.channels)
-        except DecodeError as error:
-            name = _describe(batch, position, rows)
-            raise DecodeError(
-                f"{name} cannot be decoded ({error}); replace it or remove the row"
-            ) from error
-        if found.shape != shape[1:]:
-            raise DecodeError(
-                f"{_describe(batch, position, rows)} has {found.shape[0]}x{found.shape[1]} pixels, "
-                f"and {spec.height}x{spec.width} are wanted; resize the images or choose a recipe "
-                "for their size"
-            )
-        pixels[position] = found
-    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-    if spec.binary_threshold is not None:
-        return (planes > spec.binary_threshold).astype(np.float32)
-    return np.divide(planes, np.float32(255), dtype=np.float32)
-
-
-def _image_bytes(images: Any) -> Iterable[bytes | None]:
-    """Yield each row's bytes, None where the row or its bytes are null."""
+def image_buffers(images: Any) -> list[Buffer | None]:
+    """Return each row's bytes without a copy; None where the row or its bytes are null."""
     data = images.field("bytes")
-    missing = images.is_null()
-    for position in range(len(images)):
-        yield None if missing[position].as_py() else data[position].as_py()
+    if not len(data) or data.buffers()[2] is None:
+        return [None] * len(data)
+    ends = np.frombuffer(data.buffers()[1], dtype=np.int32)
+    bounds = ends[data.offset : data.offset + len(data) + 1].tolist()
+    view = memoryview(data.buffers()[2]).cast("B")
+    buffers: list[Buffer | None] = [view[start:stop] for start, stop in itertools.pairwise(bounds)]
+    if images.null_count or data.null_count:
+        missing = images.is_null().to_numpy(zero_copy_only=False)
+        missing |= data.is_null().to_numpy(zero_copy_only=False)
+        for position in np.flatnonzero(missing).tolist():
+            buffers[position] = None
+    return buffers
+
+
+def _undecodable(
+    batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None, error: DecodeError
+) -> str:
+    return f"{_describe(batch, position, rows)} cannot be decoded ({error})"
 
 
 def _describe(batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None) -> str:

@@ -117,13 +117,13 @@ def _feistel(
     right = values & right_mask
     for changes_left, key in schedule:
         if changes_left:
-            left ^= _mix(right, key) & left_mask
+            left ^= mix64(right, key) & left_mask
         else:
-            right ^= _mix(left, key) & right_mask
+            right ^= mix64(left, key) & right_mask
     return (left << split) | right
 
 
-def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+def mix64(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """SplitMix64's finaliser of `values + key`; arithmetic is modulo 2^64."""
     mixed = values + key
     mixed ^= mixed >> _SHIFT_1

@@ -116,6 +116,18 @@ class Dataset:
         sizes = [size for shard in self.shards for size in shard.row_group_rows]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
 
+    def share(self, index: int, count: int) -> tuple[int, int]:
+        """Return the rows [start, stop) that are reader `index`'s of `count` readers.
+
+        Shares are disjoint and make up the split. Each is of whole shards where there are as many
+        shards as readers, otherwise of whole row groups; they are as even as that allows.
+        """
+        ends = np.cumsum([0, *(shard.num_rows for shard in self.shards)])
+        edges = ends if len(self.shards) >= count else self.row_group_starts()
+        wanted = self.num_rows * np.arange(count + 1) / count
+        cuts = edges[np.abs(np.subtract.outer(wanted, edges)).argmin(axis=1)]
+        return int(cuts[index]), int(cuts[index + 1])
+
     @classmethod
     def open(
         cls, uri: str | os.PathLike[str], split: str, *, verify_checksums: bool = False

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from paramserver.client import ParameterClient
 from paramserver.transport.access import Access
 from paramserver.transport.local import Endpoint
-from shuffler.actor import Delivery
-from shuffler.decode import decode
+from shuffler.decode import Decoder
+from shuffler.delivery import Part, join
 from shuffler.keys import stream_key
 from workers.evaluator import Evaluator, Score
-from workers.replica import ReplicaFailed, Replicas, Window, WindowReport
+from workers.replica import ReplicaFailed, Replicas, WindowReport
 from workers.spec import ModelSpec, StepConfig
 from workers.split import SplitBatches
 from workers.step import Slot
+from workers.windows import WindowDecoder
 
 STOP_DEADLINE_S = 10.0
 ANY_WAY = Access()
@@ -41,9 +42,18 @@ class ReplicasActor:
     """Some of the run's replicas in one process."""
 
     def __init__(
-        self, replicas: Sequence[int], spec: ModelSpec, config: StepConfig, num_threads: int
+        self,
+        replicas: Sequence[int],
+        spec: ModelSpec,
+        config: StepConfig,
+        num_threads: int,
+        decoder: Decoder | None = None,
+        queued_windows: int = 2,
     ) -> None:
-        """Build the slots' models, which need no weights yet."""
+        """Build the slots' models, which need no weights yet.
+
+        `decoder` says how rows become inputs; without one, as the model's spec says, not varied.
+        """
         torch.set_num_threads(num_threads)
         # Dropout draws from the process's generator, which starts alike everywhere.
         torch.default_generator.manual_seed(stream_key(spec.seed, "dropout", *replicas))
@@ -52,6 +62,11 @@ class ReplicasActor:
         self._ids = tuple(replicas)
         self._models = [spec.build_flat() for _ in range(len(self._ids) * config.concurrent_steps)]
         self._client: ParameterClient | None = None
+        self._windows = WindowDecoder(
+            decoder or Decoder(spec=spec.image),
+            num_threads=num_threads,
+            num_windows=len(self._ids) * queued_windows,
+        )
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
@@ -93,19 +108,15 @@ class ReplicasActor:
         replica: int,
         epoch: int,
         batches: tuple[int, ...],
-        delivery: Delivery,
+        *parts: Part,
     ) -> WindowReport:
-        """Train one of the replicas on a window, and return when every push is answered."""
-        batch, lengths, rows = delivery
-        inputs, labels = decode(batch, self._spec.image, rows=rows)
-        window = Window(
-            epoch=epoch,
-            batches=batches,
-            offsets=(0, *np.cumsum(lengths).tolist()),
-            inputs=torch.from_numpy(inputs),
-            targets=torch.from_numpy(labels),
-        )
-        return self._replicas.assign(replica, window).result()
+        """Train one of the replicas on a window, and return when every push is answered.
+
+        The window's rows come in parts, one from each shuffler.
+        """
+        window, skipped = self._windows.open(epoch, batches, join(parts))
+        report = self._replicas.assign(replica, window).result()
+        return dataclasses.replace(report, skipped=skipped())
 
     def stop(self) -> None:
         """Stop after the step in hand, and close the connections."""

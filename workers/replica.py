@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -43,15 +43,13 @@ class ReplicaFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Mini-batches to train on, decoded."""
+    """Mini-batches to train on."""
 
     epoch: int
     batches: tuple[int, ...]
     """Indices, in the order in which they are to run."""
-    offsets: tuple[int, ...]
-    """Mini-batch i has rows [offsets[i], offsets[i + 1])."""
-    inputs: Tensor
-    targets: Tensor
+    load: Callable[[int], tuple[Tensor, Tensor]]
+    """Inputs and targets of the mini-batch at a place in that order; each is asked for once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +67,8 @@ class WindowReport:
     unsettled: tuple[int, ...]
     """Mini-batches that some partition did not take note of."""
     wall_s: float
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    """Rows whose image could not be decoded and that were left out, each with a line on why."""
 
 
 @dataclass(kw_only=True)
@@ -80,6 +80,7 @@ class _Task:
     next: int = 0
     settled: int = 0
     losses: float = 0.0
+    examples: int = 0
     finite: int = 0
     refused: list[int] = field(default_factory=list)
     unsettled: list[int] = field(default_factory=list)
@@ -207,13 +208,14 @@ class Replicas:
         task = turn.task
         assert task is not None
         window, place = task.window, turn.first + turn.done
-        start, stop = window.offsets[place], window.offsets[place + 1]
-        result = turn.slot.step(window.inputs[start:stop], window.targets[start:stop], turn.done)
+        inputs, targets = window.load(place)
+        result = turn.slot.step(inputs, targets, turn.done)
         self.steps[turn.replica] += 1
         turn.done += 1
         turn.since_fetch += 1
-        turn.examples += stop - start
-        turn.loss += result.loss * (stop - start)
+        turn.examples += len(targets)
+        turn.loss += result.loss * len(targets)
+        task.examples += len(targets)
         if turn.done == len(turn.batches):
             self._push(turn, result.gradient_norm)
             if len(self._turns) == 1:
@@ -286,7 +288,7 @@ class Replicas:
             replica=replica,
             epoch=window.epoch,
             num_batches=len(window.batches),
-            num_examples=window.offsets[-1] - window.offsets[0],
+            num_examples=task.examples,
             mean_loss=task.losses / task.finite if task.finite else None,
             refused=tuple(sorted(task.refused)),
             unsettled=tuple(sorted(task.unsettled)),

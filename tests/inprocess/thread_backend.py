@@ -115,7 +115,13 @@ class ThreadBackend:
 
     def start_process(self, index: int) -> Future[Any]:
         def start() -> int:
-            actor = ReplicasActor(self.processes[index], self.spec, self.config.replicas.steps, 1)
+            actor = ReplicasActor(
+                self.processes[index],
+                self.spec,
+                self.config.replicas.steps,
+                1,
+                self.config.decoder(),
+            )
             actor.connect(self._endpoints(), KEY, self.access)
             self.actors[index] = actor
             self.dead.discard(index)

@@ -98,7 +98,7 @@ def test_every_mode_becomes_rgb(mode):
         (encoded(GREY[0])[:50], "cannot be decoded"),
         (None, "has no bytes"),
         (encoded(GREY[0][:4]), "has 4x5 pixels, and 6x5 are wanted; resize"),
-        (encoded(np.zeros((6, 5), dtype=np.uint16)), "more than 8 bits"),
+        (encoded(Image.fromarray(np.zeros((6, 5), dtype=np.float32)), "TIFF"), "more than 16 bits"),
     ],
 )
 def test_a_bad_image_is_named(data, message):
