@@ -26,7 +26,7 @@ from paramserver.transport.names import NODE, TransportName, WireDtypeName
 from shuffler.augment import AugmentConfig
 from shuffler.decode import Decoder, ImageSpec
 from shuffler.keys import stream_key
-from shuffler.plan import Plan
+from shuffler.plan import Plan, Strategy
 from workers.spec import ModelSpec, StepConfig
 
 if TYPE_CHECKING:
@@ -94,8 +94,11 @@ class DataConfig:
     """Examples in a mini-batch."""
     window_batches: int = 64
     """Mini-batches that a replica is handed at a time."""
-    strategy: Literal["pairwise", "fixed"] = "pairwise"
-    """How examples meet: `pairwise` lets no pair meet twice."""
+    strategy: Strategy = "pairwise"
+    """How examples meet: `pairwise` lets no pair meet twice. `random`, `within_shard`, `buffer` and
+    `none` shuffle as other loaders do."""
+    buffer_rows: int = 1000
+    """Examples that the `buffer` strategy shuffles at a time."""
     past_bound: Literal["error", "rekey"] = "error"
     """Past the epochs in which no pair can meet twice: an error, or a fresh keyed order."""
     shufflers: int = 1
@@ -283,14 +286,19 @@ class RunConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """Length and policies."""
 
-    def plan(self, num_rows: int) -> Plan:
-        """The mini-batches of `num_rows` examples, checked against the length of the run."""
+    def plan(self, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
+        """The mini-batches of `num_rows` examples, checked against the length of the run.
+
+        `shard_rows`, of each shard, matters to the strategy `within_shard` only.
+        """
         plan = Plan(
             num_rows=num_rows,
             batch_size=self.data.batch_size,
             seed=self.policy.seed,
             window_batches=self.data.window_batches,
             strategy=self.data.strategy,
+            shard_rows=shard_rows if self.data.strategy == "within_shard" else (),
+            buffer_rows=self.data.buffer_rows,
             past_bound=self.data.past_bound,
         )
         plan.check_epochs(self.policy.epochs)

@@ -50,7 +50,7 @@ def _recipe(
             data="data/imagenet",
             eval_split="validation",
             batch_size=32,
-            strategy="pairwise" if modified else "fixed",
+            strategy="pairwise" if modified else "none",
             augment=AugmentConfig(
                 random_crop=True, mirror=True, distortion="reduced" if modified else "full"
             ),

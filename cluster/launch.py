@@ -69,7 +69,9 @@ def check_data(config: RunConfig) -> Data:
         with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
             first = np.zeros(1, np.int64)
             decoder.decode(reader.take(first), rows=first)
-    return Data(plan=config.plan(dataset.num_rows), fingerprint=dataset.fingerprint)
+    return Data(
+        plan=config.plan(dataset.num_rows, dataset.shard_rows), fingerprint=dataset.fingerprint
+    )
 
 
 def build_model(config: RunConfig) -> _Model:

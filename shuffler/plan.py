@@ -6,17 +6,20 @@ the number of rows. Who trains on a batch is `lease`'s to say, and where a row l
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shuffler import orders
 from shuffler.errors import PlanError
 from shuffler.keys import stream_key
 from shuffler.permutation import Permutation
 
-Strategy = Literal["pairwise", "fixed"]
+Strategy = Literal["pairwise", "random", "within_shard", "buffer", "none"]
+STRATEGIES: Final = ("pairwise", "random", "within_shard", "buffer", "none")
 PastBound = Literal["error", "rekey"]
 
 
@@ -38,11 +41,14 @@ class Plan:
     **No pair meets twice.** Let row r of group g and row r' of group g' be in one mini-batch in
     two epochs, of slopes s and t. Rows of one group never meet, so g != g'. From
     b + s*g = r, b + s*g' = r', and c + t*g = r, c + t*g' = r' (all mod q) follows
-    s*(g - g') = r - r' = t*(g - g'), hence (s - t) * (g - g') = 0 (mod q). Slopes are taken from
-    [0, E) and groups from [0, B), so 0 < |s - t| * |g - g'| <= (E - 1) * (B - 1), which is no
-    multiple of q while q > (B - 1) * (E - 1). The largest such E is `max_epochs`,
-    (q - 1) // (B - 1) + 1: 1,292 epochs of ImageNet in batches of 32. (Section 4.2.1 of the batch
-    normalisation paper asks for shuffling in which the same examples do not keep meeting.)
+    s*(g - g') = r - r' = t*(g - g'), hence d * h = 0 (mod q) with d = |s - t| and h = |g - g'|,
+    that is, q / gcd(q, h) divides d. Slopes are taken from [0, E) and groups from [0, B), so
+    0 < d < E and 0 < h < B. The least such d is q / G, where G is the largest gcd(q, h): each gcd
+    is a divisor of q of at most h < B, and h = G attains it, so G is the largest divisor of q
+    below B. Hence no pair meets twice in E epochs if and only if E <= q / G, which is `max_epochs`:
+    521 epochs of CIFAR-10 in batches of 32 (q = 1,563, G = 3), and 40,037 of ImageNet (q is a
+    prime). It is never less than q / (B - 1). (Section 4.2.1 of the batch normalisation paper asks
+    for shuffling in which the same examples do not keep meeting.)
 
     **Order.** An epoch runs through windows: window w is batches [w*W, min((w+1)*W, q)), in each
     group a run of W rows that is contiguous modulo q, so reading it is sequential. Windows run
@@ -66,8 +72,17 @@ class Plan:
     """Batches of a window, W: the unit that is read and leased at once."""
 
     strategy: Strategy = "pairwise"
-    """`pairwise`: as above. `fixed`: slope 0 in every epoch, so the same rows are always together
-    and only the order of batches changes; the thing that section 4.2.1 improves on."""
+    """`pairwise`: as above. The others are what other loaders do, to compare with: `random`, a
+    fresh uniform order each epoch; `within_shard`, shards in a fresh order and rows within each;
+    `buffer`, rows in stored order through a buffer of `buffer_rows`; `none`, rows as they are
+    stored, so that the same ones are always together, which section 4.2.1 improves on. With these
+    the epoch's order is cut into `num_batches` batches whose sizes differ by one at most."""
+
+    shard_rows: tuple[int, ...] = ()
+    """Rows of each shard, for `within_shard`."""
+
+    buffer_rows: int = 1000
+    """Rows of the buffer, for `buffer`."""
 
     past_bound: PastBound = "error"
     """What follows epoch `max_epochs - 1`. `error`: nothing, and asking raises. `rekey`: each
@@ -77,7 +92,7 @@ class Plan:
     datasets that fit the reader's cache, which are the ones that pass the bound."""
 
     def __post_init__(self) -> None:
-        for name in ("num_rows", "batch_size", "window_batches"):
+        for name in ("num_rows", "batch_size", "window_batches", "buffer_rows"):
             value = getattr(self, name)
             if value < 1:
                 raise PlanError(f"{name}={value} is not positive; give 1 or more")
@@ -86,8 +101,14 @@ class Plan:
                 f"num_rows={self.num_rows} does not fill one mini-batch of "
                 f"batch_size={self.batch_size}; choose a batch_size of {self.num_rows} or less"
             )
-        if self.strategy not in ("pairwise", "fixed"):
-            raise PlanError(f"strategy={self.strategy!r} is unknown; choose 'pairwise' or 'fixed'")
+        if self.strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise PlanError(f"strategy={self.strategy!r} is unknown; choose of {known}")
+        if self.strategy == "within_shard" and sum(self.shard_rows) != self.num_rows:
+            raise PlanError(
+                f"shards of {sum(self.shard_rows)} rows in all do not make up num_rows="
+                f"{self.num_rows}; strategy 'within_shard' needs the rows of each shard"
+            )
         if self.past_bound not in ("error", "rekey"):
             raise PlanError(f"past_bound={self.past_bound!r} is unknown; choose 'error' or 'rekey'")
 
@@ -105,11 +126,11 @@ class Plan:
     def max_epochs(self) -> int | None:
         """Epochs in which no pair meets twice; None where no pair is promised anything.
 
-        That is so with batches of one row, which hold no pair, and with the `fixed` strategy.
+        That is so with batches of one row, which hold no pair, and with other strategies.
         """
-        if self.batch_size == 1 or self.strategy == "fixed":
+        if self.batch_size == 1 or self.strategy != "pairwise":
             return None
-        return (self.num_batches - 1) // (self.batch_size - 1) + 1
+        return _pair_free_epochs(self.num_batches, self.batch_size)
 
     def check_epochs(self, epochs: int) -> None:
         """Raise a `PlanError` if a run of `epochs` epochs would pass the bound; for start-up."""
@@ -124,7 +145,10 @@ class Plan:
             )
 
     def slope(self, epoch: int) -> int:
-        """Return s_e, the step from group to group of the rows of a batch of `epoch`."""
+        """Return s_e, the step from group to group of the rows of a batch of `epoch`.
+
+        With other strategies than `pairwise` there are no groups, and it is 0.
+        """
         self._check_epoch(epoch)
         bound = self.max_epochs
         if bound is None:
@@ -150,7 +174,6 @@ class Plan:
             rows: int64 [sum(lengths)], batch after batch, ascending within each.
             lengths: int64 [n], rows of each batch.
         """
-        slope = self.slope(epoch)
         q = self.num_batches
         batches = np.asarray(indices, dtype=np.int64).reshape(-1)
         if batches.size and (batches.min() < 0 or batches.max() >= q):
@@ -158,6 +181,10 @@ class Plan:
                 f"batches {batches.min()}..{batches.max()} are not all in [0, {q}); "
                 f"an epoch of {self.num_rows} rows has {q} mini-batches of {self.batch_size}"
             )
+        self._check_epoch(epoch)
+        if self.strategy != "pairwise":
+            return self._ordered(epoch, batches)
+        slope = self.slope(epoch)
         groups = np.arange(self.batch_size, dtype=np.int64)
         offsets = (batches[:, None] + (slope * groups) % q) % q
         offsets = self._rekeyed(epoch, offsets)
@@ -168,7 +195,9 @@ class Plan:
     def window_order(self, epoch: int) -> NDArray[np.int64]:
         """Return the windows of `epoch` in the order in which they run: int64 [num_windows]."""
         self._check_epoch(epoch)
-        return Permutation(self.num_windows, stream_key(self.seed, "windows", epoch)).order()
+        if self.strategy != "pairwise":
+            return np.arange(self.num_windows, dtype=np.int64)
+        return self._windows(epoch).order()
 
     def window_batches_order(self, epoch: int, window: int) -> NDArray[np.int64]:
         """Return the mini-batches of a window in the order in which they run: int64 [<= W]."""
@@ -180,7 +209,49 @@ class Plan:
             )
         start = window * self.window_batches
         size = min(self.window_batches, self.num_batches - start)
+        if self.strategy != "pairwise":
+            return start + np.arange(size, dtype=np.int64)
         return start + Permutation(size, stream_key(self.seed, "batches", epoch, window)).order()
+
+    def next_windows(self, epoch: int, window: int, count: int) -> list[tuple[int, int]]:
+        """Return the windows (epoch, window) that run after one, at most `count`.
+
+        The next epoch's follow the last of an epoch, as far as the plan reaches.
+        """
+        found: list[tuple[int, int]] = []
+        at = window
+        if self.strategy == "pairwise":
+            at = int(self._windows(epoch).inverse(np.array([window]))[0])
+        while len(found) < count:
+            at += 1
+            if at == self.num_windows:
+                epoch, at = epoch + 1, 0
+                if self.max_epochs == epoch and self.past_bound == "error":
+                    break
+            following = at
+            if self.strategy == "pairwise":
+                following = int(self._windows(epoch).forward(np.array([at]))[0])
+            found.append((epoch, following))
+        return found
+
+    def _windows(self, epoch: int) -> Permutation:
+        return Permutation(self.num_windows, stream_key(self.seed, "windows", epoch))
+
+    def _ordered(
+        self, epoch: int, batches: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Cut `batches` out of the epoch's order, whatever it is."""
+        starts = orders.even_bounds(self.num_rows, self.num_batches, batches)
+        lengths = orders.even_bounds(self.num_rows, self.num_batches, batches + 1) - starts
+        firsts = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+        places = firsts + np.arange(len(firsts))
+        if self.strategy == "random":
+            places = orders.random_rows(self.seed, epoch, self.num_rows, places)
+        elif self.strategy == "within_shard":
+            places = orders.within_shard_rows(self.seed, epoch, self.shard_rows, places)
+        elif self.strategy == "buffer":
+            places = orders.buffer_rows(self.seed, epoch, self.num_rows, self.buffer_rows, places)
+        return places, lengths
 
     def _rekeyed(self, epoch: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Send offsets [n, batch_size] through the orders of the groups of the epoch's block.
@@ -203,3 +274,10 @@ class Plan:
         if epoch < 0:
             raise PlanError(f"epoch={epoch} is negative; epochs count from 0")
         self.check_epochs(epoch + 1)
+
+
+@functools.cache
+def _pair_free_epochs(num_batches: int, batch_size: int) -> int:
+    """Return q / G, with q = `num_batches` and G its largest divisor below `batch_size` > 1."""
+    below = range(min(batch_size - 1, num_batches), 0, -1)
+    return num_batches // next(divisor for divisor in below if num_batches % divisor == 0)

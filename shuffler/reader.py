@@ -21,6 +21,7 @@ from shuffler.records import Dataset
 
 DEFAULT_CACHE_BYTES = 1 << 30
 DEFAULT_THREADS = 8
+_FETCH_THREADS = 2
 
 
 class RowReader:
@@ -71,6 +72,7 @@ class RowReader:
         self._cached_bytes = 0
         self._loading: dict[int, Future[pa.RecordBatch]] = {}
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="row-reader")
+        self._fetching = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="row-fetcher")
 
     @property
     def dataset(self) -> Dataset:
@@ -116,8 +118,23 @@ class RowReader:
         self._check_labels(batch, wanted)
         return batch
 
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """Begin to read the row groups of `rows` into the cache, and return at once.
+
+        What cannot be read is told when it is taken.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        groups = np.unique(np.searchsorted(self._starts, wanted, side="right") - 1)
+        with self._lock:
+            missing = [
+                g for g in groups.tolist() if g not in self._cache and g not in self._loading
+            ]
+        for group in missing:
+            self._fetching.submit(self._row_group, group)
+
     def close(self) -> None:
         """Stop the threads and empty the cache; the reader is of no use afterwards."""
+        self._fetching.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._cache.clear()

@@ -95,6 +95,11 @@ class Dataset:
         return sum(shard.num_rows for shard in self.shards)
 
     @property
+    def shard_rows(self) -> tuple[int, ...]:
+        """Rows of each shard."""
+        return tuple(shard.num_rows for shard in self.shards)
+
+    @property
     def schema(self) -> pa.Schema:
         """Schema of the rows that a reader returns: the image column and the label."""
         return schema_for(self.encoding, self.class_names)

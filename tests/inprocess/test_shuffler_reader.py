@@ -278,3 +278,16 @@ def test_class_names_as_hugging_face_writes_them(tmp_path):
     pq.write_table(pa.table({"image": [None], "label": [1]}, schema=schema), sink)
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(sink.getvalue())
     assert Dataset.open(tmp_path, "train").class_names == ("a", "b")
+
+
+def test_prefetched_rows_are_not_read_again(folder):
+    reader = RowReader(Dataset.open(folder, "train"))
+    reader.prefetch(np.array([0, 8, 19]))
+    reader.prefetch(np.array([1, 9]))
+    reader._fetching.shutdown(wait=True)
+    for shard in folder.iterdir():
+        shard.unlink()
+    assert reader.take(np.array([2, 7, 18])).column("label").to_pylist() == [2, 1, 0]
+    with pytest.raises(DatasetError, match="cannot be read"):
+        reader.take(np.array([4]))
+    reader.close()

@@ -34,7 +34,7 @@ def test_bn_x5_is_section_4_2_1() -> None:
     assert _differences("bn-baseline", "bn-x5") == {
         "server.schedule.learning_rate": (0.0015, 0.0075),
         "model.arguments.dropout": (0.4, 0.0),
-        "data.strategy": ("fixed", "pairwise"),
+        "data.strategy": ("none", "pairwise"),
         "data.augment.distortion": ("full", "reduced"),
         "server.weight_decay": (4e-5, 8e-6),
         "server.schedule.decay_epochs": (8.0, 8 / 6),

@@ -181,8 +181,8 @@ def test_errors_name_the_value(action, message):
 
 
 def test_the_plans_bound_is_checked_up_front():
-    with pytest.raises(PlanError, match="passes the bound of 4 epochs"):
-        LeaseBook(PLAN, epochs=5)
+    with pytest.raises(PlanError, match="passes the bound of 11 epochs"):
+        LeaseBook(PLAN, epochs=12)
 
 
 def test_a_lease_is_reconciled_once(book):

@@ -7,7 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from shuffler.draws import uniforms
 from shuffler.errors import PlanError
+from shuffler.keys import stream_key
 from shuffler.plan import Plan
 
 
@@ -69,24 +71,83 @@ def test_no_pair_meets_twice(num_rows, batch_size):
     assert repeats(plan, plan.max_epochs) == 0
 
 
-@pytest.mark.parametrize(("num_rows", "batch_size"), [(36, 4), (48, 4), (100, 5), (252, 7)])
-def test_the_bound_is_met_where_the_arithmetic_allows(num_rows, batch_size):
-    """With G the largest divisor of q below B, slopes 0 and q / G bring groups 0 and G together."""
-    kwargs = {"num_rows": num_rows, "batch_size": batch_size, "seed": 3}
-    q = Plan(**kwargs).num_batches
-    divisor = max(d for d in range(1, batch_size) if q % d == 0)
-    bound = Plan(**kwargs).max_epochs
-    assert q // divisor == bound  # the sizes above are such that the two bounds agree
-    slopes_past_bound = range(bound + 1)
+def meets_twice(q: int, batch_size: int, num_slopes: int) -> bool:
+    """Whether some pair meets twice under the slopes [0, num_slopes), tried one by one."""
     groups = np.arange(batch_size)
     met = np.zeros((q * batch_size, q * batch_size), dtype=np.int64)
-    for slope in slopes_past_bound:
+    for slope in range(num_slopes):
         for b in range(q):
             rows = groups * q + (b + slope * groups) % q
             met[np.ix_(rows, rows)] += 1
     np.fill_diagonal(met, 0)
-    assert met.max() == 2
-    assert repeats(Plan(**kwargs, past_bound="rekey"), bound) == 0
+    return bool(met.max() > 1)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 6])
+def test_the_bound_is_exact(batch_size):
+    """One epoch more repeats a pair, whatever q is; and it is never less than q / (B - 1)."""
+    for q in range(1, 17):
+        bound = Plan(num_rows=q * batch_size, batch_size=batch_size).max_epochs
+        assert bound >= q / (batch_size - 1)
+        assert not meets_twice(q, batch_size, bound)
+        assert meets_twice(q, batch_size, bound + 1)
+
+
+@pytest.mark.parametrize("strategy", ["random", "within_shard", "buffer", "none"])
+@pytest.mark.parametrize("num_rows", [32, 97, 500, 1001])
+def test_every_strategy_has_each_row_once(strategy, num_rows):
+    shards = (num_rows // 3, num_rows // 5, num_rows - num_rows // 3 - num_rows // 5)
+    plan = Plan(
+        num_rows=num_rows, batch_size=16, strategy=strategy, shard_rows=shards, buffer_rows=40
+    )
+    orders = []
+    for epoch in (0, 1, 7):
+        rows, lengths = epoch_rows(plan, epoch)
+        assert (np.bincount(rows, minlength=num_rows) == 1).all()
+        assert lengths.sum() == num_rows
+        assert np.ptp(lengths) <= 1
+        assert lengths.max() <= 16
+        at = plan.num_batches // 2
+        assert (plan.rows(epoch, at) == np.split(rows, np.cumsum(lengths))[at]).all()
+        orders.append(rows.tolist())
+        assert plan.window_order(epoch).tolist() == list(range(plan.num_windows))
+    assert plan.max_epochs is None
+    assert (orders[0] == orders[1]) == (strategy == "none")
+
+
+def test_within_shard_keeps_shards_whole():
+    plan = Plan(num_rows=90, batch_size=9, strategy="within_shard", shard_rows=(30, 40, 20))
+    rows, _ = epoch_rows(plan, 3)
+    shards = np.searchsorted([30, 70, 90], rows, side="right")
+    assert (np.diff(shards) != 0).sum() == 2
+    assert (np.diff(rows) != 1).sum() > 60
+
+
+def test_a_buffer_holds_rows_back_as_a_queue_does():
+    """Against the algorithm told one row at a time, with the same draws."""
+    num_rows, capacity = 300, 17
+    plan = Plan(num_rows=num_rows, batch_size=20, strategy="buffer", buffer_rows=capacity, seed=4)
+    rows, _ = epoch_rows(plan, 2)
+    key = stream_key(4, "buffer", 2)
+    buffer, out = list(range(capacity)), []
+    for step in range(num_rows - capacity):
+        slot = int(uniforms(key, np.array([step]), 1)[0, 0] * capacity)
+        out.append(buffer[slot])
+        buffer[slot] = capacity + step
+    assert rows[: len(out)].tolist() == out
+    assert sorted(rows[len(out) :].tolist()) == sorted(buffer)
+
+
+def test_next_windows_are_those_that_run_next():
+    for strategy in ("pairwise", "random"):
+        plan = Plan(num_rows=3200, batch_size=8, window_batches=30, strategy=strategy)
+        order = [(e, w) for e in range(3) for w in plan.window_order(e).tolist()]
+        for at in (0, 5, 13, 20):
+            assert plan.next_windows(*order[at], 4) == order[at + 1 : at + 5]
+    last = Plan(num_rows=64, batch_size=32, window_batches=1)  # one epoch of two windows
+    assert last.max_epochs == 1
+    first, second = last.window_order(0).tolist()
+    assert last.next_windows(0, first, 5) == [(0, second)]
 
 
 def test_rekeyed_blocks_repeat_about_as_often_as_chance():
@@ -97,7 +158,7 @@ def test_rekeyed_blocks_repeat_about_as_often_as_chance():
     pairs_in_different_groups = 40 * 40 * 6 * 5 // 2
     chance = met_in_a_block**2 / pairs_in_different_groups
     assert 0.8 * chance < seen < 1.2 * chance
-    assert repeats(Plan(num_rows=240, batch_size=6, strategy="fixed"), 2) == 40 * 15
+    assert repeats(Plan(num_rows=240, batch_size=6, strategy="none"), 2) == 40 * 15
 
 
 def test_slopes_of_a_block_are_all_different():
@@ -166,25 +227,27 @@ def test_rows_of_agrees_with_rows():
 
 def test_imagenet():
     plan = Plan(num_rows=1_281_167)
-    assert plan.num_batches == 40_037
-    assert plan.max_epochs == 1_292
+    assert plan.num_batches == 40_037  # a prime
+    assert plan.max_epochs == 40_037
+    assert Plan(num_rows=50_000).max_epochs == 521  # CIFAR-10
 
 
 def test_a_billion_rows_take_no_memory():
     plan = Plan(num_rows=10**9)
     tracemalloc.start()
     plan.rows_of(5, plan.window_batches_order(5, 1234))
-    peak = tracemalloc.get_traced_memory()[1]
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    assert len(plan.window_order(5)) == 488_282
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
-    assert peak < 1 << 20
 
 
 def test_golden_values():
     """Pinned: a changed plan would break the resumption of every run begun before."""
     plan = Plan(num_rows=103, batch_size=8, seed=11, window_batches=5, past_bound="rekey")
-    assert [plan.slope(epoch) for epoch in range(4)] == [0, 1, 0, 1]
-    assert plan.rows(1, 4).tolist() == [4, 18, 32, 46, 60, 74, 88, 102]
-    assert plan.rows(5, 4).tolist() == [6, 13, 29, 40, 56, 66, 79, 94]
+    assert [plan.slope(epoch) for epoch in range(4)] == [3, 4, 8, 2]
+    assert plan.rows(1, 4).tolist() == [4, 21, 38, 42, 59, 76, 80, 97]
+    assert plan.rows(15, 4).tolist() == [8, 23, 36, 45, 55, 75, 89, 96]
     assert plan.window_order(2).tolist() == [0, 1, 2]
     assert plan.window_batches_order(2, 1).tolist() == [6, 8, 7, 9, 5]
 
@@ -198,6 +261,8 @@ def test_golden_values():
         (lambda: Plan(num_rows=99, window_batches=0), "window_batches=0"),
         (lambda: Plan(num_rows=99, strategy="best"), "strategy='best'"),
         (lambda: Plan(num_rows=99, past_bound="stop"), "past_bound='stop'"),
+        (lambda: Plan(num_rows=99, strategy="buffer", buffer_rows=0), "buffer_rows=0"),
+        (lambda: Plan(num_rows=99, strategy="within_shard", shard_rows=(9, 9)), "shards of 18"),
         (lambda: Plan(num_rows=99).rows(0, 4), "an epoch of 99 rows has 4 mini-batches"),
         (lambda: Plan(num_rows=99).rows(-1, 0), "epoch=-1"),
         (lambda: Plan(num_rows=99).rows(1, 0), "bound of 1 epochs"),
@@ -214,4 +279,4 @@ def test_errors_name_the_value(action, message):
 
 def test_no_bound_where_no_pair_is_promised_anything():
     Plan(num_rows=9, batch_size=1).check_epochs(10**6)
-    Plan(num_rows=99, strategy="fixed").check_epochs(10**6)
+    Plan(num_rows=99, strategy="none").check_epochs(10**6)
