@@ -18,6 +18,8 @@ MODULES = {
     "peers": "benchmarks.peers",
     "replicas": "benchmarks.replicas",
     "startup": "benchmarks.startup",
+    "checkpoints": "benchmarks.checkpoints",
+    "chaos": "benchmarks.chaos",
 }
 """Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them."""
 

@@ -127,7 +127,11 @@ def measure(config: RunConfig, settings: Settings) -> SystemMeasurement:
             follower = _Follower(child, folder.path / METRICS)
             # The evaluator is the last to come up, after all replicas train.
             sign = "updates_per_s" if settings.quick else "accuracy"
-            warm = follower.next(lambda line: line.get(sign) is not None, START_DEADLINE_S)
+            everybody = {None, config.replicas.replicas}  # lines of evaluations do not count them
+            warm = follower.next(
+                lambda line: line.get(sign) is not None and line.get("replicas") in everybody,
+                START_DEADLINE_S,
+            )
             begin = follower.rates(warm["time"] + settings.warmup_s)
             before = _cpu_by_pid()
             end = follower.rates(begin["time"] + settings.seconds)

@@ -62,6 +62,12 @@ class Backend(Protocol):
     def start_process(self, index: int) -> Ticket:
         """Start, or start again, a process of replicas; done once it is connected."""
 
+    def add_process(self, replicas: tuple[int, ...]) -> int:
+        """Make room for one more process of replicas, which is to be started; gives its index."""
+
+    def stop_process(self, index: int) -> None:
+        """End a process of replicas that has no windows, for good or until it is started again."""
+
     def reconnect_process(self, index: int) -> Ticket:
         """Have a process that runs drop its windows and connect to the partitions anew."""
 

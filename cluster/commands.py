@@ -17,10 +17,11 @@ from cluster import recipes
 from cluster.config import ROOT, RunConfig
 from cluster.errors import UserError
 from cluster.options import ConfigCommand, apply, config_options
-from cluster.run_folder import BEST, CONFIG, MODEL, RESULT, STATUS, RunFolder
+from cluster.run_folder import BEST, CONFIG, MAX_REPLICAS, MODEL, RESULT, STATUS, RunFolder
 from shuffler.ingest import IngestConfig
 
 RUNS = Path("runs")
+BENCHMARKS = ("push-pull", "peers", "replicas", "startup", "checkpoints", "chaos", "all")
 
 ray_options = [
     click.option(
@@ -103,6 +104,33 @@ def resume(run: Path, address: str | None, dashboard: bool) -> int:
         address=address,
         dashboard=dashboard,
         console=Console(stderr=True),
+    )
+
+
+@downpour.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--replicas", type=click.IntRange(1, MAX_REPLICAS), required=True, help="How many.")
+@click.option(
+    "--wait", "wait_s", type=float, default=30.0, show_default=True, help="Seconds to wait for it."
+)
+def scale(run: Path, replicas: int, wait_s: float) -> int:
+    """Have RUN, which is training, go on with another number of replicas."""
+    folder = RunFolder.open(run)
+    if not folder.held():
+        raise UserError(f"{run} is not being trained: `downpour resume {run}` goes on with it")
+    folder.ask_for_replicas(replicas)
+    give_up_s = time.monotonic() + wait_s
+    while time.monotonic() < give_up_s:
+        time.sleep(0.1)
+        status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
+        if status.get("replicas_wanted") == replicas:
+            click.echo(f"{run} goes on with {replicas} replicas")
+            return 0
+        if not folder.held():
+            break
+    raise UserError(
+        f"{run} has not taken note of it within {wait_s:g} s: `downpour status {run}` shows "
+        "whether it trains"
     )
 
 
@@ -233,7 +261,9 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
 
 
 @downpour.command()
-@click.argument("name", type=click.Choice(["push-pull", "peers", "replicas", "startup", "all"]))
+@click.argument(
+    "name", type=click.Choice(["push-pull", "peers", "replicas", "startup", "checkpoints", "all"])
+)
 @click.option("--repeat", default=3, show_default=True, help="Rounds; medians are shown.")
 @click.option("--seconds", default=10.0, show_default=True, help="Seconds that each is measured.")
 @click.option("--only", multiple=True, help="Peers or sizes to run; may be given several times.")

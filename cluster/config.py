@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cluster.errors import UserError
-from paramserver.policy import StalenessPolicy
+from paramserver.policy import Guard, StalenessPolicy
 from paramserver.rules import Regulariser, check_fraction, make_rule
 from paramserver.schedule import Schedule
 from paramserver.statistics import StatisticsRule
@@ -176,6 +176,8 @@ class ServerConfig:
     """How BN statistics are aggregated."""
     policy: StalenessPolicy = field(default_factory=StalenessPolicy)
     """What is done about staleness."""
+    guard: Guard = field(default_factory=Guard)
+    """What keeps poison out."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """How replicas reach it."""
 
@@ -202,6 +204,10 @@ class ReplicaConfig:
     """Epochs over which the others then join, evenly."""
     queued_windows: int = 2
     """Windows that a replica holds at a time: one in work, and the next."""
+    stragglers: Literal["tell", "replace"] = "tell"
+    """What is done about a process of replicas that is far slower than the median of the others."""
+    straggler_ratio: float = 4.0
+    """How many times slower that is."""
     max_restarts: int = 100
     """Members of each kind (processes of replicas, partitions, shufflers, evaluators) that are
     replaced before the run gives up."""
@@ -211,6 +217,8 @@ class ReplicaConfig:
             if getattr(self, name) < 1:
                 value = getattr(self, name)
                 raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        if not self.straggler_ratio > 1:
+            raise ValueError(f"straggler ratio is {self.straggler_ratio}: give more than 1")
         if self.replicas_per_process is not None and self.replicas_per_process < 1:
             raise ValueError(
                 f"replicas per process is {self.replicas_per_process}: give at least 1, or none"
@@ -315,6 +323,7 @@ class RunConfig:
             schedule=server.schedule,
             statistics=server.statistics,
             policy=server.policy,
+            guard=server.guard,
             batches_per_epoch=plan.num_batches,
             epoch_examples=plan.num_rows,
         )

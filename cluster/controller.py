@@ -8,7 +8,10 @@ about a loss is decided in `recovery`; here it is carried out.
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +34,7 @@ from cluster.checkpointing import Checkpointer
 from cluster.config import RunConfig, active_replicas, next_evaluation_s
 from cluster.display import Progress
 from cluster.errors import one_line, user_message
-from cluster.recovery import History, Loss, decide
+from cluster.recovery import History, Loss, decide, stragglers
 from cluster.run_folder import BEST, MODEL, RunFolder
 from cluster.telemetry import Telemetry
 from paramserver.applied import REFUSED, WAITING
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from workers.replica import WindowReport
 
 REPORT_EVERY_S = 1.0
+RATE_WINDOWS = 3
+"""A replica's rate is that of its last few windows."""
 SILENT_AFTER_S = 60.0
 """A partition that has not answered for so long is taken for lost."""
 Flags = Mapping[int, npt.NDArray[np.uint8]]
@@ -60,6 +65,8 @@ class _Process:
     """It is being started, or connected again."""
     ready: bool = False
     """It is connected, and may be lent windows."""
+    wanted: bool = True
+    """Some of its replicas are to train."""
     runs: bool = False
     """It was up once, and has not died: what is not ready has lost its connections."""
 
@@ -99,6 +106,8 @@ class Outcome:
     """Distinct mini-batches that some partition refused."""
     skipped: dict[int, str]
     """Training rows whose image could not be decoded and was left out, each with a line on why."""
+    quarantined: tuple[int, ...]
+    """Replicas that were lent nothing any more, for what they sent."""
     restarts: Mapping[str, int]
     """Members that were replaced, by kind."""
     updates_before: int
@@ -176,6 +185,9 @@ class Controller:
         self._reports: dict[int, PartitionReport] = {}
         self._evaluating = False
         self._book = LeaseBook(plan, config.policy.epochs, unit=config.replicas.steps.n_push)
+        self._rates: dict[int, deque[float]] = {}
+        """Mini-batches a second of the last windows, by replica."""
+        self._told_slow: set[int] = set()
 
     def request_stop(self, reason: str) -> None:
         """Ask `run` to write a checkpoint and return. Safe to call from a signal handler."""
@@ -213,6 +225,11 @@ class Controller:
         if now >= self._next_report_s:
             self._next_report_s = now + REPORT_EVERY_S
             self._ask_reports()
+            wanted = self._folder.replicas_asked_for()
+            if wanted is not None:
+                self._scale(wanted)
+            self._retire()
+            self._look_for_stragglers()
         for partition in self._partitions:
             if partition.asked_s is not None and now - partition.asked_s > SILENT_AFTER_S:
                 self._on_partition_lost(partition, "silent")
@@ -234,14 +251,74 @@ class Controller:
             self._census = True
             self._take_census()
 
+    # How many replicas there are
+
+    def _scale(self, replicas: int) -> None:
+        """Have so many replicas from now on: more processes, or processes that are let go."""
+        before, self._telemetry.replicas_wanted = self._telemetry.replicas_wanted, replicas
+        self._telemetry.event(f"from {before} replicas to {replicas}, as asked for")
+        new = [r for r in range(replicas) if r not in self._process_of]
+        # As many in a process as there are already, so that they take turns just as fast.
+        size = max(len(p.replicas) for p in self._processes)
+        for start in range(0, len(new), size):
+            members = tuple(new[start : start + size])
+            process = _Process(index=self._backend.add_process(members), replicas=members)
+            self._processes.append(process)
+            self._process_of |= dict.fromkeys(members, process)
+            self._holding |= dict.fromkeys(members, 0)
+        for process in self._processes:
+            process.wanted = any(r < replicas for r in process.replicas)
+
+    def _retire(self) -> None:
+        """End processes that are not wanted, once they have no windows left."""
+        for process in self._processes:
+            idle = not any(self._holding[r] for r in process.replicas)
+            if process.ready and not process.wanted and idle:
+                process.ready = process.runs = False
+                self._backend.stop_process(process.index)
+                self._telemetry.event(f"{process.name} is let go")
+
+    def _look_for_stragglers(self) -> None:
+        rates = {
+            p.index: sum(statistics.fmean(self._rates[r]) for r in p.replicas if r in self._rates)
+            for p in self._processes
+            if p.ready and all(len(self._rates.get(r, ())) == RATE_WINDOWS for r in p.replicas)
+        }
+        config = self._config.replicas
+        for index, detail in stragglers(rates, config.straggler_ratio).items():
+            process = self._processes[index]
+            if config.stragglers == "replace":
+                self._on_process_lost(process, "slow", detail)
+            elif index not in self._told_slow:
+                self._told_slow.add(index)
+                self._telemetry.event(f"{process.name} is slow: {detail}; --stragglers replace")
+
+    def _quarantine(self, report: PartitionReport) -> None:
+        for replica in set(report.quarantined) - self._telemetry.quarantined:
+            self._telemetry.quarantined.add(replica)
+            applied = sum(report.staleness.get(replica, []))
+            self._telemetry.event(
+                f"replica {replica} is quarantined: partition {report.index} refused "
+                f"{report.refusals.get(replica, 0)} of its pushes (a loss or gradient that is not "
+                f"finite, or enormous) and took {applied}, and hardly any of the others'"
+            )
+        if len(self._telemetry.quarantined) >= self._telemetry.replicas_wanted:
+            self._stop_reason = self._stop_reason or (
+                "every replica is quarantined, for losses or gradients that are not finite: lower "
+                "--learning-rate, or give --quarantine-after none"
+            )
+
     # Windows
 
     def _grant(self) -> None:
         if self._reopening:
             return
-        done = self._book.progress * self._config.policy.epochs
-        active = active_replicas(self._config.replicas, done)
-        for replica in range(active):
+        wanted = dataclasses.replace(
+            self._config.replicas, replicas=self._telemetry.replicas_wanted
+        )
+        active = active_replicas(wanted, self._book.progress * self._config.policy.epochs)
+        sound = [r for r in range(wanted.replicas) if r not in self._telemetry.quarantined]
+        for replica in sound[:active]:
             if not self._process_of[replica].ready:
                 continue
             while self._holding[replica] < self._config.replicas.queued_windows:
@@ -281,6 +358,9 @@ class Controller:
     def _on_trained(self, replica: int, lease: Lease, report: WindowReport) -> None:
         self._telemetry.trained(report)
         self._history.progressed("replicas", self._process_of[replica].index)
+        if report.wall_s > 0:
+            rates = self._rates.setdefault(replica, deque(maxlen=RATE_WINDOWS))
+            rates.append(report.num_batches / report.wall_s)
         self._history.progressed("shuffler", 0)
         if report.unsettled:
             self._doubt[lease.id] = lease
@@ -307,6 +387,7 @@ class Controller:
         process.ready = False
         for replica in process.replicas:
             self._holding[replica] = 0
+            self._rates.pop(replica, None)
             for lease in self._book.lost(replica):
                 self._live.discard(lease.id)
                 self._doubt[lease.id] = lease
@@ -328,7 +409,7 @@ class Controller:
         process.runs = process.starting = False
         self._drop_windows(process)
         self._recover(_loss("replicas", process.index, process.name, cause, detail))
-        if self._all_up:
+        if self._all_up and process.wanted:
             self._start_process(process)
         # Otherwise it is started once all partitions are there again.
 
@@ -352,14 +433,14 @@ class Controller:
 
     def _cut_off(self) -> bool:
         """Whether somebody runs without his connections, or not at all."""
-        waits = any(not p.ready and not p.starting for p in self._processes)
+        waits = any(p.wanted and not p.ready and not p.starting for p in self._processes)
         return waits or (self._evaluator_runs and not self._evaluator_ready)
 
     def _on_probed(self, _: Sequence[PartitionReport]) -> None:
         """All partitions are alive: connect again."""
         self._probing = False
         for process in self._processes:
-            if not process.ready and not process.starting:
+            if process.wanted and not process.ready and not process.starting:
                 self._start_process(process)
         if self._evaluator_runs and not self._evaluator_ready:
             self._connect_evaluator(self._backend.reconnect_evaluator())
@@ -551,6 +632,7 @@ class Controller:
         elif report.version > partition.version:
             self._history.progressed("partition", partition.index)
         self._reports[report.index] = report
+        self._quarantine(report)
         if len(self._reports) == len(self._partitions) and not any(
             p.asked_s is not None for p in self._partitions
         ):
@@ -653,7 +735,8 @@ class Controller:
         self._telemetry.reported(reports, phase=self._phase, alive=self._alive())
 
     def _alive(self) -> int:
-        return sum(len(p.replicas) for p in self._processes if p.ready)
+        wanted = self._telemetry.replicas_wanted
+        return sum(r < wanted for p in self._processes if p.ready for r in p.replicas)
 
     def _progress(self) -> None:
         self._show(self._telemetry.progress(phase=self._phase, alive=self._alive()))
@@ -691,6 +774,7 @@ class Controller:
             exactly_once=exactly_once,
             refused=len(self._telemetry.refused),
             skipped=self._telemetry.skipped,
+            quarantined=tuple(sorted(self._telemetry.quarantined)),
             restarts={part: n for part, n in self._history.restarts.items() if n},
             updates_before=self._resumed.updates if self._resumed else 0,
             all_replicas_at=self._all_replicas_at,

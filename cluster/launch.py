@@ -313,6 +313,7 @@ def make_result(
         "pushes_dropped": sum(r.pushes_dropped for r in reports),
         "images_skipped": [outcome.skipped[row] for row in sorted(outcome.skipped)],
         "exactly_once": outcome.exactly_once,
+        "quarantined": list(outcome.quarantined),
         "restarts": dict(outcome.restarts),
         "process_restarts": sum(outcome.restarts.values()),
     }

@@ -147,6 +147,18 @@ class RayBackend:
         self._process_actors[index] = actor
         return self.reconnect_process(index)
 
+    def add_process(self, replicas: tuple[int, ...]) -> int:
+        """Make room for one more process of replicas; gives its index."""
+        self.processes = (*self.processes, replicas)
+        self._process_actors.append(None)
+        self._spawned.append(None)
+        return len(self.processes) - 1
+
+    def stop_process(self, index: int) -> None:
+        """End a process of replicas that has no windows."""
+        _kill(self._process_actors[index])
+        self._process_actors[index] = None
+
     def reconnect_process(self, index: int) -> Ticket:
         """Have a process that runs drop its windows and connect to the partitions anew."""
         actor = self._process_actors[index]

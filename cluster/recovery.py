@@ -6,7 +6,9 @@ out is `controller`; what it costs, and why nothing is lost by it, is in docs/ar
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,3 +104,16 @@ def decide(loss: Loss, history: History, *, max_restarts: int) -> Recovery:
         action="restart",
         reason=f"{loss}: replaced, {history.restarts[loss.part]} of {max_restarts} for its kind",
     )
+
+
+def stragglers(rates: Mapping[int, float], ratio: float) -> dict[int, str]:
+    """Members whose rate is below the median of the others by more than `ratio`, and how far.
+
+    A rate is mini-batches a second. One member alone is compared with nobody.
+    """
+    slow = {}
+    for member, rate in rates.items():
+        others = [r for m, r in rates.items() if m != member]
+        if others and rate * ratio < (median := statistics.median(others)):
+            slow[member] = f"{rate:.3g} mini-batches a second, where the median is {median:.3g}"
+    return slow

@@ -4,6 +4,7 @@ runs/<name>/
   config.json        the resolved configuration
   status.json        where the run stands; replaced about once a second
   metrics.jsonl      a line a second, and a line for each evaluation
+  control.json       what `downpour scale` asks for, while the run trains
   events.jsonl       a line for each loss and what was done about it, and for other news
   checkpoints/       what `downpour resume` goes on from
   best.safetensors   the weights that scored highest, with their BN statistics
@@ -29,6 +30,8 @@ from cluster.errors import UserError
 
 CONFIG, DATA, STATUS = "config.json", "data.json", "status.json"
 METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
+CONTROL = "control.json"
+MAX_REPLICAS = 10_000
 BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
 
 
@@ -124,6 +127,36 @@ class RunFolder:
                 return False
         except UserError:
             return True
+
+    def ask_for_replicas(self, replicas: int) -> None:
+        """Leave word for whoever trains the run, readable and writable by this user alone."""
+        partial = self.path / f".{CONTROL}.partial"
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "w") as file:
+            os.fchmod(fd, 0o600)
+            json.dump({"replicas": replicas}, file)
+        os.replace(partial, self.path / CONTROL)
+
+    def replicas_asked_for(self) -> int | None:
+        """Take the word that `ask_for_replicas` left; None where there is none that counts.
+
+        It counts only if nobody but this user can have written it.
+        """
+        try:
+            fd = os.open(self.path / CONTROL, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        with os.fdopen(fd) as file:
+            about = os.fstat(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / CONTROL)
+            if about.st_uid != os.geteuid() or about.st_mode & 0o077:
+                return None
+            try:
+                replicas = json.load(file)["replicas"]
+            except (ValueError, LookupError, TypeError, OSError):
+                return None
+        return replicas if type(replicas) is int and 1 <= replicas <= MAX_REPLICAS else None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""

@@ -62,6 +62,10 @@ class Telemetry:
         self.best_accuracy: float | None = None
         """The highest accuracy so far."""
         self.num_evaluations = 0
+        self.replicas_wanted = config.replicas.replicas
+        """How many there are to be, which `downpour scale` may change."""
+        self.quarantined: set[int] = set()
+        """Replicas that are lent nothing any more."""
         self.refused: set[tuple[int, int]] = set()
         """Mini-batches, as (epoch, index), that some partition refused."""
         self.skipped: dict[int, str] = {}
@@ -116,6 +120,7 @@ class Telemetry:
             "staleness_mean": round(self._staleness["mean"], 2),
             "staleness_p99": self._staleness["p99"],
             "replicas": alive,
+            "replicas_wanted": self.replicas_wanted,
             "duplicates": sum(r.pushes_duplicate for r in self.reports),
             "dropped": sum(r.pushes_dropped for r in self.reports),
             "refused": len(self.refused),
@@ -178,7 +183,7 @@ class Telemetry:
             staleness_mean=self._staleness.get("mean"),
             staleness_p99=self._staleness.get("p99"),
             replicas_alive=alive,
-            replicas=self._config.replicas.replicas,
+            replicas=self.replicas_wanted,
             duplicates=sum(r.pushes_duplicate for r in self.reports),
             refused=len(self.refused),
         )

@@ -38,6 +38,8 @@ class PartitionReport:
     """Counts of each staleness from 0 on, by replica."""
     refusals: dict[int, int]
     """Pushes refused, by replica."""
+    quarantined: tuple[int, ...]
+    """Replicas whose pushes are not taken any more."""
     connections: int
     dropped: dict[str, int]
     """Connections that the partition closed, by reason."""
@@ -104,6 +106,7 @@ class PartitionActor:
                 rate=state.rate(),
                 staleness=state.staleness.dump(),
                 refusals=dict(state.refusals),
+                quarantined=tuple(sorted(state.quarantined)),
                 connections=server.num_connections,
                 dropped=server.dropped(),
                 first_update_at=server.first_update_at,

@@ -59,13 +59,15 @@ class Outcome(enum.IntEnum):
     REFUSED_LOSS = 3
     """The loss is not finite; settled as refused."""
     REFUSED_GRADIENT = 4
-    """The gradient or the moments are not finite; settled as refused."""
+    """The gradient or the moments are not finite, or enormous; settled as refused."""
     REFUSED_MIXED = 5
     """Some of the push's mini-batches are held and some are not; nothing was changed."""
     REFUSED_UNKNOWN = 6
     """A mini-batch, mailbox or version that does not exist; nothing was changed."""
     REFUSED_STALE = 7
     """Dropped by the staleness policy: to be computed again; nothing was changed."""
+    REFUSED_QUARANTINE = 8
+    """From a replica that is quarantined: to be computed by another; nothing was changed."""
 
     @property
     def settled(self) -> bool:
@@ -73,7 +75,12 @@ class Outcome(enum.IntEnum):
         return self not in _UNSETTLED
 
 
-_UNSETTLED = (Outcome.REFUSED_MIXED, Outcome.REFUSED_UNKNOWN, Outcome.REFUSED_STALE)
+_UNSETTLED = (
+    Outcome.REFUSED_MIXED,
+    Outcome.REFUSED_UNKNOWN,
+    Outcome.REFUSED_STALE,
+    Outcome.REFUSED_QUARANTINE,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,12 @@
-"""Staleness policies: what is done about a gradient that was computed on old weights.
+"""Policies: what is done about a gradient that was computed on old weights, or that is poison.
 
 A policy is a pure function of a push's staleness and of the mean staleness of late. It says at
 which share of the learning rate the push is applied, or that it is not: a dropped mini-batch is
 not settled, so it is lent again and computed anew on newer weights. Each partition decides by its
 own versions.
+
+`Guard` says which gradients are refused for their size, and which replicas are quarantined: those
+that send what has to be refused, while others do not.
 """
 
 from __future__ import annotations
@@ -12,6 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from paramserver.errors import BadConfiguration
+
+MAX_NORM = 1e18
+"""No gradient is longer: its square still fits into float32."""
+NORMS_SEEN = 100
+"""Updates after which their mean norm says what is usual."""
 
 PolicyName = Literal["asynchronous", "drop", "scale"]
 
@@ -61,3 +69,52 @@ class StalenessPolicy:
             scale = (mean + 1.0) / (staleness + 1.0)
             return Decision(scale=scale, reason=f"staleness {staleness}, mean {mean:.1f}")
         return APPLY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What keeps poison out."""
+
+    max_norm_ratio: float | None = 1000.0
+    """A gradient is refused that is longer than so many times the usual; none for no such bound."""
+    quarantine_after: int | None = 5
+    """Refused pushes after which a replica is quarantined, if others are not refused as often;
+    none for never."""
+
+    def __post_init__(self) -> None:
+        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
+            raise BadConfiguration(
+                f"max norm ratio is {self.max_norm_ratio}: give more than 1, or none"
+            )
+        if self.quarantine_after is not None and self.quarantine_after < 1:
+            raise BadConfiguration(
+                f"quarantine after is {self.quarantine_after}: give at least 1, or none"
+            )
+
+    def enormous(self, norm: float, usual: float, num_seen: int) -> bool:
+        """Whether a gradient of this norm is no gradient, where `usual` is the mean of late.
+
+        Nothing is usual before `NORMS_SEEN` updates; until then only what float32 cannot square
+        is enormous.
+        """
+        if norm > MAX_NORM:
+            return True
+        if self.max_norm_ratio is None or num_seen < NORMS_SEEN:
+            return False
+        return norm > self.max_norm_ratio * usual
+
+    def quarantines(
+        self, *, refused: int, applied: int, others_refused: int, others_applied: int
+    ) -> bool:
+        """Whether a replica is to be heard no more, by its pushes and those of all others.
+
+        It is where it has been refused `quarantine_after` times, and ten times as often as the
+        others. So neither a poisoned example, which meets all replicas alike, nor a run that
+        diverges quarantines anyone; nor is there anyone to compare a single replica with.
+        """
+        if self.quarantine_after is None or refused < self.quarantine_after:
+            return False
+        others = others_refused + others_applied
+        if not others:
+            return False
+        return refused / (refused + applied) > 10 * (others_refused + 0.5) / others

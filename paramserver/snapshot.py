@@ -12,9 +12,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import numpy.typing as npt
 import pyarrow.fs
 
 from paramserver.errors import BadSnapshot
@@ -86,7 +86,7 @@ def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     """The bytes of a safetensors file, at most `BLOCK_BYTES` at a time."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    arrays = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
     # The widest first, so that every tensor is aligned: the header's length is a multiple of 8.
     for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
         array = tensors[name].contiguous().numpy()
@@ -102,7 +102,7 @@ def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for array in arrays.values():
         if array.nbytes:
-            view = memoryview(array.reshape(-1).view(np.uint8))
+            view = memoryview(array.reshape(-1)).cast("B")  # type: ignore[arg-type]
             for start in range(0, len(view), BLOCK_BYTES):
                 yield view[start : start + BLOCK_BYTES]
 

@@ -20,14 +20,14 @@ from paramserver.applied import APPLIED, REFUSED, WAITING, AppliedSet
 from paramserver.errors import BadConfiguration, BadSnapshot
 from paramserver.messages import Outcome, Push
 from paramserver.partition import Partition
-from paramserver.policy import APPLY, Decision, StalenessPolicy
+from paramserver.policy import APPLY, Decision, Guard, StalenessPolicy
 from paramserver.rules import Momentum, Regulariser, Rule
 from paramserver.schedule import Schedule
 from paramserver.staleness import StalenessRecord
 from paramserver.statistics import BatchStatistics, StatisticsRule
 
 MEAN_WEIGHT = 0.01
-"""Weight of a new observation in the moving average of staleness."""
+"""Weight of a new observation in the moving averages of staleness and of the gradient's norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class UpdateConfig:
     """How BN moments are merged."""
     policy: StalenessPolicy = field(default_factory=StalenessPolicy)
     """What is done about staleness."""
+    guard: Guard = field(default_factory=Guard)
+    """What keeps poison out."""
     batches_per_epoch: int
     """q, mini-batches in an epoch."""
     epoch_examples: int
@@ -86,6 +88,10 @@ class PartitionState:
         self.staleness = StalenessRecord()
         self.mean_staleness = 0.0
         """Moving average of the staleness of applied pushes, in versions."""
+        self.mean_norm = 0.0
+        """Moving average of the norm of applied gradients."""
+        self.quarantined: set[int] = set()
+        """Replicas whose pushes are not taken any more."""
         self.rule_state = config.rule.init(partition.num_parameters)
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
         self.outcomes: Counter[Outcome] = Counter()
@@ -101,9 +107,14 @@ class PartitionState:
             return Outcome.DUPLICATE
         if waiting < len(push.batches):
             return Outcome.REFUSED_MIXED
+        if push.replica in self.quarantined:
+            return Outcome.REFUSED_QUARANTINE
         if not math.isfinite(push.loss):
             return Outcome.REFUSED_LOSS
-        if not math.isfinite(push.gradient_norm):
+        norm = push.gradient_norm
+        if not 0 <= norm < math.inf or self.config.guard.enormous(
+            norm, self.mean_norm, self.version
+        ):
             return Outcome.REFUSED_GRADIENT
         return Outcome.APPLIED
 
@@ -121,7 +132,7 @@ class PartitionState:
             decision = self.config.policy.decide(staleness, self.mean_staleness)
             if decision.dropped:
                 outcome = Outcome.REFUSED_STALE
-            elif not self._finite(gradient, moments):
+            elif not self._sound(gradient, moments, push.gradient_norm):
                 outcome = Outcome.REFUSED_GRADIENT
         self.outcomes[outcome] += 1
         if outcome is Outcome.APPLIED:
@@ -129,6 +140,8 @@ class PartitionState:
             self.staleness.add(push.replica, staleness)
             self.mean_staleness += MEAN_WEIGHT * (staleness - self.mean_staleness)
             self.version += 1
+            weight = max(MEAN_WEIGHT, 1 / self.version)
+            self.mean_norm += weight * (push.gradient_norm - self.mean_norm)
             self.examples += push.examples
             for batch in push.batches:
                 self.applied.add(push.epoch, batch, APPLIED)
@@ -136,18 +149,35 @@ class PartitionState:
             self.refusals[push.replica] += 1
             for batch in push.batches:
                 self.applied.add(push.epoch, batch, REFUSED)
+            self._consider_quarantine(push.replica)
         return outcome
 
     def rate(self) -> float:
         """The learning rate of the next update."""
         return self.config.schedule.rate(self.examples, self.config.epoch_examples)
 
-    def _finite(self, gradient: Tensor, moments: Tensor) -> bool:
-        # A sum is finite only if every term is; one that overflows is an outlier all the same.
-        # One read of memory, where isfinite().all() would write a mask too.
-        if not math.isfinite(float(gradient.sum())):
+    def _sound(self, gradient: Tensor, moments: Tensor, norm: float) -> bool:
+        """Whether these are finite, and the gradient's slice no longer than `norm` allows.
+
+        One read of memory, where isfinite().all() would write a mask too. Rounding for the wire
+        leaves a rest of earlier gradients in a slice, so it may be somewhat longer than `norm`.
+        """
+        square = float(torch.dot(gradient, gradient))
+        if not square <= (10 * norm) ** 2 + self.mean_norm**2:
             return False
+        # A sum is finite only if every term is; one that overflows is an outlier all the same.
         return not moments.numel() or math.isfinite(float(moments.sum()))
+
+    def _consider_quarantine(self, replica: int) -> None:
+        applied = {r: sum(counts) for r, counts in self.staleness.dump().items()}
+        own = applied.pop(replica, 0)
+        if self.config.guard.quarantines(
+            refused=self.refusals[replica],
+            applied=own,
+            others_refused=self.refusals.total() - self.refusals[replica],
+            others_applied=sum(applied.values()),
+        ):
+            self.quarantined.add(replica)
 
     def _update(
         self, gradient: Tensor, moments: Tensor, norm: float, decision: Decision, into: Version
@@ -198,6 +228,7 @@ class PartitionState:
             "statistics": statistics_meta,
             "staleness": {str(r): c for r, c in self.staleness.dump().items()},
             "mean_staleness": self.mean_staleness,
+            "mean_norm": self.mean_norm,
             "outcomes": {o.name: n for o, n in sorted(self.outcomes.items())},
             "refusals": {str(r): n for r, n in sorted(self.refusals.items())},
         }
@@ -243,6 +274,7 @@ class PartitionState:
     def _load(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.version, self.examples = int(meta["version"]), int(meta["examples"])
         self.mean_staleness = float(meta["mean_staleness"])
+        self.mean_norm = float(meta["mean_norm"])
         into = {"weights": self.current.weights, "statistics": self.current.statistics}
         into |= {f"rule.{name}": value for name, value in self.rule_state.items()}
         for name, value in into.items():
@@ -265,6 +297,7 @@ class PartitionState:
         """Assert the invariants."""
         self.applied.check()
         assert 0 <= self.mean_staleness < math.inf
+        assert 0 <= self.mean_norm < math.inf
         assert self.version == self.outcomes[Outcome.APPLIED] == self.staleness.all().total
         assert self.version <= self.applied.num_applied
         assert self.examples >= 0

@@ -19,6 +19,7 @@ from cluster.errors import user_message
 from cluster.run_folder import RunFolder
 from models.flat import FlatModel
 from paramserver.applied import APPLIED, REFUSED
+from paramserver.client import ParameterClient
 from paramserver.policy import StalenessPolicy
 from shuffler.decode import decode
 from shuffler.lease import Lease
@@ -231,6 +232,69 @@ def test_a_process_that_loses_its_connections_is_connected_again(tmp_path: Path,
     run.assert_exactly_once(outcome)
     assert outcome.restarts == {}
     assert "connecting again" in (run.folder.path / "events.jsonl").read_text()
+
+
+def test_replicas_come_and_go_while_the_run_trains(tmp_path: Path, data: str) -> None:
+    run = Run(tmp_path / "run", tiny.config(data, replicas=2, epochs=12))
+    seen: set[int] = set()
+
+    def scale(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        seen.add(replica)
+        if lease.id == 3:
+            run.folder.ask_for_replicas(5)
+        if replica == 4 and run.controller._telemetry.replicas_wanted == 5:
+            run.folder.ask_for_replicas(1)
+
+    outcome = run.go(scale)
+    run.assert_exactly_once(outcome)
+    assert seen == {0, 1, 2, 3, 4}
+    assert len(run.backend.processes) == 5
+    events = (run.folder.path / "events.jsonl").read_text()
+    assert "from 2 replicas to 5" in events
+    assert "from 5 replicas to 1" in events
+    assert events.count("is let go") == 4
+    assert run.shown[-1].replicas == 1
+
+
+def test_a_word_that_others_could_have_left_does_not_count(tmp_path: Path, data: str) -> None:
+    folder = RunFolder.create(tmp_path / "run", tiny.config(data))
+    folder.ask_for_replicas(3)
+    assert folder.replicas_asked_for() == 3
+    assert folder.replicas_asked_for() is None
+    folder.ask_for_replicas(3)
+    (folder.path / "control.json").chmod(0o620)
+    assert folder.replicas_asked_for() is None
+    for text in ("{", "[]", '{"replicas": "3"}', '{"replicas": 0}', '{"replicas": true}'):
+        (folder.path / "control.json").write_text(text)
+        (folder.path / "control.json").chmod(0o600)
+        assert folder.replicas_asked_for() is None
+
+
+def test_a_replica_that_sends_poison_is_quarantined_and_named(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients are not finite, and its loss and norm do not tell: only the partitions can."""
+    push = ParameterClient.push
+
+    def poisoned(self: ParameterClient, **about: Any) -> None:
+        assert self.mailboxes is not None
+        if about["replica"] == 1:
+            self.mailboxes.gradients[about["mailbox"]][::7] = np.nan
+        push(self, **about)
+
+    monkeypatch.setattr(ParameterClient, "push", poisoned)
+    run = Run(tmp_path / "run", tiny.config(data, replicas=4, epochs=4))
+    outcome = run.go()
+    assert outcome.finished
+    assert outcome.exactly_once
+    assert outcome.quarantined == (1,)
+    for flags, report in zip(run.flags, outcome.reports, strict=True):
+        assert (flags == REFUSED).sum() == report.batches_refused < 10 * 5
+        assert (flags == APPLIED).sum() == report.batches_applied
+    events = (run.folder.path / "events.jsonl").read_text()
+    assert "replica 1 is quarantined: partition" in events
+    assert outcome.evaluation is not None
+    assert np.isfinite(outcome.evaluation.score.loss)
 
 
 def test_a_shuffler_that_dies_is_replaced(tmp_path: Path, data: str) -> None:

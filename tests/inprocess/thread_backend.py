@@ -129,6 +129,17 @@ class ThreadBackend:
 
         return self.pool.submit(start)
 
+    def add_process(self, replicas: tuple[int, ...]) -> int:
+        self.processes = (*self.processes, replicas)
+        self.actors.append(None)
+        return len(self.processes) - 1
+
+    def stop_process(self, index: int) -> None:
+        actor = self.actors[index]
+        self.actors[index] = None
+        if actor is not None:
+            actor.stop()
+
     def reconnect_process(self, index: int) -> Future[Any]:
         def connect() -> int:
             actor = self.actors[index]

@@ -2,7 +2,15 @@
 
 import pytest
 
-from cluster.recovery import MAX_IN_A_ROW, MAX_RECONNECTS, Cause, History, Loss, decide
+from cluster.recovery import (
+    MAX_IN_A_ROW,
+    MAX_RECONNECTS,
+    Cause,
+    History,
+    Loss,
+    decide,
+    stragglers,
+)
 
 
 def loss(cause: Cause, index: int = 1, detail: str = "") -> Loss:
@@ -50,3 +58,12 @@ def test_a_member_that_never_gets_anything_done_ends_the_run() -> None:
     assert decide(loss("failed"), history, max_restarts=100).action == "give up"
     history.progressed("partition", 1)
     assert decide(loss("failed"), history, max_restarts=100).action == "restart"
+
+
+def test_a_straggler_is_seen_by_its_rate_against_the_median_of_the_others() -> None:
+    assert stragglers({0: 100.0, 1: 90.0, 2: 20.0}, 4.0) == {
+        2: "20 mini-batches a second, where the median is 95"
+    }
+    assert stragglers({0: 100.0, 1: 90.0, 2: 30.0}, 4.0) == {}
+    assert stragglers({0: 100.0, 1: 1.0}, 4.0).keys() == {1}
+    assert stragglers({0: 0.0}, 4.0) == {}

@@ -206,4 +206,5 @@ def test_which_outcomes_settle() -> None:
         Outcome.REFUSED_MIXED,
         Outcome.REFUSED_UNKNOWN,
         Outcome.REFUSED_STALE,
+        Outcome.REFUSED_QUARANTINE,
     }

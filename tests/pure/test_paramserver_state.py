@@ -400,6 +400,7 @@ class TestLoading:
                 "refusals": [{}, {"0": 1}],
                 "examples": [1],
                 "mean_staleness": [1],
+                "mean_norm": [1],
             }.get(name, [meta[name]])
             if value not in possible:
                 self.load({**meta, name: value}, tensors)

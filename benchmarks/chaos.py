@@ -1,0 +1,236 @@
+"""Claim: whatever dies, and whenever, every mini-batch is applied once, and nothing is lost.
+
+Real runs of `mnist-bn`, in which processes are killed (kill -9) at random times: those of replicas,
+partitions, shuffler and evaluator, and the driver, which is then resumed. What is checked comes
+from the last checkpoint's applied sets, and not from anything that the run says of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from benchmarks.harness import BadSettings, Report, Say, Settings
+from benchmarks.processes import BenchmarkFailed, descendants
+from cluster.checkpoint import CheckpointStore
+from cluster.config import ROOT
+from cluster.run_folder import RESULT, RunFolder
+from paramserver import snapshot
+
+DEADLINE_S = 240.0
+LOOK_EVERY_S = 0.02
+TITLES = {
+    "replicas": "ray::Replicas",
+    "partition": "ray::Partition",
+    "shuffler": "ray::Shuffler",
+    "evaluator": "ray::Evaluator",
+}
+WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3, "driver": 2}
+"""How often each is hit, relatively."""
+FAULTS, QUICK_FAULTS = 100, 10
+FAULTS_A_RUN = 25
+BATCHES_AN_EPOCH = 1875
+
+
+@dataclass(kw_only=True)
+class Disturbed:
+    """What became of one run and its faults."""
+
+    accuracy: float
+    best_accuracy: float
+    faults: Counter[str] = field(default_factory=Counter)
+    resumed: int = 0
+    duplicates: int = 0
+    wall_s: float = 0.0
+
+
+def run(settings: Settings, say: Say) -> Report:
+    """`FAULTS` faults over as many runs as that takes, beside runs that nobody disturbs."""
+    if settings.only:
+        raise BadSettings(f"--only {settings.only[0]}: chaos has nothing to choose from")
+    arguments = ["--epochs", "4"] if settings.quick else []
+    total = QUICK_FAULTS if settings.quick else FAULTS
+    runs: list[Disturbed] = []
+    calm: list[Disturbed] = []
+    while (done := sum(r.faults.total() for r in runs)) < total:
+        wanted = min(FAULTS_A_RUN, total - done)
+        runs.append(disturbed(wanted, arguments, seed=len(runs), say=say))
+        say(f"chaos: {done + runs[-1].faults.total()} of {total} faults, {runs[-1]}")
+        if len(calm) < (1 if settings.quick else 2):
+            calm.append(disturbed(0, arguments, seed=len(calm), say=say))
+            say(f"chaos: undisturbed, {calm[-1]}")
+    faults: Counter[str] = sum((r.faults for r in runs), Counter())
+    return Report(
+        name="chaos",
+        title=f"{faults.total()} random faults (kill -9) over {len(runs)} runs of mnist-bn",
+        columns=("run", "faults", "accuracy", "best", "wall s"),
+        rows=tuple(
+            (
+                "disturbed" if r.faults else "undisturbed",
+                ", ".join(f"{n} {kind}" for kind, n in sorted(r.faults.items())),
+                f"{r.accuracy:.2%}",
+                f"{r.best_accuracy:.2%}",
+                f"{r.wall_s:.0f}",
+            )
+            for r in (*runs, *calm)
+        ),
+        notes=("every mini-batch was applied exactly once on every partition in every run.",),
+        configuration={"arguments": arguments, "weights": WEIGHTS, "faults": total},
+        result={
+            "faults": dict(faults),
+            "accuracy_disturbed": [r.accuracy for r in runs],
+            "accuracy_undisturbed": [r.accuracy for r in calm],
+        },
+        rounds=[vars(r) for r in (*runs, *calm)],
+    )
+
+
+def disturbed(
+    faults: int,
+    arguments: Sequence[str],
+    *,
+    seed: int,
+    say: Say,
+    pause_s: tuple[float, float] = (0.2, 3.0),
+    kinds: Sequence[str] = (),
+) -> Disturbed:
+    """One run of `mnist-bn` to its end, with up to so many faults; checks what it must show.
+
+    `kinds` are the victims, in this order; without it they are drawn by `WEIGHTS`. Raises `BenchmarkFailed` where it does not show it. The run may be over before its faults are.
+    """
+    began_s, rng = time.monotonic(), random.Random(seed)
+    found = Disturbed(accuracy=0.0, best_accuracy=0.0)
+    with tempfile.TemporaryDirectory(prefix="downpour-chaos-") as scratch:
+        log, folder = Path(scratch) / "log", Path(scratch) / "runs" / "a"
+        command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
+        options = ["--no-dashboard"]
+        driver = _start([*command, "--checkpoint-every-s", "1", *arguments, *options], log)
+        family: set[int] = set()
+        try:
+            _until((folder / "metrics.jsonl").exists, driver, log)
+            while found.faults.total() < faults and driver.poll() is None:
+                time.sleep(rng.uniform(*pause_s))  # the random time of the fault
+                family = {p.pid for p in descendants(driver.pid).values()}
+                kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+                if kinds:
+                    kind = kinds[found.faults.total()]
+                if kind == "driver":
+                    if (folder / RESULT).exists() or driver.poll() is not None:
+                        continue
+                    driver.kill()
+                    driver.wait()
+                    _await_end(family, "a driver that was killed")
+                    if (folder / RESULT).exists():
+                        break  # it had come to its end just before
+                    newest = CheckpointStore(RunFolder.open(folder).checkpoints_uri).latest()[0]
+                    driver = _start(["resume", str(folder), *options], log)
+                    _until_resumed(newest, driver, log)
+                    found.resumed += 1
+                elif not _kill_one(driver.pid, TITLES[kind], rng):
+                    continue
+                found.faults[kind] += 1
+                say(f"chaos: killed {kind}")
+            status = driver.wait(DEADLINE_S)
+        finally:
+            driver.kill()
+        if status != 0 and not (folder / RESULT).exists():
+            raise BenchmarkFailed(f"the run ended with {status}:\n{log.read_text()[-3000:]}")
+        _await_end(family, "the run")
+        result = json.loads((folder / RESULT).read_text())
+        check_exactly_once(folder, result["epochs"])
+        found.accuracy, found.best_accuracy = result["accuracy"], result["best_accuracy"]
+        found.duplicates = result["batches_duplicate"]
+    found.wall_s = time.monotonic() - began_s
+    return found
+
+
+def check_exactly_once(folder: Path, epochs: int) -> None:
+    """From the last checkpoint: every partition applied every mini-batch of every epoch, once."""
+    store = CheckpointStore(RunFolder.open(folder).checkpoints_uri)
+    checkpoint, passed = store.latest()
+    if checkpoint is None:
+        raise BenchmarkFailed(f"no checkpoint is left: {passed}")
+    files = pyarrow.fs.LocalFileSystem()
+    for file in checkpoint.files:
+        path = f"{store.folder_uri(checkpoint.number).removeprefix('file://')}/{file.name}"
+        meta: Any = snapshot.read(files, path, file.sha256).meta
+        applied = meta["applied"]
+        wanted = {str(epoch): [] for epoch in range(epochs)}
+        if applied != {"num_batches": BATCHES_AN_EPOCH, "complete": wanted}:
+            raise BenchmarkFailed(f"{file.name} holds {applied}")
+        # A mini-batch that was applied twice would be a version too many.
+        if meta["version"] != epochs * BATCHES_AN_EPOCH:
+            raise BenchmarkFailed(f"{file.name} has version {meta['version']}")
+
+
+def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cluster", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+
+
+def _until(ready: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
+    give_up_s = time.monotonic() + DEADLINE_S
+    while not ready():
+        if driver.poll() not in (None, 0) or time.monotonic() > give_up_s:
+            raise BenchmarkFailed(f"it did not come so far:\n{log.read_text()[-3000:]}")
+        time.sleep(LOOK_EVERY_S)
+
+
+def _until_resumed(newest: Any, driver: subprocess.Popen[bytes], log: Path) -> None:
+    """The resumed run has to begin with the newest checkpoint that there was."""
+    wanted = (
+        "starting from the beginning"
+        if newest is None
+        else f"resuming from checkpoint {newest.number} at {newest.updates:,}"
+    )
+    _until(lambda: wanted in re.sub(r"\s+", " ", log.read_text()), driver, log)
+
+
+def _kill_one(driver: int, title: str, rng: random.Random) -> bool:
+    victims = sorted(p.pid for p in descendants(driver).values() if p.command.startswith(title))
+    if not victims:
+        return False
+    try:
+        os.kill(rng.choice(victims), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _await_end(family: set[int], what: str) -> None:
+    """Nothing that the run started may outlive it; with its processes end memory and sockets."""
+    give_up_s = time.monotonic() + DEADLINE_S
+    while left := {pid for pid in family if _runs(pid)}:
+        if time.monotonic() > give_up_s:
+            raise BenchmarkFailed(f"{what} left processes {sorted(left)} behind")
+        time.sleep(LOOK_EVERY_S)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
