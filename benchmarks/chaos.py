@@ -110,7 +110,8 @@ def disturbed(
 ) -> Disturbed:
     """One run of `mnist-bn` to its end, with up to so many faults; checks what it must show.
 
-    `kinds` are the victims, in this order; without it they are drawn by `WEIGHTS`. Raises `BenchmarkFailed` where it does not show it. The run may be over before its faults are.
+    `kinds` are the victims, in this order; without it they are drawn by `WEIGHTS`. Raises
+    `BenchmarkFailed` where it does not show it. The run may be over before its faults are.
     """
     began_s, rng = time.monotonic(), random.Random(seed)
     found = Disturbed(accuracy=0.0, best_accuracy=0.0)

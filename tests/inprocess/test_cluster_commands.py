@@ -67,7 +67,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["train", "mnist-bn", "--replicas", "0"], ["--replicas 0", "give at least 1"]),
         (["train", "mnist-bn", "--replicas", "ten"], ["'ten'", "'--replicas'"]),
         (["train", "mnist-bn", "--rule", "adam"], ["'adam'", "adagrad"]),
-        (["train", "mnist-bn", "--epochs", "100"], ["epochs=100", "61", "rekey"]),
+        (["train", "mnist-bn", "--epochs", "100"], ["epochs=100", "75", "rekey"]),
         (["train", "mnist-bn", "--data", "/no/such/folder"], ["/no/such/folder"]),
         (["train", "mnist-bn", "--eval-split", "dev"], ["'dev'", "train"]),
         (["trian"], ["'trian'", "'train'"]),

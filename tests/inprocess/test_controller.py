@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from cluster import controller
 from cluster.backend import RunFailed
 from cluster.checkpoint import CheckpointStore
 from cluster.config import NetworkConfig, RunConfig
@@ -234,7 +235,10 @@ def test_a_process_that_loses_its_connections_is_connected_again(tmp_path: Path,
     assert "connecting again" in (run.folder.path / "events.jsonl").read_text()
 
 
-def test_replicas_come_and_go_while_the_run_trains(tmp_path: Path, data: str) -> None:
+def test_replicas_come_and_go_while_the_run_trains(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller, "REPORT_EVERY_S", 0.02)
     run = Run(tmp_path / "run", tiny.config(data, replicas=2, epochs=12))
     seen: set[int] = set()
 
