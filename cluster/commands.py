@@ -17,7 +17,9 @@ from cluster import recipes
 from cluster.config import ROOT, RunConfig
 from cluster.errors import UserError
 from cluster.options import ConfigCommand, apply, config_options
-from cluster.run_folder import BEST, CONFIG, MAX_REPLICAS, MODEL, RESULT, STATUS, RunFolder
+from cluster.reproduce.commands import reproduce
+from cluster.run_folder import CONFIG, MAX_REPLICAS, RESULT, STATUS, RunFolder
+from cluster.serving import ServeConfig
 from shuffler.ingest import IngestConfig
 
 RUNS = Path("runs")
@@ -42,6 +44,31 @@ def with_ray_options(function: Any) -> Any:
     for option in reversed(ray_options):
         function = option(function)
     return function
+
+
+def with_weights_options(function: Any) -> Any:
+    """Add the options that say which weights of a run to use."""
+    for option in (
+        click.option("--weights", default=None, help="A file of weights, in the run or elsewhere."),
+        click.option("--best/--last", default=False, help="The best weights, or the last ones."),
+    ):
+        function = option(function)
+    return function
+
+
+crops_option = click.option(
+    "--crops",
+    type=click.Choice(["1", "10", "144"]),
+    default="1",
+    show_default=True,
+    help="Crops of each image whose answers are averaged.",
+)
+also_option = click.option(
+    "--also",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Another run, for an ensemble; may be given several times.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -135,38 +162,189 @@ def scale(run: Path, replicas: int, wait_s: float) -> int:
 
 
 @downpour.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@with_weights_options
 @click.option("--data", default=None, help="Folder or URI with the shards; default: the run's.")
 @click.option("--split", default=None, help="Split to score; default: the run's evaluation split.")
-@click.option("--best/--last", default=False, help="The best weights, or the last ones.")
-def evaluate(run: Path, data: str | None, split: str | None, best: bool) -> int:
-    """Score the weights of RUN on a split, with the BN statistics that the server kept."""
-    from workers.evaluator import Evaluator
-    from workers.split import SplitBatches
+@crops_option
+def evaluate(
+    runs: tuple[Path, ...],
+    best: bool,
+    weights: str | None,
+    data: str | None,
+    split: str | None,
+    crops: str,
+) -> None:
+    """Score the weights of one of RUNS, or of several as an ensemble, on a split.
 
-    folder = RunFolder.open(run)
-    weights = folder.path / (BEST if best else MODEL)
-    if not weights.exists():
-        other = "--last" if best else "--best"
-        raise UserError(f"{weights} does not exist (yet): wait for the run to end, or try {other}")
-    config = recipes.admit(folder.config())
-    spec = config.model_spec()
-    batches = SplitBatches(spec, data or config.data.data, split or config.data.eval_split)
-    evaluator = Evaluator(spec, batches)
-    evaluator.load(str(weights))
-    score = evaluator.score()
-    click.echo(
-        json.dumps(
-            {
-                "run": str(run),
-                "weights": weights.name,
-                "accuracy": score.accuracy,
-                "loss": round(score.loss, 6),
-                "examples": score.num_examples,
-            }
-        )
+    Batch normalization uses the statistics that the server kept. Class probabilities are averaged
+    over the crops of an image and over the networks.
+    """
+    from cluster import inference
+
+    loaded = [inference.load(run, best=best, weights=weights) for run in runs]
+    score = inference.evaluate(loaded, data=data, split=split, crops=int(crops))
+    click.echo(json.dumps(score))
+
+
+@downpour.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@with_weights_options
+@click.option("--data", default=None, help="Folder or URI with the shards; default: the run's.")
+@click.option("--split", default=None, help="Split to use; default: the run's training split.")
+@click.option(
+    "--batches", default=500, show_default=True, type=click.IntRange(1), help="Mini-batches."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="File to write; default: recalibrated.safetensors in RUN.",
+)
+def recalibrate(
+    run: Path,
+    best: bool,
+    weights: str | None,
+    data: str | None,
+    split: str | None,
+    batches: int,
+    output: Path | None,
+) -> None:
+    """Recompute the BN statistics of RUN on any dataset (Algorithm 2), its weights as they are.
+
+    The other commands take the result with `--weights`.
+    """
+    from cluster import inference
+
+    loaded = inference.load(run, best=best, weights=weights)
+    told = inference.recalibrate(loaded, data=data, split=split, batches=batches, output=output)
+    click.echo(json.dumps(told))
+
+
+@downpour.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@with_weights_options
+@also_option
+@crops_option
+@click.option(
+    "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    best: bool,
+    weights: str | None,
+    also: tuple[Path, ...],
+    crops: str,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Tell the most probable classes of IMAGES (files), by the weights of RUN."""
+    from cluster import inference
+    from workers.predictor import Predictor
+
+    files = inference.read_images(images)
+    loaded = [inference.load(path, best=best, weights=weights) for path in (run, *also)]
+    predictor = Predictor([one.network for one in loaded], crops=int(crops))
+    names = [str(path) for path in images]
+    answers = inference.predict(predictor, loaded[0].class_names, files, names, top=top)
+    if as_json:
+        pairs = zip(names, answers, strict=True)
+        click.echo(json.dumps([{"image": n, "predictions": found} for n, found in pairs]))
+        return
+    for name, found in zip(names, answers, strict=True):
+        told = "  ".join(f"{p['class']} {p['probability']:.1%}" for p in found)
+        click.echo(f"{name}: {told}")
+
+
+@downpour.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@with_weights_options
+@click.option(
+    "--format", "kind", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="File to write; default: model.onnx or model.pt2 in RUN.",
+)
+@click.option("--data", default=None, help="Folder or URI with the shards; default: the run's.")
+@click.option(
+    "--batches",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Mini-batches that the BN statistics are checked on.",
+)
+@click.option(
+    "--max-disagreement",
+    default="0.25",
+    show_default=True,
+    metavar="FLOAT|none",
+    help="Most that moving and recomputed statistics may differ, in standard deviations.",
+)
+def export(
+    run: Path,
+    best: bool,
+    weights: str | None,
+    kind: Any,
+    output: Path | None,
+    data: str | None,
+    batches: int,
+    max_disagreement: str,
+) -> None:
+    """Write the network of RUN, its batch normalization folded, for other programs.
+
+    The file is read back and compared with the checkpoint before it is kept.
+    """
+    try:
+        bound = None if max_disagreement.lower() == "none" else float(max_disagreement)
+    except ValueError:
+        raise UserError(f"--max-disagreement {max_disagreement}: give a number, or none") from None
+    from cluster import export as exporting
+    from cluster import inference
+
+    loaded = inference.load(run, best=best, weights=weights)
+    path = output or loaded.folder.path / f"model{exporting.SUFFIX[kind]}"
+    told = exporting.export(
+        loaded, path, format=kind, data=data, batches=batches, max_disagreement=bound
     )
-    return 0
+    click.echo(json.dumps(told))
+
+
+@downpour.command(cls=ConfigCommand)
+@config_options(ServeConfig)
+@click.argument("run", type=click.Path(path_type=Path))
+@with_weights_options
+@also_option
+@click.option(
+    "--address",
+    default=None,
+    help="Ray cluster to run on; without it RAY_ADDRESS, or a new one on this machine.",
+)
+def serve(
+    run: Path,
+    best: bool,
+    weights: str | None,
+    also: tuple[Path, ...],
+    address: str | None,
+    given: dict[str, object],
+) -> None:
+    """Answer images over HTTP with the classes that RUN finds in them, until interrupted."""
+    from cluster import serving
+
+    config = apply(ServeConfig(), given)
+    runs = (run, *also)
+    with serving.serving(runs, best=best, weights=weights, config=config, address=address) as told:
+        url, header = told
+        key = f" -H @{header}" if header else ""
+        click.echo(f"serving {run} at {url}")
+        click.echo(f"try: curl{key} --data-binary @image.jpg {url}/predict")
+        sys.stdout.flush()
+        serving.wait_for_signal()
 
 
 @downpour.command(cls=ConfigCommand)
@@ -293,6 +471,9 @@ def bench(
         Settings.quickly(only) if quick else Settings(repeat=repeat, seconds=seconds, only=only)
     )
     return suite.run(name, settings, as_json=as_json, save=save)
+
+
+downpour.add_command(reproduce)
 
 
 def _cell(value: Any) -> str:

@@ -46,6 +46,8 @@ class Data:
     plan: Plan
     fingerprint: str
     """Of the training split."""
+    class_names: tuple[str, ...] = ()
+    """Names of the labels 0, 1, ...; empty where the data names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,9 @@ def check_data(config: RunConfig) -> Data:
             first = np.zeros(1, np.int64)
             decoder.decode(reader.take(first), rows=first)
     return Data(
-        plan=config.plan(dataset.num_rows, dataset.shard_rows), fingerprint=dataset.fingerprint
+        plan=config.plan(dataset.num_rows, dataset.shard_rows),
+        fingerprint=dataset.fingerprint,
+        class_names=dataset.class_names,
     )
 
 
@@ -104,7 +108,7 @@ def train(
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     config = folder.config()
     with folder.locked():
-        _check_data_unchanged(folder, data.fingerprint)
+        _check_data_unchanged(folder, data)
         store = CheckpointStore(folder.checkpoints_uri)
         resumed = _find_checkpoint(folder, store, console) if resume else None
         with (
@@ -114,7 +118,7 @@ def train(
             display.update(Progress(elapsed_s=time.time() - began_at, phase="starting Ray"))
             # Importing PyTorch takes as long as half of Ray's start, which mostly waits.
             building = pool.submit(build_model, config)
-            with _ray(address=address, dashboard=dashboard) as dashboard_url:
+            with on_ray(address=address, dashboard=dashboard) as dashboard_url:
                 if dashboard_url:
                     console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
                 from cluster.controller import Controller
@@ -162,11 +166,12 @@ def _backend(
     )
 
 
-def _check_data_unchanged(folder: RunFolder, fingerprint: str) -> None:
+def _check_data_unchanged(folder: RunFolder, found: Data) -> None:
     """A run is resumed on the rows that it began with, or mini-batches would not be the same."""
     if not (folder.path / DATA).exists():
-        folder.write_json(DATA, {"train_fingerprint": fingerprint})
-    elif folder.read_json(DATA)["train_fingerprint"] != fingerprint:
+        about = {"train_fingerprint": found.fingerprint, "class_names": list(found.class_names)}
+        folder.write_json(DATA, about)
+    elif folder.read_json(DATA)["train_fingerprint"] != found.fingerprint:
         data = folder.config().data
         raise UserError(
             f"split {data.train_split!r} of {data.data} has changed since {folder.path} began: "
@@ -193,7 +198,7 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
 
 
 @contextlib.contextmanager
-def _ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
+def on_ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
     """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own."""
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
