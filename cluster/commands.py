@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.table import Table
 from cluster import recipes
 from cluster.config import ROOT, RunConfig
 from cluster.errors import UserError
+from cluster.inspection import InspectConfig
 from cluster.options import ConfigCommand, apply, config_options
 from cluster.reproduce.commands import reproduce
 from cluster.run_folder import CONFIG, MAX_REPLICAS, RESULT, STATUS, RunFolder
@@ -23,7 +26,7 @@ from cluster.serving import ServeConfig
 from shuffler.ingest import IngestConfig
 
 RUNS = Path("runs")
-BENCHMARKS = ("push-pull", "peers", "replicas", "startup", "checkpoints", "chaos", "all")
+BENCHMARKS = ("push-pull", "peers", "replicas", "startup", "checkpoints", "chaos", "shuffle", "all")
 
 ray_options = [
     click.option(
@@ -357,26 +360,61 @@ def ingest(source: str, destination: str, given: dict[str, object]) -> None:
     SOURCE is a folder of IDX files (MNIST's), of a folder for each class (ImageNet's layout), or
     of Parquet in the Hugging Face convention.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from shuffler.ingest import ingest as write
+
+    with _bar("shuffling rows") as show:
+        manifest = write(source, destination, apply(IngestConfig(), given), progress=show)
+    for name, split in manifest.splits.items():
+        size = sum(shard.num_bytes for shard in split.shards)
+        click.echo(f"{name}: {split.num_rows:,} rows, {size:,} bytes, {len(split.shards)} file(s)")
+
+
+@downpour.command(cls=ConfigCommand)
+@config_options(InspectConfig)
+@click.argument("data")
+@click.option(
+    "--sheet",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Save a mini-batch as a picture, varied as in training.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(data: str, sheet: Path | None, as_json: bool, given: dict[str, object]) -> None:
+    """Show what the dataset DATA holds, and how a strategy mixes it."""
+    from cluster import inspection
+
+    config = apply(InspectConfig(), given)
+    with _bar("counting pairs") as show:
+        found = inspection.inspect(data, config, progress=show)
+    if sheet is not None:
+        found["sheet"] = {
+            "path": str(sheet),
+            "images": inspection.contact_sheet(data, config, sheet),
+        }
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        inspection.show(found, Console())
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal; gives what is told the steps done and the steps in all."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("shuffling rows", total=None)
+    task = bar.add_task(what, total=None)
 
     def show(done: int, total: int) -> None:
         bar.start()
         bar.update(task, completed=done, total=total)
 
     try:
-        manifest = write(source, destination, apply(IngestConfig(), given), progress=show)
+        yield show
     finally:
         bar.stop()
-    for name, split in manifest.splits.items():
-        size = sum(shard.num_bytes for shard in split.shards)
-        click.echo(f"{name}: {split.num_rows:,} rows, {size:,} bytes, {len(split.shards)} file(s)")
 
 
 @downpour.command(cls=ConfigCommand, name="recipes")
@@ -439,9 +477,7 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
 
 
 @downpour.command()
-@click.argument(
-    "name", type=click.Choice(["push-pull", "peers", "replicas", "startup", "checkpoints", "all"])
-)
+@click.argument("name", type=click.Choice(BENCHMARKS))
 @click.option("--repeat", default=3, show_default=True, help="Rounds; medians are shown.")
 @click.option("--seconds", default=10.0, show_default=True, help="Seconds that each is measured.")
 @click.option("--only", multiple=True, help="Peers or sizes to run; may be given several times.")

@@ -219,20 +219,42 @@ class Plan:
         The next epoch's follow the last of an epoch, as far as the plan reaches.
         """
         found: list[tuple[int, int]] = []
-        at = window
-        if self.strategy == "pairwise":
-            at = int(self._windows(epoch).inverse(np.array([window]))[0])
+        at = self.turn_of(epoch, window)
         while len(found) < count:
             at += 1
             if at == self.num_windows:
                 epoch, at = epoch + 1, 0
                 if self.max_epochs == epoch and self.past_bound == "error":
                     break
-            following = at
-            if self.strategy == "pairwise":
-                following = int(self._windows(epoch).forward(np.array([at]))[0])
-            found.append((epoch, following))
+            found.append((epoch, self.window_at(epoch, at)))
         return found
+
+    def window_at(self, epoch: int, turn: int) -> int:
+        """Return the window that runs at `turn` of an epoch, in [0, num_windows)."""
+        if self.strategy != "pairwise":
+            return turn
+        return int(self._windows(epoch).forward(np.array([turn]))[0])
+
+    def turn_of(self, epoch: int, window: int) -> int:
+        """Return when a window runs: the inverse of `window_at`."""
+        if self.strategy != "pairwise":
+            return window
+        return int(self._windows(epoch).inverse(np.array([window]))[0])
+
+    def locate(self, epoch: int, place: int) -> tuple[int, int]:
+        """Return where mini-batch number `place` of an epoch, as they run, is to be found.
+
+        In constant time: the turn of its window, and its number in that window's order.
+        """
+        if not 0 <= place < self.num_batches:
+            raise PlanError(f"place={place} is not in [0, {self.num_batches}), an epoch's batches")
+        self._check_epoch(epoch)
+        size = self.window_batches
+        short = self.turn_of(epoch, self.num_windows - 1)  # the only one that may be shorter
+        missing = self.num_windows * size - self.num_batches
+        if place < (short + 1) * size - missing:
+            return divmod(place, size)
+        return divmod(place + missing, size)
 
     def _windows(self, epoch: int) -> Permutation:
         return Permutation(self.num_windows, stream_key(self.seed, "windows", epoch))

@@ -66,6 +66,8 @@ class RowReader:
             for number in range(shard.metadata.num_row_groups)
         ]
         self._schema = dataset.schema
+        # Worth its threads where a file is far away: it asks for all columns at once.
+        self._pre_buffer = not files.is_local(dataset.filesystem)
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
@@ -184,9 +186,14 @@ class RowReader:
         try:
             with (
                 self._dataset.filesystem.open_input_file(shard.path) as source,
-                pq.ParquetFile(source, metadata=shard.metadata, pre_buffer=True) as parquet,
+                pq.ParquetFile(
+                    source, metadata=shard.metadata, pre_buffer=self._pre_buffer
+                ) as parquet,
             ):
-                table = parquet.read_row_group(number, columns=self._schema.names)
+                # Row groups are read side by side; threads within one cost more than they gain.
+                table = parquet.read_row_group(
+                    number, columns=self._schema.names, use_threads=False
+                )
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(
                 f"row group {number} of {shard.path} cannot be read ({files.one_line(error)}); "

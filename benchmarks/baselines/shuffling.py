@@ -1,0 +1,336 @@
+"""One measurement of `benchmarks.shuffle`, in a process of its own: what its setup's task names."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import resource
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import simplejpeg
+from numpy.typing import NDArray
+
+from benchmarks.processes import die_with_parent
+from shuffler.actor import ShufflerActor
+from shuffler.augment import AugmentConfig
+from shuffler.decode import ImageSpec, image_buffers
+from shuffler.feed import Feed
+from shuffler.pairs import count_pairs
+from shuffler.plan import Plan
+from shuffler.records import Dataset
+
+SIZE = 224
+ALL = AugmentConfig(random_crop=True, mirror=True, distortion="full")
+
+
+def ours_rows(data: str, **_: Any) -> dict[str, Any]:
+    """An epoch of encoded rows in mini-batches of 32; the files are opened before."""
+    dataset = Dataset.open(data, "train")
+    return _drain(lambda: iter(Feed(dataset)), len)
+
+
+def ray_rows(data: str, **_: Any) -> dict[str, Any]:
+    """The same by Ray Data, on a Ray that has been started; it reads the footers itself."""
+    import ray
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    files = [str(path) for path in sorted(Path(data).glob("train-*.parquet"))]
+    try:
+        return _drain(
+            lambda: (
+                ray.data.read_parquet(files)
+                .random_shuffle()
+                .iter_batches(batch_size=32, batch_format="pyarrow")
+            ),
+            len,
+        )
+    finally:
+        ray.shutdown()
+
+
+def _drain(start: Callable[[], Any], size: Callable[[Any], int]) -> dict[str, Any]:
+    began_s = time.perf_counter()
+    first_s = rows = 0.0
+    for batch in start():
+        first_s = first_s or time.perf_counter() - began_s
+        rows += size(batch)
+    elapsed_s = time.perf_counter() - began_s
+    return {"rows": rows, "first_s": first_s, "rows_per_s": rows / elapsed_s}
+
+
+def ours_images(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
+    """Decoded and varied images by the feed, with `workers` threads."""
+    import torch
+
+    spec = ImageSpec(height=size, width=size)
+    feed = Feed(
+        data, image=spec, augment=ALL, epochs=10**6, past_bound="rekey", num_threads=workers
+    )
+    return _rate(((torch.from_numpy(x), y) for x, y in feed), seconds)
+
+
+def torch_images(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
+    """The same operations by torch's DataLoader, with `workers` processes and its own collation."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    class Images(torch.utils.data.Dataset[Any]):
+        def __init__(self) -> None:
+            self.files = _files(data)
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            rng = np.random.default_rng(torch.randint(2**62, ()).item())
+            planes = np.empty((3, size, size), np.float32)
+            plain_image(self.files[index], rng, size, planes)
+            return torch.from_numpy(planes), 0
+
+    loader = DataLoader(
+        Images(), batch_size=32, shuffle=True, num_workers=workers, persistent_workers=True
+    )
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    return _rate(batches(), seconds)
+
+
+def plain_images(data: str, seconds: float, size: int, **_: Any) -> dict[str, Any]:
+    """The same operations in a bare loop on one thread, images in memory."""
+    files = _files(data)
+    rng = np.random.default_rng(0)
+    inputs = np.empty((32, 3, size, size), np.float32)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            for start in range(0, len(files) - 31, 32):
+                for number in range(32):
+                    plain_image(files[start + number], rng, size, inputs[number])
+                yield inputs, inputs
+
+    return _rate(batches(), seconds)
+
+
+def plain_image(data: bytes, rng: np.random.Generator, size: int, out: NDArray[np.float32]) -> None:
+    """Decode, crop at random, resize, distort, mirror, and scale to [0, 1]: as one writes it."""
+    pixels = simplejpeg.decode_jpeg(data)
+    height, width = pixels.shape[:2]
+    tall, wide = height, width
+    for _ in range(10):
+        share = rng.uniform(0.08, 1)
+        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
+        tall = round(math.sqrt(share * height * width / ratio))
+        wide = round(math.sqrt(share * height * width * ratio))
+        if 0 < tall <= height and 0 < wide <= width:
+            break
+    else:
+        tall, wide = height, width
+    top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+    image = cv2.resize(pixels[top : top + tall, left : left + wide], (size, size))
+    b, k, s = rng.uniform(0.5, 1.5, 3)
+    grey = np.array([0.299, 0.587, 0.114])
+    matrix = np.empty((3, 4))
+    matrix[:, :3] = b * k * (s * np.eye(3) + (1 - s) * grey)
+    matrix[:, 3] = b * (1 - k) * (grey @ cv2.mean(image)[:3]) + rng.normal(0, 5, 3)
+    image = cv2.transform(image, matrix)
+    if rng.random() < 0.5:
+        image = cv2.flip(image, 1)
+    np.copyto(out, image.transpose(2, 0, 1))
+    np.divide(out, np.float32(255), out=out)
+
+
+def _files(data: str) -> list[bytes]:
+    dataset = Dataset.open(data, "train")
+    files: list[bytes] = []
+    for shard in dataset.shards:
+        for group in pq.read_table(shard.path).to_batches():
+            files += [bytes(b or b"") for b in image_buffers(group.column("image"))]
+    return files
+
+
+def _rate(batches: Iterator[Any], seconds: float) -> dict[str, Any]:
+    """Images a second in steady state, after the workers have started and pipes have filled."""
+    for _ in range(8):
+        next(batches)
+    began_s = now_s = time.perf_counter()
+    images = 0
+    while now_s < began_s + seconds:
+        images += len(next(batches)[0])
+        now_s = time.perf_counter()
+    return {"images_per_s": images / (now_s - began_s)}
+
+
+def pairs(num_rows: int, epochs: int, **_: Any) -> dict[str, Any]:
+    """Repeated pairs of all rows over all these epochs, counted."""
+    began_s = time.perf_counter()
+    found = count_pairs(Plan(num_rows=num_rows), epochs)
+    return {
+        "repeats": found.repeats,
+        "meetings": found.meetings,
+        "repeats_by_chance": found.chance,
+        "seconds": time.perf_counter() - began_s,
+    }
+
+
+def planning(num_rows: int, **_: Any) -> dict[str, Any]:
+    """Memory of a plan in use, and the time to find the rows of a window in mid-epoch."""
+    tracemalloc.start()
+    plan = Plan(num_rows=num_rows, seed=1)
+    order = plan.window_order(7)
+    rows, _ = plan.rows_of(7, plan.window_batches_order(7, int(order[len(order) // 2])))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    del order, rows
+    began_s = time.perf_counter()
+    turn, offset = plan.locate(3, plan.num_batches // 3)
+    batches = plan.window_batches_order(3, plan.window_at(3, turn))[offset:]
+    plan.rows_of(3, batches)
+    return {"peak_mb": peak / 2**20, "resume_ms": 1e3 * (time.perf_counter() - began_s)}
+
+
+def resume(data: str, **_: Any) -> dict[str, Any]:
+    """From an open dataset to the first mini-batch after a place in mid-epoch."""
+    dataset = Dataset.open(data, "train")
+    state = Feed(dataset).state_dict()
+    began_s = time.perf_counter()
+    feed = Feed(dataset)
+    feed.load_state_dict({**state, "place": feed.plan.num_batches // 2})
+    loaded_s = time.perf_counter() - began_s
+    next(iter(feed))
+    return {
+        "state_ms": 1e3 * loaded_s,
+        "first_batch_ms": 1e3 * (time.perf_counter() - began_s),
+    }
+
+
+def resident(data: str, cache_mb: int, **_: Any) -> dict[str, Any]:
+    """What a shuffler's process grows by in an epoch, at most."""
+    dataset = Dataset.open(data, "train")
+    plan = Plan(num_rows=dataset.num_rows, window_batches=16)
+    gc.collect()
+    before = _resident_kb()
+    shuffler = ShufflerActor(0, data, "train", plan, 1 << 30, 1, cache_mb << 20)
+    num_rows = num_bytes = 0
+    for window in plan.window_order(0).tolist():
+        part = shuffler.deliver(0, tuple(plan.window_batches_order(0, window).tolist()))
+        num_rows += len(part.batch)
+        num_bytes += part.batch.nbytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "dataset_mb": num_bytes / 2**20,
+        "rows": num_rows,
+        "complete": num_rows == dataset.num_rows,
+        "grown_mb": (peak - before) / 2**10,
+    }
+
+
+def _resident_kb() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+
+def store(data: str, cache_mb: int, store_mb: int, **_: Any) -> dict[str, Any]:
+    """A whole epoch through an object store that is smaller than the dataset."""
+    import ray
+
+    ray.init(
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=store_mb << 20,
+    )
+    dataset = Dataset.open(data, "train")
+    plan = Plan(num_rows=dataset.num_rows, window_batches=16)
+    remote: Any = ray.remote
+    shuffler = remote(ShufflerActor).options(num_cpus=0, max_concurrency=2)
+    try:
+        actor = shuffler.remote(0, data, "train", plan, 1 << 30, 1, cache_mb << 20)
+        seen = np.zeros(dataset.num_rows, dtype=np.int64)
+        num_bytes, waiting = 0, []
+        for window in [*plan.window_order(0).tolist(), None, None]:
+            if window is not None:
+                batches = tuple(plan.window_batches_order(0, window).tolist())
+                waiting.append(actor.deliver.remote(0, batches))
+            if len(waiting) > 2 or window is None:
+                part = ray.get(waiting.pop(0))
+                np.add.at(seen, part.rows[part.positions], 1)
+                num_bytes += part.batch.nbytes
+        return {
+            "dataset_mb": num_bytes / 2**20,
+            "store_mb": store_mb,
+            "each_row_once": bool((seen == 1).all()),
+        }
+    finally:
+        ray.shutdown()
+
+
+def make_rows(folder: str, count: int, row_bytes: int, side: int) -> None:
+    """A dataset of `count` rows: JPEGs of `side` pixels, or where that is 0, random bytes."""
+    rng = np.random.default_rng(0)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    schema = pa.schema(
+        [
+            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            ("label", pa.int64()),
+        ]
+    )
+    group = max(1, min(1000, (4 << 20) // max(1, row_bytes)))
+    path = Path(folder) / "train-00000-of-00001.parquet"
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, count, group):
+            rows = range(start, min(start + group, count))
+            images = [
+                {"bytes": _jpeg(rng, side) if side else rng.bytes(row_bytes), "path": f"{i}.jpg"}
+                for i in rows
+            ]
+            columns = {"image": images, "label": [i % 10 for i in rows]}
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+
+
+def _jpeg(rng: np.random.Generator, side: int) -> bytes:
+    """A picture with a photograph's smoothness and noise, `side` wide and 3/4 of that high."""
+    height, width = (side, side) if side < 100 else (side * 3 // 4, side)
+    coarse = rng.integers(0, 256, (max(3, height // 16), max(4, width // 16), 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    noise = rng.integers(-12, 13, smooth.shape, dtype=np.int16)
+    pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    return bytes(simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="420"))
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    task.__name__: task
+    for task in (
+        *(ours_rows, ray_rows, ours_images, torch_images, plain_images),
+        *(pairs, planning, resume, resident, store),
+    )
+}
+
+
+def main() -> None:
+    """Do the task of the setup, and write what came out."""
+    die_with_parent()
+    setup = json.loads(sys.argv[1])
+    value = TASKS[setup.pop("task")](**setup)
+    result = Path(sys.argv[2])
+    partial = result.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.rename(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Claims: rows and images come faster than from Ray Data and torch's DataLoader, no pair twice.
+
+    rows     an epoch of encoded rows, start included, against Ray Data's random_shuffle
+    images   photographs decoded and varied, against torch's DataLoader with as many workers and
+             against a bare loop on one thread
+    small    the same with 32x32 images
+    pairs    repeated pairs at the sizes of CIFAR-10 and ImageNet, counted
+    memory   of a plan, of a shuffler, and of a dataset that the object store does not hold
+
+CIFAR-10 is taken from `data/cifar10` where that is; otherwise images of its number and size are
+made, as photographs are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.baselines.shuffling import make_rows
+from benchmarks.harness import BadSettings, Report, Say, Settings, median
+from benchmarks.processes import measure_in_child
+from cluster.config import ROOT, processors
+
+PARTS = ("rows", "images", "small", "pairs", "memory")
+CIFAR10 = ROOT / "data" / "cifar10"
+DEADLINE_S = 900.0
+_MODULE = "benchmarks.baselines.shuffling"
+
+
+def run(settings: Settings, say: Say) -> Report:
+    """Measure the parts asked for; of those that are compared, each in every round."""
+    unknown = [name for name in settings.only if name not in PARTS]
+    if unknown:
+        raise BadSettings(f"shuffle has no part {unknown[0]!r}: choose of {', '.join(PARTS)}")
+    parts = settings.only or PARTS
+    with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
+        bench = _Bench(settings, say, Path(scratch))
+        for part in parts:
+            getattr(bench, f"_{part}")()
+    return Report(
+        name="shuffle",
+        title="the shuffler",
+        columns=("", "found", "compared with", "ratio"),
+        rows=tuple(bench.rows),
+        notes=(f"medians of {settings.repeat} round(s); ratios are within a round",),
+        configuration={"parts": list(parts), **bench.configuration},
+        result=bench.result,
+        rounds=bench.rounds,
+    )
+
+
+class _Bench:
+    """Runs children, and gathers what they find."""
+
+    def __init__(self, settings: Settings, say: Say, scratch: Path) -> None:
+        self._settings = settings
+        self._say = say
+        self._scratch = scratch
+        self._workers = min(2, processors())
+        self.rows: list[tuple[str, ...]] = []
+        self.result: dict[str, Any] = {}
+        self.rounds: list[Any] = [{} for _ in range(settings.repeat)]
+        self.configuration: dict[str, Any] = {}
+
+    def _child(self, task: str, **setup: Any) -> dict[str, Any]:
+        self._say(f"shuffle: {task} {', '.join(f'{k}={v}' for k, v in setup.items())}")
+        return measure_in_child(task, _MODULE, {"task": task, **setup}, DEADLINE_S)
+
+    def _compare(self, part: str, tasks: tuple[str, ...], **setup: Any) -> list[dict[str, Any]]:
+        found = []
+        for record in self.rounds:
+            record[part] = {task: self._child(task, **setup) for task in tasks}
+            found.append(record[part])
+        return found
+
+    def _cifar(self) -> str:
+        if CIFAR10.is_dir() and not self._settings.quick:
+            return str(CIFAR10)
+        folder = self._scratch / "cifar10-like"
+        if not folder.exists():
+            count = 3_000 if self._settings.quick else 50_000
+            make_rows(str(folder), count=count, row_bytes=900, side=32)
+        return str(folder)
+
+    def _rows(self) -> None:
+        data = self._cifar()
+        self.configuration["rows"] = {"data": Path(data).name, "batch_size": 32}
+        found = self._compare("rows", ("ours_rows", "ray_rows"), data=data)
+        ours, ray = (median([f[t]["rows_per_s"] for f in found]) for t in ("ours_rows", "ray_rows"))
+        ratio = median([f["ours_rows"]["rows_per_s"] / f["ray_rows"]["rows_per_s"] for f in found])
+        first = median([1e3 * f["ours_rows"]["first_s"] for f in found])
+        ray_first = median([1e3 * f["ray_rows"]["first_s"] for f in found])
+        self.result["rows"] = {
+            "rows_per_s": ours,
+            "ray_data_rows_per_s": ray,
+            "ratio_to_ray_data": ratio,
+            "first_batch_ms": first,
+            "ray_data_first_batch_ms": ray_first,
+        }
+        self.rows += [
+            (
+                "encoded rows/s, start included",
+                f"{ours:,.0f}",
+                f"Ray Data {ray:,.0f}",
+                f"{ratio:.1f}",
+            ),
+            ("first mini-batch, ms", f"{first:.0f}", f"Ray Data {ray_first:,.0f}", ""),
+        ]
+
+    def _images(self) -> None:
+        self._decoding("images", count=256 if self._settings.quick else 2048, side=500, size=224)
+
+    def _small(self) -> None:
+        self._decoding("small", count=2000 if self._settings.quick else 20_000, side=32, size=32)
+
+    def _decoding(self, part: str, *, count: int, side: int, size: int) -> None:
+        folder = str(self._scratch / part)
+        make_rows(folder, count=count, row_bytes=65_000 if side > 100 else 900, side=side)
+        setup = {"workers": self._workers, "seconds": self._settings.seconds, "size": size}
+        self.configuration[part] = {"images": count, "side": side, **setup}
+        tasks = ("ours_images", "torch_images", "plain_images")
+        found = [
+            {task: each["images_per_s"] for task, each in record.items()}
+            for record in self._compare(part, tasks, data=folder, **setup)
+        ]
+        ours, torch, plain = (median([f[task] for f in found]) for task in tasks)
+        to_torch = median([f["ours_images"] / f["torch_images"] for f in found])
+        per_core = median([f["ours_images"] / (self._workers * f["plain_images"]) for f in found])
+        self.result[part] = {
+            "images_per_s": ours,
+            "torch_dataloader_images_per_s": torch,
+            "plain_loop_images_per_s": plain,
+            "ratio_to_torch_dataloader": to_torch,
+            "ratio_to_plain_loop_per_core": per_core,
+        }
+        name = f"{side}-pixel JPEGs decoded and varied/s, {self._workers} workers"
+        self.rows += [
+            (name, f"{ours:,.0f}", f"torch DataLoader {torch:,.0f}", f"{to_torch:.2f}"),
+            (
+                "the same, a worker",
+                f"{ours / self._workers:,.0f}",
+                f"bare loop {plain:,.0f}",
+                f"{per_core:.2f}",
+            ),
+        ]
+
+    def _pairs(self) -> None:
+        sizes = {"cifar10": (50_000, 50), "imagenet": (1_281_167, 100)}
+        if self._settings.quick:
+            sizes = {"cifar10": (5_000, 20)}
+        for name, (num_rows, epochs) in sizes.items():
+            found = self._child("pairs", num_rows=num_rows, epochs=epochs)
+            self.result[f"pairs_{name}"] = found
+            self.rows.append(
+                (
+                    f"repeated pairs, {num_rows:,} rows, {epochs} epochs",
+                    f"{found['repeats']:,}",
+                    f"chance {found['repeats_by_chance']:,.0f}",
+                    "",
+                )
+            )
+
+    def _memory(self) -> None:
+        quick = self._settings.quick
+        plan = self._child("planning", num_rows=10**9)
+        again = self._child("resume", data=self._cifar())
+        self.result |= {"planning": plan, "resume": again}
+        self.rows += [
+            ("planning for 10^9 rows, MB", f"{plan['peak_mb']:.1f}", "", ""),
+            ("finding the rows in mid-epoch, ms", f"{plan['resume_ms']:.1f}", "10^9 rows", ""),
+            (
+                "resume to the first mini-batch, ms",
+                f"{again['first_batch_ms']:.0f}",
+                "CIFAR-10",
+                "",
+            ),
+        ]
+        cache_mb, store_mb = (16, 80) if quick else (64, 100)
+        base = 2_000 if quick else 4_000
+        for times in (1, 4):
+            folder = str(self._scratch / f"bytes-{times}")
+            make_rows(folder, count=base * times, row_bytes=(12 if quick else 25) << 10, side=0)
+            found = self._child("resident", data=folder, cache_mb=cache_mb)
+            self.result[f"resident_{times}x"] = found
+            self.rows.append(
+                (
+                    f"a shuffler's memory, cache of {cache_mb} MB, MB",
+                    f"{found['grown_mb']:.0f}",
+                    f"dataset of {found['dataset_mb']:.0f} MB",
+                    "",
+                )
+            )
+        if quick:
+            return
+        through = self._child("store", data=folder, cache_mb=cache_mb, store_mb=store_mb)
+        self.result["store"] = through
+        share = through["dataset_mb"] / store_mb
+        self.rows.append(
+            (
+                f"an epoch through an object store of {store_mb} MB",
+                "each row once" if through["each_row_once"] else "ROWS LOST",
+                f"dataset of {through['dataset_mb']:.0f} MB",
+                f"{share:.1f}",
+            )
+        )
