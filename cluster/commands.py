@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import recipes
+from cluster.cluster_commands import COMMANDS
 from cluster.config import ROOT, RunConfig
 from cluster.errors import UserError
 from cluster.inspection import InspectConfig
@@ -518,3 +519,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+for _command in COMMANDS:
+    downpour.add_command(_command)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cluster.errors import UserError
 from paramserver.policy import Guard, StalenessPolicy
+from cluster.placement import PlacementConfig
 from paramserver.rules import Regulariser, check_fraction, make_rule
 from paramserver.schedule import Schedule
 from paramserver.statistics import StatisticsRule
@@ -293,6 +294,8 @@ class RunConfig:
     """The replicas."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """Length and policies."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which nodes of a cluster the actors run on."""
 
     def plan(self, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
         """The mini-batches of `num_rows` examples, checked against the length of the run.

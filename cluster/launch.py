@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ SKIPPED_SHOWN = 5
 if TYPE_CHECKING:
     from cluster.controller import Controller, Outcome
     from cluster.ray_backend import RayBackend
+    from cluster.ray_nodes import Nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,8 @@ def train(
                     console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
                 from cluster.controller import Controller
 
-                backend = _backend(config, data.plan, building.result(), resumed, store)
+                nodes = _nodes(folder, config, display.update, began_at)
+                backend = _backend(config, data.plan, building.result(), resumed, store, nodes)
                 controller = Controller(
                     config=config,
                     plan=data.plan,
@@ -145,12 +147,29 @@ def train(
         return _stopped(folder, controller.stop_reason or "stopped", outcome, console)
 
 
+def _nodes(
+    folder: RunFolder, config: RunConfig, show: Callable[[Progress], None], began_at: float
+) -> Nodes:
+    """The nodes of the cluster, once all are there that the run is to wait for."""
+    from cluster.ray_nodes import Nodes
+
+    nodes = Nodes(config.placement)
+    nodes.await_all(
+        config.replicas,
+        config.server.partitions,
+        lambda phase: show(Progress(elapsed_s=time.time() - began_at, phase=phase)),
+    )
+    nodes.check_folder(folder.path)
+    return nodes
+
+
 def _backend(
     config: RunConfig,
     plan: Plan,
     model: _Model,
     resumed: Checkpoint | None,
     store: CheckpointStore,
+    nodes: Nodes,
 ) -> RayBackend:
     from cluster.ray_backend import RayBackend
 
@@ -160,6 +179,7 @@ def _backend(
         partitions=model.partitions,
         weights=model.weights,
         key=secrets.token_bytes(KEY_BYTES),
+        nodes=nodes,
         num_processors=processors(),
         resumed=resumed,
         store=store,

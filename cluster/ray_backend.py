@@ -24,7 +24,6 @@ from ray.exceptions import (
     TaskUnschedulableError,
     WorkerCrashedError,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.backend import (
     Done,
@@ -38,6 +37,7 @@ from cluster.backend import (
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import NetworkConfig, RunConfig, num_processes
 from cluster.errors import one_line, user_message
+from cluster.ray_nodes import Nodes
 from paramserver.actor import PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import Partition
@@ -77,6 +77,7 @@ class RayBackend:
         partitions: Sequence[Partition],
         weights: npt.NDArray[np.float32],
         key: bytes,
+        nodes: Nodes,
         num_processors: int,
         resumed: Checkpoint | None,
         store: CheckpointStore,
@@ -87,17 +88,9 @@ class RayBackend:
         self._key = key
         self._spec = config.model_spec()
         self.num_partitions = len(partitions)
-        cluster: Any = ray  # these have no types
-        num_nodes = sum(bool(node["Alive"]) for node in cluster.nodes())
-        self._beside_us: Any = "DEFAULT"
-        self._anywhere = "DEFAULT"
-        if num_nodes > 1:
-            num_processors = max(1, int(cluster.cluster_resources().get("CPU", num_processors)))
-            # The run's folder and the data may be this machine's only: what touches them stays.
-            us = ray.get_runtime_context().get_node_id()
-            self._beside_us = NodeAffinitySchedulingStrategy(us, soft=False)
-            self._anywhere = "SPREAD"
-        self._access, listen = _network(config.server.network, num_nodes)
+        self._nodes = nodes
+        num_processors = nodes.processors(num_processors)
+        self._access, listen = _network(config.server.network, nodes.count)
         count = num_processes(config.replicas, num_processors)
         # Replica r is in process r mod count, so that a warm start spreads over all processes.
         self.processes = tuple(
@@ -174,7 +167,7 @@ class RayBackend:
             1,
             *(self._spec, data.data, data.eval_split),
             *(self.endpoints(), self._key, self._access),
-            scheduling=self._beside_us,
+            scheduling=self._nodes.scheduling("evaluator", 0),
         )
         return self._ticket(self._evaluator.ready.remote(), ProcessLost, "the evaluator")
 
@@ -254,7 +247,7 @@ class RayBackend:
             PartitionActor,
             4,
             *(partition, self._update_config, self._key, *start, self._listen),
-            scheduling=self._beside_us,
+            scheduling=self._nodes.scheduling("partitions", index),
         )
 
     def _spawn_process(self, index: int) -> Any:
@@ -266,7 +259,7 @@ class RayBackend:
             windows + 2,
             *(members, self._spec, steps, self._threads),
             *(self._config.decoder(), self._config.replicas.queued_windows),
-            scheduling=self._anywhere,
+            scheduling=self._nodes.scheduling("replicas", index),
         )
 
     def _spawn_shuffler(self, index: int) -> Any:
@@ -277,7 +270,7 @@ class RayBackend:
             2,
             *(index, data.data, split, self._plan, num_classes, data.shufflers),
             data.shuffler_cache_mb << 20,
-            scheduling=self._beside_us,
+            scheduling=self._nodes.scheduling("shufflers", index),
         )
 
     def _names(self, index: int) -> str:

@@ -32,6 +32,8 @@ CONFIG, DATA, STATUS = "config.json", "data.json", "status.json"
 METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
 CONTROL = "control.json"
 MAX_REPLICAS = 10_000
+STOP = ".stop"
+"""There while somebody has asked the run to stop."""
 BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
 
 
@@ -157,6 +159,23 @@ class RunFolder:
             except (ValueError, LookupError, TypeError, OSError):
                 return None
         return replicas if type(replicas) is int and 1 <= replicas <= MAX_REPLICAS else None
+
+    def request_stop(self) -> None:
+        """Ask whoever trains the run to write a checkpoint and end."""
+        try:
+            (self.path / STOP).touch()
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.path} cannot be written: {error.strerror}"
+            ) from None
+
+    def stop_requested(self) -> bool:
+        """Whether somebody has asked for that."""
+        return (self.path / STOP).exists()
+
+    def clear_stop(self) -> None:
+        """Forget that somebody has."""
+        (self.path / STOP).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""

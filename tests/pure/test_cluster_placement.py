@@ -1,0 +1,73 @@
+"""Which node gets which actor."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.placement import (
+    Node,
+    NoPlace,
+    PlacementConfig,
+    Role,
+    candidates,
+    demand,
+    spread,
+)
+
+HEAD = Node(id="h", address="10.0.0.1", cpus=0)
+SERVER = Node(id="s", address="10.0.0.2", cpus=4, labels={"downpour": "partitions"})
+BIG = Node(id="b", address="10.0.0.3", cpus=2, labels={"downpour": "replicas"}, resources={"gold"})
+SMALL = Node(id="a", address="10.0.0.4", cpus=1, labels={"downpour": "replicas"})
+NODES = (SMALL, BIG, SERVER, HEAD)
+
+
+def ids(role: Role, config: PlacementConfig | None = None, nodes: tuple[Node, ...] = NODES) -> str:
+    return "".join(n.id for n in candidates(role, config or PlacementConfig(), nodes, "h"))
+
+
+def test_by_themselves_actors_go_where_the_labels_say() -> None:
+    assert ids("partitions") == "s"
+    assert ids("shufflers") == "h"  # nobody is labelled for them: beside the driver
+    assert ids("replicas") == "ba"
+    assert ids("evaluator") == "h"
+
+
+def test_without_labels_replicas_are_on_every_node_that_computes() -> None:
+    plain = (HEAD, Node(id="x", address="10.0.0.9", cpus=1))
+    assert ids("replicas", nodes=plain) == "x"
+    assert ids("partitions", nodes=plain) == "h"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("any", "sba"), ("driver", "h"), ("gold", "b"), ("downpour=replicas", "ba")]
+)
+def test_a_place_may_be_named(text: str, found: str) -> None:
+    assert ids("partitions", PlacementConfig(partitions_on=text)) == found
+
+
+def test_a_place_that_no_node_has_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(NoPlace, match=r"label downpour=gpu.*downpour=partitions, downpour=replic"):
+        ids("replicas", PlacementConfig(replicas_on="downpour=gpu"))
+    with pytest.raises(NoPlace, match=r"resource silver: there are nodes with gold; .*--replicas-"):
+        ids("replicas", PlacementConfig(replicas_on="silver"))
+
+
+@pytest.mark.parametrize("text", ["", "a=b=c", "=x", "two words", "label="])
+def test_a_place_that_is_no_place_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="give auto, any, driver"):
+        PlacementConfig(shufflers_on=text)
+
+
+def test_processes_are_spread_by_processors_and_others_in_turn() -> None:
+    nodes = [BIG, SMALL]
+    assert [spread(nodes, i, by_cpu=True).id for i in range(4)] == ["b", "a", "b", "b"]
+    assert [spread(nodes, i, by_cpu=False).id for i in range(3)] == ["b", "a", "b"]
+
+
+def test_an_autoscaler_is_asked_for_what_is_not_beside_the_driver() -> None:
+    config = PlacementConfig(shufflers_on="driver", replicas_on="any")
+    wanted = demand(config, {"partitions": 2, "shufflers": 1, "replicas": 10, "evaluator": 1})
+    assert [(str(place), count) for place, count in wanted] == [
+        ("label downpour=partitions", 2),
+        ("any", 10),
+    ]
