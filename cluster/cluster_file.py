@@ -249,7 +249,7 @@ def _local_problems(config: Document, provider: Document) -> Iterator[str]:
         )
     if "node-ip-address" not in flags(found.get("worker_start_ray_commands", "")):
         yield "worker_start_ray_commands: no --node-ip-address; Ray has to know them by worker_ips"
-    addresses: Sequence[str] = [provider.get("head_ip"), *(provider.get("worker_ips") or ())]
+    addresses: Sequence[Any] = [provider.get("head_ip"), *(provider.get("worker_ips") or ())]
     for address in addresses:
         if not re.fullmatch(r"\d+(\.\d+){3}|[0-9a-fA-F:]+", str(address)):
             yield f"provider: {address} is not an address; Ray compares addresses, so give those"

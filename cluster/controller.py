@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 REPORT_EVERY_S = 1.0
 RATE_WINDOWS = 3
 """A replica's rate is that of its last few windows."""
+ASKED = "downpour stop"
+"""The reason of a stop that was asked for through the run's folder."""
 SILENT_AFTER_S = 60.0
 """A partition that has not answered for so long is taken for lost."""
 Flags = Mapping[int, npt.NDArray[np.uint8]]
@@ -230,6 +232,8 @@ class Controller:
                 self._scale(wanted)
             self._retire()
             self._look_for_stragglers()
+            if self._stop_reason is None and self._folder.stop_requested():
+                self.request_stop(ASKED)
         for partition in self._partitions:
             if partition.asked_s is not None and now - partition.asked_s > SILENT_AFTER_S:
                 self._on_partition_lost(partition, "silent")

@@ -110,6 +110,7 @@ def train(
     config = folder.config()
     with folder.locked():
         _check_data_unchanged(folder, data)
+        folder.clear_stop()  # of an earlier session
         store = CheckpointStore(folder.checkpoints_uri)
         resumed = _find_checkpoint(folder, store, console) if resume else None
         with (
@@ -157,6 +158,7 @@ def _nodes(
     nodes.await_all(
         config.replicas,
         config.server.partitions,
+        config.data.shufflers,
         lambda phase: show(Progress(elapsed_s=time.time() - began_at, phase=phase)),
     )
     nodes.check_folder(folder.path)
@@ -263,15 +265,17 @@ def _stop_on_signals(controller: Controller) -> Iterator[None]:
 
 
 def _stopped(folder: RunFolder, reason: str, outcome: Outcome, console: Any) -> int:
+    from cluster.controller import ASKED
+
     status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
     folder.write_json(STATUS, {**status, "state": "stopped", "reason": reason})
-    if reason not in signal.Signals.__members__:
+    if reason not in (ASKED, *signal.Signals.__members__):
         raise RunFailed(f"{reason}; then go on with `downpour resume {folder.path}`")
     saved = "without a checkpoint of this session"
     if outcome.checkpoint is not None:
         saved = f"after checkpoint {outcome.checkpoint}"
     console.print(f"stopped by {reason} {saved}: go on with `downpour resume {folder.path}`")
-    return 128 + signal.Signals[reason]
+    return 0 if reason == ASKED else 128 + signal.Signals[reason]
 
 
 def _conclude(

@@ -70,7 +70,11 @@ class Nodes:
         return num_cpus(self.on("replicas")) if self.several else here
 
     def await_all(
-        self, replicas: ReplicaConfig, num_partitions: int, tell: Callable[[str], None]
+        self,
+        replicas: ReplicaConfig,
+        num_partitions: int,
+        num_shufflers: int,
+        tell: Callable[[str], None],
     ) -> None:
         """Ask an autoscaler for what the run needs and wait for it, if the configuration says so.
 
@@ -78,7 +82,7 @@ class Nodes:
         """
         counts: Mapping[Role, int] = {
             "partitions": num_partitions,
-            "shufflers": 1,
+            "shufflers": num_shufflers,
             "replicas": -(-replicas.replicas // (replicas.replicas_per_process or 1)),
         }
         wanted = demand(self._config, counts)
