@@ -11,12 +11,13 @@ PYTHON ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pure lint format check bench lock clean
+.PHONY: help demo test test-pure test-cluster lint format check bench lock clean
 
 help:
 	@echo 'make demo       train the MNIST net with batch normalization: 10 replicas x 5 steps'
 	@echo 'make test       run every test that this machine can run'
 	@echo 'make test-pure  run the fast tests only (no Ray; under 10 seconds)'
+	@echo 'make test-cluster  launch a cluster of hosts of their own here (root; some minutes)'
 	@echo 'make lint       check style (ruff) and types (mypy)'
 	@echo 'make format     rewrite the sources in the house format'
 	@echo 'make check      lint, then test'
@@ -28,7 +29,10 @@ demo: $(STAMP)
 	@$(BIN)/downpour train mnist-bn
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m 'not cluster'
+
+test-cluster: $(STAMP)
+	@$(BIN)/python -m pytest tests/cluster
 
 test-pure: $(STAMP)
 	@$(BIN)/python -m pytest tests/pure

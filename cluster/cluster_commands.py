@@ -108,4 +108,13 @@ def stop(run: Path, wait: bool) -> int:
     return ask(RunFolder.open(run), wait=wait, console=Console())
 
 
-COMMANDS = (check, submit, watch, stop)
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write RUN's report.html, a page with its curves, as far as it has come."""
+    from cluster.html_report import write_report
+
+    click.echo(f"written: {write_report(RunFolder.open(run).path)}")
+
+
+COMMANDS = (check, submit, watch, stop, report)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,8 @@ from cluster.checkpointing import Checkpointer
 from cluster.config import RunConfig, active_replicas, next_evaluation_s
 from cluster.display import Progress
 from cluster.errors import one_line, user_message
-from cluster.recovery import History, Loss, decide, stragglers
+from cluster.observe import Leases, Sink
+from cluster.recovery import History, Loss, Part, decide, stragglers
 from cluster.run_folder import BEST, MODEL, RunFolder
 from cluster.telemetry import Telemetry
 from paramserver.applied import REFUSED, WAITING
@@ -136,12 +137,14 @@ class Controller:
         store: CheckpointStore,
         show: Callable[[Progress], None],
         say: Callable[[str], None] = lambda _: None,
+        sinks: Sequence[Sink] = (),
         resumed: Checkpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         began_s: float | None = None,
     ) -> None:
         """`resumed` is the checkpoint that the backend's partitions start from, if any;
-        `began_s` is when the command began, by `clock`; `say` shows a line of news.
+        `began_s` is when the command began, by `clock`; `say` shows a line of news; `sinks` take
+        figures.
         """
         self._config = config
         self._plan = plan
@@ -158,6 +161,7 @@ class Controller:
             began_s=clock() if began_s is None else began_s,
             elapsed_before_s=resumed.elapsed_s if resumed else 0.0,
             say=say,
+            sinks=sinks,
         )
         self._checkpointer = Checkpointer(
             store,
@@ -735,8 +739,25 @@ class Controller:
         self._reopening = False
 
     def _tell(self) -> None:
-        reports = self._reports.values()
-        self._telemetry.reported(reports, phase=self._phase, alive=self._alive())
+        outstanding = [self._holding[r] for r in self._holding]
+        working = {r for r, held in self._holding.items() if held and self._process_of[r].ready}
+        alive = self._alive()
+        self._telemetry.reported(
+            self._reports.values(),
+            phase=self._phase,
+            alive=alive,
+            replicas={
+                "training": len(working),
+                "waiting": alive - len(working),
+                "starting": self._telemetry.replicas_wanted - alive,
+            },
+            leases=Leases(
+                outstanding=sum(outstanding),
+                queued=sum(max(0, held - 1) for held in outstanding),
+                returned=self._book.num_returned,
+            ),
+            restarts={str(part): self._history.restarts[part] for part in get_args(Part)},
+        )
 
     def _alive(self) -> int:
         wanted = self._telemetry.replicas_wanted

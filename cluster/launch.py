@@ -22,6 +22,7 @@ from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig, processors
 from cluster.display import Progress, TrainingDisplay, print_result
 from cluster.errors import UserError
+from cluster.html_report import write_report
 from cluster.report import plot_run
 from cluster.run_folder import DATA, RESULT, STATUS, RunFolder
 from cluster.telemetry import merged_staleness
@@ -36,6 +37,7 @@ SKIPPED_SHOWN = 5
 
 if TYPE_CHECKING:
     from cluster.controller import Controller, Outcome
+    from cluster.observe import Sink
     from cluster.ray_backend import RayBackend
     from cluster.ray_nodes import Nodes
 
@@ -127,6 +129,7 @@ def train(
 
                 nodes = _nodes(folder, config, display.update, began_at)
                 backend = _backend(config, data.plan, building.result(), resumed, store, nodes)
+                sinks = _sinks(folder, config, building.result())
                 controller = Controller(
                     config=config,
                     plan=data.plan,
@@ -135,6 +138,7 @@ def train(
                     store=store,
                     show=display.update,
                     say=lambda line: console.print(line, style="yellow"),
+                    sinks=sinks,
                     resumed=resumed,
                     began_s=began_s,
                 )
@@ -143,9 +147,29 @@ def train(
                         outcome = controller.run()
                 finally:
                     backend.stop()
+                    for sink in sinks:
+                        sink.close()
         if outcome.finished:
             return _conclude(folder, config, outcome, began_at, console)
         return _stopped(folder, controller.stop_reason or "stopped", outcome, console)
+
+
+def _sinks(folder: RunFolder, config: RunConfig, model: _Model) -> list[Sink]:
+    """Who is told the figures of the run."""
+    from cluster.metrics import PrometheusSink
+    from cluster.tensorboard import TensorBoardSink
+
+    steps, policy = config.replicas.steps, config.server.policy
+    itemsize = 4 if config.server.network.wire_dtype == "float32" else 2
+    prometheus = PrometheusSink(
+        run=folder.name,
+        push_bytes=model.weights.size * itemsize,
+        pull_bytes=model.weights.nbytes,
+        steps_per_push=steps.n_push,
+        steps_per_pull=steps.n_fetch,
+        staleness_bound=policy.staleness_bound,
+    )
+    return [prometheus, TensorBoardSink(folder.path)]
 
 
 def _nodes(
@@ -286,6 +310,7 @@ def _conclude(
     status = folder.read_json(STATUS)
     folder.write_json(STATUS, {**status, "state": "finished", "accuracy": result["accuracy"]})
     plot_run(folder.path)
+    write_report(folder.path)
     print_result(result, shown_path(folder.path))
     for line in result["images_skipped"][:SKIPPED_SHOWN]:
         console.print(f"skipped: {line}", style="yellow")

@@ -11,6 +11,8 @@ runs/<name>/
   model.safetensors  the last weights, once the run is finished
   result.json        what came out
   plots/             pictures of all that
+  report.html        a page with all of it, which needs no other file
+  tensorboard/       the curves as TensorBoard events
 """
 
 from __future__ import annotations

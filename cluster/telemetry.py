@@ -6,14 +6,16 @@ rates, percentiles and the newest of everything.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import RunConfig
 from cluster.display import Progress
+from cluster.observe import Leases, Observation, Sink
 from cluster.run_folder import STATUS, RunFolder
 from paramserver.staleness import Histogram
 from shuffler.plan import Plan
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from workers.actor import Evaluation
     from workers.replica import WindowReport
 
+NO_LEASES = Leases()
 RATE_WINDOW_S = 10.0
 """Rates are over this long."""
 
@@ -40,11 +43,13 @@ class Telemetry:
         began_s: float,
         elapsed_before_s: float,
         say: Callable[[str], None] = lambda _: None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         """`began_s` is by `clock`; `elapsed_before_s` are the seconds of earlier sessions; `say`
         shows people a line of news.
         """
         self._say = say
+        self._sinks = sinks
         self._can_write = True
         self._config = config
         self._plan = plan
@@ -99,8 +104,19 @@ class Telemetry:
             self._loss = report.mean_loss
         self.refused |= {(report.epoch, batch) for batch in report.refused}
         self.skipped.update(report.skipped)
+        for sink in self._sinks:
+            self._write(functools.partial(sink.trained, report))
 
-    def reported(self, reports: Iterable[PartitionReport], *, phase: str, alive: int) -> None:
+    def reported(
+        self,
+        reports: Iterable[PartitionReport],
+        *,
+        phase: str,
+        alive: int,
+        replicas: Mapping[str, int] | None = None,
+        leases: Leases = NO_LEASES,
+        restarts: Mapping[str, int] | None = None,
+    ) -> None:
         """All partitions have reported: work out rates, and write metrics and status."""
         self.reports = sorted(reports, key=lambda r: r.index)
         updates = min(r.version for r in self.reports)
@@ -131,6 +147,15 @@ class Telemetry:
         self._write(lambda: self._folder.append_metrics(values))
         status = {"state": phase, "at": time.time(), **values}
         self._write(lambda: self._folder.write_json(STATUS, status))
+        observation = Observation(
+            values=values,
+            reports=self.reports,
+            replicas=replicas or {"training": alive},
+            leases=leases,
+            restarts=restarts or {},
+        )
+        for sink in self._sinks:
+            self._write(functools.partial(sink.observed, observation))
 
     def event(self, text: str) -> None:
         """News that people want to hear of at once, and to read later."""
@@ -162,6 +187,9 @@ class Telemetry:
             "evaluation_loss": evaluation.score.loss,
         }
         self._write(lambda: self._folder.append_metrics(values))
+        for sink in self._sinks:
+            scored = {**values, "best_accuracy": self.best_accuracy}
+            self._write(functools.partial(sink.evaluated, scored))
 
     def progress(self, *, phase: str, alive: int) -> Progress:
         """Where the run stands."""

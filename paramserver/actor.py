@@ -40,6 +40,8 @@ class PartitionReport:
     """Pushes refused, by replica."""
     quarantined: tuple[int, ...]
     """Replicas whose pushes are not taken any more."""
+    drift: float
+    """How far the BN moving averages are from the moments of late; see `BatchStatistics.drift`."""
     connections: int
     dropped: dict[str, int]
     """Connections that the partition closed, by reason."""
@@ -107,6 +109,7 @@ class PartitionActor:
                 staleness=state.staleness.dump(),
                 refusals=dict(state.refusals),
                 quarantined=tuple(sorted(state.quarantined)),
+                drift=state.statistics.drift(state.current.statistics),
                 connections=server.num_connections,
                 dropped=server.dropped(),
                 first_update_at=server.first_update_at,

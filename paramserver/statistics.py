@@ -135,6 +135,20 @@ class BatchStatistics:
         self.ledger.add(moments.numpy())
         self.num_updates += 1
 
+    def drift(self, current: Tensor) -> float:
+        """Mean over features of `|moving mean - pooled mean| / sqrt(pooled variance)`.
+
+        `current` are the moving averages [2, F]; pooled are the moments of the ledger's window. 0
+        where there are no features, or nothing has been seen of them.
+        """
+        pooled = self.ledger.pooled()
+        known = pooled.count > 1
+        if not known.any():
+            return 0.0
+        variance = pooled.m2[known] / (pooled.count[known] - 1.0)
+        away = np.abs(current[0].numpy()[known] - pooled.mean[known])
+        return float(np.mean(away / np.sqrt(np.maximum(variance, 1e-12))))
+
     def dump(self) -> tuple[dict[str, int], dict[str, Array]]:
         """Metadata and arrays that `load` takes."""
         blocks, in_block = self.ledger.dump()

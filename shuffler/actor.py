@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shuffler.delivery import Part
+from shuffler.delivery import Part, Reading
 from shuffler.plan import Plan
 from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
 from shuffler.records import Dataset
@@ -56,11 +57,19 @@ class ShufflerActor:
 
     def deliver(self, epoch: int, batches: tuple[int, ...]) -> Part:
         """Those rows of these mini-batches of an epoch that are in this shuffler's shards."""
+        began_s = time.monotonic()
         rows, lengths = self._plan.rows_of(epoch, batches)
         positions = self._mine(rows)
         batch = self._reader.take(rows[positions])
         self._prefetch(epoch, batches[0] // self._plan.window_batches)
-        return Part(batch=batch, positions=positions, lengths=lengths, rows=rows)
+        reading = Reading(
+            shuffler=self._index,
+            rows=len(positions),
+            seconds=time.monotonic() - began_s,
+            hits=self._reader.hits,
+            misses=self._reader.misses,
+        )
+        return Part(batch=batch, positions=positions, lengths=lengths, rows=rows, reading=reading)
 
     def _mine(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.flatnonzero((rows >= self._start) & (rows < self._stop))

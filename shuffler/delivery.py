@@ -30,6 +30,26 @@ class Delivery:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What a part cost the shuffler that delivered it."""
+
+    shuffler: int
+    """Its index."""
+
+    rows: int
+    """Rows in the part."""
+
+    seconds: float
+    """From being asked to being done."""
+
+    hits: int
+    """Row groups that the shuffler found in its cache, since it started."""
+
+    misses: int
+    """Row groups that it had to read, since it started."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """Those rows of a window that lie in one shuffler's shards."""
 
@@ -44,6 +64,9 @@ class Part:
 
     rows: NDArray[np.int64]
     """The numbers of all rows of the window, [n]."""
+
+    reading: Reading | None = None
+    """What it cost."""
 
 
 def join(parts: Sequence[Part]) -> Delivery:

@@ -157,6 +157,11 @@ class LeaseBook:
         return self._next_epoch
 
     @property
+    def num_returned(self) -> int:
+        """Leases that were put back because their holder lost them, since the book was made."""
+        return self._num_returns
+
+    @property
     def outstanding(self) -> tuple[Lease, ...]:
         """Leases that are out, those in doubt among them, oldest first."""
         return tuple(loan.lease for loan in self._loans.values())

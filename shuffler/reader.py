@@ -72,6 +72,10 @@ class RowReader:
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
         self._cached_bytes = 0
+        self.hits = 0
+        """Row groups that were in the cache, or were being read, when they were wanted."""
+        self.misses = 0
+        """Row groups that were read from disk."""
         self._loading: dict[int, Future[pa.RecordBatch]] = {}
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="row-reader")
         self._fetching = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="row-fetcher")
@@ -152,9 +156,13 @@ class RowReader:
             cached = self._cache.get(group)
             if cached is not None:
                 self._cache.move_to_end(group)
+                self.hits += 1
                 return cached
             loading = self._loading.get(group)
-            if loading is None:
+            if loading is not None:
+                self.hits += 1
+            else:
+                self.misses += 1
                 mine: Future[pa.RecordBatch] = Future()
                 self._loading[group] = mine
         if loading is not None:

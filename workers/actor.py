@@ -116,7 +116,8 @@ class ReplicasActor:
         """
         window, skipped = self._windows.open(epoch, batches, join(parts))
         report = self._replicas.assign(replica, window).result()
-        return dataclasses.replace(report, skipped=skipped())
+        readings = tuple(part.reading for part in parts if part.reading is not None)
+        return dataclasses.replace(report, skipped=skipped(), readings=readings)
 
     def stop(self) -> None:
         """Stop after the step in hand, and close the connections."""

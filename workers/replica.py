@@ -30,6 +30,7 @@ from torch import Tensor
 from paramserver.client import ParameterClient, Settled
 from paramserver.messages import Outcome
 from paramserver.transport.link import Pull
+from shuffler.delivery import Reading
 from workers.spec import StepConfig
 from workers.step import Slot
 
@@ -67,6 +68,12 @@ class WindowReport:
     unsettled: tuple[int, ...]
     """Mini-batches that some partition did not take note of."""
     wall_s: float
+    push_s: float = 0.0
+    """Mean seconds from a push to the last partition's answer."""
+    pull_s: float = 0.0
+    """Mean seconds that a step waited for its weights."""
+    readings: tuple[Reading, ...] = ()
+    """What its rows cost the shufflers."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """Rows whose image could not be decoded and that were left out, each with a line on why."""
 
@@ -85,6 +92,9 @@ class _Task:
     refused: list[int] = field(default_factory=list)
     unsettled: list[int] = field(default_factory=list)
     started_s: float = 0.0
+    push_s: float = 0.0
+    pushes: int = 0
+    pull_s: float = 0.0
 
 
 class _Turn:
@@ -104,6 +114,7 @@ class _Turn:
         self.done = 0
         self.examples = 0
         self.loss = 0.0
+        self.pushed_s = 0.0
 
 
 class Replicas:
@@ -203,10 +214,12 @@ class Replicas:
             return False
         if not turn.fetched:
             self._fetch(turn)
-        if turn.pull is not None and turn.pull.waiting:
-            self._client.finish(turn.pull)
         task = turn.task
         assert task is not None
+        if turn.pull is not None and turn.pull.waiting:
+            began_s = self._clock()
+            self._client.finish(turn.pull)
+            task.pull_s += self._clock() - began_s
         window, place = task.window, turn.first + turn.done
         inputs, targets = window.load(place)
         result = turn.slot.step(inputs, targets, turn.done)
@@ -264,6 +277,7 @@ class Replicas:
             loss=loss,
             gradient_norm=gradient_norm,
         )
+        turn.pushed_s = self._clock()
         self._in_flight += 1
 
     def _settle(self, settled: list[Settled]) -> None:
@@ -272,6 +286,8 @@ class Replicas:
             task = turn.task
             assert task is not None
             self._in_flight -= 1
+            task.push_s += self._clock() - turn.pushed_s
+            task.pushes += 1
             if any(not outcome.settled for outcome in push.outcomes):
                 task.unsettled.extend(turn.batches)
             elif any(o in _REFUSED for o in push.outcomes):
@@ -293,6 +309,8 @@ class Replicas:
             refused=tuple(sorted(task.refused)),
             unsettled=tuple(sorted(task.unsettled)),
             wall_s=self._clock() - task.started_s,
+            push_s=task.push_s / max(1, task.pushes),
+            pull_s=task.pull_s / len(window.batches),
         )
 
 

@@ -134,8 +134,9 @@ class Host:
         return self.folder / "home"
 
     def init(self) -> int | None:
-        """The process number, here, of the host's first process."""
-        assert self.process is not None
+        """The process number, here, of the host's first process; None for a host that is off."""
+        if self.process is None:
+            return None
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         with contextlib.suppress(OSError, ValueError):
             return int(children.read_text().split()[0])

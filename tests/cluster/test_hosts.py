@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,14 +79,14 @@ class Cluster:
     def nodes(self) -> list[dict[str, Any]]:
         """Ray's nodes, by its own command."""
         output = self.run("ray", "list", "nodes", "--format", "json", "--detail")
-        listed: list[dict[str, Any]] = json.loads(output[output.index("[\n") :])
+        listed: list[dict[str, Any]] = json.loads(output[output.index("[{") :])
         return listed
 
     def actors(self) -> list[dict[str, Any]]:
         """Ray's living actors."""
         query = ("ray", "list", "actors", "--format", "json", "--filter", "state=ALIVE", "--detail")
         output = self.run(*query)
-        listed: list[dict[str, Any]] = json.loads(output[output.index("[") :])
+        listed: list[dict[str, Any]] = json.loads(output[output.index("[{") :])
         return listed
 
 
@@ -154,6 +157,129 @@ def updates(run: Path) -> int:
         return int(json.loads((run / "status.json").read_text())["updates"])
     except (OSError, ValueError, KeyError):
         return 0
+
+
+def listening(bed: Bed, index: int) -> dict[int, str]:
+    """Ports that a host's processes listen on beyond loopback, with the process's name."""
+    output = bed.ssh(bed.hosts[index], "ss -ltnpH")
+    found = {}
+    for line in output.splitlines():
+        fields = line.split(maxsplit=5)
+        address, _, port = fields[3].rpartition(":")
+        if address.strip("[]") not in ("127.0.0.1", "::1"):
+            found[int(port)] = fields[5] if len(fields) > 5 else ""
+    return found
+
+
+def refuses(address: str, port: int) -> bool:
+    """Whether a stranger who talks to a port of ours is hung up on without a useful word."""
+    for word in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04N.", os.urandom(512), b""):
+        with socket.create_connection((address, port), timeout=15) as stranger:
+            stranger.sendall(word)
+            if not word:
+                stranger.shutdown(socket.SHUT_WR)
+            answer = b""
+            try:
+                while piece := stranger.recv(4096):
+                    answer += piece
+            except ConnectionResetError:
+                pass
+            if len(answer) > 64:  # an alert of TLS is 7 bytes
+                return False
+    return True
+
+
+def test_strangers_are_refused_and_secrets_kept(cluster: Cluster) -> None:
+    bed, run = cluster.bed, cluster.bed.shared / "runs" / "open"
+    submit = ("downpour", "submit", "--no-wait", "--id", "open-doors")
+    output = cluster.run(
+        *("python", "-m", "cluster", *submit[1:], "train", "mnist-bn"),
+        *("--runs", RUNS, "--name", "open", "--epochs", "900", "--warm-start-epochs", "0"),
+    )
+    assert "job open-doors submitted" in output
+    wait_for(lambda: updates(run) > 500, "updates")
+
+    # The job API and Ray's control plane.
+    stranger = cluster.bed.folder / "stranger"
+    stranger.mkdir()
+    nobody = {**cluster.environment, "HOME": str(stranger)}
+    for mode, said in (("token", "token"), ("disabled", "401")):
+        done = subprocess.run(
+            ["ray", "job", "submit", "--working-dir", ".", "--", "id"],
+            cwd=stranger,
+            env={**nobody, "RAY_AUTH_MODE": mode},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert said in (done.stdout + done.stderr).lower(), done.stderr[-2000:]
+    (stranger / ".ray").mkdir()
+    (stranger / ".ray" / "auth_token").write_text("f" * 64)
+    refused = subprocess.run(
+        ["python", "-m", "cluster", "submit", "train", "mnist-bn", "--runs", RUNS],
+        cwd=cluster.checkout,
+        env=nobody,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert "auth_token" in refused.stderr
+    gcs = subprocess.run(
+        [sys.executable, "-c", _ASK_GCS, f"{bed.hosts[HEAD].address}:6379"],
+        env={**nobody, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert "let in" not in gcs.stdout
+    assert "UNAUTHENTICATED" in gcs.stdout.upper(), gcs.stdout + gcs.stderr[-2000:]
+
+    # What listens: partitions on their node, Ray, and sshd; nobody else.
+    for index, host in enumerate(bed.hosts):
+        ports = listening(bed, index)
+        ours = {p for p, who in ports.items() if "Partition" in who}
+        others = {p: w for p, w in ports.items() if p not in ours}
+        assert bool(ours) == (index == PARTITIONS), ports
+        for who in others.values():
+            assert not re.search(r"Replica|Shuffler|Evaluator|cluster", who), ports
+        for port in ours:
+            assert refuses(host.address, port), (host.name, port, ports[port])
+
+    # What is written down, and what everybody on a host can read.
+    secrets = [(bed.laptop / ".ray" / "auth_token").read_text().strip(), "PRIVATE KEY"]
+    written = [path for path in run.rglob("*") if path.is_file()]
+    assert written
+    texts = {str(path): path.read_bytes() for path in written}
+    for host in bed.hosts:
+        texts[f"logs of {host.name}"] = bed.ssh(
+            host, "cat /tmp/ray/session_*/logs/*.* /tmp/ray/session_*/logs/*/* 2>/dev/null; true"
+        ).encode(errors="replace")
+        texts[f"arguments on {host.name}"] = "\n".join(host.processes()).encode()
+    for secret in secrets:
+        assert [place for place, text in texts.items() if secret.encode() in text] == []
+
+    # Through the folder, from where nothing else is known of the run.
+    assert "training" in cluster.run("python", "-m", "cluster", "watch", "--once", str(run))
+    assert "stopped" in cluster.run("python", "-m", "cluster", "stop", str(run))
+    assert wait_for(lambda: cluster.status("open-doors") == "SUCCEEDED", "the job's end")
+    assert (run / "checkpoints").is_dir()
+
+
+_ASK_GCS = """
+import sys
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None)
+    print("let in")
+except Exception as error:
+    print(repr(error))
+"""
 
 
 def test_mnist_is_trained_on_although_hosts_are_lost(cluster: Cluster) -> None:

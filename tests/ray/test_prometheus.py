@@ -1,0 +1,126 @@
+"""A real Prometheus scrapes a real run: every query of the dashboard and of each alert has data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import dashboard
+from cluster.config import ROOT
+from tests.ray import commands
+from tests.ray.test_train import SMALL
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+ALERTS = ROOT / "cluster" / "monitoring" / "alerts.yaml"
+PROMETHEUS = shutil.which("prometheus")
+WHY = "Prometheus is not installed (Debian and Ubuntu: apt-get install prometheus)"
+
+
+def expressions() -> dict[str, str]:
+    """What is asked, by where it comes from."""
+    found = {}
+    for panel in dashboard.dashboard()["panels"]:
+        for target in panel.get("targets", ()):
+            query = target["expr"].replace("$run", ".*")
+            found[f"{panel['title']}, {target['legendFormat']}"] = query
+    for rule in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]:
+        # An alert that does not fire is empty; what it compares is not.
+        for number, side in enumerate(sides(rule["expr"])):
+            found[f"{rule['alert']}, side {number}"] = side
+    return found
+
+
+def sides(expression: str) -> list[str]:
+    """The two sides of the comparison that an alert is."""
+    for comparison in (" == ", " > "):
+        if comparison in expression:
+            return expression.split(comparison, 1)
+    raise AssertionError(expression)
+
+
+@contextlib.contextmanager
+def prometheus(session: Path, folder: Path) -> Iterator[str]:
+    """Prometheus with the file that Ray makes for it, scraping each second; gives its address."""
+    made = session / "metrics" / "prometheus" / "prometheus.yml"
+    config = yaml.safe_load(
+        commands.wait_for(lambda: made.exists() and made.read_text(), str(made))
+    )
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(ALERTS)]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    assert PROMETHEUS is not None
+    port = commands.free_port()
+    with (folder / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                PROMETHEUS,
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def ask(address: str, path: str, **parameters: str) -> Any:
+    """Prometheus's answer, or None while it gives none."""
+    url = f"{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)["data"]
+    return None
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason=WHY)
+def test_every_query_has_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+        process = commands.start(
+            *("train", "mnist-bn", "--runs", tmp_path, "--name", "a", "--epochs", "400", *SMALL),
+            *("--evaluate-every-s", "1"),
+            log=tmp_path / "log",
+        )
+        try:
+            commands.wait_for(lambda: commands.updates(tmp_path / "a") > 100, "updates")
+            session = Path(short) / "ray" / "session_latest"
+            with prometheus(session, tmp_path) as address:
+                waiting = expressions()
+
+                def all_answered() -> bool:
+                    for place, query in list(waiting.items()):
+                        answer = ask(address, "query", query=query)
+                        if answer and answer["result"]:
+                            del waiting[place]
+                    return not waiting
+
+                try:
+                    commands.wait_for(all_answered, "data")
+                except AssertionError:
+                    raise AssertionError(f"no data for {waiting}") from None
+                (group,) = ask(address, "rules")["groups"]
+                assert {rule["health"] for rule in group["rules"]} == {"ok"}
+                assert [rule["name"] for rule in group["rules"] if rule["state"] == "firing"] == []
+                (runs,) = [ask(address, "label/run/values")]
+                assert runs == ["a"]
+        finally:
+            assert commands.run("stop", tmp_path / "a", log=tmp_path / "stop.log") == 0
+            assert process.wait(commands.DEADLINE_S) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "a" / "tensorboard").is_dir()
