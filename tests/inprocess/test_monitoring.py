@@ -249,7 +249,7 @@ def test_the_report_needs_nothing_besides_itself(folder: RunFolder) -> None:
 
 def test_a_run_without_metrics_has_no_report(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "a", recipes.find("mnist-bn"))
-    with pytest.raises(UserError, match="metrics.jsonl"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
         write_report(tmp_path / "a")
 
 
