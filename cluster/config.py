@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cluster.errors import UserError
-from paramserver.policy import Guard, StalenessPolicy
 from cluster.placement import PlacementConfig
+from paramserver.policy import Guard, StalenessPolicy
 from paramserver.rules import Regulariser, check_fraction, make_rule
 from paramserver.schedule import Schedule
 from paramserver.statistics import StatisticsRule

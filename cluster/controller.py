@@ -748,7 +748,7 @@ class Controller:
             alive=alive,
             replicas={
                 "training": len(working),
-                "waiting": alive - len(working),
+                "waiting": max(0, alive - len(working)),
                 "starting": self._telemetry.replicas_wanted - alive,
             },
             leases=Leases(

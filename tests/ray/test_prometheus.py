@@ -114,13 +114,15 @@ def test_every_query_has_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 try:
                     commands.wait_for(all_answered, "data")
                 except AssertionError:
-                    raise AssertionError(f"no data for {waiting}") from None
+                    log = (tmp_path / "log").read_text()
+                    raise AssertionError(f"no data for {waiting}: {log}") from None
                 (group,) = ask(address, "rules")["groups"]
                 assert {rule["health"] for rule in group["rules"]} == {"ok"}
                 assert [rule["name"] for rule in group["rules"] if rule["state"] == "firing"] == []
                 (runs,) = [ask(address, "label/run/values")]
                 assert runs == ["a"]
-        finally:
             assert commands.run("stop", tmp_path / "a", log=tmp_path / "stop.log") == 0
             assert process.wait(commands.DEADLINE_S) == 0, (tmp_path / "log").read_text()
+        finally:
+            commands.end(process)
     assert (tmp_path / "a" / "tensorboard").is_dir()

@@ -71,11 +71,14 @@ def test_actors_go_where_the_labels_say(address: str, tmp_path: Path) -> None:
     process = commands.start(
         *(*common, "--name", "a", "--epochs", "3", "--transport", "network"), log=log
     )
-    commands.wait_for(lambda: commands.updates(run) > 0, "updates")
-    listed = subprocess.run(
-        [sys.executable, "-c", _WHERE, address], capture_output=True, text=True, check=True
-    )
-    assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
+    try:
+        commands.wait_for(lambda: commands.updates(run) > 0, "updates")
+        listed = subprocess.run(
+            [sys.executable, "-c", _WHERE, address], capture_output=True, text=True, check=True
+        )
+        assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
+    finally:
+        commands.end(process)
     check_result(commands.result(run), epochs=3)
     assert json.loads(listed.stdout.splitlines()[-1]) == {
         "PartitionActor": ["partitions"],
