@@ -358,8 +358,9 @@ def serve(
 def ingest(source: str, destination: str, given: dict[str, object]) -> None:
     """Make a dataset in DESTINATION from SOURCE, its rows shuffled once.
 
-    SOURCE is a folder of IDX files (MNIST's), of a folder for each class (ImageNet's layout), or
-    of Parquet in the Hugging Face convention.
+    SOURCE is a folder of IDX files (MNIST's), of CIFAR's binary files, of a folder for each class
+    (ImageNet's layout, with its class list and validation ground truth), or of Parquet in the
+    Hugging Face convention. Both may be URIs of pyarrow.fs, such as s3://bucket/folder.
     """
     from shuffler.ingest import ingest as write
 

@@ -48,6 +48,8 @@ class InspectConfig:
     """How examples meet."""
     buffer_rows: int = 1000
     """Examples that the `buffer` strategy shuffles at a time."""
+    verify: bool = False
+    """Read every shard, and compare it with its checksum in the manifest."""
     epochs: int = 10
     """Epochs over which pairs are counted."""
     seed: int = 0
@@ -76,7 +78,7 @@ def inspect(
     names = split_names(data)
     if config.split not in names:
         Dataset.open(data, config.split)  # says what there is
-    splits = {name: Dataset.open(data, name) for name in names}
+    splits = {name: Dataset.open(data, name, verify_checksums=config.verify) for name in names}
     plan = _plan(splits[config.split], config)
     pairs = count_pairs(plan, config.epochs, max_rows=SAMPLE_ROWS * 8, progress=progress)
     bound = plan.max_epochs

@@ -29,7 +29,8 @@ from shuffler.keys import stream_key
 from shuffler.manifest import MANIFEST_NAME, MARKER_NAME, Manifest, ShardEntry, SplitEntry
 from shuffler.permutation import Permutation
 from shuffler.scatter import Scatter
-from shuffler.sources import Source, SourceSplit, open_source
+from shuffler.source import FORMATS, Source, SourceSplit
+from shuffler.sources import open_source
 
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all; a row is half done once it is in a bucket."""
@@ -44,11 +45,20 @@ _ZSTD_LEVELS = {"bits": 19, "image": 1}  # image files are compressed already
 class IngestConfig:
     """How a dataset is made."""
 
-    format: Literal["auto", "idx", "folder", "huggingface"] = "auto"
-    """What the source is: `idx` pairs, a `folder` of class folders, `huggingface` Parquet."""
+    format: Literal["auto", "idx", "cifar", "folder", "huggingface"] = "auto"
+    """What the source is: `idx` pairs, `cifar` binary files, a `folder` of class folders,
+    `huggingface` Parquet."""
 
     splits: tuple[str, ...] = ()
     """Splits to make, by their names in the dataset; none named: all that the source has."""
+
+    class_list: str | None = None
+    """Of a folder: file with a class a line, its folder and perhaps words for it, in the order of
+    the labels. None: `synset_words.txt` or the like beside train/, otherwise folders by name."""
+
+    ground_truth: str | None = None
+    """Of a folder: file with the classes of validation images that are not in class folders.
+    None: `ILSVRC2012_validation_ground_truth.txt` or the like beside train/."""
 
     seed: int = 0
     """Names the one global shuffle."""
@@ -80,10 +90,9 @@ class IngestConfig:
             raise IngestError(
                 f"memory_bytes={self.memory_bytes} is too little; give {_MIN_MEMORY_BYTES} or more"
             )
-        if self.format not in ("auto", "idx", "folder", "huggingface"):
+        if self.format not in ("auto", *FORMATS):
             raise IngestError(
-                f"format={self.format!r} is unknown; choose 'auto', 'idx', 'folder' or "
-                "'huggingface'"
+                f"format={self.format!r} is unknown; choose of auto, {', '.join(FORMATS)}"
             )
         if self.binary_threshold is not None and not 0 <= self.binary_threshold <= 254:
             raise IngestError(
@@ -118,6 +127,9 @@ def ingest(
     opened = open_source(
         source,
         config.format,
+        splits=config.splits,
+        class_list=config.class_list,
+        ground_truth=config.ground_truth,
         binary_threshold=config.binary_threshold,
         chunk_bytes=config.memory_bytes // 16,
     )
@@ -142,6 +154,13 @@ def ingest(
             splits=entries,
         )
         _write(filesystem, f"{folder}/{MANIFEST_NAME}", manifest.to_json().encode())
+    except (pa.ArrowException, OSError) as error:
+        _remove(filesystem, folder, existed)
+        raise IngestError(
+            f"ingest of {os.fspath(source)} into {folder} failed ({files.one_line(error)}), and "
+            "what was written is removed; see that both can be reached, make room, or name "
+            "another destination or scratch folder"
+        ) from error
     except BaseException:
         _remove(filesystem, folder, existed)
         raise
@@ -265,6 +284,7 @@ def _ingest_split(
                 compression_level=level,
                 use_dictionary=["label"],
                 write_statistics=["label"],
+                write_page_checksum=True,
             ) as writer:
                 for size in sizes:
                     writer.write_batch(next(pieces), row_group_size=size)

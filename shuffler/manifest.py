@@ -65,7 +65,7 @@ class Manifest:
     """Seed of the one global shuffle."""
 
     source_format: str
-    """What the dataset was made from: `idx`, `folder` or `huggingface`."""
+    """What the dataset was made from: `idx`, `cifar`, `folder` or `huggingface`."""
 
     binary_threshold: int | None
     """Grey values above it became 1; None where images were kept as they were."""

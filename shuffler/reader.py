@@ -195,7 +195,10 @@ class RowReader:
             with (
                 self._dataset.filesystem.open_input_file(shard.path) as source,
                 pq.ParquetFile(
-                    source, metadata=shard.metadata, pre_buffer=self._pre_buffer
+                    source,
+                    metadata=shard.metadata,
+                    pre_buffer=self._pre_buffer,
+                    page_checksum_verification=True,
                 ) as parquet,
             ):
                 # Row groups are read side by side; threads within one cost more than they gain.

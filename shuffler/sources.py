@@ -1,4 +1,4 @@
-"""What can be ingested: IDX pairs, folders of class folders, Parquet shards.
+"""What can be ingested: IDX pairs, CIFAR's files, folders of class folders, Parquet shards.
 
 Each source is opened to the same few facts and a stream of record batches in the source's order,
 never more than about `chunk_bytes` at once. Shuffling and writing are `ingest`'s.
@@ -6,12 +6,10 @@ never more than about `chunk_bytes` at once. Shuffling and writing are `ingest`'
 
 from __future__ import annotations
 
-import io
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,67 +17,26 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from shuffler import files, idx
+from shuffler import cifar, files, idx
 from shuffler.decode import ImageSpec, bits_array, decode, decode_image, pack_bits
-from shuffler.encoding import IMAGE_TYPE, EncodedImages, Encoding, PackedBits, schema_for
+from shuffler.encoding import IMAGE_TYPE, EncodedImages, PackedBits, schema_for
 from shuffler.errors import DecodeError, IngestError
+from shuffler.folders import FOLDER_SPLITS, open_folder
 from shuffler.reader import conform
 from shuffler.records import Dataset, split_names
+from shuffler.source import SPLIT_NAMES, Batches, Format, Source, SourceSplit, chunk_rows, png
 
-Format = Literal["idx", "folder", "huggingface"]
-Batches = Callable[[], Iterator[pa.RecordBatch]]
-
-IMAGE_SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _IDX_IMAGES = re.compile(r"(?P<prefix>.+)-images[-.]idx3-ubyte(?P<gz>\.gz)?")
-_SPLIT_NAMES: Final = {"t10k": "test", "val": "validation", "valid": "validation"}
-_FOLDER_SPLITS: Final = ("train", "val", "valid", "validation", "test")
 _STREAM_BYTES = 1 << 20
-_MAX_CHUNK_ROWS = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceSplit:
-    """One split of a source."""
-
-    name: str
-    """Its name in the dataset: `train`, `validation`, `test`, ..."""
-
-    num_rows: int
-    """Its rows."""
-
-    num_bytes: int
-    """About what its rows take in memory."""
-
-    batches: Batches
-    """Streams its rows, in the schema of the source, in the source's order."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """A source of any format, opened."""
-
-    format: Format
-    """What it is."""
-
-    encoding: Encoding
-    """How its batches keep images."""
-
-    class_names: tuple[str, ...]
-    """Names of the labels; empty where the source names none."""
-
-    splits: tuple[SourceSplit, ...]
-    """Its splits, by name."""
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of its batches and of the shards made of them."""
-        return schema_for(self.encoding, self.class_names)
 
 
 def open_source(
     uri: str | os.PathLike[str],
     format: Format | Literal["auto"] = "auto",
     *,
+    splits: tuple[str, ...] = (),
+    class_list: str | None = None,
+    ground_truth: str | None = None,
     binary_threshold: int | None = None,
     chunk_bytes: int = 8 << 20,
 ) -> Source:
@@ -88,6 +45,10 @@ def open_source(
     Args:
         uri: the folder of the source, on any filesystem of `pyarrow.fs`.
         format: what to take it for.
+        splits: that are wanted, by their names in the dataset; () for all. Folders of others are
+            not looked into.
+        class_list: of a folder; see `folders`.
+        ground_truth: of a folder; see `folders`.
         binary_threshold: make every image binary (grey value > threshold) and pack it as bits.
         chunk_bytes: about the most bytes of a batch.
 
@@ -102,8 +63,17 @@ def open_source(
     found = _detect(filesystem, folder) if format == "auto" else format
     if found == "idx":
         return _open_idx(filesystem, folder, binary_threshold, chunk_bytes)
-    if found == "folder":
-        source = _open_folder(filesystem, folder, chunk_bytes)
+    if found == "cifar":
+        source = _open_cifar(filesystem, folder, chunk_bytes)
+    elif found == "folder":
+        source = open_folder(
+            filesystem,
+            folder,
+            chunk_bytes,
+            splits=splits,
+            class_list=class_list,
+            ground_truth=ground_truth,
+        )
     else:
         source = _open_parquet(os.fspath(uri), chunk_bytes)
     return source if binary_threshold is None else _binarised(source, binary_threshold)
@@ -114,12 +84,15 @@ def _detect(filesystem: fs.FileSystem, folder: str) -> Format:
     names = [entry.base_name for entry in entries]
     if any(_IDX_IMAGES.fullmatch(name) for name in names):
         return "idx"
+    if cifar.find(names) is not None:
+        return "cifar"
     if any(name.endswith(".parquet") for name in names):
         return "huggingface"
-    if any(e.base_name in _FOLDER_SPLITS and e.type == fs.FileType.Directory for e in entries):
+    if any(e.base_name in FOLDER_SPLITS and e.type == fs.FileType.Directory for e in entries):
         return "folder"
     raise IngestError(
-        f"{folder} holds no IDX files, no Parquet shards and no folder train/ of class folders; "
+        f"{folder} holds no IDX files, no CIFAR files, no Parquet shards and no folder train/ of "
+        "class folders; "
         "give a folder that does, or name its format"
     )
 
@@ -152,7 +125,7 @@ def _open_idx(
             )
         sizes.add(tuple(size))
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
-        splits.append((_SPLIT_NAMES.get(prefix, prefix), path, labels))
+        splits.append((SPLIT_NAMES.get(prefix, prefix), path, labels))
     if len(sizes) != 1:
         raise IngestError(
             f"the IDX files of {folder} have images of {len(sizes)} sizes; ingest them apart"
@@ -162,7 +135,7 @@ def _open_idx(
     class_names = tuple(str(number) for number in range(num_classes))
     schema = schema_for(encoding, class_names)
     row_bytes = height * width if isinstance(encoding, EncodedImages) else encoding.num_bytes
-    chunk = _chunk_rows(chunk_bytes, height * width)
+    chunk = chunk_rows(chunk_bytes, height * width)
 
     def batches(path: str, labels: NDArray[np.uint8]) -> Batches:
         return lambda: _idx_batches(filesystem, path, labels, schema, threshold, chunk)
@@ -198,7 +171,7 @@ def _idx_batches(
     start = 0
     for pixels in idx.read_images(filesystem, path, chunk):
         if threshold is None:
-            images = pa.array([{"bytes": _png(image)} for image in pixels], IMAGE_TYPE)
+            images = pa.array([{"bytes": png(image)} for image in pixels], IMAGE_TYPE)
         else:
             images = bits_array(pack_bits(pixels, threshold))
         label = pa.array(labels[start : start + len(pixels)].astype(np.int64))
@@ -206,118 +179,43 @@ def _idx_batches(
         start += len(pixels)
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    from PIL import Image  # Parquet and folders need no encoder
-
-    target = io.BytesIO()
-    Image.fromarray(pixels).save(target, format="PNG")
-    return target.getvalue()
-
-
-def _open_folder(filesystem: fs.FileSystem, folder: str, chunk_bytes: int) -> Source:
-    found = {
-        entry.base_name: [
-            child.base_name
-            for child in files.list_folder(filesystem, entry.path)
-            if child.type == fs.FileType.Directory
-        ]
-        for entry in files.list_folder(filesystem, folder)
-        if entry.base_name in _FOLDER_SPLITS and entry.type == fs.FileType.Directory
-    }
-    if not found.get("train"):
+def _open_cifar(filesystem: fs.FileSystem, folder: str, chunk_bytes: int) -> Source:
+    names = [entry.base_name for entry in files.list_folder(filesystem, folder)]
+    found = cifar.find(names)
+    if found is None:
         raise IngestError(
-            f"{folder} has no folder train/ of class folders; lay images out as "
-            "train/<class>/<image>"
+            f"{folder} holds no data_batch_1.bin and no train.bin; give the folder of CIFAR's "
+            "binary version"
         )
-    class_names = tuple(found["train"])
-    splits = []
-    for name, classes in found.items():
-        unknown = sorted(set(classes) - set(class_names))
-        if unknown:
-            raise IngestError(
-                f"{folder}/{name} has class {unknown[0]!r}, which train/ does not have "
-                f"({len(unknown)} such); give both the same class folders"
-            )
-        splits.append(_folder_split(filesystem, f"{folder}/{name}", classes, class_names))
-    return Source(
-        format="folder",
-        encoding=EncodedImages(),
-        class_names=class_names,
-        splits=tuple(
-            SourceSplit(
-                name=_SPLIT_NAMES.get(files.base_name(path), files.base_name(path)),
-                num_rows=num_rows,
-                num_bytes=num_bytes,
-                batches=_folder_reader(filesystem, path, class_names, chunk_bytes),
-            )
-            for path, num_rows, num_bytes in splits
-        ),
+    class_names: tuple[str, ...] = tuple(
+        str(n) for n in range(10 if found.label_bytes == 1 else 100)
     )
-
-
-def _folder_split(
-    filesystem: fs.FileSystem, path: str, classes: list[str], class_names: tuple[str, ...]
-) -> tuple[str, int, int]:
-    """Count a split's images and their bytes, one class folder in memory at a time."""
-    num_rows = num_bytes = 0
-    for name in classes:
-        images = _images(filesystem, f"{path}/{name}")
-        if not images:
-            raise IngestError(
-                f"{path}/{name} holds no image ({', '.join(IMAGE_SUFFIXES)}); add some or remove "
-                f"the class from the {len(class_names)}"
-            )
-        num_rows += len(images)
-        num_bytes += sum(image.size + 64 for image in images)
-    return path, num_rows, num_bytes
-
-
-def _images(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    """Return the image files of a class folder; files of other suffixes are not images."""
-    return [
-        entry
-        for entry in files.list_folder(filesystem, path)
-        if entry.type == fs.FileType.File and entry.base_name.lower().endswith(IMAGE_SUFFIXES)
-    ]
-
-
-def _folder_reader(
-    filesystem: fs.FileSystem, path: str, class_names: tuple[str, ...], chunk_bytes: int
-) -> Batches:
+    if found.names in names:
+        with filesystem.open_input_stream(f"{folder}/{found.names}") as stream:
+            class_names = tuple(bytes(stream.read()).decode(errors="replace").split())
     schema = schema_for(EncodedImages(), class_names)
+    chunk = chunk_rows(chunk_bytes, found.record_bytes)
 
-    def rows() -> Iterator[tuple[dict[str, bytes | str], int]]:
-        present = {entry.base_name for entry in files.list_folder(filesystem, path)}
-        for label, name in enumerate(class_names):
-            if name not in present:
-                continue
-            for image in _images(filesystem, f"{path}/{name}"):
-                with filesystem.open_input_stream(image.path) as stream:
-                    data = stream.read()
-                yield {"bytes": data, "path": f"{name}/{image.base_name}"}, label
+    def batches(paths: tuple[str, ...]) -> Batches:
+        def read() -> Iterator[pa.RecordBatch]:
+            for path in paths:
+                for pixels, labels in cifar.read_records(filesystem, path, found, chunk):
+                    images = pa.array([{"bytes": png(image)} for image in pixels], IMAGE_TYPE)
+                    yield pa.RecordBatch.from_arrays([images, pa.array(labels)], schema=schema)
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        images: list[dict[str, bytes | str]] = []
-        labels: list[int] = []
-        size = 0
-        for image, label in rows():
-            images.append(image)
-            labels.append(label)
-            size += len(image["bytes"])
-            if size >= chunk_bytes or len(images) >= _MAX_CHUNK_ROWS:
-                yield _batch(images, labels, schema)
-                images, labels, size = [], [], 0
-        if images:
-            yield _batch(images, labels, schema)
+        return read
 
-    return batches
-
-
-def _batch(
-    images: list[dict[str, bytes | str]], labels: list[int], schema: pa.Schema
-) -> pa.RecordBatch:
-    columns = [pa.array(images, IMAGE_TYPE), pa.array(labels, pa.int64())]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    splits = []
+    for name, members in found.splits.items():
+        paths = tuple(f"{folder}/{member}" for member in members)
+        num_rows = sum(cifar.count_records(filesystem, p, found.record_bytes) for p in paths)
+        num_bytes = num_rows * found.record_bytes
+        splits.append(
+            SourceSplit(name=name, num_rows=num_rows, num_bytes=num_bytes, batches=batches(paths))
+        )
+    return Source(
+        format="cifar", encoding=EncodedImages(), class_names=class_names, splits=tuple(splits)
+    )
 
 
 def _open_parquet(uri: str, chunk_bytes: int) -> Source:
@@ -346,7 +244,7 @@ def _parquet_split(dataset: Dataset, chunk_bytes: int) -> SourceSplit:
         for shard in dataset.shards
         for group in range(shard.metadata.num_row_groups)
     )
-    chunk = _chunk_rows(chunk_bytes, num_bytes // dataset.num_rows)
+    chunk = chunk_rows(chunk_bytes, num_bytes // dataset.num_rows)
 
     def batches() -> Iterator[pa.RecordBatch]:
         schema = dataset.schema
@@ -421,7 +319,3 @@ def _binarised(source: Source, threshold: int) -> Source:
             for split in source.splits
         ),
     )
-
-
-def _chunk_rows(chunk_bytes: int, row_bytes: int) -> int:
-    return max(1, min(_MAX_CHUNK_ROWS, chunk_bytes // max(1, row_bytes)))

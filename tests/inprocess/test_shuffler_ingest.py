@@ -348,7 +348,7 @@ def test_source_and_destination_errors(tmp_path):
     out = tmp_path / "out"
     cases = [
         (tmp_path / "none", out, None, "is not a folder"),
-        (tmp_path, out, None, "holds no IDX files, no Parquet shards and no folder train/"),
+        (tmp_path, out, None, "holds no IDX files, no CIFAR files, .* and no folder train/"),
         (tmp_path / "source", tmp_path / "source", None, "is not empty"),
         (tmp_path / "source", tmp_path / "source/train-labels-idx1-ubyte", None, "is a file"),
         (tmp_path / "source", out, IngestConfig(splits=("dev",)), r"no split 'dev' \(it has train"),
