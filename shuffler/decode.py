@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shuffler.augment import AugmentConfig, Variations, vary
 from shuffler.crops import views_of
-from shuffler.encoding import PackedBits, encoding_of
+from shuffler.encoding import PackedBits, encoding_of, label_values
 from shuffler.errors import DecodeError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Decoder:
             DatasetError: the batch has no image column or no label.
         """
         encoding = encoding_of(batch.schema, "the record batch")
-        labels = batch.column("label").to_numpy(zero_copy_only=False).astype(np.int64)
+        labels = label_values(batch.column("label")).copy()
         if isinstance(encoding, PackedBits):
             if not self.augment.changes_nothing:
                 raise DecodeError(
@@ -301,7 +301,7 @@ def decode_views(
             problem = _undecodable(batch, position, rows, error)
             raise DecodeError(f"{problem}; {_REMEDY}") from error
         planes[position] = pixels.render(image, views, size)
-    labels = batch.column("label").to_numpy(zero_copy_only=False).astype(np.int64)
+    labels = label_values(batch.column("label")).copy()
     inputs = Decoder(spec=spec)._scaled(planes)
     return inputs.reshape(len(batch), crops, *spec.input_shape), labels
 

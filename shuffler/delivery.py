@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from shuffler.encoding import indices
 from shuffler.errors import DatasetError
 
 
@@ -85,5 +86,5 @@ def join(parts: Sequence[Part]) -> Delivery:
         )
     batch = first.batch
     if len(parts) > 1:
-        batch = pa.concat_batches([part.batch for part in parts]).take(pa.array(order))
+        batch = pa.concat_batches([part.batch for part in parts]).take(indices(order))
     return Delivery(batch=batch, lengths=first.lengths, rows=first.rows)

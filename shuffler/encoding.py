@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from shuffler.errors import DatasetError
 
@@ -107,6 +109,25 @@ def encoding_from(description: object, where: str) -> Encoding:
         f"{where} describes the encoding as {description!r}, which this version does not know; "
         "ingest the dataset again"
     )
+
+
+def indices(numbers: NDArray[np.int64]) -> pa.Array:
+    """Return numbers as an Arrow array that shares their memory: what `take` wants.
+
+    `pa.array` and `to_numpy` would import pandas where that is installed, which takes longer than
+    a first read.
+    """
+    numbers = np.ascontiguousarray(numbers, dtype=np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
+
+
+def label_values(column: pa.Array) -> NDArray[np.int64]:
+    """Return a column of int64 as an array that shares its memory; what is null is -1."""
+    column = column.fill_null(-1) if column.null_count else column
+    if not len(column):
+        return np.zeros(0, dtype=np.int64)
+    values = np.frombuffer(column.buffers()[1], dtype=np.int64)
+    return values[column.offset : column.offset + len(column)]
 
 
 def schema_for(encoding: Encoding, class_names: Sequence[str]) -> pa.Schema:

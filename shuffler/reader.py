@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shuffler import files
+from shuffler.encoding import indices, label_values
 from shuffler.errors import DatasetError
 from shuffler.records import Dataset
 
@@ -120,7 +121,7 @@ class RowReader:
         parts = list(self._pool.map(self._take_from, groups.tolist(), runs))
         back = np.empty_like(by_row)
         back[by_row] = np.arange(len(by_row))
-        batch = pa.concat_batches(parts).take(pa.array(back))
+        batch = pa.concat_batches(parts).take(indices(back))
         self._check_labels(batch, wanted)
         return batch
 
@@ -148,7 +149,7 @@ class RowReader:
 
     def _take_from(self, group: int, rows: NDArray[np.int64]) -> pa.RecordBatch:
         """Return ascending `rows` of one row group; only they outlive the call, not the group."""
-        return self._row_group(group).take(pa.array(rows - self._starts[group]))
+        return self._row_group(group).take(indices(rows - self._starts[group]))
 
     def _row_group(self, group: int) -> pa.RecordBatch:
         """Return a row group from the cache, from a thread that is reading it, or from disk."""
@@ -219,7 +220,7 @@ class RowReader:
             raise DatasetError(
                 f"{self._dataset.describe_row(int(rows[bad]))} has no label; label it or remove it"
             )
-        labels = column.to_numpy()
+        labels = label_values(column)
         outside = labels < 0
         if self._num_classes is not None:
             outside |= labels >= self._num_classes

@@ -68,6 +68,20 @@ def test_push_pull(tmp_path: Path) -> None:
     assert all(value > 0 for value in result["ms"].values())
 
 
+def test_shuffle(tmp_path: Path) -> None:
+    parts = ("rows", "small", "pairs", "memory")  # "images" is "small" with larger ones
+    options = [word for name in parts for word in ("--only", name)]
+    result = bench("shuffle", *options, tmp_path=tmp_path)["result"]
+    assert result["rows"]["ratio_to_ray_data"] > 0
+    assert result["small"]["ratio_to_torch_dataloader"] > 0
+    assert result["small"]["ratio_to_plain_loop_per_core"] > 0
+    assert result["pairs_cifar10"]["repeats"] == 0
+    assert result["planning"]["peak_mb"] < 10
+    assert result["resume"]["first_batch_ms"] > 0
+    assert result["resident_1x"]["complete"]
+    assert result["resident_4x"]["complete"]
+
+
 def test_one_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
     process = commands.start("bench", "replicas", "--quick", log=tmp_path / "log")
     try:

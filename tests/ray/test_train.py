@@ -101,6 +101,7 @@ def test_a_replica_process_that_is_killed_costs_nothing_but_time(tmp_path: Path)
     log, run = tmp_path / "log", tmp_path / "runs" / "a"
     process = commands.start(
         *("train", "mnist-bn", "--runs", tmp_path / "runs", "--name", "a", "--epochs", "4", *SMALL),
+        *("--shufflers", "2"),
         log=log,
     )
     try:
