@@ -27,6 +27,8 @@ RATE = 0.0015
 DECAY_FACTOR, DECAY_EPOCHS = 0.96, 8.0
 L2_WEIGHT, FIFTH_OF_L2 = 4e-5, 8e-6
 DROPOUT = 0.4
+WINDOW_BATCHES = 16
+"""Of ImageNet's files these are 56 MB; each replica has two windows at a time."""
 LARGER_WEIGHTS = 1.5
 """The paper gives no number for the ensemble's "larger initial weights"."""
 
@@ -50,6 +52,7 @@ def _recipe(
             data="data/imagenet",
             eval_split="validation",
             batch_size=32,
+            window_batches=WINDOW_BATCHES,
             strategy="pairwise" if modified else "none",
             augment=AugmentConfig(
                 random_crop=True, mirror=True, distortion="reduced" if modified else "full"
