@@ -8,7 +8,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from cluster import recipes
+from cluster.config import RunConfig
 from cluster.errors import EXIT_ERROR, UserError
+from cluster.options import apply, given_in
 from cluster.run_folder import RunFolder
 
 FILES = "`downpour train` and `downpour resume`"
@@ -48,17 +51,18 @@ def submit(
     """
     from cluster import jobs
 
-    client = jobs.connect(address)
-    if follow:
-        if job_id is None or arguments:
-            raise UserError("--follow needs --id of a job, and no command")
-    else:
+    if not follow:
         check_job(arguments)
+    elif job_id is None or arguments:
+        raise UserError("--follow needs --id of a job, and no command")
+    client = jobs.connect(address)
+    if not follow:
         job_id = jobs.submit(client, arguments, job_id)
         click.echo(f"job {job_id} submitted: {shlex.join(('downpour', *arguments))}")
         if not wait:
             click.echo(f"follow it with `downpour submit --follow --id {job_id}`")
             return 0
+    assert job_id is not None
     return jobs.follow(client, job_id)
 
 
@@ -74,6 +78,7 @@ def check_job(arguments: tuple[str, ...]) -> None:
         raise UserError(f"{name!r} is no command for a cluster: give {FILES}")
     with command.make_context(name, rest) as context:
         parameters = context.params
+        given = given_in(context, RunConfig) if name == "train" else {}
     place = parameters["runs"] if name == "train" else parameters["run"]
     if not place.is_absolute():
         option = "--runs" if name == "train" else "RUN"
@@ -82,10 +87,7 @@ def check_job(arguments: tuple[str, ...]) -> None:
             "the full path of a folder that the nodes share, such as /mnt/downpour/runs"
         )
     if name == "train":
-        from cluster import recipes
-        from cluster.options import apply
-
-        apply(recipes.find(parameters["recipe"]), parameters["given"])
+        apply(recipes.find(parameters["recipe"]), given)
 
 
 @click.command()

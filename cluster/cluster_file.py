@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib.metadata
 import io
+import logging
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +76,9 @@ def _schema_problems(config: dict[str, Any]) -> Iterator[str]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     told = io.StringIO()
+    log = logging.getLogger("ray.autoscaler")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             prepared = prepare_config(copy.deepcopy(config))
@@ -89,6 +93,8 @@ def _schema_problems(config: dict[str, Any]) -> Iterator[str]:
         yield f"Ray refuses it: {' '.join(lines) or 'no reason given'}"
     except Exception as error:  # Ray's loader raises whatever it stumbles over
         yield f"Ray cannot read it: {type(error).__name__}: {one_line(error)}"
+    finally:
+        log.setLevel(level)
 
 
 def _token_problems(config: Document) -> Iterator[str]:

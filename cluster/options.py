@@ -224,13 +224,9 @@ def config_options(config_class: type) -> Callable[[CommandT], CommandT]:
         @functools.wraps(function)
         def command(*args: Any, **kwargs: Any) -> Any:
             context = click.get_current_context()
-            values = {setting.name: kwargs.pop(setting.name) for setting in settings}
-            given = {
-                name: value
-                for name, value in values.items()
-                if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            }
-            return function(*args, given=given, **kwargs)
+            for setting in settings:
+                del kwargs[setting.name]
+            return function(*args, given=given_in(context, config_class), **kwargs)
 
         # click reads the list from the back, so that decorators read from top to bottom.
         command.__click_params__ = own + [  # type: ignore[attr-defined]
@@ -239,6 +235,15 @@ def config_options(config_class: type) -> Callable[[CommandT], CommandT]:
         return typing.cast("CommandT", command)
 
     return decorate
+
+
+def given_in(context: click.Context, config_class: type) -> dict[str, object]:
+    """Returns the settings of `config_class` that the user gave in a command line, for `apply`."""
+    return {
+        setting.name: context.params[setting.name]
+        for setting in settings_of(config_class)
+        if context.get_parameter_source(setting.name) is ParameterSource.COMMANDLINE
+    }
 
 
 def apply(config: ConfigT, given: Mapping[str, object]) -> ConfigT:

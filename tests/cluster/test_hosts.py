@@ -194,7 +194,7 @@ def test_strangers_are_refused_and_secrets_kept(cluster: Cluster) -> None:
     submit = ("downpour", "submit", "--no-wait", "--id", "open-doors")
     output = cluster.run(
         *("python", "-m", "cluster", *submit[1:], "train", "mnist-bn"),
-        *("--runs", RUNS, "--name", "open", "--epochs", "900", "--warm-start-epochs", "0"),
+        *("--runs", RUNS, "--name", "open", "--epochs", "75", "--warm-start-epochs", "0"),
     )
     assert "job open-doors submitted" in output
     wait_for(lambda: updates(run) > 500, "updates")

@@ -29,6 +29,7 @@ HEAD, PARTITIONS, SHUFFLERS, REPLICAS = range(4)
 SETTLE_S = 8.0
 """Seconds after the start of training that are left out."""
 ONE_HOST = ("--partitions-on", "downpour=replicas", "--shufflers-on", "downpour=replicas")
+HALF = ("--wire-dtype", "bfloat16")
 COMMON = ("--warm-start-epochs", "0", "--ramp-epochs", "0", "--learning-rate", "0.001")
 
 
@@ -44,7 +45,7 @@ def measure(
 ) -> float:
     """Updates a second of a run, from some time after its start."""
     run = cluster.bed.shared / "runs" / name
-    arguments = ("train", recipe, "--runs", RUNS, "--name", name, "--epochs", "1000")
+    arguments = ("train", recipe, "--runs", RUNS, "--name", name, "--epochs", "75")
     job = cluster.start(*arguments, *COMMON, *extra)
     wait_for(lambda: _metrics(run), "the first updates")
     time.sleep(SETTLE_S + seconds)  # the measurement itself
@@ -91,8 +92,10 @@ def main() -> None:
                         ("one host", ONE_HOST, None),
                         ("across hosts", (), None),
                         ("across hosts, 1 Gbit/s", (), 1000),
-                        ("across hosts, 1 Gbit/s, bfloat16", ("--wire-dtype", "bfloat16"), 1000),
+                        ("across hosts, 1 Gbit/s, bfloat16", HALF, 1000),
                     ):
+                        if extra == HALF and model == "mnist":
+                            continue  # 0.4 MB: the link is not what it waits for
                         bed.limit(limit)
                         name = (
                             f"{model}-{way}-{turn}".replace(" ", "-")

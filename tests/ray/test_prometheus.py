@@ -94,7 +94,7 @@ def test_every_query_has_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("RAY_TMPDIR", short)
         monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
         process = commands.start(
-            *("train", "mnist-bn", "--runs", tmp_path, "--name", "a", "--epochs", "400", *SMALL),
+            *("train", "mnist-bn", "--runs", tmp_path, "--name", "a", "--epochs", "75", *SMALL),
             *("--evaluate-every-s", "1"),
             log=tmp_path / "log",
         )
