@@ -32,6 +32,7 @@ from cluster.run_folder import RESULT, RunFolder
 from paramserver import snapshot
 
 DEADLINE_S = 240.0
+END_DEADLINE_S = 60.0
 LOOK_EVERY_S = 0.02
 TITLES = {
     "replicas": "ray::Replicas",
@@ -120,12 +121,12 @@ def disturbed(
         command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
         options = ["--no-dashboard"]
         driver = _start([*command, "--checkpoint-every-s", "1", *arguments, *options], log)
-        family: set[int] = set()
+        family: dict[int, tuple[str, str]] = {}
         try:
             _until((folder / "metrics.jsonl").exists, driver, log)
             while found.faults.total() < faults and driver.poll() is None:
                 time.sleep(rng.uniform(*pause_s))  # the random time of the fault
-                family = {p.pid for p in descendants(driver.pid).values()}
+                family = _family(driver.pid)
                 kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
                 if kinds:
                     kind = kinds[found.faults.total()]
@@ -220,18 +221,25 @@ def _kill_one(driver: int, title: str, rng: random.Random) -> bool:
     return True
 
 
-def _await_end(family: set[int], what: str) -> None:
+def _family(driver: int) -> dict[int, tuple[str, str]]:
+    """What runs below a driver: by number, when it was started (numbers come again) and what."""
+    found = {p.pid: (_started(p.pid), p.command) for p in descendants(driver).values()}
+    return {pid: (started, command) for pid, (started, command) in found.items() if started}
+
+
+def _await_end(family: dict[int, tuple[str, str]], what: str) -> None:
     """Nothing that the run started may outlive it; with its processes end memory and sockets."""
-    give_up_s = time.monotonic() + DEADLINE_S
-    while left := {pid for pid in family if _runs(pid)}:
+    give_up_s = time.monotonic() + END_DEADLINE_S
+    while left := [f"{pid} ({c})" for pid, (s, c) in family.items() if _started(pid) == s]:
         if time.monotonic() > give_up_s:
-            raise BenchmarkFailed(f"{what} left processes {sorted(left)} behind")
+            raise BenchmarkFailed(f"{what} left processes behind: {', '.join(left)}")
         time.sleep(LOOK_EVERY_S)
 
 
-def _runs(pid: int) -> bool:
+def _started(pid: int) -> str:
+    """When a process was started, as the kernel counts; nothing for one that runs no more."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
-    return state not in "ZX"
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

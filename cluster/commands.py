@@ -166,6 +166,37 @@ def scale(run: Path, replicas: int, wait_s: float) -> int:
 
 
 @downpour.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def replay(run: Path) -> int:
+    """Compute RUN again from its record, and compare it to the bit with its last checkpoint.
+
+    For runs that were trained with --record-pushes.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from cluster.replay import replay_run
+
+    folder = RunFolder.open(run)
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pushes", total=None)
+        found = replay_run(
+            folder,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda line: console.print(line, style="yellow"),
+        )
+    click.echo(f"{found.pushes:,} pushes, to versions {', '.join(map(str, found.versions))}")
+    for line in found.differing:
+        click.echo(line)
+    if found.checkpoint is None:
+        click.echo("there is no checkpoint to compare with")
+    elif not found.differing:
+        click.echo(f"the same to the bit as checkpoint {found.checkpoint}")
+    return 1 if found.differing else 0
+
+
+@downpour.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @with_weights_options
 @click.option("--data", default=None, help="Folder or URI with the shards; default: the run's.")

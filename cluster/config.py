@@ -252,6 +252,8 @@ class PolicyConfig:
     """Checkpoints kept; older ones are removed."""
     keep_best_checkpoints: int = 0
     """Checkpoints kept besides, however old: those with the highest accuracy."""
+    record_pushes: bool = False
+    """Record the order of all pushes, from which `downpour replay` computes the run again."""
     on_refusal: Literal["continue", "stop"] = "continue"
     """What a refused mini-batch (loss or gradient not finite) does to the run."""
     max_refused: int | None = 1000
@@ -296,6 +298,18 @@ class RunConfig:
     """Length and policies."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """Which nodes of a cluster the actors run on."""
+
+    def __post_init__(self) -> None:
+        if self.policy.record_pushes:
+            n_push = self.replicas.steps.n_push
+            if n_push != 1:
+                raise ValueError(f"record pushes is on, and n push is {n_push}: give n push 1")
+            wire = self.server.network.wire_dtype
+            if wire != "float32":
+                raise ValueError(
+                    f"record pushes is on, and wire dtype is {wire}, which adds what earlier "
+                    "rounding left out: give wire dtype float32"
+                )
 
     def plan(self, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
         """The mini-batches of `num_rows` examples, checked against the length of the run.

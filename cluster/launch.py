@@ -24,7 +24,7 @@ from cluster.display import Progress, TrainingDisplay, print_result
 from cluster.errors import UserError
 from cluster.html_report import write_report
 from cluster.report import plot_run
-from cluster.run_folder import DATA, RESULT, STATUS, RunFolder
+from cluster.run_folder import DATA, RECORD, RESULT, STATUS, RunFolder
 from cluster.telemetry import merged_staleness
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
@@ -111,7 +111,7 @@ def train(
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     config = folder.config()
     with folder.locked():
-        _check_data_unchanged(folder, data)
+        check_data_unchanged(folder, data)
         folder.clear_stop()  # of an earlier session
         store = CheckpointStore(folder.checkpoints_uri)
         resumed = _find_checkpoint(folder, store, console) if resume else None
@@ -128,7 +128,7 @@ def train(
                 from cluster.controller import Controller
 
                 nodes = _nodes(folder, config, display.update, began_at)
-                backend = _backend(config, data.plan, building.result(), resumed, store, nodes)
+                backend = _backend(folder, data.plan, building.result(), resumed, store, nodes)
                 sinks = _sinks(folder, config, building.result())
                 controller = Controller(
                     config=config,
@@ -190,7 +190,7 @@ def _nodes(
 
 
 def _backend(
-    config: RunConfig,
+    folder: RunFolder,
     plan: Plan,
     model: _Model,
     resumed: Checkpoint | None,
@@ -199,6 +199,7 @@ def _backend(
 ) -> RayBackend:
     from cluster.ray_backend import RayBackend
 
+    config = folder.config()
     return RayBackend(
         config=config,
         plan=plan,
@@ -209,10 +210,11 @@ def _backend(
         num_processors=processors(),
         resumed=resumed,
         store=store,
+        record=folder.path / RECORD if config.policy.record_pushes else None,
     )
 
 
-def _check_data_unchanged(folder: RunFolder, found: Data) -> None:
+def check_data_unchanged(folder: RunFolder, found: Data) -> None:
     """A run is resumed on the rows that it began with, or mini-batches would not be the same."""
     if not (folder.path / DATA).exists():
         about = {"train_fingerprint": found.fingerprint, "class_names": list(found.class_names)}

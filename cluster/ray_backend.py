@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import NetworkConfig, RunConfig, num_processes
 from cluster.errors import one_line, user_message
 from cluster.ray_nodes import Nodes
+from cluster.replay import write_about
 from paramserver.actor import PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import Partition
@@ -81,6 +83,7 @@ class RayBackend:
         num_processors: int,
         resumed: Checkpoint | None,
         store: CheckpointStore,
+        record: Path | None = None,
     ) -> None:
         """Start the partitions, shufflers and replicas; none of them is waited for."""
         self._config = config
@@ -97,6 +100,9 @@ class RayBackend:
             tuple(range(i, config.replicas.replicas, count)) for i in range(count)
         )
         self._threads = max(1, num_processors // count)
+        if record is not None:
+            write_about(record, threads=self._threads)
+        self._record = record
         self._layout, self._weights, self._store = tuple(partitions), weights, store
         self._update_config, self._listen = config.update_config(plan), listen
         self._partitions: list[Any] = [None] * len(partitions)
@@ -247,6 +253,7 @@ class RayBackend:
             PartitionActor,
             4,
             *(partition, self._update_config, self._key, *start, self._listen),
+            str(self._record) if self._record else None,
             scheduling=self._nodes.scheduling("partitions", index),
         )
 

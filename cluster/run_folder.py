@@ -7,6 +7,7 @@ runs/<name>/
   control.json       what `downpour scale` asks for, while the run trains
   events.jsonl       a line for each loss and what was done about it, and for other news
   checkpoints/       what `downpour resume` goes on from
+  record/            every push, in its order, if that is recorded
   best.safetensors   the weights that scored highest, with their BN statistics
   model.safetensors  the last weights, once the run is finished
   result.json        what came out
@@ -32,7 +33,7 @@ from cluster.errors import UserError
 
 CONFIG, DATA, STATUS = "config.json", "data.json", "status.json"
 METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
-CONTROL = "control.json"
+CONTROL, RECORD, ABOUT_RECORD = "control.json", "record", "about.json"
 MAX_REPLICAS = 10_000
 STOP = ".stop"
 """There while somebody has asked the run to stop."""

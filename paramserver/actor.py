@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import torch
 
 from paramserver import snapshot
 from paramserver.partition import Partition
+from paramserver.record import PushRecord
 from paramserver.server import PartitionServer
 from paramserver.snapshot import Snapshot, SnapshotFile
 from paramserver.state import PartitionState, UpdateConfig
@@ -65,8 +67,11 @@ class PartitionActor:
         restore_uri: str | None = None,
         restore_sha256: str | None = None,
         network: NetworkListen | None = None,
+        record: str | None = None,
     ) -> None:
         """Serve from `weights`, or from the snapshot at `restore_uri`.
+
+        `record` is the folder in which every push is recorded, if one is given.
 
         `network` says where to listen for replicas on other machines; its host may be `NODE`.
         """
@@ -82,6 +87,8 @@ class PartitionActor:
             restore=restore,
             network=None if network is None else _on_this_node(network),
         ).start()
+        if record is not None:
+            self._server.call(lambda state: _start_record(state, Path(record)))
         self._updates_before = self._server.call(lambda state: state.version)
         self._snapshots = threading.Lock()
         self._copies: dict[str, torch.Tensor] = {}
@@ -144,6 +151,10 @@ class PartitionActor:
     def stop(self) -> None:
         """Stop serving."""
         self._server.stop()
+
+
+def _start_record(state: PartitionState, folder: Path) -> None:
+    state.record = PushRecord(folder, state.partition.index, state.version)
 
 
 def _on_this_node(network: NetworkListen) -> NetworkListen:

@@ -9,7 +9,8 @@
     ├── ConnectionLost      the partition went away; what was unacknowledged may or may not be in
     ├── DeadlineExceeded    a wait ran out
     ├── BadConfiguration    a value that no rule or partitioning can work with
-    └── BadSnapshot         a snapshot that is damaged, or of another model
+    ├── BadSnapshot         a snapshot that is damaged, or of another model
+    └── BadRecord           a record of pushes that is damaged, or that explains another run
 """
 
 
@@ -47,5 +48,11 @@ class BadConfiguration(ServerError, ValueError):
 
 class BadSnapshot(ServerError):
     """A snapshot that is damaged, or of another model."""
+
+    user_facing = True
+
+
+class BadRecord(ServerError):
+    """A record of pushes that is damaged, or that explains another run."""
 
     user_facing = True

@@ -21,6 +21,7 @@ from paramserver.errors import BadConfiguration, BadSnapshot
 from paramserver.messages import Outcome, Push
 from paramserver.partition import Partition
 from paramserver.policy import APPLY, Decision, Guard, StalenessPolicy
+from paramserver.record import PushRecord
 from paramserver.rules import Momentum, Regulariser, Rule
 from paramserver.schedule import Schedule
 from paramserver.staleness import StalenessRecord
@@ -92,6 +93,8 @@ class PartitionState:
         """Moving average of the norm of applied gradients."""
         self.quarantined: set[int] = set()
         """Replicas whose pushes are not taken any more."""
+        self.record: PushRecord | None = None
+        """Takes note of every push, if there is one."""
         self.rule_state = config.rule.init(partition.num_parameters)
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
         self.outcomes: Counter[Outcome] = Counter()
@@ -150,6 +153,8 @@ class PartitionState:
             for batch in push.batches:
                 self.applied.add(push.epoch, batch, REFUSED)
             self._consider_quarantine(push.replica)
+        if self.record is not None:
+            self.record.add(push, outcome)
         return outcome
 
     def rate(self) -> float:

@@ -44,7 +44,9 @@ class ThreadBackend:
         num_processes: int = 2,
         resumed: Checkpoint | None = None,
         store: CheckpointStore | None = None,
+        record: str | None = None,
     ) -> None:
+        self.record = record
         self.config, self.plan = config, plan
         self.spec = config.model_spec()
         model = self.spec.build_flat("cpu")
@@ -108,7 +110,9 @@ class ThreadBackend:
             config = self.config.update_config(self.plan)
             if self.partitions[index] is not None:
                 self.partitions[index].stop()
-            self.partitions[index] = PartitionActor(part, config, KEY, *start, self.listen)
+            self.partitions[index] = PartitionActor(
+                part, config, KEY, *start, self.listen, self.record
+            )
             self.partition_starts[index] += 1
 
         return self.pool.submit(run)

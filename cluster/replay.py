@@ -1,0 +1,441 @@
+"""A run computed again, in one process, from its record: `downpour replay`.
+
+Every partition's record says in which order it took which pushes, and on which version each was
+computed. So each gradient can be computed again from just the weights that it was computed on, and
+applied in the same order by the same code: the weights come out the same to the bit, on the same
+kind of processor with the same number of threads. Where they do not, the first gradient that is
+another one is named. A partition that started again from a snapshot is a branch of its own, which
+begins where the one before had that version.
+
+Where a process died between its pushes to two partitions, only one of them knows on which version
+of its own the gradient was computed. The other's is found by trying those that it had: the loss and
+the gradient's norm have to come out right to the last bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs
+
+from cluster.checkpoint import CheckpointStore
+from cluster.errors import UserError
+from cluster.run_folder import ABOUT_RECORD, RECORD, RunFolder
+from paramserver import record, snapshot
+from paramserver.applied import REFUSED
+from paramserver.errors import BadRecord
+from paramserver.messages import Outcome, Push
+from paramserver.partition import Partition
+from paramserver.record import Branch, Entry
+from shuffler.reader import RowReader
+from shuffler.records import Dataset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cluster.config import RunConfig
+    from paramserver.state import PartitionState, UpdateConfig
+    from shuffler.plan import Plan
+    from workers.recompute import Computed, Recomputer
+
+Key = tuple[int, int, int]
+"""Epoch, mini-batch and fingerprint of one computation."""
+Place = tuple[int, int, int]
+"""Partition, branch and version."""
+MAX_TRIES = 20_000
+
+
+def write_about(folder: Path, *, threads: int) -> None:
+    """Note what the bits of a recorded run depend on besides the record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ABOUT_RECORD).write_text(json.dumps({"threads": threads, **surroundings()}) + "\n")
+
+
+def surroundings() -> dict[str, str]:
+    """What the last bits of a sum may depend on."""
+    from importlib import metadata
+
+    model = ""
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return {"torch": metadata.version("torch"), "machine": platform.machine(), "processor": model}
+
+
+@dataclass(kw_only=True)
+class _Computation:
+    """One gradient, and who took it."""
+
+    key: Key
+    places: dict[int, Place] = field(default_factory=dict)
+    """By partition, the version that it was computed on."""
+    left: int = 0
+    """Entries that apply it and are still to come."""
+    result: Computed | None = None
+
+
+class _Line:
+    """One branch of one partition, as it is computed again."""
+
+    def __init__(self, branch: Branch, state: PartitionState, spare: Any) -> None:
+        self.branch, self.state = branch, state
+        self._spare = spare
+        self.at = 0
+        self.kept: dict[int, Tensor] = {}
+        """Weights of versions that are still needed."""
+
+    @property
+    def head(self) -> Entry | None:
+        """The entry that is next."""
+        return self.branch.entries[self.at] if self.at < len(self.branch.entries) else None
+
+    def apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Outcome:
+        """Take in a push, as the partition did."""
+        before = self.state.current
+        outcome = self.state.apply(push, gradient, moments, self._spare)
+        if self.state.current is not before:
+            self._spare = before
+        return outcome
+
+
+class Replay:
+    """The whole of a record, computed again."""
+
+    def __init__(
+        self,
+        branches: Iterable[Branch],
+        *,
+        partitions: Sequence[Partition],
+        config: UpdateConfig,
+        weights: Tensor,
+        recomputer: Recomputer,
+        seen: Callable[[PartitionState], None] = lambda _: None,
+    ) -> None:
+        """`weights` [P] are the initial ones; `seen` gets each state at each of its versions."""
+        self._partitions, self._config = partitions, config
+        self._weights, self._recomputer, self._seen = weights, recomputer, seen
+        self._waiting: dict[Place, list[Branch]] = defaultdict(list)
+        self._lines: dict[tuple[int, int], _Line] = {}
+        self._computations: dict[Key, _Computation] = {}
+        self._needed: Counter[Place] = Counter()
+        self.num_entries = 0
+        self.num_done = 0
+        """Entries that have been computed again."""
+        known: dict[tuple[int, int], Branch] = {}
+        for branch in branches:
+            known[branch.partition, branch.number] = branch
+            self._note(branch)
+        for computation in self._computations.values():
+            if computation.left:
+                self._needed.update(computation.places.values())
+        missing = [
+            c for c in self._computations.values() if c.left and len(c.places) < len(partitions)
+        ]
+        # Where versions have to be guessed, the last ones are kept.
+        self._window = 2 * self._largest_staleness(known.values()) + 64 if missing else 0
+        for (partition, number), branch in sorted(known.items()):
+            if number == 0:
+                continue
+            older = [n for p, n in known if p == partition and n < number]
+            parents = [n for n in older if known[partition, n].version <= branch.version]
+            if not parents:
+                raise BadRecord(f"the record of partition {partition} has no beginning")
+            self._waiting[partition, max(parents), branch.version].append(branch)
+        for partition in range(len(partitions)):
+            if (partition, 0) not in known or known[partition, 0].version:
+                raise BadRecord(f"the record of partition {partition} has no beginning")
+            self._begin(known[partition, 0], None)
+        self._num_lines = len(known)
+
+    def _note(self, branch: Branch) -> None:
+        self.num_entries += len(branch.entries)
+        for entry in branch.entries:
+            key = entry.epoch, entry.batch, entry.fingerprint
+            found = self._computations.setdefault(key, _Computation(key=key))
+            found.left += entry.outcome is Outcome.APPLIED
+            if entry.outcome is not Outcome.REFUSED_UNKNOWN:
+                found.places[branch.partition] = branch.partition, branch.number, entry.version
+
+    @staticmethod
+    def _largest_staleness(branches: Iterable[Branch]) -> int:
+        largest = 0
+        for branch in branches:
+            version = branch.version
+            for entry in branch.entries:
+                if entry.outcome is Outcome.APPLIED:
+                    largest = max(largest, version - entry.version)
+                    version += 1
+        return largest
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compute everything again. Raises `BadRecord` where that is not what was recorded."""
+        while self.num_done < self.num_entries:
+            before = self.num_done, len(self._lines)
+            for line in list(self._lines.values()):
+                self._advance(line)
+            progress(self.num_done, self.num_entries)
+            if (self.num_done, len(self._lines)) == before:
+                self._search()
+        if len(self._lines) < self._num_lines:
+            raise BadRecord("a partition started from a version that the record does not reach")
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Of the newest branch of each partition."""
+        newest = {p: max(b for q, b in self._lines if q == p) for p, _ in self._lines}
+        return tuple(self._lines[p, b].state.version for p, b in sorted(newest.items()))
+
+    def _begin(self, branch: Branch, parent: PartitionState | None) -> None:
+        import torch
+
+        from paramserver.state import PartitionState, Version
+
+        partition = self._partitions[branch.partition]
+        current, spare = (
+            Version(
+                weights=torch.zeros(partition.num_parameters),
+                statistics=torch.zeros(2, partition.num_features),
+            )
+            for _ in range(2)
+        )
+        current.statistics[1:].fill_(1.0)
+        current.weights.copy_(self._weights[partition.start : partition.stop])
+        state = PartitionState(partition, self._config, current)
+        if parent is not None:
+            state.load(*parent.dump())
+        line = _Line(branch, state, spare)
+        self._lines[branch.partition, branch.number] = line
+        self._reached(line)
+
+    def _reached(self, line: _Line) -> None:
+        """A line is at a new version."""
+        version, branch = line.state.version, line.branch
+        place = branch.partition, branch.number, version
+        if self._window or self._needed[place]:
+            line.kept[version] = line.state.current.weights.clone()
+            old = version - self._window
+            if self._window and not self._needed[branch.partition, branch.number, old]:
+                line.kept.pop(old, None)
+        self._seen(line.state)
+        for child in self._waiting.pop(place, []):
+            self._begin(child, line.state)
+
+    def _advance(self, line: _Line) -> None:
+        while (entry := line.head) is not None:
+            key = entry.epoch, entry.batch, entry.fingerprint
+            if entry.outcome is Outcome.APPLIED:
+                computation = self._computations[key]
+                if not self._ready(computation):
+                    return
+                self._take(line, entry, computation)
+            elif entry.outcome in (Outcome.REFUSED_LOSS, Outcome.REFUSED_GRADIENT):
+                line.state.applied.add(entry.epoch, entry.batch, REFUSED)
+            line.at += 1
+            self.num_done += 1
+
+    def _ready(self, computation: _Computation) -> bool:
+        if computation.result is not None:
+            return True
+        if len(computation.places) < len(self._partitions):
+            return False
+        places = [computation.places[p] for p in range(len(self._partitions))]
+        if not self._all_kept(places):
+            return False
+        result = self._compute(computation.key, places)
+        if record.fingerprint(result.loss, result.gradient_norm) != computation.key[2]:
+            epoch, batch, _ = computation.key
+            at = ", ".join(f"version {v} of partition {p}" for p, _, v in places)
+            raise BadRecord(
+                f"the gradient of mini-batch (epoch {epoch}, {batch}) on {at} is not the one that "
+                f"was recorded: loss {result.loss!r}, norm {result.gradient_norm!r} here"
+            )
+        self._settle(computation, places, result)
+        return True
+
+    def _all_kept(self, places: Sequence[Place]) -> bool:
+        return all((p, b) in self._lines and v in self._lines[p, b].kept for p, b, v in places)
+
+    def _compute(self, key: Key, places: Sequence[Place]) -> Computed:
+        for partition, branch, version in places:
+            part = self._partitions[partition]
+            kept = self._lines[partition, branch].kept[version]
+            self._recomputer.weights[part.start : part.stop] = kept.numpy()
+        return self._recomputer.compute(key[0], key[1])
+
+    def _settle(self, computation: _Computation, places: Sequence[Place], result: Computed) -> None:
+        computation.result = result
+        for place in places:
+            self._needed[place] -= 1
+            if not self._window and self._needed[place] <= 0:
+                self._lines[place[0], place[1]].kept.pop(place[2], None)
+
+    def _take(self, line: _Line, entry: Entry, computation: _Computation) -> None:
+        result = computation.result
+        assert result is not None
+        part = line.state.partition
+        outcome = line.apply(
+            Push(
+                mailbox=0,
+                replica=entry.replica,
+                epoch=entry.epoch,
+                batches=(entry.batch,),
+                examples=result.examples,
+                version=entry.version,
+                loss=result.loss,
+                gradient_norm=result.gradient_norm,
+            ),
+            result.gradient[part.start : part.stop].clone(),
+            result.moments[:, :, part.feature_start : part.feature_stop],
+        )
+        if outcome is not Outcome.APPLIED:
+            raise BadRecord(
+                f"partition {part.index} applied mini-batch (epoch {entry.epoch}, {entry.batch}), "
+                f"which comes out as {outcome.name.lower()} here"
+            )
+        computation.left -= 1
+        if not computation.left:
+            computation.result = None
+        self._reached(line)
+
+    def _search(self) -> None:
+        """Nothing goes on: find on which versions a gradient was computed that some did not get."""
+        heads = [line.head for line in self._lines.values() if line.head is not None]
+        for entry in heads:
+            computation = self._computations[entry.epoch, entry.batch, entry.fingerprint]
+            partial = len(computation.places) < len(self._partitions)
+            if partial and computation.result is None and self._guess(computation):
+                return
+        epoch, batch = (heads[0].epoch, heads[0].batch) if heads else (0, 0)
+        raise BadRecord(
+            f"the record does not say on which weights mini-batch (epoch {epoch}, {batch}) was "
+            "computed: a part of it is missing"
+        )
+
+    def _guess(self, computation: _Computation) -> bool:
+        choices: list[list[Place]] = []
+        for partition in range(len(self._partitions)):
+            if partition in computation.places:
+                choices.append([computation.places[partition]])
+                continue
+            lines = [(b, line) for (p, b), line in self._lines.items() if p == partition]
+            choices.append(
+                [(partition, b, v) for b, line in lines for v in sorted(line.kept, reverse=True)]
+            )
+        tries = itertools.islice(itertools.product(*choices), MAX_TRIES)
+        for places in tries:
+            if not self._all_kept(places):
+                continue
+            result = self._compute(computation.key, places)
+            if record.fingerprint(result.loss, result.gradient_norm) == computation.key[2]:
+                computation.places = {place[0]: place for place in places}
+                self._settle(computation, places, result)
+                return True
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """What a replay showed."""
+
+    pushes: int
+    """Entries of the record."""
+    versions: tuple[int, ...]
+    """At the end, by partition."""
+    checkpoint: int | None
+    """Number of the checkpoint that it was compared with, if there is one."""
+    differing: tuple[str, ...]
+    """What is not the same to the bit, as lines."""
+
+
+def replay_run(
+    folder: RunFolder, progress: Callable[[int, int], None], say: Callable[[str], None]
+) -> Replayed:
+    """Compute the run of `folder` again, and compare it with its newest checkpoint."""
+    from cluster.launch import build_model, check_data, check_data_unchanged
+
+    config, path = folder.config(), folder.path / RECORD
+    branches = [record.read(file) for file in record.files(path)]
+    if not branches:
+        raise UserError(f"{folder.path} has no record: train with --record-pushes")
+    data = check_data(config)
+    check_data_unchanged(folder, data)
+    about = json.loads((path / ABOUT_RECORD).read_text())
+    here = surroundings()
+    for name in ("torch", "machine", "processor"):
+        if about.get(name) != here[name]:
+            say(f"recorded with {name} {about.get(name)}, here it is {here[name]}: bits may differ")
+    import torch
+
+    torch.set_num_threads(int(about["threads"]))
+    from workers.recompute import Recomputer
+
+    model = build_model(config)
+    checkpoint, _ = CheckpointStore(folder.checkpoints_uri).latest()
+    wanted = {} if checkpoint is None else {f.version: f for f in checkpoint.files}
+    states: dict[int, dict[str, Tensor]] = {}
+
+    def seen(state: PartitionState) -> None:
+        index = state.partition.index
+        if checkpoint is not None and checkpoint.files[index].version == state.version in wanted:
+            states[index] = state.dump()[1]  # of the newest branch, where there are several
+
+    replay = Replay(
+        branches,
+        partitions=model.partitions,
+        config=config.update_config(data.plan),
+        weights=torch.from_numpy(model.weights),
+        recomputer=Recomputer(config.model_spec(), _loader(config, data.plan)),
+        seen=seen,
+    )
+    replay.run(progress)
+    differing: list[str] = []
+    if checkpoint is not None:
+        uri = CheckpointStore(folder.checkpoints_uri).folder_uri(checkpoint.number)
+        for index, file in enumerate(checkpoint.files):
+            filesystem, base = pyarrow.fs.FileSystem.from_uri(uri)
+            saved = snapshot.read(filesystem, f"{base}/{file.name}", file.sha256)
+            differing += _differences(index, saved.tensors, states.get(index))
+    return Replayed(
+        pushes=replay.num_entries,
+        versions=replay.versions,
+        checkpoint=None if checkpoint is None else checkpoint.number,
+        differing=tuple(differing),
+    )
+
+
+def _differences(
+    index: int, saved: Mapping[str, Tensor], found: Mapping[str, Tensor] | None
+) -> list[str]:
+    """Which tensors of a partition are not the same to the bit."""
+    if found is None:
+        return [f"partition {index} has never had the checkpoint's version"]
+    lines = []
+    for name in ("weights", "statistics", *sorted(n for n in saved if n.startswith("rule."))):
+        a, b = saved[name].numpy().view("uint32"), found[name].numpy().view("uint32")
+        if not (a == b).all():
+            lines.append(f"{name} of partition {index} differ in {(a != b).sum():,} of {a.size:,}")
+    return lines
+
+
+def _loader(config: RunConfig, plan: Plan) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """What gives the inputs and targets of a mini-batch, as replicas get them."""
+    import torch
+
+    dataset = Dataset.open(config.data.data, config.data.train_split)
+    reader = RowReader(dataset, num_classes=config.model.num_classes)
+    decoder = config.decoder()
+
+    def load(epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        rows = plan.rows(epoch, batch)
+        decoded = decoder.decode(reader.take(rows), epoch=epoch, rows=rows)
+        return torch.from_numpy(decoded.inputs), torch.from_numpy(decoded.labels)
+
+    return load

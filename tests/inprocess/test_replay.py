@@ -1,0 +1,109 @@
+"""A run is computed again from its record, to the bit, whatever happened to it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.checkpoint import CheckpointStore
+from cluster.errors import UserError
+from cluster.launch import check_data, check_data_unchanged
+from cluster.replay import Replayed, replay_run, write_about
+from cluster.run_folder import RunFolder
+from paramserver import record
+from paramserver.errors import BadRecord
+from shuffler.lease import Lease
+from tests.inprocess import tiny
+from tests.inprocess.test_controller import Run
+from tests.inprocess.thread_backend import ThreadBackend
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.dataset(tmp_path_factory.mktemp("data"))
+
+
+def recorded(folder: Path, data: str, *, resume: bool = False, **about: Any) -> Run:
+    config = tiny.config(data, record_pushes=True, checkpoint_every_s=0.05, **about)
+    run = Run(folder, config, resume=resume)
+    run.backend.record = str(folder / "record")
+    check_data_unchanged(run.folder, check_data(config))
+    write_about(folder / "record", threads=1)
+    return run
+
+
+def replay(folder: Path) -> Replayed:
+    return replay_run(RunFolder.open(folder), lambda done, total: None, lambda line: None)
+
+
+def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str) -> None:
+    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id in (5, 11, 17):
+            backend.kill_process(replica % 2)
+
+    run = recorded(tmp_path / "run", data, epochs=3)
+    outcome = run.go(kill)
+    run.assert_exactly_once(outcome)
+    found = replay(tmp_path / "run")
+    assert found.differing == ()
+    assert found.checkpoint == CheckpointStore(run.folder.checkpoints_uri).numbers()[-1]
+    assert found.versions == (3 * run.plan.num_batches,) * 3
+    assert found.pushes >= 9 * run.plan.num_batches
+
+
+def test_a_run_whose_partitions_were_killed_and_that_was_resumed(tmp_path: Path, data: str) -> None:
+    run = recorded(tmp_path / "run", data, epochs=4)
+    killed: list[int] = []
+
+    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        for number, partition in ((8, 1), (16, 0)):
+            if lease.id >= number and number not in killed:
+                backend.kill_partition(partition)
+                killed.append(number)
+        if lease.id >= 24:
+            run.controller.request_stop("SIGTERM")
+
+    run.go(kill)
+    again = recorded(tmp_path / "run", data, epochs=4, resume=True)
+    outcome = again.go()
+    again.assert_exactly_once(outcome)
+    assert len(record.files(tmp_path / "run" / "record")) == 3 + 2 + 3
+    found = replay(tmp_path / "run")
+    assert found.differing == ()
+    assert found.versions == (4 * run.plan.num_batches,) * 3
+
+
+def test_what_was_computed_otherwise_is_named(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recorded(tmp_path / "run", data, epochs=1)
+    run.go()
+    path = record.files(tmp_path / "run" / "record")[0]
+    entry = record.read(path).entries[20]
+    raw = bytearray(path.read_bytes())
+    at = record._HEADER.size + 20 * record._ENTRY.size
+    raw[at + record._ENTRY.size - 8] ^= 1  # the version that it was computed on
+    path.write_bytes(raw)
+    with pytest.raises(BadRecord, match=rf"\(epoch 0, {entry.batch}\)"):
+        replay(tmp_path / "run")
+
+
+def test_a_run_without_a_record_is_a_line(tmp_path: Path, data: str) -> None:
+    RunFolder.create(tmp_path / "run", tiny.config(data))
+    with pytest.raises(UserError, match="--record-pushes"):
+        replay(tmp_path / "run")
+
+
+@pytest.mark.parametrize("cut", [0, 10, 31])
+def test_a_record_that_is_cut_off(tmp_path: Path, cut: int) -> None:
+    writer = record.PushRecord(tmp_path, 0, 5)
+    writer.close()
+    path = record.files(tmp_path)[0]
+    assert record.read(path).version == 5
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(BadRecord, match="cut off"):
+        record.read(path)
+    path.write_bytes(np.random.default_rng(0).bytes(100))
+    with pytest.raises(BadRecord, match="not a record"):
+        record.read(path)
