@@ -44,8 +44,9 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, uri: str) -> None:
-        """Checkpoints under `uri`, which need not exist yet."""
+    def __init__(self, uri: str, num_partitions: int | None = None) -> None:
+        """Checkpoints under `uri`, which need not exist yet; only those of so many partitions."""
+        self._num_partitions = num_partitions
         try:
             self._filesystem, self._base = pyarrow.fs.FileSystem.from_uri(uri)
         except (pa.ArrowInvalid, OSError) as error:
@@ -141,6 +142,8 @@ class CheckpointStore:
                 return None, f"checkpoint {number} is of another format"
             files = tuple(SnapshotFile(**f) for f in plain.pop("files"))
             checkpoint = Checkpoint(**plain, files=files)
+            if self._num_partitions not in (None, len(files)):
+                return None, f"checkpoint {number} is of {len(files)} partitions"
             for index in range(len(files)) if indices is None else indices:
                 file = files[index]
                 if self._digest(f"{folder}/{file.name}") != file.sha256:

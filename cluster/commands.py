@@ -121,13 +121,18 @@ def train(
 
 @downpour.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--replicas", type=click.IntRange(1, MAX_REPLICAS), help="Another number of them.")
+@click.option("--partitions", type=click.IntRange(1), help="Another number of them.")
 @with_ray_options
-def resume(run: Path, address: str | None, dashboard: bool) -> int:
+def resume(
+    run: Path, replicas: int | None, partitions: int | None, address: str | None, dashboard: bool
+) -> int:
     """Go on with RUN, the folder of a run that was stopped or died."""
     from cluster import launch
 
     folder = RunFolder.open(run)
     data = launch.check_data(recipes.admit(folder.config()))
+    launch.change(folder, data, replicas=replicas, partitions=partitions)
     return launch.train(
         folder,
         data,

@@ -194,6 +194,8 @@ class Controller:
         self._rates: dict[int, deque[float]] = {}
         """Mini-batches a second of the last windows, by replica."""
         self._told_slow: set[int] = set()
+        self._weak_since_s: float | None = None
+        """When the first of those was lost that are not back yet."""
 
     def request_stop(self, reason: str) -> None:
         """Ask `run` to write a checkpoint and return. Safe to call from a signal handler."""
@@ -214,6 +216,7 @@ class Controller:
             while not self._book.finished and self._stop_reason is None:
                 self._grant()
                 self._look_after()
+                self._tell_of_strength()
                 self._turn(0.25)
             outcome = self._wind_up()
             if outcome is not None:
@@ -258,6 +261,15 @@ class Controller:
         if (self._doubt or self._reopening) and not self._census:
             self._census = True
             self._take_census()
+
+    def _tell_of_strength(self) -> None:
+        whole = self._all_up and not self._reopening
+        if self._weak_since_s is None or not whole:
+            return
+        if all(p.ready for p in self._processes if p.wanted):
+            took_s = self._clock() - self._weak_since_s
+            self._weak_since_s = None
+            self._telemetry.event(f"everybody is back after {took_s:.1f} s")
 
     # How many replicas there are
 
@@ -406,6 +418,8 @@ class Controller:
         """Decide what is done about a loss, and tell of it; gives the action."""
         recovery = decide(loss, self._history, max_restarts=self._config.replicas.max_restarts)
         self._telemetry.event(recovery.reason)
+        if loss.part in ("replicas", "partition") and self._weak_since_s is None:
+            self._weak_since_s = self._clock()
         if recovery.action == "give up":
             raise RunFailed(
                 f"{recovery.reason}: see the logs, then go on with `downpour resume "

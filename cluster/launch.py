@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -17,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cluster import recipes
 from cluster.backend import RunFailed
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.config import RunConfig, processors
+from cluster.config import RunConfig, processors, to_plain
 from cluster.display import Progress, TrainingDisplay, print_result
 from cluster.errors import UserError
 from cluster.html_report import write_report
 from cluster.report import plot_run
-from cluster.run_folder import DATA, RECORD, RESULT, STATUS, RunFolder
+from cluster.run_folder import CONFIG, DATA, RECORD, RESULT, STATUS, RunFolder
 from cluster.telemetry import merged_staleness
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
@@ -113,7 +115,7 @@ def train(
     with folder.locked():
         check_data_unchanged(folder, data)
         folder.clear_stop()  # of an earlier session
-        store = CheckpointStore(folder.checkpoints_uri)
+        store = CheckpointStore(folder.checkpoints_uri, config.server.partitions)
         resumed = _find_checkpoint(folder, store, console) if resume else None
         with (
             ThreadPoolExecutor(1) as pool,
@@ -187,6 +189,51 @@ def _nodes(
     )
     nodes.check_folder(folder.path)
     return nodes
+
+
+def change(folder: RunFolder, data: Data, *, replicas: int | None, partitions: int | None) -> None:
+    """Have the run go on with other numbers of these, where they are given."""
+    config = recipes.admit(folder.config())
+    if replicas is not None:
+        members = dataclasses.replace(config.replicas, replicas=replicas)
+        config = dataclasses.replace(config, replicas=members)
+    with folder.locked():
+        if partitions not in (None, config.server.partitions):
+            config = _cut_anew(folder, config, data, partitions)
+        if config != folder.config():
+            folder.write_json(CONFIG, to_plain(config))
+
+
+def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int) -> RunConfig:
+    """The newest checkpoint for another number of partitions, and the configuration with that."""
+    n_push = config.replicas.steps.n_push
+    if n_push != 1 or config.policy.record_pushes:
+        why = "its pushes are recorded" if config.policy.record_pushes else f"n push is {n_push}"
+        raise UserError(
+            f"{folder.path} cannot go on with {partitions} partitions, since {why}: leave out "
+            "--partitions"
+        )
+    check_data_unchanged(folder, data)
+    new = dataclasses.replace(
+        config, server=dataclasses.replace(config.server, partitions=partitions)
+    )
+    store = CheckpointStore(folder.checkpoints_uri, config.server.partitions)
+    checkpoint, _ = store.latest()
+    build_model(new)  # where it cannot be cut so, this says so
+    if checkpoint is not None:
+        from cluster.repartition import repartition
+        from cluster.replay import loader
+        from workers.recompute import Recomputer
+
+        repartition(
+            store,
+            checkpoint,
+            partitions,
+            config=config.update_config(data.plan),
+            epochs=config.policy.epochs,
+            recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),
+        )
+    return new
 
 
 def _backend(

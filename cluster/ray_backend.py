@@ -7,7 +7,11 @@ made a few times a second at the most. Who decides is `controller`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import os
+import signal
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,7 @@ from shuffler.plan import Plan
 from workers.actor import EvaluatorActor, ReplicasActor
 
 START_DEADLINE_S = 120.0
+PR_SET_PDEATHSIG = 1
 
 Parts = Sequence[tuple[Any, Any]]
 """Parts of a window that are being delivered, each with the shuffler that does it."""
@@ -332,10 +337,34 @@ def _start(actor: type, max_concurrency: int, *arguments: Any, scheduling: Any) 
     """Start an actor of this class; does not wait for it."""
     # Ray's overloads know neither the options of actors nor a class that is not spelled out.
     remote: Any = ray.remote
-    options = remote(actor).options(
+    options = remote(_leashed(actor)).options(
         num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling
     )
     return options.remote(*arguments)
+
+
+def _leashed(actor: type) -> type:
+    """`actor` in a process that ends with its raylet.
+
+    When a driver is killed its raylet is at once; but Ray's workers may take a minute to notice.
+    """
+
+    class Leashed(actor):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            _end_with_parent()
+            super().__init__(*arguments)
+
+    Leashed.__name__ = Leashed.__qualname__ = actor.__name__
+    return Leashed
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies. Linux only."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == 1:  # it had died before
+            os._exit(1)
 
 
 def _kill(actor: Any) -> None:

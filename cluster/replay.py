@@ -360,8 +360,9 @@ def replay_run(
 ) -> Replayed:
     """Compute the run of `folder` again, and compare it with its newest checkpoint."""
     from cluster.launch import build_model, check_data, check_data_unchanged
+    from cluster.recipes import admit
 
-    config, path = folder.config(), folder.path / RECORD
+    config, path = admit(folder.config()), folder.path / RECORD
     branches = [record.read(file) for file in record.files(path)]
     if not branches:
         raise UserError(f"{folder.path} has no record: train with --record-pushes")
@@ -392,7 +393,7 @@ def replay_run(
         partitions=model.partitions,
         config=config.update_config(data.plan),
         weights=torch.from_numpy(model.weights),
-        recomputer=Recomputer(config.model_spec(), _loader(config, data.plan)),
+        recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),
         seen=seen,
     )
     replay.run(progress)
@@ -425,7 +426,7 @@ def _differences(
     return lines
 
 
-def _loader(config: RunConfig, plan: Plan) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+def loader(config: RunConfig, plan: Plan) -> Callable[[int, int], tuple[Tensor, Tensor]]:
     """What gives the inputs and targets of a mini-batch, as replicas get them."""
     import torch
 

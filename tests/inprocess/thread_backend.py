@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.backend import Done, PartitionLost, ProcessLost, ShufflerLost
+from cluster.backend import Done, PartitionLost, ProcessLost, ShufflerLost, WriteFailed
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig
 from paramserver.actor import PartitionActor
@@ -247,6 +247,8 @@ class ThreadBackend:
         assert isinstance(error, Exception)
         if isinstance(error, ConnectionLost | DeadlineExceeded):
             error = PartitionLost(str(error))
+        elif isinstance(error, OSError):
+            error = WriteFailed(str(error))
         return Done(ticket=future, error=error)
 
     def stop(self) -> None:
