@@ -108,7 +108,7 @@ def disturbed(
     *,
     seed: int,
     say: Say,
-    pause_s: tuple[float, float] = (0.2, 3.0),
+    pause_s: tuple[float, float] = (0.2, 5.0),
     kinds: Sequence[str] = (),
 ) -> Disturbed:
     """One run of `mnist-bn` to its end, with up to so many faults; checks what it must show.
@@ -137,7 +137,7 @@ def disturbed(
                         continue
                     driver.kill()
                     driver.wait()
-                    _await_end(family, "a driver that was killed")
+                    _await_end(_ours(family), "a driver that was killed", END_DEADLINE_S)
                     if (folder / RESULT).exists():
                         break  # it had come to its end just before
                     newest = CheckpointStore(RunFolder.open(folder).checkpoints_uri).latest()[0]
@@ -153,7 +153,8 @@ def disturbed(
             driver.kill()
         if status != 0 and not (folder / RESULT).exists():
             raise BenchmarkFailed(f"the run ended with {status}:\n{log.read_text()[-3000:]}")
-        _await_end(family, "the run")
+        _await_end(_ours(family), "the run", END_DEADLINE_S)
+        _await_end(family, "the run", RAY_END_DEADLINE_S)
         result = json.loads((folder / RESULT).read_text())
         check_exactly_once(folder, result["epochs"])
         found.accuracy, found.best_accuracy = result["accuracy"], result["best_accuracy"]
@@ -229,15 +230,19 @@ def _family(driver: int) -> dict[int, tuple[str, str]]:
     return {pid: (started, command) for pid, (started, command) in found.items() if started}
 
 
-def _await_end(family: dict[int, tuple[str, str]], what: str) -> None:
+def _ours(family: dict[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:
+    """Those of a family that are this system's actors, and not Ray's own."""
+    titles = tuple(TITLES.values())
+    return {pid: about for pid, about in family.items() if about[1].startswith(titles)}
+
+
+def _await_end(family: dict[int, tuple[str, str]], what: str, deadline_s: float) -> None:
     """Nothing that the run started may outlive it; with its processes end memory and sockets."""
-    ours = {p: about for p, about in family.items() if about[1].startswith(tuple(TITLES.values()))}
-    for members, deadline_s in ((ours, END_DEADLINE_S), (family, RAY_END_DEADLINE_S)):
-        give_up_s = time.monotonic() + deadline_s
-        while left := [f"{pid} ({c})" for pid, (s, c) in members.items() if _started(pid) == s]:
-            if time.monotonic() > give_up_s:
-                raise BenchmarkFailed(f"{what} left processes behind: {', '.join(left)}")
-            time.sleep(LOOK_EVERY_S)
+    give_up_s = time.monotonic() + deadline_s
+    while left := [f"{pid} ({c})" for pid, (s, c) in family.items() if _started(pid) == s]:
+        if time.monotonic() > give_up_s:
+            raise BenchmarkFailed(f"{what} left processes behind: {', '.join(left)}")
+        time.sleep(LOOK_EVERY_S)
 
 
 def _started(pid: int) -> str:

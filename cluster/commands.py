@@ -189,7 +189,7 @@ def replay(run: Path) -> int:
         found = replay_run(
             folder,
             lambda done, total: bar.update(task, completed=done, total=total),
-            lambda line: console.print(line, style="yellow"),
+            lambda line: console.print(line, style="yellow", markup=False),
         )
     click.echo(f"{found.pushes:,} pushes, to versions {', '.join(map(str, found.versions))}")
     for line in found.differing:

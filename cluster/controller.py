@@ -598,10 +598,20 @@ class Controller:
                 then(done.value)
             elif isinstance(done.error, PartitionLost):
                 self._on_partition_lost(partition, "died")
-            else:
+            elif isinstance(done.error, RunFailed) or user_message(done.error) is not None:
                 raise done.error
+            else:
+                self._on_partition_failed(partition, done.error)
 
         return handle
+
+    def _on_partition_failed(self, partition: _Partition, error: Exception) -> None:
+        """Its serving thread has ended by an error that is nobody's but its own."""
+        try:
+            detail = f"{type(error).__name__}: {_last_line(error)}"
+            self._on_partition_lost(partition, "failed", detail)
+        except RunFailed as failure:
+            raise failure from error
 
     def _ask_all(self, ask: Callable[[int], Ticket], then: Callable[[Sequence[Any]], None]) -> None:
         """Ask every partition; `then` gets their answers, unless one is lost meanwhile."""

@@ -139,7 +139,7 @@ def train(
                     folder=folder,
                     store=store,
                     show=display.update,
-                    say=lambda line: console.print(line, style="yellow"),
+                    say=lambda line: console.print(line, style="yellow", markup=False),
                     sinks=sinks,
                     resumed=resumed,
                     began_s=began_s,

@@ -22,6 +22,7 @@ from models.flat import FlatModel
 from paramserver.applied import APPLIED, REFUSED
 from paramserver.client import ParameterClient
 from paramserver.policy import StalenessPolicy
+from paramserver.state import PartitionState
 from shuffler.decode import decode
 from shuffler.lease import Lease
 from shuffler.reader import RowReader
@@ -221,6 +222,27 @@ def test_a_partition_that_dies_is_replaced_and_gets_what_it_lost(
     assert "partition 1 died: replaced, 1 of 100" in events
     assert "mini-batches are run again" in events
     assert ("from the initial weights" in events) == (checkpoint_every_s > 1)
+
+
+def test_a_partition_whose_thread_fails_is_replaced(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, failed = PartitionState.apply, []
+
+    def failing(self: PartitionState, *arguments: Any) -> Any:
+        if self.partition.index == 1 and self.version == 40 and not failed:
+            failed.append(self)
+            raise MemoryError("by the test")
+        return apply(self, *arguments)
+
+    monkeypatch.setattr(PartitionState, "apply", failing)
+    run = Run(tmp_path / "run", tiny.config(data, epochs=2, checkpoint_every_s=0.1))
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    assert outcome.restarts == {"partition": 1}
+    events = (run.folder.path / "events.jsonl").read_text()
+    assert "partition 1 failed (MemoryError: by the test): replaced" in events
+    assert "everybody is back after" in events
 
 
 def test_a_process_that_loses_its_connections_is_connected_again(tmp_path: Path, data: str) -> None:
