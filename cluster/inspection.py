@@ -78,7 +78,9 @@ def inspect(
     names = split_names(data)
     if config.split not in names:
         Dataset.open(data, config.split)  # says what there is
-    splits = {name: Dataset.open(data, name, verify_checksums=config.verify) for name in names}
+    splits = {
+        name: Dataset.open(data, name, verify_checksums=config.verify or None) for name in names
+    }
     plan = _plan(splits[config.split], config)
     pairs = count_pairs(plan, config.epochs, max_rows=SAMPLE_ROWS * 8, progress=progress)
     bound = plan.max_epochs

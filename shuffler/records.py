@@ -29,6 +29,9 @@ _NUMBERED_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.
 _ANY_SHARD = re.compile(r"(?P<split>[^-]+)-.*\.parquet")
 _FOOTER_THREADS = 16
 
+VERIFIED_BYTES = 32 << 20
+"""Splits of up to this are compared with their checksums whenever they are opened."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -140,14 +143,16 @@ class Dataset:
 
     @classmethod
     def open(
-        cls, uri: str | os.PathLike[str], split: str, *, verify_checksums: bool = False
+        cls, uri: str | os.PathLike[str], split: str, *, verify_checksums: bool | None = None
     ) -> Dataset:
         """Open a split and check all that can be checked without reading rows.
 
         Args:
             uri: a folder, or a URI of one on any filesystem of `pyarrow.fs`.
             split: `train`, `test`, `validation`, ...
-            verify_checksums: read every shard and compare it with the manifest's checksum.
+            verify_checksums: read every shard and compare it with the manifest's checksum. None
+                does so where that takes no time, with splits of up to `VERIFIED_BYTES`; pages of
+                larger ones are compared with their own checksums as they are read.
 
         Raises:
             DatasetError: the folder, the split or a shard is missing, damaged, empty or unlike
@@ -172,6 +177,8 @@ class Dataset:
             shards = tuple(pool.map(lambda info: _open_shard(filesystem, info), chosen))
         if listed:
             _check_rows(shards, listed)
+        if verify_checksums is None:
+            verify_checksums = sum(shard.num_bytes for shard in shards) <= VERIFIED_BYTES
         if listed and verify_checksums:
             _check_checksums(filesystem, shards, listed)
         if sum(shard.num_rows for shard in shards) == 0:
