@@ -38,8 +38,8 @@ class TorchFeed(IterableDataset[tuple[Tensor, Tensor]]):
         self._state: dict[str, Any] = self._feed.state_dict()
 
     def __len__(self) -> int:
-        """Mini-batches of an epoch that this rank gets."""
-        return len(self._of_worker(0, 1))
+        """Mini-batches that this rank gets in all epochs."""
+        return len(self._of_worker(0, 1)) * int(self._options.get("epochs", 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Go on from where the dataset stands."""

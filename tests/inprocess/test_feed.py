@@ -141,7 +141,9 @@ def test_torch_takes_it_as_a_dataset(data):
     dataset = TorchFeed(data, **options)
     assert isinstance(dataset, torch.utils.data.IterableDataset)
     loader = DataLoader(dataset, batch_size=None)
-    assert len(loader) == len(dataset) == 19
+    assert len(loader) == len(dataset) == len(wanted) == 38
+    assert [labels.tolist() for _, labels in loader] == [y.tolist() for _, y in wanted]
+    dataset = TorchFeed(data, **options)
     begun = iter(dataset)
     for _ in range(7):
         next(begun)
