@@ -133,7 +133,9 @@ def disturbed(
                 if kinds:
                     kind = kinds[found.faults.total()]
                 if kind == "driver":
-                    if (folder / RESULT).exists() or driver.poll() is not None:
+                    # Not while nobody else can be hit, or resuming runs would die most of all.
+                    trains = any(c.startswith(TITLES["replicas"]) for _, c in family.values())
+                    if not trains or (folder / RESULT).exists() or driver.poll() is not None:
                         continue
                     driver.kill()
                     driver.wait()
