@@ -252,6 +252,11 @@ class FlatModel:
         self._moments, self._statistics = moments, statistics
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The module's parameters in the layout's order; `bind` may make new ones."""
+        return [place.parameter for place in self._places]
+
+    @property
     def weights(self) -> Tensor:
         """float32 `[P]`: the buffer that the parameters are views of."""
         return _bound(self._weights)

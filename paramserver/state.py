@@ -193,8 +193,8 @@ class PartitionState:
         config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
         if self.partition.num_features:
             source = current.statistics
-            for batch_moments in moments:
-                self.statistics.update(source, batch_moments, into.statistics)
+            for i in range(len(moments)):  # iterating over a tensor is slow
+                self.statistics.update(source, moments[i], into.statistics)
                 source = into.statistics
         self.current = into
 

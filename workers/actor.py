@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from paramserver.client import ParameterClient
-from paramserver.transport.access import Access
-from paramserver.transport.local import Endpoint
+from paramserver.transport.access import Access, way
+from paramserver.transport.local import Endpoint, machine
 from shuffler.decode import Decoder
 from shuffler.delivery import Part, join
 from shuffler.keys import stream_key
 from workers.evaluator import Evaluator, Score
-from workers.replica import ReplicaFailed, Replicas, WindowReport
+from workers.replica import ReplicaFailed, Replicas, WindowReport, num_mailboxes
 from workers.spec import ModelSpec, StepConfig
 from workers.split import SplitBatches
-from workers.step import Slot
+from workers.step import Mailbox, Slot, Workshop
 from workers.windows import WindowDecoder
 
 STOP_DEADLINE_S = 10.0
@@ -82,22 +82,27 @@ class ReplicasActor:
         connection to one was lost. Raises `ReplicaFailed` where the steps do not end.
         """
         self.stop()
+        here = machine()
+        nearby = all(way(e, access.transport, here) == "shared" for e in endpoints)
         self._client = client = ParameterClient(
             endpoints,
             key=key,
             access=access,
-            num_mailboxes=len(self._models),
+            num_mailboxes=num_mailboxes(len(self._models), self._config, nearby),
             depth=self._config.n_push,
         )
-        mailboxes, models, loss = client.mailboxes, self._models, self._spec.build_loss()
-        assert mailboxes is not None
-
-        def make_slot(mailbox: int) -> Slot:
-            gradient, moments = mailboxes.gradients[mailbox], mailboxes.moments[mailbox]
-            return Slot(models[mailbox], gradient, moments, loss)
-
+        layout, models = self._models[0].layout, iter(self._models)
+        choice = self._config.record_steps
+        recorded = choice == "on" or (choice == "auto" and self._spec.is_ours)
+        workshop = Workshop(layout, loss=self._spec.build_loss(), recorded=recorded)
+        assert client.mailboxes is not None
+        pairs = zip(client.mailboxes.gradients, client.mailboxes.moments, strict=True)
         self._replicas = Replicas(
-            replicas=self._ids, config=self._config, client=client, make_slot=make_slot
+            replicas=self._ids,
+            config=self._config,
+            client=client,
+            mailboxes=[Mailbox(i, layout, g, m) for i, (g, m) in enumerate(pairs)],
+            make_slot=lambda: Slot(next(models), workshop),
         )
         self._thread = threading.Thread(target=self._replicas.run, name="steps", daemon=True)
         self._thread.start()

@@ -8,6 +8,9 @@ is ever waited for. Weights that come over the network are asked for at the end 
 waited for at the beginning of the next. Threads would run the same steps, at the price of handing
 Python's lock round at every kernel.
 
+Gradients are left in mailboxes. A slot takes one that is free when it begins to compute, the one
+that was freed last: its memory is most likely still in the processor's cache, on both sides.
+
 A slot that is alone in its process has no others' turns to fill the time with: it pulls once its
 push is applied, so that one replica with one step in flight is ordinary SGD.
 
@@ -32,10 +35,22 @@ from paramserver.messages import Outcome
 from paramserver.transport.link import Pull
 from shuffler.delivery import Reading
 from workers.spec import StepConfig
-from workers.step import Slot
+from workers.step import Mailbox, Slot
 
 IDLE_WAIT_S = 1.0
+NEARBY_MAILBOXES = 8
 log = logging.getLogger(__name__)
+
+
+def num_mailboxes(slots: int, config: StepConfig, client_is_colocated: bool) -> int:
+    """How many mailboxes a process with so many slots needs.
+
+    Where the server is next door a push is answered within a few turns, and few mailboxes stay in
+    the cache. A push that travels, or is being added up over several steps, holds on to its own.
+    """
+    if config.n_push > 1 or not client_is_colocated:
+        return slots
+    return min(slots, NEARBY_MAILBOXES)
 
 
 class ReplicaFailed(RuntimeError):
@@ -100,10 +115,12 @@ class _Task:
 class _Turn:
     """One slot in the rotation, and the push that it is working on."""
 
-    def __init__(self, replica: int, mailbox: int, slot: Slot, num_partitions: int) -> None:
+    def __init__(self, replica: int, slot: Slot, num_partitions: int) -> None:
         self.replica = replica
-        self.mailbox = mailbox
         self.slot = slot
+        self.mailbox: Mailbox | None = None
+        self.in_flight = False
+        """Whether the push from `mailbox` has still to be answered."""
         self.versions = [0] * num_partitions
         self.since_fetch = 0
         self.fetched = False
@@ -126,22 +143,23 @@ class Replicas:
         replicas: Sequence[int],
         config: StepConfig,
         client: ParameterClient,
-        make_slot: Callable[[int], Slot],
+        mailboxes: Sequence[Mailbox],
+        make_slot: Callable[[], Slot],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`make_slot(mailbox)` gives the slot that owns that mailbox of `client`."""
+        """`mailboxes` are the client's, at least as many as `num_mailboxes` says."""
         self._config = config
         self._client = client
         self._clock = clock
-        num = config.concurrent_steps
         self._turns = [
-            _Turn(replica, i * num + s, make_slot(i * num + s), client.num_partitions)
-            for s in range(num)
-            for i, replica in enumerate(replicas)
+            _Turn(replica, make_slot(), client.num_partitions)
+            for _ in range(config.concurrent_steps)
+            for replica in replicas
         ]
-        self._by_mailbox = {turn.mailbox: turn for turn in self._turns}
+        self._free = list(mailboxes)
+        self._pushed: dict[int, _Turn] = {}
+        """Whose push is in which mailbox."""
         self._queues: dict[int, deque[_Task]] = {replica: deque() for replica in replicas}
-        self._in_flight = 0
         self._wake = threading.Condition()
         self._stopping = False
         self._failure: Exception | None = None
@@ -188,20 +206,20 @@ class Replicas:
         while not self._stopping:
             worked = False
             for turn in self._turns:
-                if client.in_flight(turn.mailbox):
+                if turn.in_flight:
                     self._await_answer(turn)  # the server is behind
                 worked |= self._take(turn)
                 self._settle(client.collect())
             if worked:
                 continue
-            if self._in_flight:
+            if self._pushed:
                 self._settle(client.wait())
                 continue
             with self._wake:
                 self._wake.wait_for(self._has_work, IDLE_WAIT_S)
 
     def _await_answer(self, turn: _Turn) -> None:
-        while self._client.in_flight(turn.mailbox):
+        while turn.in_flight:
             self._settle(self._client.wait())
 
     def _has_work(self) -> bool:
@@ -214,15 +232,16 @@ class Replicas:
             return False
         if not turn.fetched:
             self._fetch(turn)
-        task = turn.task
+        task, mailbox = turn.task, turn.mailbox
         assert task is not None
+        assert mailbox is not None
         if turn.pull is not None and turn.pull.waiting:
             began_s = self._clock()
             self._client.finish(turn.pull)
             task.pull_s += self._clock() - began_s
         window, place = task.window, turn.first + turn.done
         inputs, targets = window.load(place)
-        result = turn.slot.step(inputs, targets, turn.done)
+        result = turn.slot.step(inputs, targets, mailbox, turn.done)
         self.steps[turn.replica] += 1
         turn.done += 1
         turn.since_fetch += 1
@@ -241,6 +260,9 @@ class Replicas:
         queue = self._queues[turn.replica]
         if not queue:
             return False
+        while not self._free:
+            self._settle(self._client.wait())
+        turn.mailbox = self._free.pop()
         task, depth = queue[0], self._config.n_push
         if not task.next:
             task.started_s = self._clock()
@@ -261,14 +283,15 @@ class Replicas:
         turn.fetched = True
 
     def _push(self, turn: _Turn, gradient_norm: float) -> None:
-        task = turn.task
+        task, mailbox = turn.task, turn.mailbox
         assert task is not None
+        assert mailbox is not None
         loss = turn.loss / turn.examples
         if loss - loss == 0:  # finite
             task.losses += loss * len(turn.batches)
             task.finite += len(turn.batches)
         self._client.push(
-            mailbox=turn.mailbox,
+            mailbox=mailbox.index,
             replica=turn.replica,
             epoch=task.window.epoch,
             batches=turn.batches,
@@ -278,14 +301,18 @@ class Replicas:
             gradient_norm=gradient_norm,
         )
         turn.pushed_s = self._clock()
-        self._in_flight += 1
+        self._pushed[mailbox.index] = turn
+        turn.in_flight = True
 
     def _settle(self, settled: list[Settled]) -> None:
         for push in settled:
-            turn = self._by_mailbox[push.mailbox]
-            task = turn.task
+            turn = self._pushed.pop(push.mailbox)
+            task, mailbox = turn.task, turn.mailbox
             assert task is not None
-            self._in_flight -= 1
+            assert mailbox is not None
+            self._free.append(mailbox)
+            turn.mailbox = None
+            turn.in_flight = False
             task.push_s += self._clock() - turn.pushed_s
             task.pushes += 1
             if any(not outcome.settled for outcome in push.outcomes):

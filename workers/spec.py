@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shuffler.decode import ImageSpec
 
@@ -31,6 +31,11 @@ class ModelSpec:
     """How rows become inputs."""
     num_classes: int
     """Labels are in [0, num_classes)."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether model and loss are this package's."""
+        return ":" not in self.name and ":" not in self.loss
 
     def build(self) -> nn.Module:
         """The model with its initial weights.
@@ -62,6 +67,9 @@ class ModelSpec:
         return FlatModel(self.build())
 
 
+Recorded = Literal["auto", "on", "off"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """How a replica runs its steps."""
@@ -72,6 +80,10 @@ class StepConfig:
     """Steps between two fetches of the weights, in each slot (Dean et al. 2012, section 4.1)."""
     n_push: int = 1
     """Steps whose gradients are added up before they are pushed, in each slot."""
+    record_steps: Recorded = "auto"
+    """Whether a step is recorded and its kernels run without autograd. `auto`: for the models that
+    come with this package. `on`: for your own, if it decides nothing anew (say by Python's random
+    numbers) from one mini-batch to the next."""
 
     def __post_init__(self) -> None:
         for name in ("concurrent_steps", "n_fetch", "n_push"):
