@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT")
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTITION_BYTES = 1 << 24
+"""Weights for which another partition pays: below this, a push costs more than its bytes."""
 BUNDLED_MNIST = str(ROOT / "data" / "mnist-binary")
 
 
@@ -161,8 +163,9 @@ class NetworkConfig:
 class ServerConfig:
     """The parameter server."""
 
-    partitions: int = 2
-    """Partitions that the model is cut into; each is a process."""
+    partitions: int | None = None
+    """Actors that the parameters are cut over; none is one for each 16 MB of weights, at the most
+    one a processor. More than a model needs costs every push and pull another message."""
     rule: Literal["momentum", "nesterov", "sgd", "adagrad"] = "momentum"
     """The update rule."""
     momentum: float = 0.9
@@ -183,10 +186,16 @@ class ServerConfig:
     """How replicas reach it."""
 
     def __post_init__(self) -> None:
-        if self.partitions < 1:
-            raise ValueError(f"partitions is {self.partitions}: give at least 1")
+        if self.partitions is not None and self.partitions < 1:
+            raise ValueError(f"partitions is {self.partitions}: give at least 1, or none")
         check_fraction("momentum", self.momentum)
         Regulariser(weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+
+    def num_partitions(self, num_parameters: int) -> int:
+        """Partitions of a model with so many parameters."""
+        if self.partitions is not None:
+            return self.partitions
+        return min(processors(), -(-4 * num_parameters // PARTITION_BYTES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def build_model(config: RunConfig) -> _Model:
         num_parameters=layout.num_parameters,
         num_features=layout.num_features,
         num_decayed=layout.decayed,
-        num_partitions=config.server.partitions,
+        num_partitions=config.server.num_partitions(layout.num_parameters),
     )
     return _Model(partitions=partitions, weights=model.weights.numpy())
 
@@ -397,7 +397,7 @@ def make_result(
         "replicas": config.replicas.replicas,
         "concurrent_steps": config.replicas.steps.concurrent_steps,
         "batch_size": config.data.batch_size,
-        "partitions": config.server.partitions,
+        "partitions": len(reports),
         "updates_per_s": round(session_updates / training_s, 1) if training_s else None,
         "time_to_first_update_s": round(min(first) - began_at, 2) if first else None,
         "time_to_all_replicas_s": (

@@ -45,8 +45,12 @@ class ParameterClient:
         num_mailboxes: int = 0,
         depth: int = 1,
         deadline_s: float = 30.0,
+        bell_every: int = 1,
     ) -> None:
         """Connect to every partition; `depth` is how many sets of moments a mailbox holds.
+
+        A partition next door is woken for `bell_every` pushes at a time, or when an answer is
+        waited for: a process with many steps in flight need not wake it for every one.
 
         `endpoints` are those of all partitions of the model, in order of their index. After any
         `ConnectionLost`, from here on, the client is of no more use: close it and make another.
@@ -88,6 +92,7 @@ class ParameterClient:
                     access=access,
                     mailboxes=self.mailboxes,
                     deadline_s=deadline_s,
+                    bell_every=bell_every,
                 )
                 self._connections.append(connection)
                 self._poll.register(connection.fileno(), connection.events)
@@ -208,6 +213,8 @@ class ParameterClient:
 
         Raises `DeadlineExceeded` where nothing comes any more.
         """
+        for connection in self._connections:
+            connection.flush()
         if self._ahead:
             return self._settle([])
         return self._settle(self._wait(self._poll))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from paramserver.errors import MalformedMessage
@@ -192,6 +192,7 @@ _PREFIX = struct.Struct("<4sB")
 _HELLO = struct.Struct(f"<4sB{KEY_BYTES}sQQII")
 _WELCOME = struct.Struct("<4sBQQI")
 _PUSH = struct.Struct("<4sBIIIIQddI")
+_COUNT = struct.Struct("<I")  # the last of a push's head
 _ANSWER = struct.Struct("<4sBIBQ")
 _PULL_REQUEST = struct.Struct("<4sB?")
 _WEIGHTS = struct.Struct("<4sBQ?")
@@ -301,6 +302,33 @@ def decode(data: bytes) -> Message:
     except (struct.error, ValueError) as error:
         raise MalformedMessage(f"a message of {len(data)} bytes: {error}") from None
     raise MalformedMessage(f"a message of unknown kind {kind}")
+
+
+def encode_all(messages: Sequence[Push] | Sequence[Answer]) -> bytes:
+    """Several messages as one packet, one after the other."""
+    return b"".join([encode(message) for message in messages])
+
+
+def decode_all(packet: bytes) -> list[Message]:
+    """All messages of a packet, of which several may be pushes or answers; `MalformedMessage`."""
+    messages, at = [], 0
+    while True:
+        stop = at + _length(packet, at)
+        if stop >= len(packet):
+            messages.append(decode(packet[at:] if at else packet))
+            return messages
+        messages.append(decode(packet[at:stop]))
+        at = stop
+
+
+def _length(packet: bytes, at: int) -> int:
+    """How long the message that begins there says that it is; at least 1."""
+    kind = packet[at + len(MAGIC)] if at + len(MAGIC) < len(packet) else 0
+    if kind == Kind.ANSWER:
+        return _ANSWER.size
+    if kind == Kind.PUSH and at + _PUSH.size <= len(packet):
+        return _PUSH.size + 4 * int(_COUNT.unpack_from(packet, at + _PUSH.size - _COUNT.size)[0])
+    return len(packet)
 
 
 def _decode_push(data: bytes) -> Push:

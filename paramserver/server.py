@@ -31,7 +31,7 @@ from paramserver.errors import (
     MalformedMessage,
     ServerError,
 )
-from paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode
+from paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode_all
 from paramserver.partition import Partition
 from paramserver.snapshot import Snapshot
 from paramserver.state import PartitionState, UpdateConfig
@@ -333,15 +333,15 @@ class PartitionServer:
             self._drop(epoll, fd, type(error).__name__)
 
     def _take(self, side: ServerSide, data: bytes) -> None:
-        push = decode(data)
-        if not isinstance(push, Push):
-            raise MalformedMessage(f"{type(push).__name__} in place of a push")
-        views, count = side.views, len(push.batches)
-        if views is None or push.mailbox >= len(views.gradients) or count > side.depth:
-            raise MalformedMessage(f"a push of {count} mini-batches from mailbox {push.mailbox}")
-        side.answer(
-            self._apply(push, views.gradients[push.mailbox], views.moments[push.mailbox][:count])
-        )
+        answers: list[Answer] = []
+        for push in decode_all(data):
+            if not isinstance(push, Push):
+                raise MalformedMessage(f"{type(push).__name__} in place of a push")
+            views, count, box = side.views, len(push.batches), push.mailbox
+            if views is None or box >= len(views.gradients) or count > side.depth:
+                raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
+            answers.append(self._apply(push, views.gradients[box], views.moments[box][:count]))
+        side.answer(answers)
 
     def _serve_network(self, epoll: select.epoll, side: NetworkSide) -> None:
         side.allow()

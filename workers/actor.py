@@ -18,7 +18,7 @@ from shuffler.decode import Decoder
 from shuffler.delivery import Part, join
 from shuffler.keys import stream_key
 from workers.evaluator import Evaluator, Score
-from workers.replica import ReplicaFailed, Replicas, WindowReport, num_mailboxes
+from workers.replica import BELL_EVERY, ReplicaFailed, Replicas, WindowReport, num_mailboxes
 from workers.spec import ModelSpec, StepConfig
 from workers.split import SplitBatches
 from workers.step import Mailbox, Slot, Workshop
@@ -90,6 +90,7 @@ class ReplicasActor:
             access=access,
             num_mailboxes=num_mailboxes(len(self._models), self._config, nearby),
             depth=self._config.n_push,
+            bell_every=BELL_EVERY if len(self._models) >= 2 * BELL_EVERY else 1,
         )
         layout, models = self._models[0].layout, iter(self._models)
         choice = self._config.record_steps

@@ -38,7 +38,9 @@ from workers.spec import StepConfig
 from workers.step import Mailbox, Slot
 
 IDLE_WAIT_S = 1.0
-NEARBY_MAILBOXES = 8
+NEARBY_MAILBOXES = 12
+BELL_EVERY = 4
+"""Pushes for which a partition next door is woken at a time, by a process with many slots."""
 log = logging.getLogger(__name__)
 
 

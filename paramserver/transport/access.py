@@ -55,10 +55,13 @@ def connect(
     access: Access,
     mailboxes: Mailboxes | None,
     deadline_s: float,
+    bell_every: int = 1,
 ) -> Link:
     """Connect a process to a partition. Raises `ServerError` of every kind."""
     if way(endpoint, access.transport, machine()) == "shared":
-        return Connection(endpoint, key=key, mailboxes=mailboxes, deadline_s=deadline_s)
+        return Connection(
+            endpoint, key=key, mailboxes=mailboxes, deadline_s=deadline_s, bell_every=bell_every
+        )
     return NetworkConnection(
         endpoint,
         key=key,

@@ -50,6 +50,9 @@ class Link(Protocol):
     def push(self, push: Push) -> None:
         """Send off the gradient that is in the push's mailbox."""
 
+    def flush(self) -> None:
+        """Send off what `push` may have kept back."""
+
     def start_pull(self, pull: Pull, weights: Weights, statistics: Weights | None) -> None:
         """Ask for the weights [n], and statistics [2, f], to be put there; or put them there."""
 

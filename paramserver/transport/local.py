@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paramserver.errors import (
@@ -35,7 +36,9 @@ from paramserver.messages import (
     Push,
     Welcome,
     decode,
+    decode_all,
     encode,
+    encode_all,
 )
 from paramserver.partition import Partition
 from paramserver.transport.door import Door
@@ -49,6 +52,8 @@ from paramserver.transport.memory import (
 )
 
 MAX_MESSAGE = 8192
+USUAL_PUSH, LARGEST_PUSH = 64, 4160
+"""More than the bytes of a push with one mini-batch, and of one with the most there may be."""
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SEND_BUFFER_BYTES = 1 << 18
 
@@ -181,10 +186,13 @@ class ServerSide:
             raise ConnectionLost("the peer closed the connection")
         return data
 
-    def answer(self, answer: Answer) -> None:
-        """Send an answer; a peer too slow to take it is given up, so that none can hold us up."""
+    def answer(self, answers: Sequence[Answer]) -> None:
+        """Send the answers to a packet.
+
+        A peer too slow to take them is given up, so that none can hold us up.
+        """
         try:
-            self.socket.send(encode(answer))
+            self.socket.send(encode_all(answers))
         except BlockingIOError:
             raise DeadlineExceeded("the peer has left its answers unread") from None
         except OSError as error:
@@ -202,9 +210,18 @@ class Connection:
     events = select.POLLIN
 
     def __init__(
-        self, endpoint: Endpoint, *, key: bytes, mailboxes: Mailboxes | None, deadline_s: float = 30
+        self,
+        endpoint: Endpoint,
+        *,
+        key: bytes,
+        mailboxes: Mailboxes | None,
+        deadline_s: float = 30,
+        bell_every: int = 1,
     ) -> None:
-        """Connect, say hello and map the published weights, all before `deadline_s` from now."""
+        """Connect, say hello and map the published weights, all before `deadline_s` from now.
+
+        The doorbell rings for `bell_every` pushes at a time, or at a `flush`.
+        """
         if len(key) != KEY_BYTES:
             raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
         if endpoint.machine != machine():
@@ -240,6 +257,9 @@ class Connection:
             self.socket.close()
             raise
         self._deadline_s = deadline_s
+        self._bell_every = bell_every
+        self._outbox: list[Push] = []
+        self._outbox_bytes = 0
         self.socket.setblocking(False)
         self.inbox: list[Answer] = []
         self.moved = 0
@@ -268,8 +288,22 @@ class Connection:
         return self.socket.fileno()
 
     def push(self, push: Push) -> None:
+        """Note a push, and ring the doorbell if it is time to. See `flush`."""
+        num_bytes = LARGEST_PUSH if len(push.batches) > 1 else USUAL_PUSH
+        if self._outbox_bytes + num_bytes > MAX_MESSAGE:
+            self.flush()
+        self._outbox.append(push)
+        self._outbox_bytes += num_bytes
+        if len(self._outbox) >= self._bell_every:
+            self.flush()
+
+    def flush(self) -> None:
         """Ring the doorbell. Waits, until the deadline, only while the socket's buffer is full."""
-        data = encode(push)
+        if not self._outbox:
+            return
+        data = encode_all(self._outbox)
+        self._outbox.clear()
+        self._outbox_bytes = 0
         give_up_s = time.monotonic() + self._deadline_s
         while True:
             try:
@@ -304,10 +338,10 @@ class Connection:
                 raise ConnectionLost(f"partition {self.partition.index}: {error}") from None
             if not data:
                 raise ConnectionLost(f"partition {self.partition.index} closed the connection")
-            message = decode(data)
-            if not isinstance(message, Answer):
-                raise MalformedMessage(f"{type(message).__name__} in place of an answer")
-            self.inbox.append(message)
+            for message in decode_all(data):
+                if not isinstance(message, Answer):
+                    raise MalformedMessage(f"{type(message).__name__} in place of an answer")
+                self.inbox.append(message)
 
     def interrupt(self) -> None:
         """Cut the connection under the feet of the thread that uses it; called by another."""

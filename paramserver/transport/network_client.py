@@ -267,6 +267,9 @@ class NetworkConnection:
             self._put([self._sent_bytes[mailbox][:moments_bytes]])
         self._go()
 
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
     def start_pull(self, pull: Pull, weights: Array, statistics: Array | None) -> None:
         """Ask for the weights; they are there once `pull` does not wait any more."""
         wanted = _Wanted(pull=pull, places=[memory_of(weights)], statistics=statistics, staged=None)

@@ -264,6 +264,24 @@ def push(client: ParameterClient, batch: int, mailbox: int = 0, **changes: Any) 
     return outcome
 
 
+def test_a_bell_rings_for_several_pushes_or_when_it_is_waited_for(two: Cluster) -> None:
+    client = two.client(num_mailboxes=8, depth=1, bell_every=3)
+    for batch in range(5):
+        leave(client, batch, batch)
+        send(client, batch, mailbox=batch)
+        # The partitions' threads answer `call` between two packets, in the order of arrival.
+        assert max(two.versions()) <= batch // 3 * 3 + (3 if batch % 3 == 2 else 0)
+    settled: list[Settled] = []
+    while len(settled) < 3:
+        settled += client.collect(DEADLINE_S)
+    assert two.versions() == [3, 3], "two are kept back until somebody waits"
+    while len(settled) < 5:
+        settled += client.wait()
+    assert two.versions() == [5, 5]
+    assert sorted(s.mailbox for s in settled) == [0, 1, 2, 3, 4]
+    assert {o for s in settled for o in s.outcomes} == {Outcome.APPLIED}
+
+
 # --- What it is for -----------------------------------------------------------------------------
 
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -1029,7 +1047,7 @@ def test_an_answer_that_nobody_awaits_is_malformed(cluster: Cluster) -> None:
 
     def lie(_: object) -> None:
         (side,) = server._sides.values()
-        side.answer(Answer(mailbox=0, outcome=Outcome.APPLIED, version=1))
+        side.answer([Answer(mailbox=0, outcome=Outcome.APPLIED, version=1)])
 
     server.call(lie)
     with pytest.raises(MalformedMessage, match="awaits none"):

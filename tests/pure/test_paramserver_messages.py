@@ -27,7 +27,9 @@ from paramserver.messages import (
     Welcome,
     WireDtype,
     decode,
+    decode_all,
     encode,
+    encode_all,
 )
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -142,6 +144,21 @@ def test_no_part_of_a_message_is_one_nor_one_with_more_behind(message: Message) 
     for tail in (b"\0", b"\0\0\0\0", data):
         with pytest.raises(MalformedMessage):
             decode(data + tail)
+
+
+several = st.lists(messages.filter(lambda m: isinstance(m, Push | Answer)), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(several)
+def test_a_packet_of_several(found: list[Push | Answer]) -> None:
+    packet = encode_all(found)
+    assert decode_all(packet) == found
+    if len(found) == 1:
+        assert packet == encode(found[0])
+    for damaged in (packet[:-1], packet + b"\0", packet[:3], b""):
+        with pytest.raises(MalformedMessage):
+            decode_all(damaged)
 
 
 def decode_strictly(data: bytes) -> Message | None:
