@@ -129,9 +129,10 @@ def train(
                     console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
                 from cluster.controller import Controller
 
-                nodes = _nodes(folder, config, display.update, began_at)
-                backend = _backend(folder, data.plan, building.result(), resumed, store, nodes)
-                sinks = _sinks(folder, config, building.result())
+                model = building.result()
+                nodes = _nodes(folder, config, len(model.partitions), display.update, began_at)
+                backend = _backend(folder, data.plan, model, resumed, store, nodes)
+                sinks = _sinks(folder, config, model)
                 controller = Controller(
                     config=config,
                     plan=data.plan,
@@ -175,7 +176,11 @@ def _sinks(folder: RunFolder, config: RunConfig, model: _Model) -> list[Sink]:
 
 
 def _nodes(
-    folder: RunFolder, config: RunConfig, show: Callable[[Progress], None], began_at: float
+    folder: RunFolder,
+    config: RunConfig,
+    num_partitions: int,
+    show: Callable[[Progress], None],
+    began_at: float,
 ) -> Nodes:
     """The nodes of the cluster, once all are there that the run is to wait for."""
     from cluster.ray_nodes import Nodes
@@ -183,7 +188,7 @@ def _nodes(
     nodes = Nodes(config.placement)
     nodes.await_all(
         config.replicas,
-        config.server.partitions,
+        num_partitions,
         config.data.shufflers,
         lambda phase: show(Progress(elapsed_s=time.time() - began_at, phase=phase)),
     )

@@ -55,7 +55,7 @@ class ThreadBackend:
             num_parameters=layout.num_parameters,
             num_features=layout.num_features,
             num_decayed=layout.decayed,
-            num_partitions=config.server.partitions,
+            num_partitions=config.server.num_partitions(layout.num_parameters),
         )
         self.num_partitions = len(self.partitions_layout)
         num_processes = min(num_processes, config.replicas.replicas)

@@ -146,7 +146,7 @@ def test_no_part_of_a_message_is_one_nor_one_with_more_behind(message: Message) 
             decode(data + tail)
 
 
-several = st.lists(messages.filter(lambda m: isinstance(m, Push | Answer)), min_size=1, max_size=6)
+several = st.lists(st.one_of(pushes, answers), min_size=1, max_size=6)
 
 
 @settings(deadline=None, max_examples=50)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.ray import commands
+from workers.replica import BELL_EVERY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -41,7 +42,9 @@ def test_training_the_bundled_digits(tmp_path: Path) -> None:
     assert wanted <= set(result)
     staleness = result["staleness"]
     assert {"mean", "p50", "p99", "max"} <= set(staleness)
-    assert 10 < staleness["mean"] < 20.5  # 4 x 5 steps in flight: 19 but for the start and the end
+    # 4 x 5 steps in flight: 19 but for the start and the end; and what each of two processes has
+    # pushed without waking the partition yet.
+    assert 10 < staleness["mean"] < 19 + 2 * BELL_EVERY
     assert sum(count for _, count in staleness["histogram"]) == 3 * 2 * NUM_BATCHES
     assert result["accuracy"] > 0.85
     assert (result["recipe"], result["seed"], result["replicas"]) == ("mnist-bn", 0, 4)
