@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.spec import ModelSpec
-from workers.step import Slot
+from workers.step import Mailbox, Slot, Workshop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,11 @@ class Recomputer:
         self._load = load
         model = spec.build_flat()
         layout = model.layout
-        self._gradient = torch.zeros(layout.num_parameters)
-        self._moments = torch.zeros(1, 3, layout.num_features)
-        self._slot = Slot(model, self._gradient, self._moments, spec.build_loss())
+        gradient = torch.zeros(layout.num_parameters)
+        moments = torch.zeros(1, 3, layout.num_features)
+        self._mailbox = Mailbox(0, layout, gradient, moments)
+        # Not recorded: a replay trusts as little as it can.
+        self._slot = Slot(model, Workshop(layout, loss=spec.build_loss(), recorded=False))
 
     @property
     def weights(self) -> npt.NDArray[np.float32]:
@@ -47,10 +49,10 @@ class Recomputer:
     def compute(self, epoch: int, batch: int) -> Computed:
         """The gradient of a mini-batch at `weights`."""
         inputs, targets = self._load(epoch, batch)
-        result = self._slot.step(inputs, targets, 0)
+        result = self._slot.step(inputs, targets, self._mailbox, 0)
         return Computed(
-            gradient=self._gradient.clone(),
-            moments=self._moments.clone(),
+            gradient=self._mailbox.gradient.clone(),
+            moments=self._mailbox.moments.clone(),
             loss=result.loss,
             gradient_norm=result.gradient_norm,
             examples=len(inputs),
