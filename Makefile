@@ -4,7 +4,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.downpour-stamp
-SOURCE := cluster models paramserver shuffler workers tests benchmarks
+SOURCE := cluster models paramserver shuffler workers tests benchmarks examples
 
 # `make PYTHON=/path/to/python3.12 demo` picks the interpreter; empty means the first that fits.
 PYTHON ?=

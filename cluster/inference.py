@@ -78,13 +78,19 @@ def load(run: Path, *, best: bool = False, weights: str | None = None) -> Traine
 
 
 def evaluate(
-    runs: Sequence[Trained], *, data: str | None, split: str | None, crops: int
+    runs: Sequence[Trained],
+    *,
+    data: str | None,
+    split: str | None,
+    crops: int,
+    rows: int | None = None,
 ) -> dict[str, Any]:
-    """Score one run, or several as an ensemble, on a split."""
+    """Score one run, or several as an ensemble, on a split, or on its first `rows` rows."""
     first = runs[0].config
     source, split = data or first.data.data, split or first.data.eval_split
     predictor = Predictor([run.network for run in runs], crops=crops)
-    with split_rows(source, split, predictor.num_classes, rows=max(1, ROWS // crops)) as batches:
+    step = max(1, ROWS // crops)
+    with split_rows(source, split, predictor.num_classes, rows=step, limit=rows) as batches:
         score = predictor.score(batches)
     return {
         "run": [str(run.folder.path) for run in runs] if len(runs) > 1 else runs[0].folder.name,
@@ -100,14 +106,15 @@ def evaluate(
 
 @contextlib.contextmanager
 def split_rows(
-    data: str, split: str, num_classes: int, *, rows: int = ROWS
+    data: str, split: str, num_classes: int, *, rows: int = ROWS, limit: int | None = None
 ) -> Iterator[Iterator[pa.RecordBatch]]:
-    """A split's rows in their order."""
+    """A split's rows in their order, `rows` at a time; the first `limit` of them."""
     dataset = Dataset.open(data, split)
+    end = min(dataset.num_rows, limit or dataset.num_rows)
     with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
         yield (
-            reader.take(np.arange(start, min(start + rows, dataset.num_rows), dtype=np.int64))
-            for start in range(0, dataset.num_rows, rows)
+            reader.take(np.arange(start, min(start + rows, end), dtype=np.int64))
+            for start in range(0, end, rows)
         )
 
 

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster import inception_recipes
 from cluster.config import (
@@ -32,6 +33,10 @@ from workers.spec import StepConfig
 
 BINARY_MNIST = ImageSpec(height=28, width=28, channels=1, binary_threshold=127, flatten=True)
 """Section 4.1: 28x28 binary images as vectors of 784."""
+
+
+PACKAGES = ("cluster", "models", "paramserver", "shuffler", "workers")
+"""Our root packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +198,17 @@ def admit(config: RunConfig) -> RunConfig:
 def add_working_directory() -> None:
     """Make modules of the working directory importable, here and in processes started later.
 
-    Behind our own root, so that a folder called `models` there cannot stand in for ours.
+    Ray's processes look there before anywhere else, so it must not have packages of our names.
     """
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep), here]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
+    here = Path.cwd()
+    for name in PACKAGES:
+        if here != ROOT and any((here / part).exists() for part in (name, f"{name}.py")):
+            raise UserError(
+                f"{here} holds a {name} of its own, which would be taken for Downpour's: run from "
+                "another folder, or rename it"
+            )
+    # An editable installation is found after everything on the path, so our root goes there too.
+    places = [str(ROOT), str(here)]
+    sys.path.extend(place for place in places if place not in sys.path)
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in [*places, *before] if p))

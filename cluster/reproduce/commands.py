@@ -12,7 +12,9 @@ from typing import Any
 import click
 from rich.console import Console
 
+from cluster.config import RunConfig
 from cluster.errors import UserError
+from cluster.options import ConfigCommand, config_options
 
 output_option = click.option(
     "--output",
@@ -66,6 +68,71 @@ def mnist(output: Path | None, as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(json.dumps(summary(config, found)))
     click.echo(str(page))
+
+
+address_option = click.option(
+    "--address",
+    default=None,
+    help="Ray cluster to run on; without it RAY_ADDRESS, or a new one on this machine.",
+)
+
+
+@reproduce.command(cls=ConfigCommand)
+@config_options(RunConfig)
+@output_option
+@address_option
+def inception(output: Path | None, address: str | None, given: dict[str, object]) -> int:
+    """Section 4.2: the five variants and the two failures, Figures 2 and 3.
+
+    Options scale all runs alike: `--width 0.25 --image-size 32 --epochs 10` is for a small machine.
+    """
+    from cluster.reproduce.family import family, make_report
+    from cluster.reproduce.runs import curve_of, train_all
+
+    folder = output or Path("runs", "reproduce", "inception")
+    runs = family(given)
+    status = train_all(runs, folder / "runs", address=address, console=Console(stderr=True))
+    if status:
+        return status
+    curves = {name: curve_of(folder / "runs" / name) for name in runs}
+    click.echo(str(make_report(folder, runs, curves, command_line())))
+    return 0
+
+
+@reproduce.command(cls=ConfigCommand)
+@config_options(RunConfig)
+@output_option
+@address_option
+@click.option(
+    "--crops",
+    "most_crops",
+    type=click.Choice(["1", "10", "144"]),
+    default="144",
+    show_default=True,
+    help="Most crops of an image.",
+)
+@click.option("--rows", type=click.IntRange(1), default=None, help="Images to score; default: all.")
+def ensemble(
+    output: Path | None,
+    address: str | None,
+    most_crops: str,
+    rows: int | None,
+    given: dict[str, object],
+) -> int:
+    """Section 4.2.3: one crop, 10 and 144, and the average of six networks; Figure 4."""
+    from cluster.reproduce.ensemble import errors, make_report, members
+    from cluster.reproduce.runs import train_all
+
+    folder = output or Path("runs", "reproduce", "ensemble")
+    runs, console = members(given), Console(stderr=True)
+    status = train_all(runs, folder / "runs", address=address, console=console)
+    if status:
+        return status
+    paths = [folder / "runs" / name for name in runs]
+    crops = [count for count in (1, 10, 144) if count <= int(most_crops)]
+    found = errors(paths, crops=crops, rows=rows, show=console.print)
+    click.echo(str(make_report(folder, runs, found, command_line())))
+    return 0
 
 
 def command_line() -> str:

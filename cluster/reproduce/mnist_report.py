@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.config import BUNDLED_MNIST
 from cluster.reproduce.mnist import PERCENTILES, Curves, MnistConfig, summary, typical_unit
 from cluster.reproduce.report import (
     new_figure,
@@ -91,10 +92,16 @@ def make_report(
             for name, curves in found.items()
         },
         "percentiles": list(PERCENTILES),
-        "config": dataclasses.asdict(config),
+        "config": _shown(config),
     }
     title = "Section 4.1: MNIST with and without batch normalization (Figure 1)"
     return write_report(folder, title, parts, command=command, data=data)
+
+
+def _shown(config: MnistConfig) -> dict[str, Any]:
+    """The configuration as a reader elsewhere can use it."""
+    values = dataclasses.asdict(config)
+    return values | ({"data": "bundled"} if config.data == BUNDLED_MNIST else {})
 
 
 def _accuracy_figure(path: Path, found: Mapping[str, Curves]) -> None:

@@ -1,0 +1,133 @@
+"""Several training runs one after the other, each finished, gone on with, or begun.
+
+Here: the runs of an experiment and what their metrics say. Not here: which runs those are, and the
+reports made of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import launch
+from cluster.backend import RunFailed
+from cluster.config import RunConfig, to_plain
+from cluster.errors import UserError
+from cluster.options import apply
+from cluster.report import read_metrics, series
+from cluster.run_folder import METRICS, RESULT, RunFolder
+from shuffler.records import Dataset, split_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED = "failed.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Accuracy over a run."""
+
+    updates: tuple[int, ...]
+    """Updates applied when the weights were scored."""
+    accuracy: tuple[float, ...]
+    """Share of the evaluation split, in [0, 1]."""
+    seconds: float | None
+    """Time that the run took, over all its sessions; None where it failed."""
+    failure: str | None = None
+    """Why it did not come to its end."""
+
+    @property
+    def best(self) -> float:
+        """The highest accuracy."""
+        return max(self.accuracy, default=0.0)
+
+    def first_at(self, accuracy: float) -> int | None:
+        """Updates when it was first seen at `accuracy`."""
+        pairs = zip(self.updates, self.accuracy, strict=True)
+        return next((u for u, a in pairs if a >= accuracy), None)
+
+
+def fitted(config: RunConfig, given: Mapping[str, object]) -> RunConfig:
+    """A recipe with the user's options, and classes and evaluation split as the data has them."""
+    config = apply(config, given)
+    data = config.data
+    names = Dataset.open(data.data, data.train_split).class_names
+    changes: dict[str, object] = {}
+    if "num_classes" not in given and names:
+        changes["num_classes"] = len(names)
+    if "eval_split" not in given and data.eval_split not in split_names(data.data):
+        others = [s for s in split_names(data.data) if s != data.train_split]
+        if len(others) != 1:
+            raise UserError(
+                f"{data.data} has no split {data.eval_split!r}: name the one to score with "
+                "--eval-split"
+            )
+        changes["eval_split"] = others[0]
+    return apply(config, changes)
+
+
+def train_all(
+    runs: Mapping[str, RunConfig], folder: Path, *, address: str | None, console: Console
+) -> int:
+    """Train what is not finished; the exit status, which is not 0 where a signal stopped it."""
+    for number, (name, config) in enumerate(runs.items(), 1):
+        path = folder / name
+        exists = (path / "config.json").is_file()
+        run = RunFolder.open(path) if exists else None
+        if run is not None and _plain(run.config()) != _plain(config):
+            raise UserError(
+                f"{path} is a run with other options: give those again, or another --output"
+            )
+        if (path / RESULT).exists() or (path / FAILED).exists():
+            console.print(f"{name}: finished ({number} of {len(runs)})")
+            continue
+        console.print(f"{name}: run {number} of {len(runs)}")
+        data = launch.check_data(config)
+        if run is None:
+            run = RunFolder.create(path, config)
+        try:
+            status = launch.train(
+                run, data, resume=exists, address=address, dashboard=False, console=console
+            )
+        except RunFailed as error:
+            # A network that blows up is a finding, not a mishap.
+            console.print(f"{name}: {error}", style="yellow")
+            run.write_json(FAILED, {"reason": str(error)})
+            continue
+        if status:
+            console.print("the same command goes on from there")
+            return status
+    return 0
+
+
+def curve_of(path: Path) -> Curve:
+    """What a run's folder says of its accuracy."""
+    metrics = read_metrics(path / METRICS)
+    updates, accuracy = series(metrics, "accuracy")
+    failure = seconds = None
+    if (path / FAILED).exists():
+        failure = json.loads((path / FAILED).read_text())["reason"]
+    else:
+        seconds = json.loads((path / RESULT).read_text())["elapsed_s"]
+    return Curve(
+        updates=tuple(int(u) for u in updates),
+        accuracy=tuple(accuracy),
+        seconds=seconds,
+        failure=failure,
+    )
+
+
+def with_network(config: RunConfig, name: str, **arguments: object) -> RunConfig:
+    """A recipe under another name and with other arguments of its network."""
+    model = dataclasses.replace(config.model, arguments={**config.model.arguments, **arguments})
+    return dataclasses.replace(config, recipe=name, model=model)
+
+
+def _plain(config: RunConfig) -> Any:
+    """As JSON has it, where tuples are lists."""
+    return json.loads(json.dumps(to_plain(config)))
