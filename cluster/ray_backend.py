@@ -7,11 +7,7 @@ made a few times a second at the most. Who decides is `controller`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import os
-import signal
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +38,7 @@ from cluster.backend import (
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import NetworkConfig, RunConfig, num_processes
 from cluster.errors import one_line, user_message
+from cluster.leash import leashed
 from cluster.ray_nodes import Nodes
 from cluster.replay import write_about
 from paramserver.actor import PartitionActor
@@ -57,7 +54,6 @@ from shuffler.plan import Plan
 from workers.actor import EvaluatorActor, ReplicasActor
 
 START_DEADLINE_S = 120.0
-PR_SET_PDEATHSIG = 1
 
 Parts = Sequence[tuple[Any, Any]]
 """Parts of a window that are being delivered, each with the shuffler that does it."""
@@ -337,34 +333,10 @@ def _start(actor: type, max_concurrency: int, *arguments: Any, scheduling: Any) 
     """Start an actor of this class; does not wait for it."""
     # Ray's overloads know neither the options of actors nor a class that is not spelled out.
     remote: Any = ray.remote
-    options = remote(_leashed(actor)).options(
+    options = remote(leashed(actor)).options(
         num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling
     )
     return options.remote(*arguments)
-
-
-def _leashed(actor: type) -> type:
-    """`actor` in a process that ends with its raylet.
-
-    When a driver is killed its raylet is at once; but Ray's workers may take a minute to notice.
-    """
-
-    class Leashed(actor):  # type: ignore[misc]
-        def __init__(self, *arguments: Any) -> None:
-            _end_with_parent()
-            super().__init__(*arguments)
-
-    Leashed.__name__ = Leashed.__qualname__ = actor.__name__
-    return Leashed
-
-
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies. Linux only."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1:  # it had died before
-            os._exit(1)
 
 
 def _kill(actor: Any) -> None:
