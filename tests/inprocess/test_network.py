@@ -425,7 +425,12 @@ def test_with_error_feedback_the_sum_is_that_of_the_gradients(
         gradient = client.mailboxes.gradients[mailbox]
         gradient.copy_(torch.randn(P, generator=generator))
         is_refused = step % 11 == 5
-        send(client, batch, mailbox, gradient_norm=float("nan") if is_refused else 1.0)
+        send(
+            client,
+            batch,
+            mailbox,
+            gradient_norm=float("nan") if is_refused else float(gradient.norm()),
+        )
         outcome = settle(client, mailbox)
         if outcome == (Outcome.APPLIED,) * 2:
             total += gradient.double()

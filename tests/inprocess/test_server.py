@@ -242,7 +242,7 @@ def send(client: ParameterClient, batch: int, mailbox: int = 0, **changes: Any) 
         "examples": 32,
         "versions": [0] * client.num_partitions,
         "loss": 1.0,
-        "gradient_norm": 1.0,
+        "gradient_norm": float(gradient_of(batch, client.num_parameters).norm()),
     }
     client.push(**arguments | changes)
 
@@ -842,7 +842,7 @@ for batch in itertools.count():
     client.push(
         mailbox=mailbox, replica=1, epoch=1 + batch // num_batches,
         batches=(batch % num_batches,), examples=32, versions=[0] * len(endpoints), loss=1.0,
-        gradient_norm=1.0,
+        gradient_norm=float(pattern.norm()),
     )
     if batch == 20:
         print("under way", flush=True)

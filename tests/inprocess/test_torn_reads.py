@@ -342,7 +342,7 @@ def test_pulls_from_a_server_that_is_being_pushed_to() -> None:
                 examples=1,
                 versions=[batch] * num_partitions,
                 loss=1.0,
-                gradient_norm=1.0,
+                gradient_norm=float(pushing.mailboxes.gradients[0].norm()),
             )
             while pushing.in_flight(0):
                 pushing.wait()
