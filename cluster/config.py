@@ -309,6 +309,12 @@ class RunConfig:
     """Which nodes of a cluster the actors run on."""
 
     def __post_init__(self) -> None:
+        steps = self.replicas.steps
+        if self.is_bounded and steps.n_fetch != steps.n_push:
+            raise ValueError(
+                f"staleness policy is bounded, n fetch {steps.n_fetch} and n push {steps.n_push}: "
+                "give both the same value, so that a push is computed on one version"
+            )
         if self.policy.record_pushes:
             n_push = self.replicas.steps.n_push
             if n_push != 1:
@@ -319,6 +325,15 @@ class RunConfig:
                     f"record pushes is on, and wire dtype is {wire}, which adds what earlier "
                     "rounding left out: give wire dtype float32"
                 )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether steps wait so that none becomes too stale."""
+        return self.server.policy.staleness_policy == "bounded"
+
+    def step_config(self) -> StepConfig:
+        """What the processes of replicas are told."""
+        return dataclasses.replace(self.replicas.steps, by_permit=self.is_bounded)
 
     def plan(self, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
         """The mini-batches of `num_rows` examples, checked against the length of the run.

@@ -260,7 +260,7 @@ class RayBackend:
 
     def _spawn_process(self, index: int) -> Any:
         members = self.processes[index]
-        steps = self._config.replicas.steps
+        steps = self._config.step_config()
         windows = len(members) * self._config.replicas.queued_windows
         return _start(
             ReplicasActor,

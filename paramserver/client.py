@@ -107,6 +107,8 @@ class ParameterClient:
                 self.mailboxes.close()
         self._waiting: list[int] = [0] * num_mailboxes
         self._outcomes: list[list[Outcome]] = [[] for _ in range(num_mailboxes)]
+        self._asking: dict[int, int] = {}
+        """Partition whose permit is waited for, by mailbox."""
         self._by_fd = {c.fileno(): (i, c) for i, c in enumerate(self._connections)}
 
     @property
@@ -198,6 +200,43 @@ class ParameterClient:
         if self._network:
             self._watch()
 
+    def ask(self, mailbox: int) -> None:
+        """Ask every partition for a permit for the step that will push from `mailbox`.
+
+        Where staleness is bounded, it is wanted before the step's weights are pulled. The
+        partitions are asked one after the other, so that no two steps can wait for each other.
+        """
+        assert not self._waiting[mailbox], f"mailbox {mailbox} has a push in flight"
+        assert mailbox not in self._asking
+        self._asking[mailbox] = 0
+        self._connections[0].ask(mailbox)
+        if self._network:
+            self._watch()
+
+    def permitted(self, mailbox: int) -> bool:
+        """Whether no permit is waited for."""
+        return mailbox not in self._asking
+
+    @property
+    def num_asking(self) -> int:
+        """Steps that wait for a permit."""
+        return len(self._asking)
+
+    def _permit(self, mailbox: int, index: int) -> None:
+        """A partition has given its permit: ask the next one."""
+        index += 1
+        if index == len(self._connections):
+            del self._asking[mailbox]
+            return
+        self._asking[mailbox] = index
+        self._connections[index].ask(mailbox)
+        self._connections[index].flush()
+
+    def flush(self) -> None:
+        """Send off what has been kept back until there is more of it."""
+        for connection in self._connections:
+            connection.flush()
+
     def in_flight(self, mailbox: int) -> bool:
         """Whether answers for this mailbox are still to come."""
         return self._waiting[mailbox] > 0
@@ -213,8 +252,7 @@ class ParameterClient:
 
         Raises `DeadlineExceeded` where nothing comes any more.
         """
-        for connection in self._connections:
-            connection.flush()
+        self.flush()
         if self._ahead:
             return self._settle([])
         return self._settle(self._wait(self._poll))
@@ -240,6 +278,9 @@ class ParameterClient:
             for answer in connection.inbox:
                 mailbox = answer.mailbox
                 if mailbox >= len(self._waiting) or not self._waiting[mailbox]:
+                    if answer.outcome is Outcome.PERMITTED and self._asking.get(mailbox) == index:
+                        self._permit(mailbox, index)
+                        continue
                     raise MalformedMessage(f"an answer for mailbox {mailbox}, which awaits none")
                 self._outcomes[mailbox][index] = answer.outcome
                 self._waiting[mailbox] -= 1

@@ -40,6 +40,7 @@ class Kind(enum.IntEnum):
     CHALLENGE = 7
     INTRODUCTION = 8
     ADMISSION = 9
+    PERMIT_REQUEST = 10
 
 
 class WireDtype(enum.IntEnum):
@@ -68,6 +69,8 @@ class Outcome(enum.IntEnum):
     """Dropped by the staleness policy: to be computed again; nothing was changed."""
     REFUSED_QUARANTINE = 8
     """From a replica that is quarantined: to be computed by another; nothing was changed."""
+    PERMITTED = 9
+    """Of no push: the step that asked for a permit may begin (`PermitRequest`)."""
 
     @property
     def settled(self) -> bool:
@@ -143,6 +146,16 @@ class PullRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PermitRequest:
+    """Asks whether the step that will push from a mailbox may begin, where staleness is bounded.
+
+    The answer, `PERMITTED`, comes once it may. It has to come before the weights are pulled.
+    """
+
+    mailbox: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
     """Heads a payload: the partition's weights, then its statistics if they were asked for."""
 
@@ -195,6 +208,7 @@ _PUSH = struct.Struct("<4sBIIIIQddI")
 _COUNT = struct.Struct("<I")  # the last of a push's head
 _ANSWER = struct.Struct("<4sBIBQ")
 _PULL_REQUEST = struct.Struct("<4sB?")
+_PERMIT_REQUEST = struct.Struct("<4sBI")
 _WEIGHTS = struct.Struct("<4sBQ?")
 _CHALLENGE = struct.Struct(f"<4sB{NONCE_BYTES}s")
 _INTRODUCTION = struct.Struct(f"<4sB{PROOF_BYTES}s{NONCE_BYTES}sIQQIIB")
@@ -202,7 +216,16 @@ _ADMISSION = struct.Struct(f"<4sB{PROOF_BYTES}sQQ")
 _INDICES = [struct.Struct(f"<{n}I") for n in range(MAX_BATCHES + 1)]
 
 Message = (
-    Hello | Welcome | Push | Answer | PullRequest | Weights | Challenge | Introduction | Admission
+    Hello
+    | Welcome
+    | Push
+    | Answer
+    | PullRequest
+    | PermitRequest
+    | Weights
+    | Challenge
+    | Introduction
+    | Admission
 )
 
 
@@ -247,6 +270,8 @@ def encode(message: Message) -> bytes:
             )
         case PullRequest():
             return _PULL_REQUEST.pack(MAGIC, Kind.PULL_REQUEST, message.statistics)
+        case PermitRequest():
+            return _PERMIT_REQUEST.pack(MAGIC, Kind.PERMIT_REQUEST, message.mailbox)
         case Weights():
             return _WEIGHTS.pack(MAGIC, Kind.WEIGHTS, message.version, message.statistics)
         case Challenge():
@@ -297,6 +322,8 @@ def decode(data: bytes) -> Message:
         if kind == Kind.WELCOME:
             _, _, parameters, features, slots = _WELCOME.unpack(data)
             return Welcome(num_parameters=parameters, num_features=features, num_slots=slots)
+        if kind == Kind.PERMIT_REQUEST:
+            return PermitRequest(mailbox=_PERMIT_REQUEST.unpack(data)[2])
         if kind in _BETWEEN_MACHINES:
             return _BETWEEN_MACHINES[kind](data)
     except (struct.error, ValueError) as error:
@@ -304,7 +331,7 @@ def decode(data: bytes) -> Message:
     raise MalformedMessage(f"a message of unknown kind {kind}")
 
 
-def encode_all(messages: Sequence[Push] | Sequence[Answer]) -> bytes:
+def encode_all(messages: Sequence[Push | PermitRequest] | Sequence[Answer]) -> bytes:
     """Several messages as one packet, one after the other."""
     return b"".join([encode(message) for message in messages])
 
@@ -328,6 +355,8 @@ def _length(packet: bytes, at: int) -> int:
         return _ANSWER.size
     if kind == Kind.PUSH and at + _PUSH.size <= len(packet):
         return _PUSH.size + 4 * int(_COUNT.unpack_from(packet, at + _PUSH.size - _COUNT.size)[0])
+    if kind == Kind.PERMIT_REQUEST:
+        return _PERMIT_REQUEST.size
     return len(packet)
 
 

@@ -21,7 +21,7 @@ MAX_NORM = 1e18
 NORMS_SEEN = 100
 """Updates after which their mean norm says what is usual."""
 
-PolicyName = Literal["asynchronous", "drop", "scale"]
+PolicyName = Literal["asynchronous", "bounded", "drop", "scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,11 @@ class StalenessPolicy:
     """How staleness is governed."""
 
     staleness_policy: PolicyName = "asynchronous"
-    """`asynchronous` applies every push as it comes; `drop` has mini-batches beyond the bound
-    computed again; `scale` lowers the rate of those that are staler than the mean."""
+    """`asynchronous` applies every push as it comes; `bounded` has whoever is fast wait, so that no
+    push goes beyond the bound; `drop` has mini-batches beyond the bound computed again; `scale`
+    lowers the rate of those that are staler than the mean."""
     staleness_bound: int = 200
-    """For `drop`: the most versions between pull and push."""
+    """For `bounded` and `drop`: the most versions between pull and push."""
 
     def __post_init__(self) -> None:
         if self.staleness_bound < 0:
@@ -60,8 +61,10 @@ class StalenessPolicy:
 
         `scale` is relative, `min(1, (mean + 1) / (staleness + 1))`: with 50 steps in flight the
         mean is about 49, and dividing the rate by staleness outright would stop the training.
+        `bounded` never gets to see what is beyond the bound (`bounded.Admission`); if it did, it
+        would not apply it either.
         """
-        if self.staleness_policy == "drop" and staleness > self.staleness_bound:
+        if self.staleness_policy in ("drop", "bounded") and staleness > self.staleness_bound:
             return Decision(
                 scale=0.0, reason=f"staleness {staleness} is beyond {self.staleness_bound}"
             )

@@ -19,11 +19,12 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from paramserver.bounded import Admission, Permit
 from paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
@@ -31,7 +32,14 @@ from paramserver.errors import (
     MalformedMessage,
     ServerError,
 )
-from paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode_all
+from paramserver.messages import (
+    KEY_BYTES,
+    Answer,
+    Outcome,
+    PermitRequest,
+    Push,
+    decode_all,
+)
 from paramserver.partition import Partition
 from paramserver.snapshot import Snapshot
 from paramserver.state import PartitionState, UpdateConfig
@@ -69,6 +77,14 @@ class _Command(Generic[T]):
                 raise
         else:
             self.future.set_result(result)
+
+
+class _Held(NamedTuple):
+    """A push that waits for its turn, where staleness is bounded."""
+
+    push: Push
+    gradient: Tensor
+    moments: Tensor
 
 
 class PartitionServer:
@@ -136,6 +152,12 @@ class PartitionServer:
             network=self._porter.address if self._porter else None,
         )
         self._sides: dict[int, ServerSide | NetworkSide] = {}
+        policy = config.policy
+        self._admission: Admission[_Held] | None = None
+        self._take, self._take_network = self._take_at_once, self._take_network_at_once
+        if policy.staleness_policy == "bounded":
+            self._admission = Admission(policy.staleness_bound)
+            self._take, self._take_network = self._hold, self._hold_network
         self._next_sweep_s = -math.inf
         self._admitted: queue.SimpleQueue[Admitted] = queue.SimpleQueue()
         self._scratch = torch.empty(0)
@@ -263,6 +285,8 @@ class PartitionServer:
                     else:
                         self._serve(epoll, fd)
                 self._drop_silent(epoll)
+                if self._admission is not None:
+                    self._go_on(epoll, self._admission)
 
     def _accept(self, epoll: select.epoll) -> None:
         while True:
@@ -332,7 +356,7 @@ class PartitionServer:
             log.warning("partition %d closed a connection: %s", self.partition.index, str(error))
             self._drop(epoll, fd, type(error).__name__)
 
-    def _take(self, side: ServerSide, data: bytes) -> None:
+    def _take_at_once(self, side: ServerSide, data: bytes) -> None:
         answers: list[Answer] = []
         for push in decode_all(data):
             if not isinstance(push, Push):
@@ -349,7 +373,21 @@ class PartitionServer:
             if not side.is_float32 and len(self._scratch) < self.partition.num_parameters:
                 self._scratch = torch.empty(self.partition.num_parameters)
             moments = side.moments[: len(push.batches)]
-            side.answer(self._apply(push, side.gradient(self._scratch), moments))
+            self._take_network(side, push, side.gradient(self._scratch), moments)
+        if side.asks:
+            if self._admission is None:
+                raise MalformedMessage("a permit is asked for, and staleness is not bounded")
+            for box in side.asks:
+                self._admission.ask((side.socket.fileno(), box))
+            side.asks.clear()
+        self._send(epoll, side)
+
+    def _take_network_at_once(
+        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
+    ) -> None:
+        side.answer(self._apply(push, gradient, moments))
+
+    def _send(self, epoll: select.epoll, side: NetworkSide) -> None:
         while True:
             if side.pulls and side.sending is None:
                 slot = self._published.current_slot
@@ -375,6 +413,63 @@ class PartitionServer:
                 self.first_update_at = self.last_update_at
         return Answer(mailbox=push.mailbox, outcome=outcome, version=self._state.version)
 
+    def _hold(self, side: ServerSide, data: bytes) -> None:
+        """Take in a packet where staleness is bounded; `_go_on` applies what it may."""
+        assert self._admission is not None
+        fd, views = side.socket.fileno(), side.views
+        for message in decode_all(data):
+            if not isinstance(message, Push | PermitRequest):
+                raise MalformedMessage(f"{type(message).__name__} in place of a push")
+            box = message.mailbox
+            if views is None or box >= len(views.gradients):
+                raise MalformedMessage(f"a {type(message).__name__} of mailbox {box}")
+            if isinstance(message, PermitRequest):
+                self._admission.ask((fd, box))
+                continue
+            count = len(message.batches)
+            if count > side.depth:
+                raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
+            held = _Held(message, views.gradients[box], views.moments[box][:count])
+            self._admission.push((fd, box), message.version, held)
+
+    def _hold_network(
+        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
+    ) -> None:
+        assert self._admission is not None
+        # The connection's next push is received where this one lies.
+        held = _Held(push, gradient.clone(), moments.clone())
+        self._admission.push((side.socket.fileno(), push.mailbox), push.version, held)
+
+    def _go_on(self, epoll: select.epoll, admission: Admission[_Held]) -> None:
+        """Apply every push whose turn it is, and give every permit that there is."""
+        answers: dict[int, list[Answer]] = {}
+        while True:
+            while (due := admission.next(self._state.version)) is not None:
+                fd, box = due.key
+                if isinstance(due, Permit):
+                    version = self._state.version
+                    answer = Answer(mailbox=box, outcome=Outcome.PERMITTED, version=version)
+                else:
+                    answer = self._apply(*due.push)
+                answers.setdefault(fd, []).append(answer)
+            if not answers:
+                return
+            fd, batch = answers.popitem()
+            self._tell(epoll, fd, batch)  # where it is gone, others may go on
+
+    def _tell(self, epoll: select.epoll, fd: int, answers: list[Answer]) -> None:
+        side = self._sides[fd]
+        try:
+            if isinstance(side, ServerSide):
+                side.answer(answers)
+                return
+            for answer in answers:
+                side.answer(answer)
+            self._send(epoll, side)
+        except (ServerError, OSError) as error:
+            gone = isinstance(error, ConnectionLost)
+            self._drop(epoll, fd, None if gone else type(error).__name__)
+
     def _drop_silent(self, epoll: select.epoll) -> None:
         now_s = self._clock()
         if now_s < self._next_sweep_s:
@@ -395,3 +490,5 @@ class PartitionServer:
             self._dropped[reason] += 1
         epoll.unregister(fd)
         self._sides.pop(fd).close()
+        if self._admission is not None:
+            self._admission.leave(fd)

@@ -14,6 +14,10 @@ that was freed last: its memory is most likely still in the processor's cache, o
 A slot that is alone in its process has no others' turns to fill the time with: it pulls once its
 push is applied, so that one replica with one step in flight is ordinary SGD.
 
+Where staleness is bounded (`by_permit`), a slot asks for a permit before it pulls. It is passed
+over in the rotation until it has it, and again until its push is answered; nothing is waited for
+while another slot of the process could go on.
+
 Windows of mini-batches come in from other threads (`assign`), and their completion is told by a
 future once every partition has answered every push.
 """
@@ -38,6 +42,7 @@ from workers.spec import StepConfig
 from workers.step import Mailbox, Slot
 
 IDLE_WAIT_S = 1.0
+PERMIT_WAIT_S = 0.1
 NEARBY_MAILBOXES = 12
 BELL_EVERY = 4
 """Pushes for which a partition next door is woken at a time, by a process with many slots."""
@@ -48,9 +53,10 @@ def num_mailboxes(slots: int, config: StepConfig, client_is_colocated: bool) -> 
     """How many mailboxes a process with so many slots needs.
 
     Where the server is next door a push is answered within a few turns, and few mailboxes stay in
-    the cache. A push that travels, or is being added up over several steps, holds on to its own.
+    the cache. A push that travels, or is being added up over several steps, holds on to its own,
+    and so does one that waits for others where staleness is bounded.
     """
-    if config.n_push > 1 or not client_is_colocated:
+    if config.n_push > 1 or config.by_permit or not client_is_colocated:
         return slots
     return min(slots, NEARBY_MAILBOXES)
 
@@ -126,6 +132,8 @@ class _Turn:
         self.versions = [0] * num_partitions
         self.since_fetch = 0
         self.fetched = False
+        self.asked = False
+        """Whether a permit has been asked for, or is there (`by_permit`)."""
         self.pull: Pull | None = None
         self.task: _Task | None = None
         self.batches: tuple[int, ...] = ()
@@ -209,10 +217,17 @@ class Replicas:
             worked = False
             for turn in self._turns:
                 if turn.in_flight:
+                    if self._config.by_permit:
+                        continue  # it waits for others, maybe for some of this process
                     self._await_answer(turn)  # the server is behind
                 worked |= self._take(turn)
                 self._settle(client.collect())
             if worked:
+                continue
+            if self._config.by_permit and (self._pushed or client.num_asking):
+                client.flush()
+                # For another process's step, however long that takes: no deadline.
+                self._settle(client.collect(PERMIT_WAIT_S))
                 continue
             if self._pushed:
                 self._settle(client.wait())
@@ -233,6 +248,8 @@ class Replicas:
             turn.fetched = False  # it would be old by the time there is work
             return False
         if not turn.fetched:
+            if self._config.by_permit and not self._permitted(turn):
+                return False
             self._fetch(turn)
         task, mailbox = turn.task, turn.mailbox
         assert task is not None
@@ -250,6 +267,11 @@ class Replicas:
         turn.examples += len(targets)
         turn.loss += result.loss * len(targets)
         task.examples += len(targets)
+        if self._config.by_permit:
+            if turn.done == len(turn.batches):
+                self._push(turn, result.gradient_norm)
+                turn.fetched = turn.asked = False
+            return True
         if turn.done == len(turn.batches):
             self._push(turn, result.gradient_norm)
             if len(self._turns) == 1:
@@ -257,6 +279,14 @@ class Replicas:
         if turn.since_fetch >= self._config.n_fetch:
             self._fetch(turn)
         return True
+
+    def _permitted(self, turn: _Turn) -> bool:
+        """Whether the step may begin; asks for it the first time."""
+        assert turn.mailbox is not None
+        if not turn.asked:
+            turn.asked = True
+            self._client.ask(turn.mailbox.index)
+        return self._client.permitted(turn.mailbox.index)
 
     def _next_push(self, turn: _Turn) -> bool:
         queue = self._queues[turn.replica]

@@ -85,6 +85,9 @@ class StepConfig:
     come with this package. `on`: for your own, if it decides nothing anew (say by Python's random
     numbers) from one mini-batch to the next."""
 
+    by_permit: bool = field(default=False, metadata={"cli": False})
+    """Whether a step asks for a permit before it pulls, as the staleness policy `bounded` wants."""
+
     def __post_init__(self) -> None:
         for name in ("concurrent_steps", "n_fetch", "n_push"):
             value = getattr(self, name)

@@ -50,6 +50,9 @@ class Link(Protocol):
     def push(self, push: Push) -> None:
         """Send off the gradient that is in the push's mailbox."""
 
+    def ask(self, mailbox: int) -> None:
+        """Ask for a permit for the step that will push from there; `flush` sends it off."""
+
     def flush(self) -> None:
         """Send off what `push` may have kept back."""
 

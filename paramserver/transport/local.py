@@ -33,6 +33,7 @@ from paramserver.messages import (
     MAX_MAILBOXES,
     Answer,
     Hello,
+    PermitRequest,
     Push,
     Welcome,
     decode,
@@ -258,7 +259,7 @@ class Connection:
             raise
         self._deadline_s = deadline_s
         self._bell_every = bell_every
-        self._outbox: list[Push] = []
+        self._outbox: list[Push | PermitRequest] = []
         self._outbox_bytes = 0
         self.socket.setblocking(False)
         self.inbox: list[Answer] = []
@@ -289,10 +290,16 @@ class Connection:
 
     def push(self, push: Push) -> None:
         """Note a push, and ring the doorbell if it is time to. See `flush`."""
-        num_bytes = LARGEST_PUSH if len(push.batches) > 1 else USUAL_PUSH
+        self._put(push, LARGEST_PUSH if len(push.batches) > 1 else USUAL_PUSH)
+
+    def ask(self, mailbox: int) -> None:
+        """Note that a permit is wanted, and ring the doorbell if it is time to. See `flush`."""
+        self._put(PermitRequest(mailbox=mailbox), USUAL_PUSH)
+
+    def _put(self, message: Push | PermitRequest, num_bytes: int) -> None:
         if self._outbox_bytes + num_bytes > MAX_MESSAGE:
             self.flush()
-        self._outbox.append(push)
+        self._outbox.append(message)
         self._outbox_bytes += num_bytes
         if len(self._outbox) >= self._bell_every:
             self.flush()

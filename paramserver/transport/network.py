@@ -20,6 +20,7 @@ from paramserver.messages import (
     MAX_MAILBOXES,
     Answer,
     Message,
+    PermitRequest,
     PullRequest,
     Push,
     Weights,
@@ -56,6 +57,8 @@ class NetworkSide:
         self._outbox = Outbox(self._channel)
         self.pulls: list[PullRequest] = []
         """Pulls that are to be answered, in order."""
+        self.asks: list[int] = []
+        """Mailboxes for which permits have been asked for; the server takes them out."""
         self.sending: int | None = None
         """Slot whose weights are being sent; -1 for ones that were set aside."""
         self._aside = bytearray()
@@ -72,8 +75,11 @@ class NetworkSide:
         while (message := self._reader.next()) is not None:
             if isinstance(message, Push):
                 return message
-            assert isinstance(message, PullRequest)
-            self.pulls.append(message)
+            if isinstance(message, PullRequest):
+                self.pulls.append(message)
+            else:
+                assert isinstance(message, PermitRequest)
+                self.asks.append(message.mailbox)
         return None
 
     def _destinations(self, message: Message) -> list[memoryview]:
@@ -87,6 +93,10 @@ class NetworkSide:
         if isinstance(message, PullRequest):
             if len(self.pulls) >= max(1, self.num_mailboxes):
                 raise MalformedMessage("more pulls than mailboxes")
+            return []
+        if isinstance(message, PermitRequest):
+            if message.mailbox >= self.num_mailboxes or len(self.asks) >= self.num_mailboxes:
+                raise MalformedMessage(f"a permit for mailbox {message.mailbox}")
             return []
         raise MalformedMessage(f"{type(message).__name__} in place of a push")
 

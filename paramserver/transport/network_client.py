@@ -31,6 +31,7 @@ from paramserver.messages import (
     Introduction,
     Message,
     Outcome,
+    PermitRequest,
     PullRequest,
     Push,
     Weights,
@@ -50,6 +51,7 @@ THREAD_BYTES = 1 << 19
 """Slices of the weights of this size and more get a thread."""
 CLOSE_DEADLINE_S = 10.0
 _LOOK_EVERY_MS = 60_000
+_NOT_LOST = (Outcome.APPLIED, Outcome.PERMITTED)
 T = TypeVar("T")
 
 
@@ -267,6 +269,11 @@ class NetworkConnection:
             self._put([self._sent_bytes[mailbox][:moments_bytes]])
         self._go()
 
+    def ask(self, mailbox: int) -> None:
+        """Ask for a permit for the step that will push from there."""
+        self._put([head(PermitRequest(mailbox=mailbox), 0)])
+        self._go()
+
     def flush(self) -> None:
         """Nothing is kept back."""
 
@@ -312,7 +319,7 @@ class NetworkConnection:
             wanted.pull.versions[self.partition.index] = wanted.version
             wanted.pull.waiting -= 1
         for answer in _taken(self._pump.answers):
-            if answer.outcome is not Outcome.APPLIED and answer.mailbox < len(self._moments):
+            if answer.outcome not in _NOT_LOST and answer.mailbox < len(self._moments):
                 self._encoder.restore(answer.mailbox)
             self.inbox.append(answer)
 

@@ -122,7 +122,7 @@ class ThreadBackend:
             actor = ReplicasActor(
                 self.processes[index],
                 self.spec,
-                self.config.replicas.steps,
+                self.config.step_config(),
                 1,
                 self.config.decoder(),
             )

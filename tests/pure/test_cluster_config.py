@@ -110,3 +110,11 @@ def test_the_initial_weights_depend_on_the_seed_alone() -> None:
     assert config.model_spec().seed == config.model_spec().seed
     other = apply(config, {"seed": 1})
     assert other.model_spec().seed != config.model_spec().seed
+
+
+def test_bounded_staleness_is_told_to_the_replicas_and_needs_a_version_for_each_push() -> None:
+    config = apply(recipes.find("mnist-bn"), {"staleness_policy": "bounded"})
+    assert config.step_config().by_permit
+    assert not recipes.find("mnist-bn").step_config().by_permit
+    with pytest.raises(OptionError, match="n fetch 1 and n push 2: give both the same value"):
+        apply(config, {"n_push": 2})

@@ -21,6 +21,7 @@ from paramserver.messages import (
     Introduction,
     Message,
     Outcome,
+    PermitRequest,
     PullRequest,
     Push,
     Weights,
@@ -56,6 +57,7 @@ pushes = st.builds(
 )
 answers = st.builds(Answer, mailbox=U32, outcome=st.sampled_from(Outcome), version=U64)
 pull_requests = st.builds(PullRequest, statistics=st.booleans())
+permit_requests = st.builds(PermitRequest, mailbox=U32)
 weights = st.builds(Weights, version=U64, statistics=st.booleans())
 nonces = st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES)
 proofs = st.binary(min_size=PROOF_BYTES, max_size=PROOF_BYTES)
@@ -78,6 +80,7 @@ messages = st.one_of(
     pushes,
     answers,
     pull_requests,
+    permit_requests,
     weights,
     challenges,
     introductions,
@@ -100,6 +103,7 @@ EXAMPLES: list[Message] = [
     Hello(key=b"k" * KEY_BYTES, total_parameters=100, total_features=5, num_mailboxes=2, depth=1),
     Welcome(num_parameters=100, num_features=5, num_slots=4),
     PullRequest(statistics=True),
+    PermitRequest(mailbox=7),
     Weights(version=3, statistics=False),
     Challenge(nonce=b"n" * NONCE_BYTES),
     Introduction(
@@ -146,12 +150,12 @@ def test_no_part_of_a_message_is_one_nor_one_with_more_behind(message: Message) 
             decode(data + tail)
 
 
-several = st.lists(st.one_of(pushes, answers), min_size=1, max_size=6)
+several = st.lists(st.one_of(pushes, answers, permit_requests), min_size=1, max_size=6)
 
 
 @settings(deadline=None, max_examples=50)
 @given(several)
-def test_a_packet_of_several(found: list[Push | Answer]) -> None:
+def test_a_packet_of_several(found: list[Push | Answer | PermitRequest]) -> None:
     packet = encode_all(found)
     assert decode_all(packet) == found
     if len(found) == 1:

@@ -1,0 +1,90 @@
+"""Bounded staleness in the whole system: real partitions, sockets and threads, and deaths."""
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+
+from cluster.config import NetworkConfig, RunConfig
+from paramserver.policy import StalenessPolicy
+from shuffler.lease import Lease
+from tests.inprocess import tiny
+from tests.inprocess.test_controller import Run
+from tests.inprocess.thread_backend import ThreadBackend
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.dataset(tmp_path_factory.mktemp("data"))
+
+
+def bounded(config: RunConfig, bound: int, **network: object) -> RunConfig:
+    server = dataclasses.replace(
+        config.server,
+        policy=StalenessPolicy(staleness_policy="bounded", staleness_bound=bound),
+        network=NetworkConfig(**network),  # type: ignore[arg-type]
+    )
+    return dataclasses.replace(config, server=server)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("bound", "replicas", "partitions", "steps", "network"),
+    [
+        (0, 3, 2, {}, {}),
+        (3, 4, 3, {}, {}),
+        (4, 4, 1, {"n_push": 3, "n_fetch": 3}, {}),
+        (3, 4, 2, {}, {"transport": "network"}),
+        (3, 4, 2, {}, {"transport": "network", "wire_dtype": "bfloat16"}),
+    ],
+)
+def test_nothing_is_staler_than_the_bound_and_nothing_is_dropped(
+    tmp_path: Path,
+    data: str,
+    bound: int,
+    replicas: int,
+    partitions: int,
+    steps: dict[str, int],
+    network: dict[str, object],
+) -> None:
+    config = tiny.config(data, replicas=replicas, partitions=partitions, **steps)
+    run = Run(tmp_path / "run", bounded(config, bound, **network))
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    for report in outcome.reports:
+        assert report.pushes_dropped == report.pushes_duplicate == report.pushes_malformed == 0
+        staleness = [len(counts) - 1 for counts in report.staleness.values()]
+        assert max(staleness) <= bound
+        assert sum(map(sum, report.staleness.values())) == report.version
+
+
+@pytest.mark.timeout(60)
+def test_deaths_and_lost_connections_hold_nobody_up(tmp_path: Path, data: str) -> None:
+    run = Run(tmp_path / "run", bounded(tiny.config(data, epochs=3), 2))
+    done, lock = set[str](), threading.Lock()
+
+    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        with lock:
+            ripe = [
+                name
+                for at, name in ((4, "kill"), (10, "cut"), (16, "partition"))
+                if backend.windows_run >= at and name not in done
+            ]
+            if not ripe:
+                return
+            done.add(ripe[0])
+        if ripe[0] == "kill":
+            backend.kill_process(0)
+        elif ripe[0] == "cut":
+            backend.cut_connections(1)
+        else:
+            backend.kill_partition(1)
+
+    outcome = run.go(fault)
+    assert done == {"kill", "cut", "partition"}
+    assert outcome.finished
+    assert outcome.exactly_once
+    for report in outcome.reports:
+        assert report.pushes_dropped == 0
+        assert max(len(counts) - 1 for counts in report.staleness.values()) <= 2
