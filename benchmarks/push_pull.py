@@ -152,7 +152,7 @@ class _RoundTrip:
             [endpoint], key=key, access=access, num_mailboxes=1, deadline_s=DEADLINE_S
         )
         assert self.client.mailboxes is not None
-        self.client.mailboxes.gradients[0].normal_()
+        self._norm = float(self.client.mailboxes.gradients[0].normal_().norm())
         self._weights = np.empty(self.client.num_parameters, np.float32)
         self._versions = [0]
         self._epoch, self._update = epoch, update
@@ -169,7 +169,7 @@ class _RoundTrip:
             examples=1,
             versions=self._versions,
             loss=1.0,
-            gradient_norm=1.0,
+            gradient_norm=self._norm,
         )
         shared = not client.num_networked
         pull = None if shared else client.start_pull(self._weights, self._versions)
