@@ -16,7 +16,7 @@ export PYTHON
 help:
 	@echo 'make demo       train the MNIST net with batch normalization: 10 replicas x 5 steps'
 	@echo 'make test       run every test that this machine can run'
-	@echo 'make test-pure  run the fast tests only (no Ray; under 10 seconds)'
+	@echo 'make test-pure  run the fast tests only (no Ray; some 15 seconds)'
 	@echo 'make test-cluster  launch a cluster of hosts of their own here (root; some minutes)'
 	@echo 'make lint       check style (ruff) and types (mypy)'
 	@echo 'make format     rewrite the sources in the house format'

@@ -95,7 +95,7 @@ class DataConfig:
     """Split to score."""
     batch_size: int = 32
     """Examples in a mini-batch."""
-    window_batches: int = 128
+    window_batches: int = 64
     """Mini-batches that a replica is handed at a time."""
     strategy: Strategy = "pairwise"
     """How examples meet: `pairwise` lets no pair meet twice. `random`, `within_shard`, `buffer` and
