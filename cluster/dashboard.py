@@ -7,6 +7,7 @@ Ray's head copies nothing of ours; the file goes to the folder from which Grafan
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,18 @@ def _gauge(name: str, by: str = "run", how: str = "max") -> str:
     return f"{how} by ({by}) (ray_downpour_{name}{{{RUN}}})"
 
 
-def _quantile(share: float, name: str) -> str:
-    buckets = f"sum by (le) (rate(ray_downpour_{name}_bucket{{{RUN}}}[1m]))"
-    return f"histogram_quantile({share}, {buckets})"
+def _buckets(name: str) -> str:
+    return f"sum by (le) (rate(ray_downpour_{name}{{{RUN}}}[1m]))"
 
 
-_STALENESS = f"sum by (le) (rate(ray_downpour_staleness_pushes_total{{{RUN}}}[1m]))"
+def _percentiles(buckets: str, shares: Sequence[float] = (0.5, 0.99)) -> dict[str, str]:
+    return {
+        f"{round(100 * share)}th percentile": f"histogram_quantile({share}, {buckets})"
+        for share in shares
+    }
+
+
+_STALENESS = _buckets("staleness_pushes_total")
 _WANTED = f"sum by (run) (rate(ray_downpour_shuffler_cache_total{{{RUN}}}[1m]))"
 _FOUND = f'sum by (run) (rate(ray_downpour_shuffler_cache_total{{{RUN}, result="hit"}}[1m]))'
 
@@ -77,10 +84,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Staleness": (
         Panel(
             title="Staleness",
-            queries={
-                f"{round(100 * q)}th percentile": f"histogram_quantile({q}, {_STALENESS})"
-                for q in (0.5, 0.9, 0.99)
-            }
+            queries=_percentiles(_STALENESS, (0.5, 0.9, 0.99))
             | {
                 "over the session": _gauge("staleness_p99"),
                 "bound": _gauge("staleness_bound"),
@@ -114,17 +118,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             title="Push to last answer",
-            queries={
-                f"{round(100 * q)}th percentile": _quantile(q, "push_seconds") for q in (0.5, 0.99)
-            },
+            queries=_percentiles(_buckets("push_seconds_bucket")),
             unit="s",
         ),
         Panel(
             title="Wait for weights",
-            queries={
-                f"{round(100 * q)}th percentile": _quantile(q, "pull_wait_seconds")
-                for q in (0.5, 0.99)
-            },
+            queries=_percentiles(_buckets("pull_wait_seconds_bucket")),
             unit="s",
         ),
         Panel(
@@ -156,10 +155,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             title="Time to train a window",
-            queries={
-                f"{round(100 * q)}th percentile": _quantile(q, "window_seconds")
-                for q in (0.5, 0.99)
-            },
+            queries=_percentiles(_buckets("window_seconds_bucket")),
             unit="s",
         ),
     ),

@@ -267,16 +267,14 @@ class Replicas:
         turn.examples += len(targets)
         turn.loss += result.loss * len(targets)
         task.examples += len(targets)
-        if self._config.by_permit:
-            if turn.done == len(turn.batches):
-                self._push(turn, result.gradient_norm)
-                turn.fetched = turn.asked = False
-            return True
+        by_permit = self._config.by_permit
         if turn.done == len(turn.batches):
             self._push(turn, result.gradient_norm)
-            if len(self._turns) == 1:
+            if by_permit:
+                turn.fetched = turn.asked = False
+            elif len(self._turns) == 1:
                 self._await_answer(turn)
-        if turn.since_fetch >= self._config.n_fetch:
+        if not by_permit and turn.since_fetch >= self._config.n_fetch:
             self._fetch(turn)
         return True
 

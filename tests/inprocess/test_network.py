@@ -46,7 +46,7 @@ from paramserver.messages import (
     encode,
 )
 from paramserver.rules import Momentum
-from paramserver.server import GREETING_DEADLINE_S, STALL_DEADLINE_S, PartitionServer
+from paramserver.server import GREETING_DEADLINE_S, STALL_DEADLINE_S
 from paramserver.transport import greeting, network_client
 from paramserver.transport.access import Access
 from paramserver.transport.channel import BLOCK_BYTES, Channel, PlainChannel, SealedChannel
@@ -71,6 +71,7 @@ from tests.inprocess.test_server import (
     by_deadline,
     gradient_of,
     has_connections,
+    held,
     leave,
     push,
     send,
@@ -296,23 +297,6 @@ def test_a_slot_that_is_alone_pulls_what_it_has_pushed(
 
 def versions_and_weights(client: ParameterClient) -> tuple[list[int], np.ndarray[Any, Any]]:
     return [-1] * client.num_partitions, np.zeros(client.num_parameters, np.float32)
-
-
-@contextlib.contextmanager
-def held(server: PartitionServer) -> Iterator[None]:
-    """The server does nothing else meanwhile."""
-    began, gate = threading.Event(), threading.Event()
-
-    def hold(_: object) -> None:
-        began.set()
-        gate.wait(DEADLINE_S)
-
-    holder = threading.Thread(target=server.call, args=(hold,))
-    holder.start()
-    assert began.wait(DEADLINE_S)
-    yield
-    gate.set()
-    holder.join(DEADLINE_S)
 
 
 def test_a_pull_does_not_wait_until_it_is_finished(two: Networked, driven: str) -> None:

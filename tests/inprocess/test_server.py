@@ -787,22 +787,12 @@ def test_a_peer_that_floods_does_not_keep_others_out(cluster: Cluster) -> None:
 
 def test_connections_take_turns(cluster: Cluster) -> None:
     # One has many pushes queued when another's arrives: it is answered after a turn, not after all.
-    server, gate, inside = cluster.servers[0], threading.Event(), threading.Event()
     busy, late = cluster.peer().greet(), cluster.peer().greet()
-
-    def hold(_: object) -> None:
-        inside.set()
-        gate.wait(DEADLINE_S)
-
-    holder = threading.Thread(target=server.call, args=(hold,))
-    holder.start()
-    assert inside.wait(DEADLINE_S)
-    for batch in range(4 * PUSHES_A_TURN):
-        busy.say(a_push(batch))
-    late.say(a_push(4 * PUSHES_A_TURN))
-    gate.set()
+    with held(cluster.servers[0]):
+        for batch in range(4 * PUSHES_A_TURN):
+            busy.say(a_push(batch))
+        late.say(a_push(4 * PUSHES_A_TURN))
     answer = decode(late.socket.recv(8192))
-    holder.join(DEADLINE_S)
     assert isinstance(answer, Answer)
     assert answer.outcome is Outcome.APPLIED
     assert answer.version <= PUSHES_A_TURN + 1
@@ -942,24 +932,15 @@ def test_no_answer_by_the_deadline(cluster: Cluster) -> None:
 
 
 def test_a_partition_that_is_busy_answers_nobody_and_then_everybody(cluster: Cluster) -> None:
-    server, gate, inside = cluster.servers[0], threading.Event(), threading.Event()
+    server = cluster.servers[0]
     client = cluster.client(num_mailboxes=1)
-
-    def hold(_: object) -> None:
-        inside.set()
-        gate.wait(DEADLINE_S)
-
-    holder = threading.Thread(target=server.call, args=(hold,))
-    holder.start()
-    assert inside.wait(DEADLINE_S)
-    with pytest.raises(DeadlineExceeded, match="partition 0"):
-        server.call(lambda state: state.version, deadline_s=0.01)
-    with pytest.raises(DeadlineExceeded, match="not welcomed"):
-        ParameterClient(cluster.endpoints, key=KEY, deadline_s=0.01)
-    with pytest.raises(DeadlineExceeded, match="not stopped"):
-        server.stop(deadline_s=0.01)
-    gate.set()
-    holder.join(DEADLINE_S)
+    with held(server):
+        with pytest.raises(DeadlineExceeded, match="partition 0"):
+            server.call(lambda state: state.version, deadline_s=0.01)
+        with pytest.raises(DeadlineExceeded, match="not welcomed"):
+            ParameterClient(cluster.endpoints, key=KEY, deadline_s=0.01)
+        with pytest.raises(DeadlineExceeded, match="not stopped"):
+            server.stop(deadline_s=0.01)
     with pytest.raises(ConnectionLost):
         client.wait()
 
@@ -971,6 +952,23 @@ def test_calls_bring_results_and_errors_back(cluster: Cluster) -> None:
         with pytest.raises(type(error), match="mine"):
             server.call(lambda _: raise_(error))  # noqa: B023
     assert server.call(lambda _: threading.current_thread().name) == "partition-0"
+
+
+@contextlib.contextmanager
+def held(server: PartitionServer) -> Iterator[None]:
+    """The server does nothing else meanwhile."""
+    began, gate = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        began.set()
+        gate.wait(DEADLINE_S)
+
+    holder = threading.Thread(target=server.call, args=(hold,))
+    holder.start()
+    assert began.wait(DEADLINE_S)
+    yield
+    gate.set()
+    holder.join(DEADLINE_S)
 
 
 def raise_(error: BaseException) -> None:

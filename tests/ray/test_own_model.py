@@ -22,39 +22,27 @@ def test_the_example_trains(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
     command = Path(sys.executable).with_name("downpour")
     options = ["--epochs", "1", "--name", "own", "--data", "data", "--no-dashboard"]
-    done = subprocess.run(
-        [command, "train", "mine:recipe", *options],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = result(tmp_path / "runs" / "own")
-    assert found["accuracy"] > 0.85
-    assert found["exactly_once"]
-    scored = subprocess.run(
-        [command, "evaluate", "runs/own"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert scored.returncode == 0, scored.stderr
-    for words in ("has no function 'nothing'", "holds a models of its own"):
-        wrong = subprocess.run(
-            [command, "train", "mine:nothing"],
+
+    def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [command, *arguments],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout,
             check=False,
         )
+
+    done = run("train", "mine:recipe", *options, timeout=110)
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "runs" / "own")
+    assert found["accuracy"] > 0.85
+    assert found["exactly_once"]
+    scored = run("evaluate", "runs/own")
+    assert scored.returncode == 0, scored.stderr
+    for words in ("has no function 'nothing'", "holds a models of its own"):
+        wrong = run("train", "mine:nothing")
         assert wrong.returncode == 2
         assert words in wrong.stderr
         (tmp_path / "models").mkdir(exist_ok=True)
