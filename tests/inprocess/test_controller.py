@@ -204,6 +204,9 @@ def test_a_partition_that_dies_is_replaced_and_gets_what_it_lost(
     killed: list[int] = []
 
     def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        taken = any(run.folder.path.glob("checkpoints/*/manifest.json"))
+        if checkpoint_every_s < 1 and not taken:
+            return  # there is to be one to go on from, however fast the run is
         for number, partition in ((8, 1), (20, 0), (25, 1)):
             if lease.id >= number and number not in killed:
                 backend.kill_partition(partition)
