@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.errors import UserError
-from cluster.options import ConfigCommand, config_options
+from cluster.options import ConfigCommand, TupleValue, config_options
 
 output_option = click.option(
     "--output",
@@ -81,21 +81,55 @@ address_option = click.option(
 @config_options(RunConfig)
 @output_option
 @address_option
-def inception(output: Path | None, address: str | None, given: dict[str, object]) -> int:
+@click.option(
+    "--search-rates",
+    type=TupleValue(click.FLOAT),
+    default=None,
+    help="Choose Inception's rate among these, by a short run at each, before all else.",
+)
+@click.option(
+    "--search-epochs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Epochs of each of those runs.",
+)
+def inception(
+    output: Path | None,
+    address: str | None,
+    search_rates: tuple[float, ...] | None,
+    search_epochs: int,
+    given: dict[str, object],
+) -> int:
     """Section 4.2: the five variants and the two failures, Figures 2 and 3.
 
-    Options scale all runs alike: `--width 0.25 --image-size 32 --epochs 10` is for a small machine.
+    `--learning-rate`, `--decay-epochs` and `--weight-decay` are Inception's: the other variants'
+    follow in the paper's proportions. All other options are the same for all runs:
+    `--width 0.25 --image-size 32 --epochs 10` is for a small machine.
     """
-    from cluster.reproduce.family import family, make_report
+    from cluster.reproduce.family import best_rate, family, make_report, trials
     from cluster.reproduce.runs import curve_of, train_all
 
-    folder = output or Path("runs", "reproduce", "inception")
+    if search_rates and "learning_rate" in given:
+        raise UserError("--learning-rate and --search-rates: give one of the two")
+    folder, console = output or Path("runs", "reproduce", "inception"), Console(stderr=True)
+    tried = {}
+    if search_rates:
+        short = trials(given, search_rates, search_epochs)
+        names = {f"rate-{rate:g}": config for rate, config in short.items()}
+        status = train_all(names, folder / "search", address=address, console=console)
+        if status:
+            return status
+        tried = {rate: curve_of(folder / "search" / f"rate-{rate:g}") for rate in short}
+        classes = next(iter(short.values())).model.num_classes
+        given = {**given, "learning_rate": best_rate(tried, 1 / classes)}
+        console.print(f"Inception's rate is {given['learning_rate']:g}")
     runs = family(given)
-    status = train_all(runs, folder / "runs", address=address, console=Console(stderr=True))
+    status = train_all(runs, folder / "runs", address=address, console=console)
     if status:
         return status
     curves = {name: curve_of(folder / "runs" / name) for name in runs}
-    click.echo(str(make_report(folder, runs, curves, command_line())))
+    click.echo(str(make_report(folder, runs, curves, command_line(), tried=tried)))
     return 0
 
 

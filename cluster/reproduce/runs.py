@@ -7,6 +7,7 @@ reports made of them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED = "failed.json"
+LOSSES = 100
+"""Training losses of a run that a report keeps, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,23 @@ class Curve:
     """Time that the run took, over all its sessions; None where it failed."""
     failure: str | None = None
     """Why it did not come to its end."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """(updates, smoothed training loss), at the looks of the metrics."""
 
     @property
     def best(self) -> float:
         """The highest accuracy."""
         return max(self.accuracy, default=0.0)
+
+    @property
+    def final(self) -> float:
+        """The accuracy at the last look."""
+        return self.accuracy[-1] if self.accuracy else 0.0
+
+    @property
+    def interval(self) -> int:
+        """Most updates between two looks."""
+        return max((b - a for a, b in itertools.pairwise(self.updates)), default=0)
 
     def first_at(self, accuracy: float) -> int | None:
         """Updates when it was first seen at `accuracy`."""
@@ -114,12 +129,20 @@ def curve_of(path: Path) -> Curve:
         failure = json.loads((path / FAILED).read_text())["reason"]
     else:
         seconds = json.loads((path / RESULT).read_text())["elapsed_s"]
+    at, loss = series(metrics, "loss")
+    thin = slice(None, None, max(1, len(at) // LOSSES))
     return Curve(
         updates=tuple(int(u) for u in updates),
         accuracy=tuple(accuracy),
         seconds=seconds,
         failure=failure,
+        losses=tuple((int(u), v) for u, v in zip(at[thin], loss[thin], strict=True)),
     )
+
+
+def curve_as_data(curve: Curve) -> dict[str, Any]:
+    """A curve for a report's data."""
+    return dataclasses.asdict(curve)
 
 
 def with_network(config: RunConfig, name: str, **arguments: object) -> RunConfig:
