@@ -63,10 +63,10 @@ def family(given: Mapping[str, object]) -> dict[str, RunConfig]:
         }
         runs[name] = fitted(recipe, {**given, **own})
     rate = runs["inception"].server.schedule.learning_rate
-    fast = apply(runs["inception"], {"learning_rate": 5 * rate, "max_refused": None})
+    fast = apply(runs["inception"], {"learning_rate": 5 * rate})
     runs["inception-x5"] = with_network(fast, "inception-x5")
-    slow = apply(runs["inception"], {"max_refused": None})
-    runs["inception-sigmoid"] = with_network(slow, "inception-sigmoid", activation="sigmoid")
+    sigmoid = with_network(runs["inception"], "inception-sigmoid", activation="sigmoid")
+    runs["inception-sigmoid"] = sigmoid
     return runs
 
 
@@ -78,7 +78,7 @@ def trials(
         raise UserError(f"search rates {', '.join(f'{r:g}' for r in rates)}: give each once")
     plain = fitted(recipes.find("inception"), given)
     return {
-        rate: apply(plain, {"learning_rate": rate, "epochs": epochs, "max_refused": None})
+        rate: apply(plain, {"learning_rate": rate, "epochs": epochs})
         for rate in sorted(rates)
     }
 
