@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow.fs
 
@@ -50,6 +50,8 @@ Key = tuple[int, int, int]
 """Epoch, mini-batch and fingerprint of one computation."""
 Place = tuple[int, int, int]
 """Partition, branch and version."""
+Taken: TypeAlias = "Callable[[PartitionState, Push, Tensor], None]"
+"""Gets a partition's state after a push, the push, and its moments `[1, 3, F]` there."""
 MAX_TRIES = 20_000
 
 
@@ -118,10 +120,15 @@ class Replay:
         weights: Tensor,
         recomputer: Recomputer,
         seen: Callable[[PartitionState], None] = lambda _: None,
+        taken: Taken = lambda state, push, moments: None,
     ) -> None:
-        """`weights` [P] are the initial ones; `seen` gets each state at each of its versions."""
+        """`weights` [P] are the initial ones; `seen` gets each state at each of its versions.
+
+        `taken` gets each push that is applied, after `seen`.
+        """
         self._partitions, self._config = partitions, config
         self._weights, self._recomputer, self._seen = weights, recomputer, seen
+        self._taken = taken
         self._waiting: dict[Place, list[Branch]] = defaultdict(list)
         self._lines: dict[tuple[int, int], _Line] = {}
         self._computations: dict[Key, _Computation] = {}
@@ -281,20 +288,19 @@ class Replay:
         result = computation.result
         assert result is not None
         part = line.state.partition
-        outcome = line.apply(
-            Push(
-                mailbox=0,
-                replica=entry.replica,
-                epoch=entry.epoch,
-                batches=(entry.batch,),
-                examples=result.examples,
-                version=entry.version,
-                loss=result.loss,
-                gradient_norm=result.gradient_norm,
-            ),
-            result.gradient[part.start : part.stop].clone(),
-            result.moments[:, :, part.feature_start : part.feature_stop],
+        push = Push(
+            mailbox=0,
+            replica=entry.replica,
+            epoch=entry.epoch,
+            batches=(entry.batch,),
+            examples=result.examples,
+            version=entry.version,
+            loss=result.loss,
+            gradient_norm=result.gradient_norm,
         )
+        moments = result.moments[:, :, part.feature_start : part.feature_stop]
+        gradient = result.gradient[part.start : part.stop].clone()
+        outcome = line.apply(push, gradient, moments)
         if outcome is not Outcome.APPLIED:
             raise BadRecord(
                 f"partition {part.index} applied mini-batch (epoch {entry.epoch}, {entry.batch}), "
@@ -304,6 +310,7 @@ class Replay:
         if not computation.left:
             computation.result = None
         self._reached(line)
+        self._taken(line.state, push, moments)
 
     def _search(self) -> None:
         """Nothing goes on: find on which versions a gradient was computed that some did not get."""
@@ -356,9 +363,15 @@ class Replayed:
 
 
 def replay_run(
-    folder: RunFolder, progress: Callable[[int, int], None], say: Callable[[str], None]
+    folder: RunFolder,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+    taken: Taken = lambda state, push, moments: None,
 ) -> Replayed:
-    """Compute the run of `folder` again, and compare it with its newest checkpoint."""
+    """Compute the run of `folder` again, and compare it with its newest checkpoint.
+
+    `taken` as in `Replay`.
+    """
     from cluster.launch import build_model, check_data, check_data_unchanged
     from cluster.recipes import admit
 
@@ -395,6 +408,7 @@ def replay_run(
         weights=torch.from_numpy(model.weights),
         recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),
         seen=seen,
+        taken=taken,
     )
     replay.run(progress)
     differing: list[str] = []

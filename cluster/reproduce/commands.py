@@ -169,9 +169,86 @@ def ensemble(
     return 0
 
 
+@reproduce.command(cls=ConfigCommand)
+@config_options(RunConfig)
+@output_option
+@address_option
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each kind."
+)
+@click.option(
+    "--looks",
+    type=click.IntRange(2),
+    default=10,
+    show_default=True,
+    help="Versions of a run that are scored with all statistics.",
+)
+def asynchrony(
+    output: Path | None, address: str | None, seeds: int, looks: int, given: dict[str, object]
+) -> int:
+    """What the paper could not show: whose BN statistics, and which shuffling, on 50 steps.
+
+    The MNIST net with 1, 10 and 50 steps in flight, scored with the statistics of one replica, of
+    all, of the server and of Algorithm 2; and under several ways of shuffling.
+    """
+    from cluster.reproduce import asynchrony as experiment
+    from cluster.reproduce.asynchrony_report import make_report
+    from cluster.reproduce.runs import curve_of, train_all
+
+    folder, console = output or Path("runs", "reproduce", "asynchrony"), Console(stderr=True)
+    flights = experiment.flight_runs(given, range(seeds))
+    data = next(iter(flights.values())).data
+    shards = {
+        by_class: experiment.write_shards(
+            data.data,
+            folder / "data" / ("by-class" if by_class else "stored"),
+            train_split=data.train_split,
+            eval_split=data.eval_split,
+            by_class=by_class,
+        ).absolute()
+        for by_class in (False, True)
+    }
+    runs = flights | experiment.shuffle_runs(given, range(seeds), shards)
+    status = train_all(runs, folder / "runs", address=address, console=console)
+    if status:
+        return status
+    curves = {name: curve_of(folder / "runs" / name) for name in runs}
+    failed = [f"{name} ({curve.failure})" for name, curve in curves.items() if curve.failure]
+    if failed:
+        raise UserError(f"{failed[0]} did not end: give a lower --learning-rate")
+    measured = {}
+    for number, name in enumerate(flights, 1):
+        console.print(f"{name}: computed again and scored ({number} of {len(flights)})")
+        measured[name] = experiment.measure(
+            folder / "runs" / name,
+            looks=looks,
+            progress=counted(console, "pushes"),
+            say=lambda line: console.print(line, style="yellow", markup=False),
+        )
+    page = make_report(folder, runs, measured, curves, seeds=seeds, command=command_line())
+    click.echo(str(page))
+    return 0
+
+
 def command_line() -> str:
     """The command as a user would type it again."""
     return shlex.join(["downpour", *sys.argv[1:]])
+
+
+def counted(console: Console, what: str, *, every_s: float = 5.0) -> Callable[[int, int], None]:
+    """What shows `done` of `total`, once in `every_s`, with the time left."""
+    began_s = last_s = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last_s
+        now = time.monotonic()
+        if now - last_s < every_s or not done:
+            return
+        last_s = now
+        left_s = (now - began_s) * (total - done) / done
+        console.print(f"{done:,} of {total:,} {what}  {left_s:.0f} s left", highlight=False)
+
+    return show
 
 
 def progress(

@@ -77,10 +77,7 @@ def trials(
     if len(set(rates)) != len(rates):
         raise UserError(f"search rates {', '.join(f'{r:g}' for r in rates)}: give each once")
     plain = fitted(recipes.find("inception"), given)
-    return {
-        rate: apply(plain, {"learning_rate": rate, "epochs": epochs})
-        for rate in sorted(rates)
-    }
+    return {rate: apply(plain, {"learning_rate": rate, "epochs": epochs}) for rate in sorted(rates)}
 
 
 def best_rate(curves: Mapping[float, Curve], chance: float) -> float:

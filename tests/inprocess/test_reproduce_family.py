@@ -60,7 +60,8 @@ def test_without_a_baseline_that_learned_there_is_no_goal() -> None:
     stuck = CURVES | {"inception": _curve((10, 0.1), (100, 0.11))}
     told = family.findings(family.figure_3(stuck), chance=0.1)
     assert [agrees for _, _, agrees in told] == [False, False, True, True, True]
-    assert "stayed at chance" in told[0][1] and "stayed at chance" in told[1][1]
+    assert "stayed at chance" in told[0][1]
+    assert "stayed at chance" in told[1][1]
     collapsed = CURVES | {"inception-x5": _curve((10, 0.3), (100, 0.1))}
     assert family.findings(family.figure_3(collapsed), chance=0.1)[-1][2]
     learned = CURVES | {"inception-x5": _curve((10, 0.1), (100, 0.3))}
@@ -154,7 +155,8 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
     assert curve_of(tmp_path / "done") == Curve(updates=(3,), accuracy=(0.5,), seconds=5.0)
     RunFolder.open(tmp_path / "nan").append_metrics({"updates": 1, "accuracy": 0.1, "loss": 2.0})
     failed = curve_of(tmp_path / "nan")
-    assert failed.failure == "blew up" and failed.losses == ((1, 2.0),)
+    assert failed.failure == "blew up"
+    assert failed.losses == ((1, 2.0),)
     trained.clear()
     assert train_all(configs, tmp_path, address=None, console=QUIET) == 0
     assert trained == []
