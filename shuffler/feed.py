@@ -29,6 +29,7 @@ from shuffler.errors import PlanError
 from shuffler.plan import PastBound, Plan, Strategy
 from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
 from shuffler.records import Dataset
+from shuffler.row_groups import processors
 
 _At = tuple[int, int]
 """Epoch, and place in it."""
@@ -133,7 +134,7 @@ class Feed:
         self._epochs = epochs
         self._rank, self._world_size = rank, world_size
         small = dataset.row_bytes < SMALL_BYTES
-        self._num_threads = num_threads or (1 if small else _processors())
+        self._num_threads = num_threads or (1 if small else processors())
         self._reader = RowReader(dataset, cache_bytes=cache_bytes)
         self._epoch = self._place = 0
 
@@ -266,9 +267,3 @@ def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -49,6 +49,9 @@ class Shard:
     schema: pa.Schema = field(repr=False, compare=False)
     """Its Arrow schema, whole."""
 
+    row_group_rows: tuple[int, ...] = field(repr=False)
+    """Rows of each of its row groups."""
+
     @property
     def name(self) -> str:
         """File name."""
@@ -58,12 +61,6 @@ class Shard:
     def num_rows(self) -> int:
         """Rows of the file."""
         return int(self.metadata.num_rows)
-
-    @property
-    def row_group_rows(self) -> list[int]:
-        """Rows of each of its row groups."""
-        count = self.metadata.num_row_groups
-        return [int(self.metadata.row_group(i).num_rows) for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +125,11 @@ class Dataset:
         """Return the first row of each row group of the split, and the end: int64 [groups + 1]."""
         sizes = [size for shard in self.shards for size in shard.row_group_rows]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+
+    def shard_group_starts(self) -> NDArray[np.int64]:
+        """Return each shard's first row group, numbered through the shards, and the end."""
+        counts = [len(shard.row_group_rows) for shard in self.shards]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     def share(self, index: int, count: int) -> tuple[int, int]:
         """Return the rows [start, stop) that are reader `index`'s of `count` readers.
@@ -297,7 +299,9 @@ def _check_checksums(
 def _open_shard(filesystem: fs.FileSystem, info: fs.FileInfo) -> Shard:
     try:
         with filesystem.open_input_file(info.path) as source, pq.ParquetFile(source) as parquet:
-            return Shard(info.path, int(info.size), parquet.metadata, parquet.schema_arrow)
+            about = parquet.metadata
+            groups = tuple(about.row_group(i).num_rows for i in range(about.num_row_groups))
+            return Shard(info.path, int(info.size), about, parquet.schema_arrow, groups)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(
             f"{info.path} is not readable as Parquet ({files.one_line(error)}); remove it or copy "
