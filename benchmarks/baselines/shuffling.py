@@ -71,13 +71,29 @@ def _drain(start: Callable[[], Any], size: Callable[[Any], int]) -> dict[str, An
 
 
 def ours_images(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
-    """Decoded and varied images by the feed, with `workers` threads."""
+    """Decoded and varied images by the feed, with `workers` threads.
+
+    Small images are decoded by as many processes, a `DataLoader`'s, each with the single thread
+    that they have by default, as in processes of replicas.
+    """
     import torch
+    from torch.utils.data import DataLoader
+
+    from shuffler.feed import SMALL_BYTES
+    from workers.torch_feed import TorchFeed
 
     spec = ImageSpec(height=size, width=size)
-    feed = Feed(
-        data, image=spec, augment=ALL, epochs=10**6, past_bound="rekey", num_threads=workers
-    )
+    options: dict[str, Any] = {
+        "image": spec,
+        "augment": ALL,
+        "epochs": 10**6,
+        "past_bound": "rekey",
+    }
+    if Dataset.open(data, "train").row_bytes < SMALL_BYTES:
+        return _rate(
+            iter(DataLoader(TorchFeed(data, **options), None, num_workers=workers)), seconds
+        )
+    feed = Feed(data, num_threads=workers, **options)
     return _rate(((torch.from_numpy(x), y) for x, y in feed), seconds)
 
 
