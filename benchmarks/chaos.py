@@ -3,10 +3,16 @@
 Real runs of `mnist-bn`, in which processes are killed (kill -9) at random times: those of replicas,
 partitions, shuffler and evaluator, and the driver, which is then resumed. What is checked comes
 from the last checkpoint's applied sets, and not from anything that the run says of itself.
+
+A hundred faults take a quarter of an hour; they may as well be gathered run by run, each with a
+seed of its own (without faults: a run that nobody disturbs), in one record:
+
+    python -m benchmarks.chaos --seed 3 --faults 25 --into benchmarks/results/chaos.json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -23,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
+from rich.console import Console
 
-from benchmarks.harness import BadSettings, Report, Say, Settings
-from benchmarks.processes import BenchmarkFailed, descendants
+from benchmarks.harness import BadSettings, Report, Say, Settings, machine, record, show
+from benchmarks.processes import BenchmarkFailed, alone, descendants
 from cluster.checkpoint import CheckpointStore
 from cluster.config import ROOT
 from cluster.run_folder import RESULT, RunFolder
@@ -53,8 +60,9 @@ BATCHES_AN_EPOCH = 1875
 class Disturbed:
     """What became of one run and its faults."""
 
-    accuracy: float
-    best_accuracy: float
+    seed: int
+    accuracy: float = 0.0
+    best_accuracy: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     resumed: int = 0
     duplicates: int = 0
@@ -76,15 +84,22 @@ def run(settings: Settings, say: Say) -> Report:
         if len(calm) < (1 if settings.quick else 2):
             calm.append(disturbed(0, arguments, seed=len(calm), say=say))
             say(f"chaos: undisturbed, {calm[-1]}")
+    return _report([*runs, *calm], arguments)
+
+
+def _report(found: Sequence[Disturbed], arguments: Sequence[str]) -> Report:
+    runs = [r for r in found if r.faults]
+    calm = [r for r in found if not r.faults]
     faults: Counter[str] = sum((r.faults for r in runs), Counter())
     return Report(
         name="chaos",
         title=f"{faults.total()} random faults (kill -9) over {len(runs)} runs of mnist-bn",
-        columns=("run", "faults", "accuracy", "best", "wall s"),
+        columns=("run", "faults", "repeated", "accuracy", "best", "wall s"),
         rows=tuple(
             (
                 "disturbed" if r.faults else "undisturbed",
                 ", ".join(f"{n} {kind}" for kind, n in sorted(r.faults.items())),
+                f"{r.duplicates:,}",
                 f"{r.accuracy:.2%}",
                 f"{r.best_accuracy:.2%}",
                 f"{r.wall_s:.0f}",
@@ -92,13 +107,14 @@ def run(settings: Settings, say: Say) -> Report:
             for r in (*runs, *calm)
         ),
         notes=("every mini-batch was applied exactly once on every partition in every run.",),
-        configuration={"arguments": arguments, "weights": WEIGHTS, "faults": total},
+        configuration={"arguments": list(arguments), "weights": WEIGHTS},
         result={
             "faults": dict(faults),
+            "num_faults": faults.total(),
             "accuracy_disturbed": [r.accuracy for r in runs],
             "accuracy_undisturbed": [r.accuracy for r in calm],
         },
-        rounds=[vars(r) for r in (*runs, *calm)],
+        rounds=[{**vars(r), "faults": dict(r.faults)} for r in found],
     )
 
 
@@ -117,7 +133,7 @@ def disturbed(
     `BenchmarkFailed` where it does not show it. The run may be over before its faults are.
     """
     began_s, rng = time.monotonic(), random.Random(seed)
-    found = Disturbed(accuracy=0.0, best_accuracy=0.0)
+    found = Disturbed(seed=seed)
     with tempfile.TemporaryDirectory(prefix="downpour-chaos-") as scratch:
         log, folder = Path(scratch) / "log", Path(scratch) / "runs" / "a"
         command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
@@ -254,3 +270,31 @@ def _started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def main(argv: Sequence[str]) -> int:
+    """One run, added to a record of others."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, required=True, help="what the faults are drawn from")
+    parser.add_argument("--faults", type=int, default=FAULTS_A_RUN, help="most in this run")
+    parser.add_argument("--into", type=Path, required=True, help="record that the run is added to")
+    given = parser.parse_args(argv)
+    before = json.loads(given.into.read_text()) if given.into.exists() else None
+    runs = [
+        Disturbed(**r | {"faults": Counter(r["faults"])})
+        for r in (before or {"rounds": []})["rounds"]
+    ]
+    progress, about = Console(stderr=True), machine()
+    with alone():
+        runs.append(disturbed(given.faults, [], seed=given.seed, say=progress.print))
+    report = _report(runs, [])
+    plain = record(report, Settings(), about)
+    partial = given.into.with_suffix(".partial")
+    partial.write_text(json.dumps(plain, indent=2) + "\n")
+    partial.rename(given.into)
+    show(report, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
