@@ -17,6 +17,7 @@ MODULES = {
     "push-pull": "benchmarks.push_pull",
     "peers": "benchmarks.peers",
     "replicas": "benchmarks.replicas",
+    "simulate": "benchmarks.simulate",
     "startup": "benchmarks.startup",
     "checkpoints": "benchmarks.checkpoints",
     "chaos": "benchmarks.chaos",

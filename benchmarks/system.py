@@ -114,10 +114,13 @@ def as_plain(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def measure(config: RunConfig, settings: Settings) -> SystemMeasurement:
+def measure(
+    config: RunConfig, settings: Settings, look: Callable[[RunFolder], None] = lambda _: None
+) -> SystemMeasurement:
     """Run `config`, and measure it for at least `settings.seconds` once it is warm.
 
-    Raises `BenchmarkFailed` where the run fails, or refuses a mini-batch or applies one twice.
+    `look` is given the run's folder when all is over. Raises `BenchmarkFailed` where the run fails,
+    or refuses a mini-batch or applies one twice.
     """
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
         folder = RunFolder.create(Path(scratch) / "run", config)
@@ -148,6 +151,7 @@ def measure(config: RunConfig, settings: Settings) -> SystemMeasurement:
                     f"{what} ended as {status.get('state')} with {status.get('duplicates')} "
                     f"duplicates and {status.get('refused')} refused: see {child.log}"
                 )
+        look(folder)
     return _summary(begin, end, before, after)
 
 

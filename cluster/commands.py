@@ -24,10 +24,14 @@ from cluster.options import ConfigCommand, apply, config_options
 from cluster.reproduce.commands import reproduce
 from cluster.run_folder import CONFIG, MAX_REPLICAS, RESULT, STATUS, RunFolder
 from cluster.serving import ServeConfig
+from cluster.simulate.commands import simulate
 from shuffler.ingest import IngestConfig
 
 RUNS = Path("runs")
-BENCHMARKS = ("push-pull", "peers", "replicas", "startup", "checkpoints", "chaos", "shuffle", "all")
+BENCHMARKS = (
+    *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos", "shuffle"),
+    "all",
+)
 
 ray_options = [
     click.option(
@@ -548,6 +552,7 @@ def bench(
 
 
 downpour.add_command(reproduce)
+downpour.add_command(simulate)
 
 
 def _cell(value: Any) -> str:

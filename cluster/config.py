@@ -401,6 +401,11 @@ def num_processes(config: ReplicaConfig, num_processors: int) -> int:
     return max(1, min(config.replicas, num_processors))
 
 
+def num_threads(num_processes: int, num_processors: int) -> int:
+    """How many threads each of so many processes of replicas computes a step on."""
+    return max(1, num_processors // num_processes)
+
+
 def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
     """How many replicas train after `epochs_done` epochs: the warm start, then an even ramp."""
     if epochs_done < config.warm_start_epochs:

@@ -36,7 +36,7 @@ from cluster.backend import (
     WriteFailed,
 )
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.config import NetworkConfig, RunConfig, num_processes
+from cluster.config import NetworkConfig, RunConfig, num_processes, num_threads
 from cluster.errors import one_line, user_message
 from cluster.leash import leashed
 from cluster.ray_nodes import Nodes
@@ -100,7 +100,7 @@ class RayBackend:
         self.processes = tuple(
             tuple(range(i, config.replicas.replicas, count)) for i in range(count)
         )
-        self._threads = max(1, num_processors // count)
+        self._threads = num_threads(count, num_processors)
         if record is not None:
             write_about(record, threads=self._threads)
         self._record = record
