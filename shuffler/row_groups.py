@@ -76,8 +76,12 @@ class RowGroups:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
         """Whose threads read. All of them, because each keeps some freed memory for itself."""
 
-    def get(self, group: int) -> pa.RecordBatch:
+    def get(self, group: int, *, keep: bool = True) -> pa.RecordBatch:
         """Return a row group: kept, from a thread that is reading it, or from disk.
+
+        Args:
+            group: its number.
+            keep: whether it is worth room in the cache where it has to be read.
 
         Raises:
             DatasetError: its shard can no longer be read.
@@ -106,7 +110,8 @@ class RowGroups:
             raise
         with self._lock:
             del self._loading[group]
-            self._keep(group, batch)
+            if keep:
+                self._keep(group, batch)
         mine.set_result(batch)
         return batch
 

@@ -77,7 +77,8 @@ def test_shuffle(tmp_path: Path) -> None:
     assert result["small"]["ratio_to_plain_loop_per_core"] > 0
     assert result["pairs_cifar10"]["repeats"] == 0
     assert result["planning"]["peak_mb"] < 10
-    assert result["resume"]["first_batch_ms"] > 0
+    assert result["resume_cifar10"]["first_batch_ms"] > 0
+    assert result["resume_many"]["rows"] == 20_000
     assert result["resident_1x"]["complete"]
     assert result["resident_4x"]["complete"]
 
