@@ -183,7 +183,7 @@ class _Bench:
                     "",
                 )
             )
-        cache_mb, store_mb = (16, 80) if quick else (64, 100)
+        cache_mb, store_mb = (16, 80) if quick else (64, 90)
         base = 2_000 if quick else 4_000
         for times in (1, 4):
             folder = str(self._scratch / f"bytes-{times}")
