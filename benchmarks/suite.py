@@ -21,6 +21,7 @@ MODULES = {
     "startup": "benchmarks.startup",
     "checkpoints": "benchmarks.checkpoints",
     "chaos": "benchmarks.chaos",
+    "recovery": "benchmarks.recovery",
     "shuffle": "benchmarks.shuffle",
 }
 """Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them."""

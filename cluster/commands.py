@@ -29,7 +29,8 @@ from shuffler.ingest import IngestConfig
 
 RUNS = Path("runs")
 BENCHMARKS = (
-    *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos", "shuffle"),
+    *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
+    *("recovery", "shuffle"),
     "all",
 )
 

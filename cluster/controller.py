@@ -52,6 +52,8 @@ RATE_WINDOWS = 3
 """A replica's rate is that of its last few windows."""
 ASKED = "downpour stop"
 """The reason of a stop that was asked for through the run's folder."""
+SPARES_AFTER_S = 5.0
+"""A spare's start takes a second of a processor: not while those who are back get going."""
 SILENT_AFTER_S = 60.0
 """A partition that has not answered for so long is taken for lost."""
 Flags = Mapping[int, npt.NDArray[np.uint8]]
@@ -194,6 +196,8 @@ class Controller:
         self._rates: dict[int, deque[float]] = {}
         """Mini-batches a second of the last windows, by replica."""
         self._told_slow: set[int] = set()
+        self._spares_due_s: float | None = None
+        """When spares are made for those that have been used."""
         self._weak_since_s: float | None = None
         """When the first of those was lost that are not back yet."""
 
@@ -246,6 +250,9 @@ class Controller:
                 self._on_partition_lost(partition, "silent")
         if not self._all_up:
             return
+        if self._spares_due_s is not None and now >= self._spares_due_s:
+            self._spares_due_s = None
+            self._backend.make_spares()
         self._mend()
         if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
             self._evaluate(self._telemetry.best_accuracy, BEST)
@@ -269,6 +276,7 @@ class Controller:
         if all(p.ready for p in self._processes if p.wanted):
             took_s = self._clock() - self._weak_since_s
             self._weak_since_s = None
+            self._spares_due_s = self._clock() + SPARES_AFTER_S
             self._telemetry.event(f"everybody is back after {took_s:.1f} s")
 
     # How many replicas there are
@@ -479,6 +487,7 @@ class Controller:
                 self._phase = "training"
                 if self._all_replicas_at is None and all(p.ready for p in self._processes):
                     self._all_replicas_at = time.time()
+                    self._spares_due_s = self._clock() + SPARES_AFTER_S
                     if not self._evaluator_started:
                         self._start_evaluator()
             elif isinstance(done.error, PartitionLost):

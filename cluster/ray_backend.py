@@ -41,6 +41,7 @@ from cluster.errors import one_line, user_message
 from cluster.leash import leashed
 from cluster.ray_nodes import Nodes
 from cluster.replay import write_about
+from cluster.standby import PartitionSpare, ReplicasSpare
 from paramserver.actor import PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import Partition
@@ -54,6 +55,8 @@ from shuffler.plan import Plan
 from workers.actor import EvaluatorActor, ReplicasActor
 
 START_DEADLINE_S = 120.0
+PARTITION_CALLS = 4
+"""That a partition answers at a time."""
 
 Parts = Sequence[tuple[Any, Any]]
 """Parts of a window that are being delivered, each with the shuffler that does it."""
@@ -106,6 +109,8 @@ class RayBackend:
         self._record = record
         self._layout, self._weights, self._store = tuple(partitions), weights, store
         self._update_config, self._listen = config.update_config(plan), listen
+        self._spares: dict[type, Any] = {}
+        """Processes that can become actors of a class; not waited for."""
         self._partitions: list[Any] = [None] * len(partitions)
         self._spawned_partitions: list[Any] = [
             self._spawn_partition(i, resumed) for i in range(len(partitions))
@@ -153,6 +158,38 @@ class RayBackend:
         self._process_actors.append(None)
         self._spawned.append(None)
         return len(self.processes) - 1
+
+    def make_spares(self) -> None:
+        """Have a process ready for each kind that `--spares` wants, where all is on one node.
+
+        On several nodes a spare would have to be on each.
+        """
+        wanted = self._config.replicas.spares
+        if self._nodes.several:
+            return
+        if wanted != "none" and ReplicasActor not in self._spares:
+            self._spares[ReplicasActor] = _start(
+                ReplicasSpare, self._calls_of_replicas(), scheduling="DEFAULT"
+            )
+        if wanted == "all" and PartitionActor not in self._spares:
+            self._spares[PartitionActor] = _start(
+                PartitionSpare, PARTITION_CALLS, scheduling="DEFAULT"
+            )
+
+    def _start_soon(
+        self, actor: type, max_concurrency: int, *arguments: Any, scheduling: Any
+    ) -> Any:
+        """Have a spare become this actor, or start a new one."""
+        spare = self._spares.pop(actor, None)
+        if spare is None or self._nodes.several:
+            return _start(actor, max_concurrency, *arguments, scheduling=scheduling)
+        spare.assume.remote(*arguments)
+        return spare
+
+    def _calls_of_replicas(self) -> int:
+        """Windows that a process of replicas may have at a time, and two calls besides."""
+        members = max(map(len, self.processes))
+        return members * self._config.replicas.queued_windows + 2
 
     def stop_process(self, index: int) -> None:
         """End a process of replicas that has no windows."""
@@ -239,6 +276,7 @@ class RayBackend:
     def stop(self) -> None:
         """Stop every actor."""
         actors = [*self._process_actors, *self._spawned, *self._shufflers, self._evaluator]
+        actors += self._spares.values()
         for actor in [*actors, *self._partitions, *self._spawned_partitions]:
             _kill(actor)
 
@@ -250,9 +288,9 @@ class RayBackend:
             file = checkpoint.files[index]
             uri = f"{self._store.folder_uri(checkpoint.number)}/{file.name}"
             start = (None, uri, file.sha256)
-        return _start(
+        return self._start_soon(
             PartitionActor,
-            4,
+            PARTITION_CALLS,
             *(partition, self._update_config, self._key, *start, self._listen),
             str(self._record) if self._record else None,
             scheduling=self._nodes.scheduling("partitions", index),
@@ -261,10 +299,9 @@ class RayBackend:
     def _spawn_process(self, index: int) -> Any:
         members = self.processes[index]
         steps = self._config.step_config()
-        windows = len(members) * self._config.replicas.queued_windows
-        return _start(
+        return self._start_soon(
             ReplicasActor,
-            windows + 2,
+            self._calls_of_replicas(),
             *(members, self._spec, steps, self._threads),
             *(self._config.decoder(), self._config.replicas.queued_windows),
             scheduling=self._nodes.scheduling("replicas", index),
