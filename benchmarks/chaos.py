@@ -7,12 +7,13 @@ from the last checkpoint's applied sets, and not from anything that the run says
 A hundred faults take a quarter of an hour; they may as well be gathered run by run, each with a
 seed of its own (without faults: a run that nobody disturbs), in one record:
 
-    python -m benchmarks.chaos --seed 3 --faults 25 --into benchmarks/results/chaos.json
+    python -m benchmarks.chaos --seed 3 --faults 25 --into chaos.json
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -278,22 +279,39 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, required=True, help="what the faults are drawn from")
     parser.add_argument("--faults", type=int, default=FAULTS_A_RUN, help="most in this run")
     parser.add_argument("--into", type=Path, required=True, help="record that the run is added to")
+    parser.add_argument("--epochs", type=int, help="how long the run is; default: the recipe's")
     given = parser.parse_args(argv)
-    before = json.loads(given.into.read_text()) if given.into.exists() else None
-    runs = [
-        Disturbed(**r | {"faults": Counter(r["faults"])})
-        for r in (before or {"rounds": []})["rounds"]
-    ]
+    arguments = [] if given.epochs is None else ["--epochs", str(given.epochs)]
     progress, about = Console(stderr=True), machine()
     with alone():
-        runs.append(disturbed(given.faults, [], seed=given.seed, say=progress.print))
-    report = _report(runs, [])
-    plain = record(report, Settings(), about)
-    partial = given.into.with_suffix(".partial")
-    partial.write_text(json.dumps(plain, indent=2) + "\n")
-    partial.rename(given.into)
+        found = disturbed(given.faults, arguments, seed=given.seed, say=progress.print)
+    report = add(found, arguments, given.into, about)
     show(report, Console())
     return 0
+
+
+def add(found: Disturbed, arguments: Sequence[str], into: Path, about: dict[str, Any]) -> Report:
+    """Add a run to a record, which others may be adding to at the same time.
+
+    Raises `BadSettings` where the record is of runs of another length.
+    """
+    with into.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = json.loads(into.read_text()) if into.exists() else None
+        if before is not None and before["configuration"]["arguments"] != list(arguments):
+            theirs = " ".join(before["configuration"]["arguments"]) or "the recipe as it is"
+            raise BadSettings(f"{into} holds runs of {theirs}: give another file")
+        plain = [] if before is None else before["rounds"]
+        runs = [Disturbed(**r | {"faults": Counter(r["faults"])}) for r in plain]
+        report = _report([*runs, found], arguments)
+        partial = into.with_suffix(".partial")
+        about_all = record(report, Settings(), about)
+        del about_all["settings"]
+        words = ("python -m benchmarks.chaos --seed SEED --faults FAULTS --into FILE", *arguments)
+        about_all["command"] = " ".join(words)
+        partial.write_text(json.dumps(about_all, indent=2) + "\n")
+        partial.rename(into)
+    return report
 
 
 if __name__ == "__main__":

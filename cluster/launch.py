@@ -38,7 +38,8 @@ from shuffler.records import Dataset
 SKIPPED_SHOWN = 5
 
 if TYPE_CHECKING:
-    from cluster.controller import Controller, Outcome
+    from cluster.controller import Controller
+    from cluster.members import Outcome
     from cluster.observe import Sink
     from cluster.ray_backend import RayBackend
     from cluster.ray_nodes import Nodes
