@@ -6,11 +6,13 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import resource
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,30 +73,58 @@ def _drain(start: Callable[[], Any], size: Callable[[Any], int]) -> dict[str, An
 
 
 def ours_images(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
-    """Decoded and varied images by the feed, with `workers` threads.
-
-    Small images are decoded by as many processes, a `DataLoader`'s, each with the single thread
-    that they have by default, as in processes of replicas.
-    """
+    """Decoded and varied images by the feed, with `workers` threads."""
     import torch
+
+    feed = _feed(data, size, num_threads=workers)
+    return _rate(((torch.from_numpy(x), y) for x, y in feed), seconds)
+
+
+def ours_ranks(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
+    """The same in `workers` processes, a feed and a thread each, which share the mini-batches.
+
+    So do processes of replicas with small images: nothing that is decoded leaves its process.
+    """
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(workers)
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_set_barrier, initargs=(ready,)
+    ) as pool:
+        ranks = [pool.submit(_rank, data, seconds, size, rank, workers) for rank in range(workers)]
+        rates = [rank.result() for rank in ranks]
+    return {"images_per_s": sum(rates), "by_process": rates}
+
+
+_BARRIER: list[Any] = []
+
+
+def _set_barrier(barrier: Any) -> None:
+    _BARRIER.append(barrier)
+
+
+def _rank(data: str, seconds: float, size: int, rank: int, world_size: int) -> float:
+    feed = _feed(data, size, num_threads=1, rank=rank, world_size=world_size)
+    found = _rate(iter(feed), seconds, lambda: _BARRIER[0].wait(60))
+    return float(found["images_per_s"])
+
+
+def ours_loader(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
+    """The same with the feed in the worker processes of a `DataLoader`."""
     from torch.utils.data import DataLoader
 
-    from shuffler.feed import SMALL_BYTES
     from workers.torch_feed import TorchFeed
 
+    feed = TorchFeed(data, **_options(size))
+    return _rate(iter(DataLoader(feed, None, num_workers=workers)), seconds)
+
+
+def _options(size: int) -> dict[str, Any]:
     spec = ImageSpec(height=size, width=size)
-    options: dict[str, Any] = {
-        "image": spec,
-        "augment": ALL,
-        "epochs": 10**6,
-        "past_bound": "rekey",
-    }
-    if Dataset.open(data, "train").row_bytes < SMALL_BYTES:
-        return _rate(
-            iter(DataLoader(TorchFeed(data, **options), None, num_workers=workers)), seconds
-        )
-    feed = Feed(data, num_threads=workers, **options)
-    return _rate(((torch.from_numpy(x), y) for x, y in feed), seconds)
+    return {"image": spec, "augment": ALL, "epochs": 10**6, "past_bound": "rekey"}
+
+
+def _feed(data: str, size: int, **options: Any) -> Feed:
+    return Feed(data, **_options(size), **options)
 
 
 def torch_images(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
@@ -179,10 +209,14 @@ def _files(data: str) -> list[bytes]:
     return files
 
 
-def _rate(batches: Iterator[Any], seconds: float) -> dict[str, Any]:
+def _rate(
+    batches: Iterator[Any], seconds: float, ready: Callable[[], Any] | None = None
+) -> dict[str, Any]:
     """Images a second in steady state, after the workers have started and pipes have filled."""
     for _ in range(8):
         next(batches)
+    if ready is not None:
+        ready()
     began_s = now_s = time.perf_counter()
     images = 0
     while now_s < began_s + seconds:
@@ -345,7 +379,7 @@ def _jpeg(rng: np.random.Generator, side: int) -> bytes:
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     task.__name__: task
     for task in (
-        *(ours_rows, ray_rows, ours_images, torch_images, plain_images),
+        *(ours_rows, ray_rows, ours_images, ours_ranks, ours_loader, torch_images, plain_images),
         *(pairs, planning, resume, resident, store),
     )
 }
