@@ -2,25 +2,30 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster.errors import UserError
-from cluster.launch import check_data, check_data_unchanged
+from cluster import launch, recipes
+from cluster.checkpoint import CheckpointStore
+from cluster.commands import downpour
+from cluster.controller import Controller
+from cluster.errors import UserError, run_cli
+from cluster.launch import Data, check_data, check_data_unchanged, make_result
 from cluster.replay import write_about
 from cluster.reproduce import asynchrony as experiment
 from cluster.reproduce.asynchrony import AVERAGED, ONE, RECOMPUTED, SERVER
 from cluster.reproduce.asynchrony_report import make_report
 from cluster.reproduce.runs import Curve
-from paramserver.staleness import StalenessRecord
+from cluster.run_folder import RunFolder
 from shuffler.encoding import label_values
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.thread_backend import ThreadBackend
 
 LOOKS = 3
 
@@ -30,24 +35,38 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.dataset(tmp_path_factory.mktemp("data"))
 
 
-def _trained(folder: Path, data: str, replicas: int, steps: int) -> Path:
-    """A recorded run that came to its end, as `downpour train` leaves it."""
+def _train(folder: RunFolder, data: Data, **_: object) -> int:
+    """As `launch.train`, on threads."""
+    config, store = folder.config(), CheckpointStore(folder.checkpoints_uri)
+    check_data_unchanged(folder, data)
+    backend = ThreadBackend(config, data.plan, store=store)
+    if config.policy.record_pushes:
+        backend.record = str(folder.path / "record")
+        write_about(folder.path / "record", threads=1)
+    controller = Controller(
+        config=config,
+        plan=data.plan,
+        backend=backend,
+        folder=folder,
+        store=store,
+        show=lambda progress: None,
+        resumed=None,
+    )
+    try:
+        outcome = controller.run()
+    finally:
+        backend.stop()
+    folder.write_json("result.json", make_result(folder, config, outcome, time.time()))
+    return 0
+
+
+def _trained(path: Path, data: str, replicas: int, steps: int) -> Path:
+    """A recorded run that came to its end."""
     config = tiny.config(
         data, replicas=replicas, concurrent_steps=steps, partitions=1, record_pushes=True
     )
-    run = Run(folder, config)
-    run.backend.record = str(folder / "record")
-    check_data_unchanged(run.folder, check_data(config))
-    write_about(folder / "record", threads=1)
-    outcome = run.go()
-    assert outcome.finished
-    assert outcome.evaluation is not None
-    staleness = StalenessRecord(outcome.reports[0].staleness).all().summary()
-    accuracy = outcome.evaluation.score.accuracy
-    run.folder.write_json(
-        "result.json", {"accuracy": accuracy, "elapsed_s": 1.0, "staleness": staleness}
-    )
-    return folder
+    _train(RunFolder.create(path, config), check_data(config))
+    return path
 
 
 def _measure(path: Path, told: list[str] | None = None) -> dict[str, Any]:
@@ -116,6 +135,32 @@ def test_shards(tmp_path: Path, data: str, by_class: bool) -> None:
     expected = np.sort(labels[0], kind="stable") if by_class else labels[0]
     assert (labels[1] == expected).all()
     assert Dataset.open(str(folder), "test").num_rows == 200
+
+
+def test_the_command(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it, and again: then nothing is trained or measured any more."""
+    trained: list[str] = []
+
+    def train(folder: RunFolder, found: Data, **arguments: object) -> int:
+        trained.append(folder.name)
+        return _train(folder, found, **arguments)
+
+    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(recipes, "find", lambda name: tiny.config(data))
+    arguments = ["reproduce", "asynchrony", "--output", str(tmp_path / "out"), "--data", data]
+    arguments += ["--seeds", "1", "--looks", "2", "--epochs", "1"]
+    assert run_cli(downpour, arguments) == 0, capsys.readouterr().err
+    assert len(trained) == len(experiment.FLIGHTS) + len(experiment.SHUFFLES)
+    made = json.loads((tmp_path / "out" / "data.json").read_text())
+    looks = made["measured"]["flight-50-seed-0"]["looks"]
+    assert [look["version"] for look in looks] == [32, 63]
+    assert made["configurations"]["within_shard-seed-0"]["data"]["strategy"] == "within_shard"
+    assert run_cli(downpour, arguments) == 0, capsys.readouterr().err
+    assert len(trained) == len(experiment.FLIGHTS) + len(experiment.SHUFFLES)
+    assert run_cli(downpour, [*arguments, "--strategy", "random"]) == 2
+    assert "--strategy" in capsys.readouterr().err
 
 
 def test_which_runs() -> None:
