@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import math
 import os
 import types
 import typing
@@ -419,13 +420,17 @@ def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
     return max(1, min(config.replicas, 1 + int(share * (config.replicas - 1))))
 
 
-def next_evaluation_s(config: PolicyConfig, began_s: float, ended_s: float) -> float:
+def next_evaluation_s(
+    config: PolicyConfig, began_s: float, ended_s: float, shortest_s: float = math.inf
+) -> float:
     """When to score again after a scoring that took from `began_s` to `ended_s`, on one clock.
 
-    Every `evaluate_every_s`, or as much later as keeps scoring to its share of the time.
+    Every `evaluate_every_s`, or as much later as keeps scoring to its share of the time. One that
+    took more than twice the shortest was held up (a machine that was suspended, or busy with
+    something else), and counts as twice the shortest: the wait is not what scoring costs.
     """
-    took_s = ended_s - began_s
-    return began_s + max(config.evaluate_every_s, took_s / config.evaluation_share)
+    took_s = min(ended_s - began_s, 2 * shortest_s)
+    return max(ended_s, began_s + max(config.evaluate_every_s, took_s / config.evaluation_share))
 
 
 def processors() -> int:

@@ -9,6 +9,7 @@ about a loss is decided in `recovery`; here it is carried out.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections import deque
@@ -120,6 +121,7 @@ class Controller:
         self._next_checkpoint_s = clock() + config.policy.checkpoint_every_s
         self._reports: dict[int, PartitionReport] = {}
         self._evaluating = False
+        self._shortest_evaluation_s = math.inf
         self._book = LeaseBook(plan, config.policy.epochs, unit=config.replicas.steps.n_push)
         self._rates: dict[int, deque[float]] = {}
         """Mini-batches a second of the last windows, by replica."""
@@ -476,10 +478,14 @@ class Controller:
 
         def handle(done: Done) -> None:
             self._evaluating = False
-            self._next_evaluation_s = next_evaluation_s(self._config.policy, began_s, self._clock())
+            ended_s = self._clock()
+            self._next_evaluation_s = next_evaluation_s(
+                self._config.policy, began_s, ended_s, self._shortest_evaluation_s
+            )
             if done.error is not None:
                 self._on_evaluator_error(done.error)
             else:
+                self._shortest_evaluation_s = min(self._shortest_evaluation_s, ended_s - began_s)
                 self._history.progressed("evaluator", 0)
                 self._telemetry.evaluated(done.value)
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import platform
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,24 @@ class _Line:
         return outcome
 
 
+def _lasting(
+    known: Mapping[tuple[int, int], Branch], before: Mapping[tuple[int, int], int]
+) -> dict[tuple[int, int], int]:
+    """Up to which version each branch's updates are in the newest; `before` has the parents.
+
+    Branches (partition, number) of which nothing lasts are not in it.
+    """
+    lasting: dict[tuple[int, int], int] = {}
+    for partition in {p for p, _ in known}:
+        number = max(n for p, n in known if p == partition)
+        lasting[partition, number] = sys.maxsize
+        while (partition, number) in before:
+            version = known[partition, number].version
+            number = before[partition, number]
+            lasting[partition, number] = version
+    return lasting
+
+
 class Replay:
     """The whole of a record, computed again."""
 
@@ -124,7 +143,8 @@ class Replay:
     ) -> None:
         """`weights` [P] are the initial ones; `seen` gets each state at each of its versions.
 
-        `taken` gets each push that is applied, after `seen`.
+        `taken` gets, after `seen`, each push that was applied for good: not those that a partition
+        lost when it started again from an older version.
         """
         self._partitions, self._config = partitions, config
         self._weights, self._recomputer, self._seen = weights, recomputer, seen
@@ -148,6 +168,7 @@ class Replay:
         ]
         # Where versions have to be guessed, the last ones are kept.
         self._window = 2 * self._largest_staleness(known.values()) + 64 if missing else 0
+        before: dict[tuple[int, int], int] = {}
         for (partition, number), branch in sorted(known.items()):
             if number == 0:
                 continue
@@ -156,6 +177,8 @@ class Replay:
             if not parents:
                 raise BadRecord(f"the record of partition {partition} has no beginning")
             self._waiting[partition, max(parents), branch.version].append(branch)
+            before[partition, number] = max(parents)
+        self._lasting = _lasting(known, before)
         for partition in range(len(partitions)):
             if (partition, 0) not in known or known[partition, 0].version:
                 raise BadRecord(f"the record of partition {partition} has no beginning")
@@ -310,7 +333,9 @@ class Replay:
         if not computation.left:
             computation.result = None
         self._reached(line)
-        self._taken(line.state, push, moments)
+        place = part.index, line.branch.number
+        if line.state.version <= self._lasting.get(place, 0):
+            self._taken(line.state, push, moments)
 
     def _search(self) -> None:
         """Nothing goes on: find on which versions a gradient was computed that some did not get."""
