@@ -300,13 +300,19 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
 
 @contextlib.contextmanager
 def on_ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
-    """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own."""
+    """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own.
+
+    Within another `on_ray` it is that one's, which is left to it.
+    """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    if ray.is_initialized():
+        yield ""
+        return
     options: dict[str, Any] = {"include_dashboard": dashboard} if address == "local" else {}
     try:
         context = ray.init(
@@ -318,6 +324,10 @@ def on_ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray at {address!r} cannot be reached: {error}") from None
+    except Exception as error:
+        if type(error) is not Exception:  # what Ray raises where its own processes come up too late
+            raise
+        raise UserError(f"Ray did not start: {error} Try again on a machine less busy") from None
     try:
         yield context.dashboard_url or ""
     finally:

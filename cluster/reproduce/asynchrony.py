@@ -56,7 +56,9 @@ def flight_run(flight: int, seed: int) -> str:
 
 
 def shuffle_run(shuffle: str, seed: int) -> str:
-    """The name of a run under one of `SHUFFLES`."""
+    """The name of a run under one of `SHUFFLES`; pairwise is what the others with 50 steps have."""
+    if shuffle == "pairwise":
+        return flight_run(50, seed)
     return f"{shuffle.replace(',', '').replace(' ', '-')}-seed-{seed}"
 
 
@@ -81,7 +83,7 @@ def flight_runs(given: Mapping[str, object], seeds: Sequence[int]) -> dict[str, 
 def shuffle_runs(
     given: Mapping[str, object], seeds: Sequence[int], data: Mapping[bool, Path]
 ) -> dict[str, RunConfig]:
-    """By name, the runs with 50 steps in flight under each strategy.
+    """By name, the runs with 50 steps in flight under each strategy but pairwise.
 
     `data` is the dataset with shards as stored and with shards by class, see `write_shards`.
     """
@@ -91,6 +93,7 @@ def shuffle_runs(
             base, {"strategy": strategy, "data": str(data[by_class]), "seed": seed}
         )
         for name, (strategy, by_class) in SHUFFLES.items()
+        if name != "pairwise"
         for seed in seeds
     }
 

@@ -6,6 +6,7 @@ reports made of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -89,7 +90,23 @@ def fitted(config: RunConfig, given: Mapping[str, object]) -> RunConfig:
 def train_all(
     runs: Mapping[str, RunConfig], folder: Path, *, address: str | None, console: Console
 ) -> int:
-    """Train what is not finished; the exit status, which is not 0 where a signal stopped it."""
+    """Train what is not finished; the exit status, which is not 0 where a signal stopped it.
+
+    All runs are on one Ray, which is started when the first of them needs it.
+    """
+    with contextlib.ExitStack() as ray:
+        return _train_all(runs, folder, address=address, console=console, ray=ray)
+
+
+def _train_all(
+    runs: Mapping[str, RunConfig],
+    folder: Path,
+    *,
+    address: str | None,
+    console: Console,
+    ray: contextlib.ExitStack,
+) -> int:
+    started = False
     for number, (name, config) in enumerate(runs.items(), 1):
         path = folder / name
         exists = (path / "config.json").is_file()
@@ -103,6 +120,9 @@ def train_all(
             continue
         console.print(f"{name}: run {number} of {len(runs)}")
         data = launch.check_data(config)
+        if not started:
+            ray.enter_context(launch.on_ray(address=address, dashboard=False))
+            started = True
         if run is None:
             run = RunFolder.create(path, config)
         try:

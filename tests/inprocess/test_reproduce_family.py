@@ -1,6 +1,8 @@
 """The reports of sections 4.2.2 and 4.2.3, from runs that are made up; training is the system's."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,8 +152,19 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
         return 0
 
     monkeypatch.setattr(launch, "train", train)
+    rays: list[str] = []
+
+    @contextlib.contextmanager
+    def on_ray(**_: object) -> Iterator[str]:
+        rays.append("started")
+        yield ""
+        rays.append("stopped")
+
+    monkeypatch.setattr(launch, "on_ray", on_ray)
     assert train_all(configs, tmp_path, address=None, console=QUIET) == 0
     assert trained == [("half", True), ("new", False), ("nan", False)]
+    assert rays == ["started", "stopped"]
+    rays.clear()
     assert curve_of(tmp_path / "done") == Curve(updates=(3,), accuracy=(0.5,), seconds=5.0)
     RunFolder.open(tmp_path / "nan").append_metrics({"updates": 1, "accuracy": 0.1, "loss": 2.0})
     failed = curve_of(tmp_path / "nan")
@@ -160,6 +173,7 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
     trained.clear()
     assert train_all(configs, tmp_path, address=None, console=QUIET) == 0
     assert trained == []
+    assert rays == []
     with pytest.raises(UserError, match="a run with other options"):
         train_all({"done": configs["new"]}, tmp_path, address=None, console=QUIET)
     monkeypatch.setattr(launch, "train", lambda *_args, **_options: 143)
