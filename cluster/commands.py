@@ -378,16 +378,19 @@ def serve(
     address: str | None,
     given: dict[str, object],
 ) -> None:
-    """Answer images over HTTP with the classes that RUN finds in them, until interrupted."""
+    """Answer images over HTTP with the classes that RUN finds in them, until interrupted.
+
+    Callers have to show a key: a new one for each deployment, or the one in --key-file. The file
+    that is named at the start holds it as the header that they send.
+    """
     from cluster import serving
 
     config = apply(ServeConfig(), given)
     runs = (run, *also)
     with serving.serving(runs, best=best, weights=weights, config=config, address=address) as told:
         url, header = told
-        key = f" -H @{header}" if header else ""
         click.echo(f"serving {run} at {url}")
-        click.echo(f"try: curl{key} --data-binary @image.jpg {url}/predict")
+        click.echo(f"try: curl -H @{header} --data-binary @image.jpg {url}/predict")
         sys.stdout.flush()
         serving.wait_for_signal()
 

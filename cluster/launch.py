@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,14 +299,19 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
 
 
 @contextlib.contextmanager
-def on_ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
+def on_ray(
+    *, address: str | None, dashboard: bool, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own.
 
-    Within another `on_ray` it is that one's, which is left to it.
+    Within another `on_ray` it is that one's, which is left to it. One of our own is on loopback,
+    all of it. `environment` is that of the processes started there.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # As on a Mac, where clusters are off: what Ray listens on is loopback then.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -314,6 +319,8 @@ def on_ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
         yield ""
         return
     options: dict[str, Any] = {"include_dashboard": dashboard} if address == "local" else {}
+    if environment:
+        options["runtime_env"] = {"env_vars": dict(environment)}
     try:
         context = ray.init(
             address=address,
