@@ -100,7 +100,7 @@ class PartitionActor:
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
         partition = self._server.partition
-        return f"Partition({partition.index + 1} of {partition.num_partitions})"
+        return f"Partition {partition.index + 1} of {partition.num_partitions}"
 
     def endpoint(self) -> Endpoint:
         """Where replicas reach this partition."""

@@ -53,7 +53,7 @@ class ShufflerActor:
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
-        return f"Shuffler({self._index})"
+        return f"Shuffler {self._index}"
 
     def ready(self) -> int:
         """Answers, with the process id, once the actor is up."""
