@@ -140,7 +140,7 @@ def launched(num_hosts: int, workers: Mapping[str, int]) -> Iterator[Cluster]:
     """Hosts from nothing: `ray up` with the SSH provider's file, and a tunnel to its head.
 
     `workers` gives the roles `partitions` and `shufflers` to hosts by index; 0 is the head, and
-    the others run replicas. At the end `ray down` has to leave nothing, unless the body failed.
+    the others run replicas. At the end the hosts lose their power, whatever runs there.
     """
     with Bed(num_hosts) as bed:
         cluster = Cluster(bed, hosts.checkout(bed.laptop / "checkout"))
@@ -154,7 +154,6 @@ def launched(num_hosts: int, workers: Mapping[str, int]) -> Iterator[Cluster]:
         with hosts.background(*tunnel, cwd=cluster.checkout, env=cluster.environment, log=log):
             wait_for(lambda: len(cluster.alive()) == num_hosts, "every host", 240)
             yield cluster
-        cluster.down()
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> Any:

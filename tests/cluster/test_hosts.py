@@ -22,11 +22,12 @@ HEAD, PARTITIONS, SHUFFLERS, REPLICAS = 0, 1, 2, (3, 4)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Five hosts."""
+    """Five hosts; after the tests `ray down` has to leave nothing on them."""
     if reason := hosts.missing():
         pytest.skip(reason)
     with launched(5, {"partitions": PARTITIONS, "shufflers": SHUFFLERS}) as cluster:
         yield cluster
+        cluster.down()
 
 
 def listening(bed: Bed, index: int) -> dict[int, str]:
