@@ -16,7 +16,7 @@ import grpc
 QUESTIONS = (
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",  # control plane
     "/ray.rpc.NodeManagerService/GetSystemConfig",  # a node's raylet
-    "/ray.rpc.ObjectManagerService/FreeObjects",
+    "/ray.rpc.ObjectManagerService/Pull",  # the same one's object store
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",  # every actor and driver
     "/ray.rpc.ReporterService/HealthCheck",  # a node's agent
     "/ray.serve.ASGIService/HandleRequest",  # a replica of Serve
