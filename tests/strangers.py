@@ -19,6 +19,7 @@ QUESTIONS = (
     "/ray.rpc.ObjectManagerService/Pull",  # the same one's object store
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",  # every actor and driver
     "/ray.rpc.ReporterService/HealthCheck",  # a node's agent
+    "/ray.rpc.RayletDriver/ClusterInfo",  # the head, to clients from afar
     "/ray.serve.ASGIService/HandleRequest",  # a replica of Serve
 )
 ORDERS = ("/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env")
