@@ -18,10 +18,12 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """Ray, with the dashboard's processes, which answer for the names."""
-    with on_ray(address=None, dashboard=True):
-        import ray
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # not for the tests that follow
+        with on_ray(address=None, dashboard=True):
+            import ray
 
-        yield ray
+            yield ray
 
 
 def _named(actor: type, **attributes: Any) -> str:
