@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +17,11 @@ import numpy.typing as npt
 
 from cluster.config import next_evaluation_s, num_processes, num_threads
 from cluster.errors import UserError
-from cluster.simulate.clock import Body, Clock, Processors, Thread, Wire
+from cluster.simulate.clock import Clock, Processors, Wire
 from cluster.simulate.inputs import Inputs
-from cluster.simulate.partition import Line, Message, VirtualPartition
-from cluster.simulate.process import Counts, Task, Turn, VirtualProcess
+from cluster.simulate.partition import Line, VirtualPartition
+from cluster.simulate.process import Counts, Task, VirtualProcess
+from cluster.simulate.ways import Local, Queue, Remote
 from paramserver.applied import WAITING
 from paramserver.messages import Outcome
 from paramserver.staleness import Histogram
@@ -70,99 +70,6 @@ class Forecast:
     """Pushes of mini-batches that a partition had settled before, since the run began."""
 
 
-class _Local:
-    """A connection within one machine."""
-
-    nearby = True
-
-    def __init__(self, partition: VirtualPartition, process: VirtualProcess) -> None:
-        self._partition = partition
-        index = partition.index
-        self.line = partition.connect(
-            lambda answers: process.answered(index, answers), lambda versions, version: None
-        )
-
-    def version(self) -> int:
-        return self._partition.version
-
-    def send(self, packet: list[Message]) -> None:
-        self._partition.come(self.line, packet)
-
-    def ask_weights(self, versions: list[int], process: VirtualProcess, turn: Turn) -> None:
-        raise AssertionError("weights nearby are copied")
-
-
-class _Remote:
-    """A connection between machines: gradients follow their messages, weights come when asked."""
-
-    nearby = False
-
-    def __init__(
-        self,
-        partition: VirtualPartition,
-        process: VirtualProcess,
-        here: Wire,
-        there: Wire,
-        gradient_bytes: float,
-        weights_bytes: float,
-    ) -> None:
-        self._partition = partition
-        self._here, self._there, self._bytes = here, there, gradient_bytes
-        self._came_s = self._sent_s = 0.0
-        """When the last gradient or weights of this connection are there."""
-        self._asked: deque[Turn] = deque()
-        """Slots whose weights are on their way: they come in the order in which they were asked."""
-        index = partition.index
-
-        def answer(answers: list[tuple[int, Outcome]]) -> None:
-            there.send(here, 0, lambda: process.answered(index, answers), self._sent_s)
-
-        def send_weights(versions: list[int], version: int) -> None:
-            turn = self._asked.popleft()
-
-            def arrived() -> None:
-                versions[index] = version
-                process.pulled(turn)
-
-            self._sent_s = there.send(here, weights_bytes, arrived)
-
-        self.line = partition.connect(answer, send_weights)
-
-    def version(self) -> int:
-        raise AssertionError("weights over the network are asked for")
-
-    def send(self, packet: list[Message]) -> None:
-        partition, line = self._partition, self.line
-        self._came_s = self._here.send(
-            self._there, self._bytes * len(packet), lambda: partition.come(line, packet)
-        )
-
-    def ask_weights(self, versions: list[int], process: VirtualProcess, turn: Turn) -> None:
-        partition, line = self._partition, self.line
-        self._asked.append(turn)
-        self._here.send(self._there, 0, lambda: partition.come(line, pull=versions), self._came_s)
-
-
-class _Queue:
-    """A thread that does one job after another: a shuffler, the decoding of a process."""
-
-    def __init__(self, processors: Processors) -> None:
-        self._jobs: deque[tuple[float, Callable[[], None]]] = deque()
-        self._thread = Thread(processors, self._body())
-
-    def add(self, seconds: float, then: Callable[[], None]) -> None:
-        self._jobs.append((seconds, then))
-        self._thread.wake()
-
-    def _body(self) -> Body:
-        while True:
-            while self._jobs:
-                seconds, then = self._jobs.popleft()
-                yield seconds
-                then()
-            yield None
-
-
 @dataclass(eq=False)
 class _Member:
     """A process of replicas as the controller sees it."""
@@ -170,10 +77,9 @@ class _Member:
     replicas: tuple[int, ...]
     machine: int
     step_times: float
-    decoding: _Queue
+    decoding: Queue
     process: VirtualProcess | None = None
     lines: Sequence[Line] = ()
-    incarnation: int = 0
     alive: bool = True
     """It runs, or would if all partitions did."""
 
@@ -208,8 +114,8 @@ class Simulation:
             )
             for i in range(inputs.num_partitions)
         ]
-        self._shufflers = [_Queue(self._machines[0]) for _ in range(self._config.data.shufflers)]
-        self._evaluator = _Queue(self._machines[0])
+        self._shufflers = [Queue(self._machines[0]) for _ in range(self._config.data.shufflers)]
+        self._evaluator = Queue(self._machines[0])
         self.counts = Counts()
         self._members = self._make_members()
         self._member_of = {r: m for m in self._members for r in m.replicas}
@@ -235,7 +141,7 @@ class Simulation:
                     replicas=tuple(range(i, replicas.replicas, count)),
                     machine=machine,
                     step_times=costs.slow_times if slow else 1.0,
-                    decoding=_Queue(self._machines[machine]),
+                    decoding=Queue(self._machines[machine]),
                 )
             )
         return members
@@ -273,14 +179,14 @@ class Simulation:
         )
         costs, share = inputs.costs, 1 / inputs.num_partitions
         sizes = costs.gradient_bytes * share, costs.weights_bytes * share
-        ways: list[_Local | _Remote] = []
+        ways: list[Local | Remote] = []
         for partition in self.partitions:
             there = self._machine_of(partition.index)
             if there == machine:
-                ways.append(_Local(partition, process))
+                ways.append(Local(partition, process))
             else:
                 wires = self._wires[machine], self._wires[there]
-                ways.append(_Remote(partition, process, *wires, *sizes))
+                ways.append(Remote(partition, process, *wires, *sizes))
         member.process, member.lines = process, [way.line for way in ways]
         process.start(ways)
 
