@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +142,7 @@ def _train_all(
 
 def curve_of(path: Path) -> Curve:
     """What a run's folder says of its accuracy."""
-    metrics = read_metrics(path / METRICS)
+    metrics = _lasting(read_metrics(path / METRICS))
     updates, accuracy = series(metrics, "accuracy")
     failure = seconds = None
     if (path / FAILED).exists():
@@ -158,6 +158,16 @@ def curve_of(path: Path) -> Curve:
         failure=failure,
         losses=tuple((int(u), v) for u, v in zip(at[thin], loss[thin], strict=True)),
     )
+
+
+def _lasting(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what was lost, and done again, where a run went on from an older checkpoint."""
+    kept: list[dict[str, Any]] = []
+    for row in metrics:
+        while kept and kept[-1]["updates"] > row["updates"]:
+            kept.pop()
+        kept.append(row)
+    return kept
 
 
 def curve_as_data(curve: Curve) -> dict[str, Any]:

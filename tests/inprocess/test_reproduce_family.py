@@ -170,6 +170,11 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
     failed = curve_of(tmp_path / "nan")
     assert failed.failure == "blew up"
     assert failed.losses == ((1, 2.0),)
+    again = RunFolder.open(tmp_path / "half")
+    for updates, accuracy in ((9, 0.3), (12, 0.4), (8, 0.35), (13, 0.5)):  # died, resumed from 8
+        again.append_metrics({"updates": updates, "accuracy": accuracy})
+    curve = curve_of(tmp_path / "half")
+    assert (curve.updates, curve.accuracy) == ((7, 8, 13), (0.25, 0.35, 0.5))
     trained.clear()
     assert train_all(configs, tmp_path, address=None, console=QUIET) == 0
     assert trained == []
