@@ -109,6 +109,10 @@ class DataConfig:
     """Actors that read the training rows; each has shards of its own."""
     shuffler_cache_mb: int = 1024
     """Most megabytes of decoded row groups that each of them keeps."""
+    node_folder: str | None = None
+    """Folder on each node's own disk that has some of the training split's shards; `{node}` in it
+    is the node's label downpour-node, or its address. The manifest and the split to score are where
+    `data` says. There is a shuffler on each node that has shards."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training images are varied."""
     on_bad_image: Literal["stop", "skip"] = "stop"
@@ -120,6 +124,12 @@ class DataConfig:
             raise ValueError(
                 f"shufflers is {self.shufflers} and shuffler cache {self.shuffler_cache_mb} MB: "
                 "give at least 1 shuffler, and 0 MB or more"
+            )
+        folder = self.node_folder
+        if folder is not None and not folder.startswith("/") and "://" not in folder:
+            raise ValueError(
+                f"node folder is {folder!r}: give a path from the root, which means the same on "
+                "every node, or a URI"
             )
 
 

@@ -31,6 +31,7 @@ from cluster.telemetry import merged_staleness
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
 from shuffler.decode import Decoder
+from shuffler.holdings import Inventory
 from shuffler.plan import Plan
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
@@ -66,22 +67,30 @@ class _Model:
 
 
 def check_data(config: RunConfig) -> Data:
-    """Open both splits, decode a row of each, and lay out the plan."""
-    decoders = {
-        config.data.eval_split: Decoder(spec=config.model.input),
-        config.data.train_split: config.decoder(),
-    }
-    for split_name, decoder in decoders.items():
-        dataset = Dataset.open(config.data.data, split_name)
-        num_classes = config.model.num_classes
-        with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
-            first = np.zeros(1, np.int64)
-            decoder.decode(reader.take(first), rows=first)
+    """Open both splits, decode a row of each, and lay out the plan.
+
+    Of training rows on nodes' own disks only the manifest is here; each node is asked later.
+    """
+    _check_split(config, config.data.eval_split, Decoder(spec=config.model.input))
+    train: Dataset | Inventory
+    if config.data.node_folder is None:
+        train = _check_split(config, config.data.train_split, config.decoder())
+    else:
+        train = Inventory.read(config.data.data, config.data.train_split)
     return Data(
-        plan=config.plan(dataset.num_rows, dataset.shard_rows),
-        fingerprint=dataset.fingerprint,
-        class_names=dataset.class_names,
+        plan=config.plan(train.num_rows, train.shard_rows),
+        fingerprint=train.fingerprint,
+        class_names=train.class_names,
     )
+
+
+def _check_split(config: RunConfig, split_name: str, decoder: Decoder) -> Dataset:
+    dataset = Dataset.open(config.data.data, split_name)
+    num_classes = config.model.num_classes
+    with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
+        first = np.zeros(1, np.int64)
+        decoder.decode(reader.take(first), rows=first)
+    return dataset
 
 
 def build_model(config: RunConfig) -> _Model:

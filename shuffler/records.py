@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from pyarrow import fs
 from shuffler import files
 from shuffler.encoding import Encoding, class_names_of, encoding_of, schema_for
 from shuffler.errors import DatasetError
-from shuffler.manifest import Manifest, SplitEntry, read_manifest
+from shuffler.manifest import Manifest, ShardEntry, SplitEntry, read_manifest
 
 _NUMBERED_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.parquet")
 _ANY_SHARD = re.compile(r"(?P<split>[^-]+)-.*\.parquet")
@@ -173,6 +174,36 @@ class Dataset:
             )
         _check_numbering(chosen, where)
         listed = _listed_split(manifest, split, where)
+        return cls._opened(filesystem, where, split, chosen, listed, verify_checksums)
+
+    @classmethod
+    def open_part(cls, uri: str | os.PathLike[str], split: str, listed: SplitEntry) -> Dataset:
+        """Open some of a split's shards, those that a folder has, as a dataset of their own.
+
+        Args:
+            uri: the folder; other shards there may be, or not be, and it needs no manifest.
+            split: their split.
+            listed: what the manifest says of these shards.
+
+        Raises:
+            DatasetError: a shard is missing, damaged, or is not what the manifest says.
+        """
+        where = os.fspath(uri)
+        filesystem, folder = files.locate(uri)
+        infos = filesystem.get_file_info([f"{folder}/{shard.name}" for shard in listed.shards])
+        chosen = [info for info in infos if info.type == fs.FileType.File]
+        return cls._opened(filesystem, where, split, chosen, listed, None)
+
+    @classmethod
+    def _opened(
+        cls,
+        filesystem: fs.FileSystem,
+        where: str,
+        split: str,
+        chosen: list[fs.FileInfo],
+        listed: SplitEntry | None,
+        verify_checksums: bool | None,
+    ) -> Dataset:
         if listed:
             _check_listing(chosen, listed, where)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
@@ -329,10 +360,23 @@ def _common_schema(shards: tuple[Shard, ...]) -> tuple[Encoding, tuple[str, ...]
     return found[0]
 
 
+def fingerprint_of(split: str, shards: Iterable[ShardEntry]) -> str:
+    """Return the fingerprint of a split whose shards are these."""
+    parts = [[shard.name, shard.num_bytes, shard.num_rows, shard.sha256] for shard in shards]
+    return hashlib.sha256(json.dumps([split, parts]).encode()).hexdigest()[:32]
+
+
 def _fingerprint(split: str, shards: tuple[Shard, ...], listed: SplitEntry | None) -> str:
     checksums = {shard.name: shard.sha256 for shard in listed.shards} if listed else {}
-    parts = [
-        [shard.name, shard.num_bytes, shard.num_rows, checksums.get(shard.name, "")]
-        for shard in shards
-    ]
-    return hashlib.sha256(json.dumps([split, parts]).encode()).hexdigest()[:32]
+    return fingerprint_of(
+        split,
+        (
+            ShardEntry(
+                name=shard.name,
+                num_rows=shard.num_rows,
+                num_bytes=shard.num_bytes,
+                sha256=checksums.get(shard.name, ""),
+            )
+            for shard in shards
+        ),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -141,6 +142,11 @@ def damage_magic(folder: Path) -> None:
     (folder / "train-00001-of-00003.parquet").write_bytes(b"not parquet at all")
 
 
+def truncate(folder: Path) -> None:
+    path = folder / "train-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def drop_label(folder: Path) -> None:
     rewrite(folder / "train-00001-of-00003.parquet", label=None)
 
@@ -195,6 +201,7 @@ def break_metadata(folder: Path) -> None:
     ("damage", "message"),
     [
         (damage_magic, r"train-00001-of-00003.parquet is not readable as Parquet"),
+        (truncate, r"train-00001-of-00003.parquet is not readable as Parquet.*copy it again"),
         (drop_label, r"train-00001-of-00003.parquet has no column 'label'"),
         (retype_label, r"train-00001-of-00003.parquet has column 'label' as string, not int64"),
         (retype_image, r"train-00000-of-00003.parquet has column 'image' as binary, not struct"),
@@ -228,6 +235,22 @@ def test_what_is_not_there(folder, uri, split, message):
     with pytest.raises(DatasetError, match=message) as error:
         Dataset.open(uri.format(folder=folder), split)
     assert "\n" not in str(error.value)
+
+
+def test_a_bucket_that_cannot_be_reached(monkeypatch):
+    """Nobody listens on the port: it is bound, but not listened on, while the test lasts."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        uri = (
+            f"s3://bucket/data?endpoint_override=127.0.0.1:{held.getsockname()[1]}"
+            "&scheme=http&region=us-east-1"
+        )
+        with pytest.raises(DatasetError, match=r"s3://bucket/data.*cannot be listed") as error:
+            Dataset.open(uri, "train")
+    assert "\n" not in str(error.value)
+    assert "check access" in str(error.value)
 
 
 def test_split_names(folder):
