@@ -52,6 +52,10 @@ class Played:
     def disks(self) -> list[Node]:
         return disks(PlacementConfig(), [n for n in self.nodes() if n.id not in self.gone], A)
 
+    def scheduling(self, role: str, index: int) -> Any:
+        assert role == "shufflers"
+        return SimpleNamespace(node_id=NAMES[index] * 56)
+
     def remote(self, function: Any) -> Any:
         def options(num_cpus: int, scheduling_strategy: Any) -> Any:
             assert num_cpus == 0
@@ -133,6 +137,25 @@ def test_a_shuffler_on_each_node_that_has_shards(played: Played, tmp_path: Path)
     assert shufflers.replace() == 0
     shufflers.stop()
     assert len(played.killed) == 3
+
+
+def test_with_the_data_in_one_place_each_has_a_share(played: Played, tmp_path: Path) -> None:
+    config = configured(played)
+    data = dataclasses.replace(
+        config.data, data=str(tmp_path / "all"), node_folder=None, shufflers=3
+    )
+    config = dataclasses.replace(config, data=data)
+    plan = check_data(config).plan
+    shufflers = Shufflers(config, plan, played)  # type: ignore[arg-type]
+    assert played.started == [A, B, C]
+    check_rows(shufflers, plan, tmp_path / "all")
+    lost = [actor for _, actor in shufflers.deliver(0, (0,))][1:]
+    for actor in lost:
+        shufflers.lost(actor)
+    assert shufflers.replace() == 2
+    assert played.started == [A, B, C, B, C]
+    assert played.killed == lost
+    check_rows(shufflers, plan, tmp_path / "all")
 
 
 def test_a_process_that_dies_is_replaced_where_it_was(played: Played, tmp_path: Path) -> None:
