@@ -92,7 +92,7 @@ def test_rows_from_two_nodes_disks(nodes: tuple[str, int], tmp_path: Path) -> No
     shutil.move(missing, tmp_path / "disks" / "b")
 
     process = commands.start(
-        *(*common, "--name", "run", "--epochs", "3", "--transport", "network"), log=log
+        *(*common, "--name", "run", "--epochs", "5", "--transport", "network"), log=log
     )
     try:
         commands.wait_for(lambda: commands.updates(run) > 0, "updates")
@@ -102,7 +102,7 @@ def test_rows_from_two_nodes_disks(nodes: tuple[str, int], tmp_path: Path) -> No
         assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
     finally:
         commands.end(process)
-    check_result(commands.result(run), epochs=3)
+    check_result(commands.result(run), epochs=5)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert any("shuffler" in str(event) for event in events)
-    assert commands.result(run)["updates"] == 3 * NUM_BATCHES
+    assert commands.result(run)["updates"] == 5 * NUM_BATCHES
