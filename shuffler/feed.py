@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from shuffler import files
 from shuffler.ahead import map_ahead
 from shuffler.augment import AugmentConfig
 from shuffler.decode import BadImage, Decoder, ImageSpec
@@ -58,8 +57,6 @@ class _Read:
     batches: tuple[int, ...]
     places: tuple[int, ...]
     """Where each of them stands in its epoch."""
-    keep: bool
-    """Whether row groups are kept that are read for it."""
 
 
 class Feed:
@@ -212,7 +209,6 @@ class Feed:
     def _reads(self) -> Iterator[_Read]:
         """What is read at once, from where the feed stands to the end."""
         size = FIRST_BATCHES
-        keep = not files.is_local(self.dataset.filesystem)  # far away, reading twice costs more
         begin = self._place
         for epoch in range(self._epoch, self._epochs):
             place = begin
@@ -227,17 +223,14 @@ class Feed:
                         epoch=epoch,
                         batches=tuple(batches[i - place] for i in mine),
                         places=tuple(mine),
-                        keep=keep,
                     )
                 place += len(batches)
-                size, keep = self.plan.window_batches, True
+                size = self.plan.window_batches
             begin = 0
 
     def _deliver(self, read: _Read) -> tuple[Delivery, list[_At]]:
         rows, lengths = self.plan.rows_of(read.epoch, read.batches)
-        delivery = Delivery(
-            batch=self._reader.take(rows, keep=read.keep), lengths=lengths, rows=rows
-        )
+        delivery = Delivery(batch=self._reader.take(rows), lengths=lengths, rows=rows)
         return delivery, [(read.epoch, place) for place in read.places]
 
 

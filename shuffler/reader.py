@@ -73,13 +73,11 @@ class RowReader:
         """Row groups that were read from disk."""
         return self._groups.misses
 
-    def take(self, rows: NDArray[np.int64], *, keep: bool = True) -> pa.RecordBatch:
+    def take(self, rows: NDArray[np.int64]) -> pa.RecordBatch:
         """Return rows in the order asked for; a row may be asked for more than once.
 
         Args:
             rows: int64 [n], row numbers in [0, num_rows).
-            keep: whether row groups that have to be read are kept. Not to is quicker at first,
-                where memory is fresh: each of them then takes the place of the one before.
 
         Returns:
             n rows of the dataset's `schema`: the image column and the label.
@@ -104,11 +102,7 @@ class RowReader:
         runs = np.split(ascending, begins[1:])
         # A window of large images takes its own size again while it is put in order: not twice.
         batch = pa.concat_batches(
-            list(
-                self._groups.pool.map(
-                    self._take_from, groups.tolist(), runs, itertools.repeat(keep)
-                )
-            )
+            list(self._groups.pool.map(self._take_from, groups.tolist(), runs))
         )
         back = np.empty_like(by_row)
         back[by_row] = np.arange(len(by_row))
@@ -132,9 +126,9 @@ class RowReader:
         """Stop the threads and empty the cache; the reader is of no use afterwards."""
         self._groups.close()
 
-    def _take_from(self, group: int, rows: NDArray[np.int64], keep: bool) -> pa.RecordBatch:
+    def _take_from(self, group: int, rows: NDArray[np.int64]) -> pa.RecordBatch:
         """Return ascending `rows` of one row group; only they outlive the call, not the group."""
-        return self._groups.get(group, keep=keep).take(indices(rows - self._starts[group]))
+        return self._groups.get(group).take(indices(rows - self._starts[group]))
 
     def _check_labels(self, batch: pa.RecordBatch, rows: NDArray[np.int64]) -> None:
         column = batch.column("label")

@@ -76,12 +76,8 @@ class RowGroups:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
         """Whose threads read. All of them, because each keeps some freed memory for itself."""
 
-    def get(self, group: int, *, keep: bool = True) -> pa.RecordBatch:
+    def get(self, group: int) -> pa.RecordBatch:
         """Return a row group: kept, from a thread that is reading it, or from disk.
-
-        Args:
-            group: its number.
-            keep: whether it is worth room in the cache where it has to be read.
 
         Raises:
             DatasetError: its shard can no longer be read.
@@ -110,8 +106,7 @@ class RowGroups:
             raise
         with self._lock:
             del self._loading[group]
-            if keep:
-                self._keep(group, batch)
+            self._keep(group, batch)
         mine.set_result(batch)
         return batch
 
