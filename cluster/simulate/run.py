@@ -351,8 +351,8 @@ class Simulation:
 
     @property
     def _settled_batches(self) -> int:
-        """Mini-batches of windows that are done, and that no death has taken back."""
-        return self.book.total_batches - self.book.remaining_batches
+        """Mini-batches that every partition has settled, and that no death has taken back."""
+        return min(p.state.applied.num_applied for p in self.partitions)
 
     def _until(
         self, ready: Callable[[], bool], progress: Callable[[int, int], None], total: int

@@ -47,6 +47,7 @@ def test_steps_overlap_with_the_server() -> None:
     push, and five of the other process, give or take one that is just being applied.
     """
     found = forecast(config(2, 5), machines=Machines(processors=3))
+    assert found.batches_per_s == found.updates_per_s  # nobody died
     assert found.updates_per_s == pytest.approx(2 / STEP_S, rel=1e-3)
     assert set(found.staleness.counts.nonzero()[0].tolist()) <= {9, 10, 11}
     assert found.staleness.summary()["mean"] == pytest.approx(10.0, abs=0.5)
@@ -136,11 +137,11 @@ def test_deaths_cost_time_and_no_mini_batch(partitions: int) -> None:
     run = config(4, 2, replicas_per_process=1, checkpoint_every_s=1.0)
     faults = Faults(process_mtbf_s=5.0, partition_mtbf_s=10.0, restart_s=0.5)
     simulation = Simulation(
-        inputs(run, step_s=0.005, spread=0.2, num_partitions=partitions, faults=faults)
+        inputs(run, step_s=0.01, spread=0.2, num_partitions=partitions, faults=faults)
     )
-    found = simulation.forecast(seconds=60.0)  # it checks its invariants
-    assert found.deaths > 20
-    calm = forecast(run, step_s=0.005, spread=0.2, num_partitions=partitions)
+    found = simulation.forecast(seconds=30.0)  # it checks its invariants
+    assert found.deaths > 12
+    calm = forecast(run, step_s=0.01, spread=0.2, num_partitions=partitions)
     assert 0 < found.batches_per_s < calm.batches_per_s
     assert simulation.book.num_returned > 0
     # Exactly once: what the book counts as done, every partition has settled, and once only.
