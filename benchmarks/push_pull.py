@@ -151,7 +151,6 @@ class _RoundTrip:
         self.client = ParameterClient(
             [endpoint], key=key, access=access, num_mailboxes=1, deadline_s=DEADLINE_S
         )
-        assert self.client.mailboxes is not None
         self._norm = float(self.client.mailboxes.gradients[0].normal_().norm())
         self._weights = np.empty(self.client.num_parameters, np.float32)
         self._versions = [0]

@@ -19,7 +19,7 @@ from cluster.checkpoint import Checkpoint, CheckpointStore, slowest
 from cluster.errors import UserError
 from paramserver import snapshot
 from paramserver.applied import WAITING
-from paramserver.messages import Outcome, Push
+from paramserver.messages import Push
 from paramserver.partition import Partition, split
 from paramserver.snapshot import Snapshot
 
@@ -83,14 +83,6 @@ def repartition(
 
 def level(states: Sequence[PartitionState], epochs: int, recomputer: Recomputer) -> int:
     """Apply what some partitions have settled and others have not; gives how much that was."""
-    from paramserver.state import Version
-
-    spares = {
-        id(state): Version(
-            weights=state.current.weights.clone(), statistics=state.current.statistics.clone()
-        )
-        for state in states
-    }
     count = 0
     for epoch in range(epochs):
         waiting = np.stack([state.applied.flags(epoch) == WAITING for state in states])
@@ -103,7 +95,7 @@ def level(states: Sequence[PartitionState], epochs: int, recomputer: Recomputer)
             for state, missing in zip(states, waiting[:, batch], strict=True):
                 if not missing:
                     continue
-                part, before = state.partition, state.current
+                part = state.partition
                 push = Push(
                     mailbox=0,
                     replica=0,
@@ -116,8 +108,7 @@ def level(states: Sequence[PartitionState], epochs: int, recomputer: Recomputer)
                 )
                 gradient = found.gradient[part.start : part.stop].clone()
                 moments = found.moments[:, :, part.feature_start : part.feature_stop]
-                if state.apply(push, gradient, moments, spares[id(state)]) is Outcome.APPLIED:
-                    spares[id(state)] = before
+                state.apply(push, gradient, moments)
     return count
 
 

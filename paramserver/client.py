@@ -20,6 +20,7 @@ from paramserver.transport.access import Access, connect
 from paramserver.transport.link import Link, Pull, Weights
 from paramserver.transport.local import Connection, Endpoint
 from paramserver.transport.memory import Mailboxes
+from paramserver.transport.patience import Patience
 
 DEFAULT_ACCESS = Access()
 
@@ -71,13 +72,12 @@ class ParameterClient:
         whole = endpoints[0].partition
         self.num_parameters = whole.total_parameters
         self.num_features = whole.total_features
-        self.mailboxes = (
-            Mailboxes(self.num_parameters, self.num_features, num_mailboxes, depth)
-            if num_mailboxes
-            else None
+        self.mailboxes = Mailboxes(
+            self.num_parameters, self.num_features, num_mailboxes, depth, whole.num_partitions
         )
         self._deadline_s = deadline_s
         self._connections: list[Link] = []
+        self._patience = Patience()
         self._poll = select.poll()
         self._network_poll = select.poll()
         self._network: dict[int, Link] = {}
@@ -103,8 +103,7 @@ class ParameterClient:
             self.close()
             raise
         finally:
-            if self.mailboxes:
-                self.mailboxes.close()
+            self.mailboxes.close()
         self._waiting: list[int] = [0] * num_mailboxes
         self._outcomes: list[list[Outcome]] = [[] for _ in range(num_mailboxes)]
         self._asking: dict[int, int] = {}
@@ -123,7 +122,7 @@ class ParameterClient:
 
     @property
     def torn(self) -> int:
-        """Copies of weights that were thrown away because the writer had lapped them."""
+        """Copies of weights that were thrown away because they were written meanwhile."""
         return sum(c.torn for c in self._connections)
 
     def start_pull(
@@ -180,7 +179,6 @@ class ParameterClient:
     ) -> None:
         """Tell every partition that a gradient is in `mailbox`, which must be free."""
         assert not self._waiting[mailbox], f"mailbox {mailbox} has a push in flight"
-        assert self.mailboxes is not None
         assert 0 < len(batches) <= self.mailboxes.depth
         self._waiting[mailbox] = len(self._connections)
         self._outcomes[mailbox] = [Outcome.REFUSED_UNKNOWN] * len(self._connections)
@@ -260,7 +258,7 @@ class ParameterClient:
     def _wait(self, poll: select.poll) -> list[tuple[int, int]]:
         while True:
             moved = sum(c.moved for c in self._network.values())
-            ready = poll.poll(self._deadline_s * 1000)
+            ready = self._patience.wait(poll, self._deadline_s * 1000)
             if ready:
                 return ready
             # A large push or pull tells of itself only when it is through.

@@ -88,7 +88,7 @@ _UNSETTLED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """First message of a connection; the mailboxes' memory comes with it unless there are none."""
+    """First message of a connection; the memory of the mailboxes and pins comes with it."""
 
     key: bytes = field(repr=False)
     """The run's key, `KEY_BYTES` long."""

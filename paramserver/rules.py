@@ -2,9 +2,9 @@
 
 A rule is a pair of pure functions over flat float32 arrays. `init(n)` gives its state, named
 vectors of n elements; `update` reads weights `w`, gradient `g` and state, and writes the new
-weights to `out`, which may be `w` itself or another buffer (the slot that the next version is
-published from: writing there is what makes a copy of the weights unnecessary). `rate` is the
-learning rate. Weight decay and clipping come before the rule (`Regulariser`).
+weights to `out`, which may be `w` itself or another buffer (a slot that the next version is
+published from while `w` is being read), to the same bits. `rate` is the learning rate. Weight decay
+and clipping come before the rule (`Regulariser`).
 
 The conventions are `torch.optim`'s, so that one replica with one step in flight equals it:
 momentum without dampening, and the rate outside the velocity.
@@ -25,6 +25,8 @@ from paramserver.errors import BadConfiguration
 if TYPE_CHECKING:
     from torch import Tensor
 
+IN_PLACE_BYTES = 1 << 20
+"""Weights from this size on had better be updated in place; see `transport.memory`."""
 State = Mapping[str, "Tensor"]
 
 
@@ -76,12 +78,9 @@ class Momentum:
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
     ) -> None:
-        """One step; two passes over memory, six streams in all."""
-        import torch
-
+        """One step."""
         velocity = state["velocity"]
-        torch.add(gradient, velocity, alpha=self.momentum, out=velocity)
-        torch.add(weights, velocity, alpha=-rate, out=out)
+        _sgd_with_momentum(weights, gradient, velocity, self.momentum, rate, out, nesterov=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +102,9 @@ class Nesterov:
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
     ) -> None:
-        """One step; the gradient's buffer is left holding g + momentum * v."""
-        import torch
-
+        """One step; the gradient's buffer may be left holding g + momentum * v."""
         velocity = state["velocity"]
-        torch.add(gradient, velocity, alpha=self.momentum, out=velocity)
-        gradient.add_(velocity, alpha=self.momentum)
-        torch.add(weights, gradient, alpha=-rate, out=out)
+        _sgd_with_momentum(weights, gradient, velocity, self.momentum, rate, out, nesterov=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +146,46 @@ class Adagrad:
         free = out.data_ptr() != weights.data_ptr()
         root = (torch.sqrt(squares, out=out) if free else squares.sqrt()).add_(self.epsilon)
         torch.addcdiv(weights, gradient, root, value=-rate, out=out)
+
+
+def _sgd_with_momentum(
+    weights: Tensor,
+    gradient: Tensor,
+    velocity: Tensor,
+    momentum: float,
+    rate: float,
+    out: Tensor,
+    *,
+    nesterov: bool,
+) -> None:
+    """One step, rounded the same wherever `out` is.
+
+    Of vectors that fit into a cache, two kernels that fill `out` are the fastest; of longer ones,
+    the kernel of `torch.optim.SGD(fused=True)` with everything in place: weights that are elsewhere
+    are copied first.
+    """
+    import torch
+
+    if 4 * len(weights) < IN_PLACE_BYTES:
+        torch.add(gradient, velocity, alpha=momentum, out=velocity)
+        if nesterov:
+            gradient.add_(velocity, alpha=momentum)
+        torch.add(weights, gradient if nesterov else velocity, alpha=-rate, out=out)
+        return
+    if out.data_ptr() != weights.data_ptr():
+        out.copy_(weights)
+    torch._fused_sgd_(
+        [out],
+        [gradient],
+        [velocity] if momentum else [],
+        weight_decay=0.0,
+        momentum=momentum,
+        lr=rate,
+        dampening=0.0,
+        nesterov=nesterov,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 RULES: dict[str, type[SGD | Momentum | Nesterov | Adagrad]] = {

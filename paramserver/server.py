@@ -42,12 +42,13 @@ from paramserver.messages import (
 )
 from paramserver.partition import Partition
 from paramserver.snapshot import Snapshot
-from paramserver.state import PartitionState, UpdateConfig
+from paramserver.state import PartitionState, UpdateConfig, Version
 from paramserver.transport.frames import as_bytes
 from paramserver.transport.greeting import Admitted, NetworkListen, Porter
 from paramserver.transport.local import Endpoint, Listener, ServerSide, machine
 from paramserver.transport.memory import PublishedWeights
 from paramserver.transport.network import NetworkSide
+from paramserver.transport.patience import Patience
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -271,13 +272,13 @@ class PartitionServer:
         return ConnectionLost(f"partition {self.partition.index} was stopped")
 
     def _loop(self) -> None:
-        epoll = select.epoll()
+        epoll, patience = select.epoll(), Patience()
         listening = self._listener.socket.fileno()
         epoll.register(listening, select.EPOLLIN)
         epoll.register(self._wake, select.EPOLLIN)
         with contextlib.closing(epoll):
             while not self._stopping:
-                for fd, _ in epoll.poll(1.0):
+                for fd, _ in patience.wait(epoll, 1.0):
                     if fd == listening:
                         self._accept(epoll)
                     elif fd == self._wake:
@@ -389,7 +390,7 @@ class PartitionServer:
 
     def _send(self, epoll: select.epoll, side: NetworkSide) -> None:
         while True:
-            if side.pulls and side.sending is None:
+            if side.pulls and not side.sending:
                 slot = self._published.current_slot
                 side.send_weights(slot, self._state.version, *self._slots[slot])
             all_sent = side.flush()  # answers and weights at once: each call wakes the peer
@@ -401,17 +402,21 @@ class PartitionServer:
             epoll.modify(side.socket.fileno(), select.EPOLLIN | writable)
 
     def _apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Answer:
-        slot = self._published.next_slot
-        for side in self._sides.values():
-            if isinstance(side, NetworkSide):
-                side.detach(slot)
-        outcome = self._state.apply(push, gradient, moments, self._published.begin())
+        outcome = self._state.apply(push, gradient, moments, self._room)
         if outcome is Outcome.APPLIED:
             self._published.commit(self._state.version)
             self.last_update_at = time.time()
             if self.first_update_at is None:
                 self.first_update_at = self.last_update_at
         return Answer(mailbox=push.mailbox, outcome=outcome, version=self._state.version)
+
+    def _room(self) -> Version:
+        """Where the next version goes: where the latest one is, unless somebody is reading it."""
+        slot = self._published.begin([side.pinned for side in self._sides.values()])
+        for side in self._sides.values():
+            if isinstance(side, NetworkSide):
+                side.detach(slot)  # nothing to do, except where all slots are pinned
+        return self._published.versions[slot]
 
     def _hold(self, side: ServerSide, data: bytes) -> None:
         """Take in a packet where staleness is bounded; `_go_on` applies what it may."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class UpdateConfig:
 
 @dataclass(kw_only=True)
 class Version:
-    """Where a version's vectors live. The shell chooses; the next version is written to another."""
+    """Where a version's vectors live. The shell chooses; the next may be written over it."""
 
     weights: Tensor
     """float32 [num_parameters] of the partition."""
@@ -121,13 +121,20 @@ class PartitionState:
             return Outcome.REFUSED_GRADIENT
         return Outcome.APPLIED
 
-    def apply(self, push: Push, gradient: Tensor, moments: Tensor, into: Version) -> Outcome:
+    def apply(
+        self,
+        push: Push,
+        gradient: Tensor,
+        moments: Tensor,
+        into: Callable[[], Version] | None = None,
+    ) -> Outcome:
         """Take in one push; the only way in which this state changes.
 
         `gradient` is this partition's slice of the sum over the push's mini-batches of their mean
         gradients, float32 [num_parameters], and is scribbled on; `moments` is float32
-        [len(push.batches), 3, num_features]. A new version is written to `into`, which becomes
-        `current`; where there is none, `into` is left as it is or holds rubbish.
+        [len(push.batches), 3, num_features]. Only if there is to be a new version is `into`
+        called, for where to write it: over `current`, as without `into`, or to another, which
+        becomes `current`.
         """
         outcome = self.judge(push)
         staleness, decision = self.version - push.version, APPLY
@@ -139,7 +146,9 @@ class PartitionState:
                 outcome = Outcome.REFUSED_GRADIENT
         self.outcomes[outcome] += 1
         if outcome is Outcome.APPLIED:
-            self._update(gradient, moments, push.gradient_norm, decision, into)
+            self._update(
+                gradient, moments, push.gradient_norm, decision, into() if into else self.current
+            )
             self.staleness.add(push.replica, staleness)
             self.mean_staleness += MEAN_WEIGHT * (staleness - self.mean_staleness)
             self.version += 1

@@ -8,7 +8,6 @@ drawn, for many images at once; `pixels` applies them. Crops for evaluation are 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -26,8 +25,7 @@ STRENGTH: Final = {"none": 0.0, "reduced": 0.4, "full": 1.0}
 paper does not say, so `reduced` is this project's choice."""
 
 _ATTEMPTS: Final = 10
-_RED, _GREEN, _BLUE = 0.299, 0.587, 0.114
-_LUMINANCE: Final = np.array([_RED, _GREEN, _BLUE])
+_LUMINANCE: Final = np.array([0.299, 0.587, 0.114])
 """ITU-R 601 weights of red, green and blue, as Pillow's `convert("L")`."""
 
 _LIGHTING: Final = 255 * np.array(
@@ -118,7 +116,7 @@ class Colours:
     mean_shares: NDArray[np.float64]
     """b (1 - k), [n]: what of the mean luminance is added."""
 
-    def affine(self, index: int, means: Sequence[float]) -> NDArray[np.float64]:
+    def affine(self, index: int, means: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the map of image `index` as [channels, channels + 1], given its channels' means.
 
         A grey image has no colour to change: it takes brightness, contrast and the noise's mean.
@@ -127,9 +125,7 @@ class Colours:
         if len(means) == 1:
             scale, noise = affine[:, :3].sum() / 3, affine[:, 3].mean()
             return np.array([[scale, noise + self.mean_shares[index] * means[0]]])
-        red, green, blue = means
-        luminance = _RED * red + _GREEN * green + _BLUE * blue
-        affine[:, 3] += self.mean_shares[index] * luminance
+        affine[:, 3] += self.mean_shares[index] * (_LUMINANCE @ means)
         return affine
 
 

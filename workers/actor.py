@@ -6,11 +6,12 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from models.flat import FlatModel
 from paramserver.client import ParameterClient
 from paramserver.transport.access import Access, way
 from paramserver.transport.local import Endpoint, machine
@@ -18,7 +19,13 @@ from shuffler.decode import Decoder
 from shuffler.delivery import Part, join
 from shuffler.keys import stream_key
 from workers.evaluator import Evaluator, Score
-from workers.replica import BELL_EVERY, ReplicaFailed, Replicas, WindowReport, num_mailboxes
+from workers.replica import (
+    ReplicaFailed,
+    Replicas,
+    WindowReport,
+    num_mailboxes,
+    turns_together,
+)
 from workers.spec import ModelSpec, StepConfig
 from workers.split import SplitBatches
 from workers.step import Mailbox, Slot, Workshop
@@ -60,7 +67,8 @@ class ReplicasActor:
         self._spec = spec
         self._config = config
         self._ids = tuple(replicas)
-        self._models = [spec.build_flat() for _ in range(len(self._ids) * config.concurrent_steps)]
+        self._models = [spec.build_flat()]
+        self._num_slots = len(self._ids) * config.concurrent_steps
         self._client: ParameterClient | None = None
         self._windows = WindowDecoder(
             decoder or Decoder(spec=spec.image),
@@ -71,8 +79,8 @@ class ReplicasActor:
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
         if len(self._ids) == 1:
-            return f"Replica {self._ids[0]}"
-        return f"Replicas {', '.join(map(str, self._ids))}"
+            return f"Replica({self._ids[0]})"
+        return f"Replicas({', '.join(map(str, self._ids))})"
 
     def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, start the thread that runs the steps; gives the process id.
@@ -88,15 +96,14 @@ class ReplicasActor:
             endpoints,
             key=key,
             access=access,
-            num_mailboxes=num_mailboxes(len(self._models), self._config, nearby),
+            num_mailboxes=num_mailboxes(self._num_slots, self._config, nearby),
             depth=self._config.n_push,
-            bell_every=BELL_EVERY if len(self._models) >= 2 * BELL_EVERY else 1,
+            bell_every=turns_together(self._num_slots),
         )
-        layout, models = self._models[0].layout, iter(self._models)
+        layout, models = self._models[0].layout, self._all_models()
         choice = self._config.record_steps
         recorded = choice == "on" or (choice == "auto" and self._spec.is_ours)
         workshop = Workshop(layout, loss=self._spec.build_loss(), recorded=recorded)
-        assert client.mailboxes is not None
         pairs = zip(client.mailboxes.gradients, client.mailboxes.moments, strict=True)
         self._replicas = Replicas(
             replicas=self._ids,
@@ -108,6 +115,13 @@ class ReplicasActor:
         self._thread = threading.Thread(target=self._replicas.run, name="steps", daemon=True)
         self._thread.start()
         return os.getpid()
+
+    def _all_models(self) -> Iterator[FlatModel]:
+        """The models that have been built, then new ones."""
+        yield from self._models
+        while True:
+            self._models.append(self._spec.build_flat())
+            yield self._models[-1]
 
     def run_window(
         self,
@@ -161,7 +175,7 @@ class EvaluatorActor:
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
-        return "Evaluator"
+        return "Evaluator()"
 
     def ready(self) -> int:
         """Answers, with the process id, once the actor is up."""

@@ -8,6 +8,11 @@ is ever waited for. Weights that come over the network are asked for at the end 
 waited for at the beginning of the next. Threads would run the same steps, at the price of handing
 Python's lock round at every kernel.
 
+Turns that follow on each other share a pull, up to `BELL_EVERY` of them: the server, too, gets
+their pushes in one go, and until then would show them only what other processes have done. So
+weights are copied, and travel, that much less often, and stay in the cache from turn to turn; a
+step's weights are at most so many turns older.
+
 Gradients are left in mailboxes. A slot takes one that is free when it begins to compute, the one
 that was freed last: its memory is most likely still in the processor's cache, on both sides.
 
@@ -39,14 +44,13 @@ from paramserver.messages import Outcome
 from paramserver.transport.link import Pull
 from shuffler.delivery import Reading
 from workers.spec import StepConfig
-from workers.spent import Meter, Spent
 from workers.step import Mailbox, Slot
 
 IDLE_WAIT_S = 1.0
 PERMIT_WAIT_S = 0.1
 NEARBY_MAILBOXES = 12
 BELL_EVERY = 4
-"""Pushes for which a partition next door is woken at a time, by a process with many slots."""
+"""Turns that share a pull, and pushes for which a partition next door is woken at a time."""
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +64,14 @@ def num_mailboxes(slots: int, config: StepConfig, client_is_colocated: bool) -> 
     if config.n_push > 1 or config.by_permit or not client_is_colocated:
         return slots
     return min(slots, NEARBY_MAILBOXES)
+
+
+def turns_together(slots: int) -> int:
+    """How many turns go together, in a process with so many slots.
+
+    Where these would be many of its steps in flight, none do.
+    """
+    return BELL_EVERY if slots >= 2 * BELL_EVERY else 1
 
 
 class ReplicaFailed(RuntimeError):
@@ -98,8 +110,6 @@ class WindowReport:
     """Mean seconds that a step waited for its weights."""
     readings: tuple[Reading, ...] = ()
     """What its rows cost the shufflers."""
-    spent: Spent | None = None
-    """What the process has spent until now."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """Rows whose image could not be decoded and that were left out, each with a line on why."""
 
@@ -123,21 +133,30 @@ class _Task:
     pull_s: float = 0.0
 
 
-class _Turn:
-    """One slot in the rotation, and the push that it is working on."""
+class _Fetched:
+    """Weights that were pulled for some turns, and the slot that has them."""
 
-    def __init__(self, replica: int, slot: Slot, num_partitions: int) -> None:
-        self.replica = replica
+    def __init__(self, slot: Slot, num_partitions: int, turn: int) -> None:
         self.slot = slot
+        self.turn = turn
+        """Turns that the process had taken when they were pulled."""
+        self.versions = [0] * num_partitions
+        self.pull: Pull | None = None
+        self.users = 0
+
+
+class _Turn:
+    """One concurrent step in the rotation, and the push that it is working on."""
+
+    def __init__(self, replica: int) -> None:
+        self.replica = replica
         self.mailbox: Mailbox | None = None
         self.in_flight = False
         """Whether the push from `mailbox` has still to be answered."""
-        self.versions = [0] * num_partitions
         self.since_fetch = 0
-        self.fetched = False
+        self.fetched: _Fetched | None = None
         self.asked = False
         """Whether a permit has been asked for, or is there (`by_permit`)."""
-        self.pull: Pull | None = None
         self.task: _Task | None = None
         self.batches: tuple[int, ...] = ()
         self.first = 0
@@ -160,15 +179,24 @@ class Replicas:
         make_slot: Callable[[], Slot],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`mailboxes` are the client's, at least as many as `num_mailboxes` says."""
+        """`mailboxes` are the client's, at least as many as `num_mailboxes` says.
+
+        A slot is made when one is wanted and none is free.
+        """
         self._config = config
         self._client = client
         self._clock = clock
         self._turns = [
-            _Turn(replica, make_slot(), client.num_partitions)
-            for _ in range(config.concurrent_steps)
-            for replica in replicas
+            _Turn(replica) for _ in range(config.concurrent_steps) for replica in replicas
         ]
+        self._make_slot = make_slot
+        self._slots: list[Slot] = []
+        """Those that nobody uses."""
+        # A permit is for a version that is pulled after it was given.
+        self._together = 1 if config.by_permit else turns_together(len(self._turns))
+        self._latest: _Fetched | None = None
+        self._taken = 0
+        """Turns that had something to do, until now."""
         self._free = list(mailboxes)
         self._pushed: dict[int, _Turn] = {}
         """Whose push is in which mailbox."""
@@ -176,7 +204,6 @@ class Replicas:
         self._wake = threading.Condition()
         self._stopping = False
         self._failure: Exception | None = None
-        self._meter = Meter()
         self.steps = dict.fromkeys(replicas, 0)
         """Steps computed so far, by replica."""
 
@@ -249,22 +276,24 @@ class Replicas:
     def _take(self, turn: _Turn) -> bool:
         """One turn of a slot: a step, and what it leads to. False where it has nothing to do."""
         if not turn.batches and not self._next_push(turn):
-            turn.fetched = False  # it would be old by the time there is work
+            self._let_go(turn)  # it would be old by the time there is work
             return False
-        if not turn.fetched:
+        if turn.fetched is None:
             if self._config.by_permit and not self._permitted(turn):
                 return False
             self._fetch(turn)
-        task, mailbox = turn.task, turn.mailbox
+        task, mailbox, fetched = turn.task, turn.mailbox, turn.fetched
         assert task is not None
         assert mailbox is not None
-        if turn.pull is not None and turn.pull.waiting:
+        assert fetched is not None
+        if fetched.pull is not None and fetched.pull.waiting:
             began_s = self._clock()
-            self._client.finish(turn.pull)
+            self._client.finish(fetched.pull)
             task.pull_s += self._clock() - began_s
         window, place = task.window, turn.first + turn.done
         inputs, targets = window.load(place)
-        result = turn.slot.step(inputs, targets, mailbox, turn.done)
+        result = fetched.slot.step(inputs, targets, mailbox, turn.done)
+        self._taken += 1
         self.steps[turn.replica] += 1
         turn.done += 1
         turn.since_fetch += 1
@@ -275,7 +304,8 @@ class Replicas:
         if turn.done == len(turn.batches):
             self._push(turn, result.gradient_norm)
             if by_permit:
-                turn.fetched = turn.asked = False
+                self._let_go(turn)
+                turn.asked = False
             elif len(self._turns) == 1:
                 self._await_answer(turn)
         if not by_permit and turn.since_fetch >= self._config.n_fetch:
@@ -310,16 +340,36 @@ class Replicas:
         return True
 
     def _fetch(self, turn: _Turn) -> None:
-        if turn.pull is not None and turn.pull.waiting:
-            self._client.finish(turn.pull)  # both would write to the same weights
-        turn.pull = self._client.start_pull(turn.slot.weights, turn.versions)
+        """Give a turn the latest weights, or those that its neighbours have just got."""
+        self._let_go(turn)
+        latest = self._latest
+        if latest is None or self._taken - latest.turn >= self._together:
+            slot = self._slots.pop() if self._slots else self._make_slot()
+            latest = self._latest = _Fetched(slot, self._client.num_partitions, self._taken)
+            latest.pull = self._client.start_pull(slot.weights, latest.versions)
+        latest.users += 1
+        turn.fetched = latest
         turn.since_fetch = 0
-        turn.fetched = True
+
+    def _let_go(self, turn: _Turn) -> None:
+        """A turn does not need its weights any more; the last one to say so frees the slot."""
+        fetched, turn.fetched = turn.fetched, None
+        if fetched is None:
+            return
+        fetched.users -= 1
+        if fetched.users:
+            return
+        if fetched is self._latest:
+            self._latest = None
+        if fetched.pull is not None and fetched.pull.waiting:
+            self._client.finish(fetched.pull)  # the next pull would write to the same weights
+        self._slots.append(fetched.slot)
 
     def _push(self, turn: _Turn, gradient_norm: float) -> None:
         task, mailbox = turn.task, turn.mailbox
         assert task is not None
         assert mailbox is not None
+        assert turn.fetched is not None
         loss = turn.loss / turn.examples
         if loss - loss == 0:  # finite
             task.losses += loss * len(turn.batches)
@@ -330,7 +380,7 @@ class Replicas:
             epoch=task.window.epoch,
             batches=turn.batches,
             examples=turn.examples,
-            versions=turn.versions,
+            versions=turn.fetched.versions,
             loss=loss,
             gradient_norm=gradient_norm,
         )
@@ -372,7 +422,6 @@ class Replicas:
             wall_s=self._clock() - task.started_s,
             push_s=task.push_s / max(1, task.pushes),
             pull_s=task.pull_s / len(window.batches),
-            spent=self._meter.read(sum(self.steps.values())),
         )
 
 

@@ -53,7 +53,7 @@ def connect(
     *,
     key: bytes,
     access: Access,
-    mailboxes: Mailboxes | None,
+    mailboxes: Mailboxes,
     deadline_s: float,
     bell_every: int = 1,
 ) -> Link:

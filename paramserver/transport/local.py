@@ -18,6 +18,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
@@ -45,6 +48,8 @@ from paramserver.partition import Partition
 from paramserver.transport.door import Door
 from paramserver.transport.link import Pull, Weights
 from paramserver.transport.memory import (
+    PAUSE_S,
+    SPINS,
     Mailboxes,
     MailboxViews,
     PublishedWeights,
@@ -152,14 +157,12 @@ class ServerSide:
             if shape != (partition.total_parameters, partition.total_features):
                 raise MalformedMessage(f"hello for a model of {shape} parameters and features")
             num, depth = hello.num_mailboxes, hello.depth
-            if bool(num) != bool(fds) or bool(num) != bool(depth):
-                raise MalformedMessage("hello whose mailboxes and memory do not agree")
+            if not fds or not depth:
+                raise MalformedMessage("hello without the memory of mailboxes")
             if num > MAX_MAILBOXES or depth > MAX_BATCHES:
                 raise MalformedMessage(f"hello with {num} mailboxes of depth {depth}")
-            if fds:
-                fd = fds.pop()
-                self.views = MailboxViews(fd, partition, num, depth)
-                self.depth = depth
+            self.views = MailboxViews(fds.pop(), partition, num, depth)
+            self.depth = depth
         finally:
             for fd in fds:
                 os.close(fd)
@@ -174,6 +177,11 @@ class ServerSide:
             raise ConnectionLost(str(error)) from None
         self.greeted = True
         return True
+
+    @property
+    def pinned(self) -> int:
+        """The slot of the weights that the peer is reading; -1 for none."""
+        return -1 if self.views is None else self.views.pinned
 
     def receive(self) -> bytes | None:
         """The next message's bytes, or None where none waits; `ConnectionLost` at the end."""
@@ -215,7 +223,7 @@ class Connection:
         endpoint: Endpoint,
         *,
         key: bytes,
-        mailboxes: Mailboxes | None,
+        mailboxes: Mailboxes,
         deadline_s: float = 30,
         bell_every: int = 1,
     ) -> None:
@@ -237,15 +245,15 @@ class Connection:
             key=key,
             total_parameters=partition.total_parameters,
             total_features=partition.total_features,
-            num_mailboxes=mailboxes.num if mailboxes else 0,
-            depth=mailboxes.depth if mailboxes else 0,
+            num_mailboxes=mailboxes.num,
+            depth=mailboxes.depth,
         )
         try:
             self.socket.connect(b"\0" + endpoint.address.encode())
             if not _is_ours(self.socket):  # the name is free to all once the partition is gone
                 raise NotAuthenticated(f"partition {partition.index} is another user's now")
-            socket.send_fds(self.socket, [encode(hello)], [mailboxes.fd] if mailboxes else [])
-            self.reader = self._welcome()
+            socket.send_fds(self.socket, [encode(hello)], [mailboxes.fd])
+            self.reader = self._welcome(mailboxes.pins[partition.index])
         except TimeoutError:
             self.socket.close()
             raise DeadlineExceeded(
@@ -262,10 +270,12 @@ class Connection:
         self._outbox: list[Push | PermitRequest] = []
         self._outbox_bytes = 0
         self.socket.setblocking(False)
+        self._hung_up = select.poll()
+        self._hung_up.register(self.socket, 0)  # for a hang-up one need not ask
         self.inbox: list[Answer] = []
         self.moved = 0
 
-    def _welcome(self) -> WeightsReader:
+    def _welcome(self, pin: npt.NDArray[np.int64]) -> WeightsReader:
         data, fds = _receive_with_fds(self.socket)
         try:
             if not data:
@@ -279,7 +289,7 @@ class Connection:
                 raise MalformedMessage("hello was not answered with a welcome")
             if (welcome.num_parameters, welcome.num_features) != expected:
                 raise MalformedMessage("the partition that answered is not the one asked for")
-            return WeightsReader(fds.pop(), *expected, welcome.num_slots)
+            return WeightsReader(fds.pop(), *expected, welcome.num_slots, pin)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -327,12 +337,19 @@ class Connection:
 
     @property
     def torn(self) -> int:
-        """Copies of weights that were thrown away because the writer had lapped them."""
+        """Copies of weights that were thrown away because they were written meanwhile."""
         return self.reader.torn
 
     def start_pull(self, pull: Pull, weights: Weights, statistics: Weights | None) -> None:
         """Copy the weights [n] and statistics [2, f], which ends this part of `pull` at once."""
-        pull.versions[self.partition.index] = self.reader.read(weights, statistics)
+        pull.versions[self.partition.index] = self.reader.read(weights, statistics, self._pause)
+
+    def _pause(self, tries: int) -> None:
+        """The weights are being written: let the partition finish, if it is still there."""
+        if tries < SPINS:
+            os.sched_yield()
+        elif self._hung_up.poll(1000 * PAUSE_S):
+            raise ConnectionLost(f"partition {self.partition.index} died over an update")
 
     def service(self) -> None:
         """Take in every answer that has come; `ConnectionLost` where the partition is gone."""

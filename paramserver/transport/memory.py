@@ -4,14 +4,24 @@ Every segment is a sealed memfd: memory without a name that travels as a file de
 connection's socket. Only processes that were handed it can open it, the kernel frees it with the
 last of them, and so nothing is left behind after any kind of death.
 
-`PublishedWeights` is written by the partition: a ring of slots, one version in each. The writer
-takes the next slot, marks it void, fills it, stamps it with its version, and only then points the
-header at it. A reader copies the slot that the header points at, and takes the copy only if the
-slot bore the same stamp before and after: a torn copy is seen, and tried again. Stores and loads
-of the stamps are aligned 8-byte ones, whose order x86-64 keeps; `supported` refuses other machines.
+`PublishedWeights` is written by the partition: a few slots, of which the header points at the
+latest version's. The writer marks a slot void, writes it, stamps it with its version, and only then
+points the header at it. A reader copies the slot that the header points at, and takes the copy only
+if the slot bore the same stamp before and after: a torn copy is seen, and tried again. Stores and
+loads of the stamps are aligned 8-byte ones, whose order x86-64 keeps; `supported` refuses other
+machines.
+
+The slot that the writer takes is the latest version's own, if nobody is reading it: an update in
+place moves the fewest bytes. Not so where a version fits into a processor's cache: to write over
+lines that readers have copies of, the writer has to take them back one at a time, which costs four
+times as much as to fill another slot and go on from there. A reader says what it reads with a pin,
+a word in memory of its own that the writer looks at before an update; the writer then takes
+another slot. Pins are there for speed and fairness alone: a reader that has just been missed
+sees a void stamp or a torn copy, its pin is seen by the next update, and so it cannot starve; one
+that dies with its pin set takes the pin along, as its connection closes.
 
 `Mailboxes` is written by a replica's process: autograd leaves gradients and moments there, and the
-partition reads its own slice when a push names the mailbox.
+partition reads its own slice when a push names the mailbox. The pins are there, too.
 """
 
 from __future__ import annotations
@@ -21,6 +31,8 @@ import fcntl
 import mmap
 import os
 import platform
+import time
+from collections.abc import Callable, Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +41,26 @@ from torch import Tensor
 
 from paramserver.errors import DeadlineExceeded, MalformedMessage
 from paramserver.partition import Partition
+from paramserver.rules import IN_PLACE_BYTES
 from paramserver.state import Version
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # fcntl.h; Python has no name for it yet
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW if hasattr(fcntl, "F_SEAL_SHRINK") else 0
 
 NUM_SLOTS = 4
-"""Versions in the ring; a copy is torn only if the writer laps it by this many updates."""
+"""Slots of a partition's weights: one is being written, and the others may be pinned."""
 
 _PAGE = 4096
 _LATEST, _STAMPS = 0, 8
 _VOID = -1
+_UNPINNED = 0
+_LINE = 64
+"""Bytes of a cache line; no two partitions poll words of the same one."""
+SPINS, PAUSE_S = 20, 1e-3
+"""While weights are written: how often a reader only yields, and how long it then waits at once."""
 MAX_MAILBOX_BYTES = 1 << 40
 MAX_TORN = 10_000
-"""Copies torn in a row after which a reader gives up."""
+"""Tries in a row, torn or found void, after which a reader gives up."""
 
 
 def supported() -> bool:
@@ -98,10 +116,20 @@ class _Slots:
 
 
 class PublishedWeights:
-    """The partition's side: versions in a ring of slots."""
+    """The partition's side: versions in a few slots."""
 
-    def __init__(self, num_parameters: int, num_features: int, num_slots: int = NUM_SLOTS) -> None:
-        """Make the memory; slot 0 is current, zero, and published as version 0."""
+    def __init__(
+        self,
+        num_parameters: int,
+        num_features: int,
+        num_slots: int = NUM_SLOTS,
+        *,
+        in_place: bool | None = None,
+    ) -> None:
+        """Make the memory; slot 0 is current, zero, and published as version 0.
+
+        `in_place` says whether a version that nobody reads is written over; by default, by size.
+        """
         self._geometry = slots = _Slots(num_parameters, num_features, num_slots)
         self.fd = _create("downpour-weights", slots.size)
         memory = mmap.mmap(self.fd, slots.size)
@@ -117,12 +145,13 @@ class PublishedWeights:
                 Version(weights=weights, statistics=statistics.view(2, num_features))
             )
         self._header[_STAMPS : _STAMPS + num_slots] = _VOID
-        self._slot = 0
+        self._in_place = slots.weights_bytes >= IN_PLACE_BYTES if in_place is None else in_place
+        self._slot = self._begun = 0
         self.publish(0)
 
     @property
     def num_slots(self) -> int:
-        """Versions in the ring."""
+        """How many slots there are."""
         return len(self.versions)
 
     @property
@@ -130,20 +159,25 @@ class PublishedWeights:
         """The slot that is published."""
         return self._slot
 
-    @property
-    def next_slot(self) -> int:
-        """The slot that `begin` gives."""
-        return (self._slot + 1) % len(self.versions)
+    def begin(self, pinned: Collection[int] = ()) -> int:
+        """The slot for the next version, void until `commit`: the latest one's, or a free one.
 
-    def begin(self) -> Version:
-        """The next slot, void until `publish`."""
-        slot = self.next_slot
+        `pinned` are the slots that are being read. Where all are, the next is taken all the same.
+        """
+        slot = self._slot
+        if slot in pinned or not self._in_place:
+            num = len(self.versions)
+            free = [s for s in range(num) if s != slot and s not in pinned]
+            slot = free[0] if free else (slot + 1) % num
+        # Between this store and the first one to the slot are locked instructions (of reference
+        # counts), which even stores past the cache do not overtake.
         self._header[_STAMPS + slot] = _VOID
-        return self.versions[slot]
+        self._begun = slot
+        return slot
 
     def commit(self, version: int) -> None:
         """Publish the slot that `begin` gave, as `version`."""
-        self._slot = self.next_slot
+        self._slot = self._begun
         self.publish(version)
 
     def publish(self, version: int) -> None:
@@ -158,11 +192,30 @@ class PublishedWeights:
             self.fd = -1
 
 
+def yield_or_sleep(tries: int) -> None:
+    """Let a writer finish, which may be waiting for this very processor."""
+    if tries < SPINS:
+        os.sched_yield()
+    else:
+        time.sleep(PAUSE_S)
+
+
 class WeightsReader:
     """A replica's side: whole copies of the latest version."""
 
-    def __init__(self, fd: int, num_parameters: int, num_features: int, num_slots: int) -> None:
-        """Map what `PublishedWeights` made. Takes over and closes `fd`."""
+    def __init__(
+        self,
+        fd: int,
+        num_parameters: int,
+        num_features: int,
+        num_slots: int,
+        pin: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Map what `PublishedWeights` made. Takes over and closes `fd`.
+
+        `pin` [1] is where the writer looks for what is being read, if it does.
+        """
+        self._pin = np.zeros(1, np.int64) if pin is None else pin
         try:
             slots = _Slots(num_parameters, num_features, num_slots)
             _check(fd, slots.size)
@@ -181,59 +234,83 @@ class WeightsReader:
             for i in range(num_slots)
         ]
         self.torn = 0
-        """Copies thrown away because the writer had lapped them."""
+        """Copies thrown away because the writer had written what was being copied."""
 
     @property
     def version(self) -> int:
-        """The latest version, or -1 while it is being replaced."""
+        """The latest version, or -1 while it is being written over."""
         return int(self._header[_STAMPS + int(self._header[_LATEST])])
 
     def read(
         self,
         weights: npt.NDArray[np.float32],
         statistics: npt.NDArray[np.float32] | None = None,
+        pause: Callable[[int], None] = yield_or_sleep,
     ) -> int:
         """Copy the latest weights [num_parameters] (and statistics [2, F]); return their version.
 
-        Raises `DeadlineExceeded` if the writer laps the copy `MAX_TORN` times in a row.
+        Where they are just being written, `pause` is called with the number of tries until now, and
+        may raise. Raises `DeadlineExceeded` after `MAX_TORN` tries.
         """
-        header = self._header
-        for _ in range(MAX_TORN):
-            slot = int(header[_LATEST])
-            stamp = int(header[_STAMPS + slot])
-            if stamp != _VOID:
+        header, pin = self._header, self._pin
+        try:
+            for tries in range(MAX_TORN):
+                slot = int(header[_LATEST])
+                pin[0] = slot + 1
+                stamp = int(header[_STAMPS + slot])
+                if stamp == _VOID:
+                    pause(tries)
+                    continue
                 np.copyto(weights, self._weights[slot])
                 if statistics is not None:
                     np.copyto(statistics, self._statistics[slot])
                 if int(header[_STAMPS + slot]) == stamp:
                     return stamp
-            self.torn += 1
+                self.torn += 1
+        finally:
+            pin[0] = _UNPINNED
         raise DeadlineExceeded(f"the partition has overtaken {MAX_TORN} copies of its weights")
 
 
 class _Boxes:
-    """Geometry of mailboxes: each a whole model's gradient, then `depth` sets of moments."""
+    """Geometry: a pin for each partition, then the mailboxes.
 
-    def __init__(self, num_parameters: int, num_features: int, num: int, depth: int) -> None:
+    Each of these has a whole model's gradient, then `depth` sets of moments.
+    """
+
+    def __init__(
+        self, num_parameters: int, num_features: int, num_partitions: int, num: int, depth: int
+    ) -> None:
         self.gradient_bytes = _rounded(4 * num_parameters)
         self.stride = _rounded(self.gradient_bytes + 12 * depth * num_features)
-        self.size = max(_PAGE, self.stride * num)
+        self._first = -(-_LINE * num_partitions // _PAGE) * _PAGE
+        self.size = self._first + self.stride * num
         if self.size > MAX_MAILBOX_BYTES:
             raise MalformedMessage(f"mailboxes of {self.size} bytes")
 
+    def pin_at(self, partition: int) -> int:
+        return partition * _LINE
+
     def gradient_at(self, box: int) -> int:
-        return box * self.stride
+        return self._first + box * self.stride
 
     def moments_at(self, box: int) -> int:
-        return box * self.stride + self.gradient_bytes
+        return self.gradient_at(box) + self.gradient_bytes
 
 
 class Mailboxes:
-    """A process of replicas' side: one mailbox a slot, that autograd writes into."""
+    """A process of replicas' side: mailboxes that autograd writes into, and pins."""
 
-    def __init__(self, num_parameters: int, num_features: int, num: int, depth: int) -> None:
-        """Make the memory, zeroed."""
-        boxes = _Boxes(num_parameters, num_features, num, depth)
+    def __init__(
+        self,
+        num_parameters: int,
+        num_features: int,
+        num: int,
+        depth: int,
+        num_partitions: int = 1,
+    ) -> None:
+        """Make the memory, zeroed. `num` is 0 where nothing will be pushed."""
+        boxes = _Boxes(num_parameters, num_features, num_partitions, num, depth)
         self.num, self.depth = num, depth
         self.fd = _create("downpour-mailboxes", boxes.size)
         memory = mmap.mmap(self.fd, boxes.size)
@@ -246,6 +323,8 @@ class Mailboxes:
             for i in range(num)
         ]
         """Sets of moments, float32 [depth, 3, F] each."""
+        self.pins = [_words(memory, boxes.pin_at(i)) for i in range(num_partitions)]
+        """For each partition, the slot of its weights that is being read, plus 1; int64 [1]."""
 
     def close(self) -> None:
         """Close the descriptor; the memory goes with its last mapping."""
@@ -260,7 +339,13 @@ class MailboxViews:
     def __init__(self, fd: int, partition: Partition, num: int, depth: int) -> None:
         """Map what `Mailboxes` made. Takes over and closes `fd`."""
         try:
-            boxes = _Boxes(partition.total_parameters, partition.total_features, num, depth)
+            boxes = _Boxes(
+                partition.total_parameters,
+                partition.total_features,
+                partition.num_partitions,
+                num,
+                depth,
+            )
             _check(fd, boxes.size)
             memory = mmap.mmap(fd, boxes.size)
         finally:
@@ -277,6 +362,16 @@ class MailboxViews:
             )[:, :, low:high]
             for i in range(num)
         ]
+        self._pin = _words(memory, boxes.pin_at(partition.index))
+
+    @property
+    def pinned(self) -> int:
+        """The slot that the process is reading; -1 for none."""
+        return int(self._pin[0]) - 1
+
+
+def _words(memory: mmap.mmap, offset: int) -> npt.NDArray[np.int64]:
+    return np.frombuffer(memory, np.int64, 1, offset)
 
 
 def _floats(memory: mmap.mmap, offset: int, count: int) -> Tensor:

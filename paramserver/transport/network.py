@@ -5,9 +5,9 @@ A push is a frame whose payload is the partition's slice of the gradient and of 
 have come and written as far as the kernel takes them, some megabytes at a time, so that a large
 push does not keep the others waiting.
 
-Weights are sent from the slot of the ring that they were published in. Where the writer comes round
-to that slot before they have gone, the rest is set aside first (`detach`); both happen on the
-serving thread, so what a client gets is one version, whole.
+Weights are sent from the slot that they were published in, which is pinned meanwhile. Where the
+writer has to take that slot all the same before they have gone, the rest is set aside first
+(`detach`); both happen on the serving thread, so what a client gets is one version, whole.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from paramserver.transport.frames import FrameReader, Outbox, as_bytes, frame
 from paramserver.transport.greeting import Admitted
 
 _MAX_QUEUED = 2 * MAX_MAILBOXES
+UNPINNED = -1
 
 
 class NetworkSide:
@@ -59,8 +60,10 @@ class NetworkSide:
         """Pulls that are to be answered, in order."""
         self.asks: list[int] = []
         """Mailboxes for which permits have been asked for; the server takes them out."""
-        self.sending: int | None = None
-        """Slot whose weights are being sent; -1 for ones that were set aside."""
+        self.pinned = UNPINNED
+        """Slot whose weights are being sent; -1 for none, or ones that were set aside."""
+        self.sending = False
+        """Whether weights are being sent."""
         self._aside = bytearray()
         self._moved, self._moved_s = 0, now_s
         self.watches_writable = False
@@ -114,15 +117,15 @@ class NetworkSide:
         self, slot: int, version: int, weights: memoryview, statistics: memoryview
     ) -> None:
         """Queue what answers the oldest pull: the version in `slot`."""
-        assert self.sending is None
+        assert not self.sending
         wanted = self.pulls.pop(0).statistics
         payload = [weights, statistics] if wanted else [weights]
         self._outbox.put(frame(Weights(version=version, statistics=wanted), payload))
-        self.sending = slot
+        self.pinned, self.sending = slot, True
 
     def detach(self, slot: int) -> None:
         """`slot` is about to be written: set aside what is still to be sent of it."""
-        if self.sending != slot:
+        if self.pinned != slot:
             return
         views = self._outbox.views
         num_bytes = sum(map(len, views))
@@ -135,12 +138,12 @@ class NetworkSide:
         views.clear()
         if num_bytes:
             views.append(aside[:num_bytes])
-        self.sending = -1
+        self.pinned = UNPINNED
 
     def flush(self) -> bool:
         """Send as much as goes without waiting; true once all has gone."""
         if self._outbox.flush():
-            self.sending = None
+            self.pinned, self.sending = UNPINNED, False
             return True
         return False
 

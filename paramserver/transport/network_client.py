@@ -197,7 +197,7 @@ class NetworkConnection:
         *,
         key: bytes,
         credentials: Credentials | None,
-        mailboxes: Mailboxes | None,
+        mailboxes: Mailboxes,
         wire: WireDtype = WireDtype.FLOAT32,
         deadline_s: float = 30.0,
     ) -> None:
@@ -209,9 +209,9 @@ class NetworkConnection:
         self.inbox: list[Answer] = []
         start, stop = partition.start, partition.stop
         low, high = partition.feature_start, partition.feature_stop
-        gradients = [g[start:stop] for g in mailboxes.gradients] if mailboxes else []
+        gradients = [g[start:stop] for g in mailboxes.gradients]
         self._encoder = encoder(gradients, wire)
-        self._moments = [m[:, :, low:high] for m in mailboxes.moments] if mailboxes else []
+        self._moments = [m[:, :, low:high] for m in mailboxes.moments]
         self._sent_moments = [torch.empty(m.shape) for m in self._moments]
         self._sent_bytes = [as_bytes(m) for m in self._sent_moments]
         self._gradient_bytes = TORCH_DTYPES[wire].itemsize * partition.num_parameters
@@ -227,8 +227,8 @@ class NetworkConnection:
                 partition=partition.index,
                 total_parameters=partition.total_parameters,
                 total_features=partition.total_features,
-                num_mailboxes=mailboxes.num if mailboxes else 0,
-                depth=mailboxes.depth if mailboxes else 0,
+                num_mailboxes=mailboxes.num,
+                depth=mailboxes.depth if mailboxes.num else 0,
                 wire=wire,
             ),
             deadline_s=deadline_s,

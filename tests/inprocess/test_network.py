@@ -336,11 +336,6 @@ def test_several_pulls_at_a_time_arrive_where_they_belong(two: Networked, driven
     assert {s.outcomes for s in settled} == {(Outcome.APPLIED,) * 2}
 
 
-def side_of(cluster: Networked) -> NetworkSide:
-    (side,) = (s for s in cluster.servers[0]._sides.values() if isinstance(s, NetworkSide))
-    return side
-
-
 @pytest.fixture
 def large(keys: RunCredentials | None) -> Iterator[Networked]:
     weights = torch.zeros(3_000_000)
@@ -350,32 +345,45 @@ def large(keys: RunCredentials | None) -> Iterator[Networked]:
         yield cluster
 
 
+@pytest.mark.parametrize("num_slow", [1, NUM_SLOTS])
 def test_weights_that_are_overtaken_while_they_are_sent_arrive_whole(
-    large: Networked, monkeypatch: pytest.MonkeyPatch
+    large: Networked, monkeypatch: pytest.MonkeyPatch, num_slow: int
 ) -> None:
     monkeypatch.setattr(network_client, "THREAD_BYTES", 1 << 62)
-    slow, fast = large.client(), large.client(access=Access(), num_mailboxes=1)
-    slow._connections[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-    assert fast.mailboxes is not None
-    versions, weights = versions_and_weights(slow)
-    pull = slow.start_pull(weights, versions)
-    by_deadline(lambda: large.servers[0].call(lambda _: side_of(large).sending == 0))
-    for batch in range(NUM_SLOTS + 2):
+    fast = large.client(access=Access(), num_mailboxes=1)
+
+    def push_one(batch: int) -> None:
         fast.mailboxes.gradients[0].fill_(1.0)
         send(fast, batch)
         assert settle(fast) == (Outcome.APPLIED,)
-    assert large.servers[0].call(lambda _: side_of(large).sending) == -1, "it was set aside"
-    slow.finish(pull)
-    assert versions == [0]
-    assert not weights.any(), "all of it is of that version"
-    slow.pull(weights, versions)
-    assert versions == [NUM_SLOTS + 2]
-    assert (weights == -0.5 * versions[0]).all()
+
+    def pinned() -> set[int]:
+        sides = large.servers[0]._sides.values()
+        return {s.pinned for s in sides if isinstance(s, NetworkSide) and s.sending}
+
+    pulls = []
+    for i in range(num_slow):
+        slow = large.client()
+        slow._connections[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        versions, weights = versions_and_weights(slow)
+        pulls.append((slow, slow.start_pull(weights, versions), versions, weights))
+        by_deadline(lambda: large.servers[0].call(lambda _: len(pinned()) == len(pulls)))
+        push_one(i)
+    # Where every slot is being sent from, one of those is taken and the rest of it set aside.
+    expected = {0} if num_slow == 1 else {-1, *range(1, NUM_SLOTS)}
+    assert large.servers[0].call(lambda _: pinned()) == expected
+    push_one(num_slow)
+    for i, (slow, pull, versions, weights) in enumerate(pulls):
+        slow.finish(pull)
+        assert versions == [i]
+        assert (weights == -0.5 * i).all(), "all of it is of that version"
+        slow.pull(weights, versions)
+        assert versions == [num_slow + 1]
+        assert (weights == -0.5 * versions[0]).all()
 
 
 def test_pulls_from_a_server_that_is_being_pushed_to(large: Networked, driven: str) -> None:
     puller, pusher = large.client(), large.client(num_mailboxes=2)
-    assert pusher.mailboxes is not None
     for gradient in pusher.mailboxes.gradients:
         gradient.fill_(1.0)
     versions, weights = versions_and_weights(puller)
@@ -401,7 +409,6 @@ def test_with_error_feedback_the_sum_is_that_of_the_gradients(
     two: Networked, driven: str, wire: str
 ) -> None:
     client = two.client(access=two.access(wire_dtype=wire), num_mailboxes=3)
-    assert client.mailboxes is not None
     generator = torch.Generator().manual_seed(5)
     total, plain = torch.zeros(P, dtype=torch.float64), torch.zeros(P)
     for step in range(60):
@@ -836,7 +843,6 @@ def test_the_channel_is_a_stream_whatever_the_cuts(keys: RunCredentials | None) 
 
 def test_gradients_are_sent_from_the_mailboxes_own_memory(one: Networked) -> None:
     client = one.client(num_mailboxes=1)
-    assert client.mailboxes is not None
     link = client._connections[0]
     (view,) = link._encoder.slices(0, finite=True)  # type: ignore[attr-defined]
     assert view == as_bytes(client.mailboxes.gradients[0])

@@ -262,7 +262,7 @@ def test_secrets_are_not_shown(run: RunCredentials) -> None:
             greeted.keys,
             Access(credentials=run.clients),
             NetworkListen(credentials=run.partitions),
-            Hello(key=KEY, total_parameters=1, total_features=0, num_mailboxes=0, depth=0),
+            Hello(key=KEY, total_parameters=1, total_features=0, num_mailboxes=0, depth=1),
         ]
     )
     for secret in (KEY, nonce, greeted.keys.to_client, greeted.keys.to_partition):

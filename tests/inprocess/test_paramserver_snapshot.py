@@ -46,7 +46,7 @@ def used_state() -> PartitionState:
         )
         gradient = torch.randn(PARTITION.num_parameters, generator=generator)
         moments = torch.rand(1, 3, PARTITION.num_features, generator=generator) + 4
-        outcome = state.apply(push, gradient, moments, new_version())
+        outcome = state.apply(push, gradient, moments, new_version)
         assert outcome is (Outcome.REFUSED_LOSS if n == 2 else Outcome.APPLIED)
     return state
 

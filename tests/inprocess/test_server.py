@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,6 @@ def gradient_of(batch: int, num: int = P) -> Tensor:
 
 def leave(client: ParameterClient, mailbox: int, batch: int) -> None:
     """Leave a mini-batch's gradient and moments in a mailbox."""
-    assert client.mailboxes is not None
     client.mailboxes.gradients[mailbox].copy_(gradient_of(batch, client.num_parameters))
     client.mailboxes.moments[mailbox].copy_(torch.tensor([32.0, 1.0, 2.0])[:, None])
 
@@ -330,7 +330,6 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
 
     with contextlib.closing(cluster):
         client = cluster.client(num_mailboxes=1)
-        assert client.mailboxes is not None
         weights, versions = torch.empty(layout.num_parameters), [0] * 3
         flat.bind(weights, client.mailboxes.gradients[0], client.mailboxes.moments[0][0])
         seen, losses = [], []
@@ -469,6 +468,19 @@ def test_pulls_are_of_the_latest_version_with_its_statistics(two: Cluster) -> No
     assert np.array_equal(weights, -0.5 * gradient_of(3).numpy())
     assert statistics.tolist() == [[1.0] * F, [2.0] * F]
     assert evaluator.torn == 0
+
+
+def test_a_partition_that_dies_over_an_update_leaves_no_reader_waiting(cluster: Cluster) -> None:
+    client, server = cluster.client(), cluster.servers[0]
+    server.call(lambda _: server._published.begin())  # void from here on
+    weights, versions = np.empty(P, np.float32), [-1]
+    with ThreadPoolExecutor() as pool:
+        pull = pool.submit(client.pull, weights, versions)
+        by_deadline(lambda: server._sides and all(s.pinned == 0 for s in server._sides.values()))
+        assert not pull.done()
+        server.stop()
+        with pytest.raises(ConnectionLost, match="died over an update"):
+            pull.result(DEADLINE_S)
 
 
 def test_as_many_mailboxes_as_there_may_be_without_reading_an_answer(cluster: Cluster) -> None:
@@ -627,7 +639,8 @@ MEMORY: dict[str, Callable[[], tuple[Hello, int]]] = {
     "empty": lambda: (GOOD_HELLO, memfd(0)),
     "a file": lambda: (GOOD_HELLO, os.open("/proc/self/exe", os.O_RDONLY)),
     "a device": lambda: (GOOD_HELLO, os.open(os.devnull, os.O_RDONLY)),
-    "for no mailbox": lambda: (replace(GOOD_HELLO, num_mailboxes=0), memfd(4096)),
+    "for no mailbox": lambda: (replace(GOOD_HELLO, num_mailboxes=0), memfd(size_of_mailboxes())),
+    "for no mailbox, empty": lambda: (replace(GOOD_HELLO, num_mailboxes=0), memfd(0)),
     "of no depth": lambda: (replace(GOOD_HELLO, depth=0), memfd(size_of_mailboxes())),
     # Memory that fits, so that nothing but the bounds is in the way.
     "one mailbox too many": lambda: fitting(MAX_MAILBOXES + 1, 1),
@@ -710,7 +723,6 @@ def test_more_descriptors_than_one(cluster: Cluster, bystander: Bystander) -> No
 
 def test_a_gradient_that_is_not_finite_under_a_header_that_is(two: Cluster) -> None:
     client = two.client(num_mailboxes=1)
-    assert client.mailboxes is not None
     leave(client, 0, 0)
     client.mailboxes.gradients[0][-1] = torch.nan  # in the second partition only
     send(client, 0)
@@ -1109,7 +1121,7 @@ def test_a_client_that_comes_and_goes_costs_the_partition_nothing(cluster: Clust
 def test_the_actor_serves_reports_snapshots_and_comes_back(tmp_path: Path) -> None:
     (part,) = split(num_parameters=P, num_features=F, num_decayed=0, num_partitions=1)
     first = actor.PartitionActor(part, EXACT, KEY, np.zeros(P, np.float32))
-    assert repr(first) == "Partition 1 of 1"
+    assert repr(first) == "Partition(1 of 1)"
     client = ParameterClient([first.endpoint()], key=KEY, num_mailboxes=1)
     assert push(client, 0, replica=4) is Outcome.APPLIED
     assert push(client, 1, replica=4, loss=float("nan")) is Outcome.REFUSED_LOSS

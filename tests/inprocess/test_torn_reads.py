@@ -1,5 +1,6 @@
 """A copy of the weights is of one version, whole, whatever the writer does meanwhile.
 
+The writer goes round its slots, or writes over the latest version where no pin tells it not to.
 Once by hand, step by step, and once with readers in processes of their own. Either way a reader
 without the second look at the stamp does the same beside it, and must be seen to go wrong: these
 tests can fail.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,13 @@ import pytest
 import torch
 
 from paramserver.client import ParameterClient
-from paramserver.errors import DeadlineExceeded
+from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import split
 from paramserver.rules import SGD
 from paramserver.schedule import Schedule
 from paramserver.server import PartitionServer
-from paramserver.state import UpdateConfig
+from paramserver.state import UpdateConfig, Version
 from paramserver.transport import memory
 from paramserver.transport.memory import PublishedWeights, WeightsReader
 
@@ -40,21 +42,33 @@ DEADLINE_S = 45.0
 class Writer:
     """Publishes versions of which every element says which version it belongs to."""
 
-    def __init__(self, num_parameters: int, num_features: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        num_parameters: int,
+        num_features: int,
+        num_slots: int,
+        pinned: Callable[[], list[int]] | None = None,
+    ) -> None:
         self.shape = num_parameters, num_features, num_slots
-        self.published = PublishedWeights(*self.shape)
+        self.pinned = pinned
+        """The slots that are being read; None for all, so that the writer goes round."""
+        self.published = PublishedWeights(*self.shape, in_place=True)
         self.version = 0
 
     def write(self) -> None:
-        slot = self.published.begin()
+        slot = self._begin()
         self.version += 1
         slot.weights.fill_(self.version)
         slot.statistics.fill_(self.version)
         self.published.commit(self.version)
 
+    def _begin(self) -> Version:
+        pinned = range(self.published.num_slots) if self.pinned is None else self.pinned()
+        return self.published.versions[self.published.begin(pinned)]
+
     def half_write(self) -> None:
         """Begin the next version, and die over it."""
-        slot = self.published.begin()
+        slot = self._begin()
         slot.weights[: len(slot.weights) // 2].fill_(self.version + 1)
 
     def reader(self, kind: type[WeightsReader] = WeightsReader) -> WeightsReader:
@@ -206,6 +220,101 @@ def test_a_reader_that_is_lapped_for_ever_gives_up(monkeypatch: pytest.MonkeyPat
     assert scene.reader.torn == 20
 
 
+class InPlace:
+    """A reader with a pin, and a writer that looks at it, who take their steps as told."""
+
+    def __init__(self, *, looks: bool = True) -> None:
+        self.pin = np.zeros(1, np.int64)
+        self.writer = Writer(8, 2, SLOTS, lambda: [int(self.pin[0]) - 1] if looks else [])
+        self.writer.write()
+        self.reader = WeightsReader(os.dup(self.writer.published.fd), *self.writer.shape, self.pin)
+        self.weights = np.full(8, -1, np.float32)
+
+    def finish(self) -> None:
+        """What `half_write` began becomes a version."""
+        published, self.writer.version = self.writer.published, self.writer.version + 1
+        published.versions[published._begun].weights.fill_(self.writer.version)
+        published.commit(self.writer.version)
+
+
+def test_a_version_that_nobody_reads_is_written_over() -> None:
+    scene = InPlace()
+    slots = {scene.writer.published.current_slot}
+    for version in range(2, 6):
+        scene.writer.write()
+        assert scene.reader.read(scene.weights) == version
+        assert (scene.weights == version).all()
+        slots.add(scene.writer.published.current_slot)
+    assert slots == {0}
+    assert not scene.pin.any()
+
+
+def test_a_version_that_is_read_stays_as_it_is() -> None:
+    scene = InPlace()
+
+    def write_much() -> None:
+        for _ in range(3 * SLOTS):
+            scene.writer.write()
+
+    scene.reader._weights = Hooked(scene.reader._weights, write_much)  # type: ignore[assignment]
+    assert scene.reader.read(scene.weights) == 1
+    assert (scene.weights == 1).all()
+    assert scene.reader.torn == 0
+
+
+def test_a_pin_that_is_not_seen_costs_another_copy_and_no_more() -> None:
+    scene = InPlace(looks=False)
+    left = [scene.writer.write]
+
+    def write_once() -> None:
+        if left:
+            left.pop()()
+
+    scene.reader._weights = Hooked(scene.reader._weights, write_once)  # type: ignore[assignment]
+    assert scene.reader.read(scene.weights) == 2
+    assert (scene.weights == 2).all()
+    assert scene.reader.torn == 1
+
+
+def test_a_reader_does_not_starve_beside_a_writer_that_never_rests() -> None:
+    scene = InPlace()
+    scene.writer.half_write()  # void, as the reader comes
+    pauses = []
+
+    def pause(tries: int) -> None:
+        pauses.append(tries)
+        scene.finish()
+        scene.writer.half_write()
+
+    assert scene.reader.read(scene.weights, None, pause) == 2
+    assert (scene.weights == 2).all()
+    assert pauses == [0], "the pin is seen by the next update"
+
+
+def test_whoever_waits_for_a_writer_that_died_lets_go_of_its_pin() -> None:
+    scene = InPlace()
+    scene.writer.half_write()
+
+    def pause(tries: int) -> None:
+        assert scene.pin[0]
+        raise ConnectionLost("it died")
+
+    with pytest.raises(ConnectionLost):
+        scene.reader.read(scene.weights, None, pause)
+    assert not scene.pin.any()
+
+
+def test_a_slot_is_found_whatever_is_pinned() -> None:
+    published = PublishedWeights(8, 0, SLOTS, in_place=True)
+    assert published.begin([-1, 1, 2]) == 0, "no one is at the latest"
+    assert PublishedWeights(8, 0, SLOTS).begin([]) == 1, "small ones go to and fro"
+    assert published.begin([0, 1]) == 2
+    published.commit(1)
+    assert published.current_slot == 2
+    assert published.begin([2, 3, 7]) == 0
+    assert published.begin(range(SLOTS)) == 3, "all are taken: then the next"
+
+
 def test_readers_cannot_write_nor_shrink_what_they_read() -> None:
     writer = Writer(8, 2, SLOTS)
     reader = writer.reader()
@@ -228,6 +337,51 @@ def test_readers_cannot_write_nor_shrink_what_they_read() -> None:
 NUM_PARAMETERS, NUM_FEATURES = 1 << 18, 64
 ENOUGH = {"reads": 300, "versions": 20, "torn": 20, "careless": 1}
 """What a reader has to live through before it has shown anything."""
+
+
+def read_with_a_pin(fd: int, pins: int, number: int) -> dict[str, int]:
+    """What a reader process does beside a writer that looks at pins."""
+    pin = np.frombuffer(mmap.mmap(pins, mmap.PAGESIZE), np.int64, 1, 64 * number)
+    reader = WeightsReader(os.dup(fd), NUM_PARAMETERS, NUM_FEATURES, SLOTS, pin)
+    weights = np.empty(NUM_PARAMETERS, np.float32)
+    statistics = np.empty((2, NUM_FEATURES), np.float32)
+    found = dict.fromkeys(("reads", "versions", "mixed", "backwards"), 0)
+    latest, give_up_s = -1, time.monotonic() + DEADLINE_S
+    while found["reads"] < ENOUGH["reads"] or found["versions"] < ENOUGH["versions"]:
+        version = reader.read(weights, statistics)
+        found["reads"] += 1
+        found["mixed"] += not ((weights == version).all() and (statistics == version).all())
+        found["backwards"] += version < latest
+        found["versions"] += version > latest
+        latest = version
+        if time.monotonic() > give_up_s:
+            break
+    return found
+
+
+def test_readers_with_pins_in_other_processes() -> None:
+    pins = os.memfd_create("pins")
+    os.ftruncate(pins, mmap.PAGESIZE)
+    words = np.frombuffer(mmap.mmap(pins, mmap.PAGESIZE), np.int64)
+    writer = Writer(
+        NUM_PARAMETERS, NUM_FEATURES, SLOTS, lambda: [int(words[0]) - 1, int(words[8]) - 1]
+    )
+    found, slots = Counter[int](), writer.published
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, pins)
+        readers = [_start(stack, slots.fd, pins, number) for number in range(2)]
+        give_up_s = time.monotonic() + DEADLINE_S + 30
+        while any(reader.poll() is None for reader in readers):
+            assert time.monotonic() < give_up_s
+            for _ in range(50):
+                before = slots.current_slot
+                writer.write()
+                found[slots.current_slot == before] += 1
+        for reader in readers:
+            told = _told(reader)
+            assert told["mixed"] == told["backwards"] == 0, told
+            assert all(told[what] >= ENOUGH[what] for what in ("reads", "versions")), told
+    assert set(found) == {True, False}, "both ways were gone"
 
 
 def read_in_a_process(fd: int) -> dict[str, int]:
@@ -254,34 +408,39 @@ def read_in_a_process(fd: int) -> dict[str, int]:
     return found
 
 
+def _start(stack: contextlib.ExitStack, *arguments: int) -> subprocess.Popen[bytes]:
+    """A process that runs this file; the arguments that are descriptors go with it."""
+    reader = stack.enter_context(
+        subprocess.Popen(
+            [sys.executable, __file__, *map(str, arguments)],
+            pass_fds=arguments[:2],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+    )
+    stack.callback(reader.kill)
+    return reader
+
+
+def _told(reader: subprocess.Popen[bytes]) -> dict[str, int]:
+    assert reader.returncode == 0
+    assert reader.stdout is not None
+    found: dict[str, int] = json.loads(reader.stdout.read())
+    return found
+
+
 def test_readers_in_other_processes() -> None:
     # Two slots are the fewest that work: the next version but one overwrites what is being read.
     writer = Writer(NUM_PARAMETERS, NUM_FEATURES, 2)
-    root = Path(__file__).parents[2]
     with contextlib.ExitStack() as stack:
-        fd = writer.published.fd
-        readers = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, __file__, str(fd)],
-                    pass_fds=[fd],
-                    stdout=subprocess.PIPE,
-                    env={**os.environ, "PYTHONPATH": str(root)},
-                )
-            )
-            for _ in range(2)
-        ]
-        for reader in readers:
-            stack.callback(reader.kill)
+        readers = [_start(stack, writer.published.fd) for _ in range(2)]
         give_up_s = time.monotonic() + DEADLINE_S + 30
         while any(reader.poll() is None for reader in readers):
             assert time.monotonic() < give_up_s
             for _ in range(50):
                 writer.write()
         for reader in readers:
-            assert reader.returncode == 0
-            assert reader.stdout is not None
-            found = json.loads(reader.stdout.read())
+            found = _told(reader)
             assert found["mixed"] == 0, found
             assert found["backwards"] == 0, found
             assert all(found[what] >= least for what, least in ENOUGH.items()), found
@@ -316,7 +475,6 @@ def test_pulls_from_a_server_that_is_being_pushed_to() -> None:
         pulling = [ParameterClient(endpoints, key=key) for _ in range(2)]
         for client in (pushing, *pulling):
             stack.callback(client.close)
-        assert pushing.mailboxes is not None
         wrong: list[list[int]] = []
         pulls = [0, 0]
 
@@ -354,4 +512,6 @@ def test_pulls_from_a_server_that_is_being_pushed_to() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(read_in_a_process(int(sys.argv[1])), default=int))
+    given = [int(argument) for argument in sys.argv[1:]]
+    told = read_in_a_process(*given) if len(given) == 1 else read_with_a_pin(*given)
+    sys.stdout.write(json.dumps(told, default=int))

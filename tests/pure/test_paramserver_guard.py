@@ -39,7 +39,7 @@ class Bench:
         )
         self.batch += 1
         into = self.slots[self.state.current is self.slots[0]]
-        outcome = self.state.apply(push, gradient, torch.zeros(1, 3, 0), into)
+        outcome = self.state.apply(push, gradient, torch.zeros(1, 3, 0), lambda: into)
         self.state.check()  # the weights are finite
         return outcome
 

@@ -40,7 +40,6 @@ def push(to: PartitionState, batch: int, version: int) -> Outcome:
         ),
         torch.ones(16),
         torch.zeros(1, 3, 0),
-        to.current,
     )
 
 

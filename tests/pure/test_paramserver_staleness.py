@@ -91,7 +91,7 @@ class Script:
         )
         self.batch += 1
         into = self.slots[(self.state.version + 1) % 2]
-        outcome = self.state.apply(push, torch.zeros(16), torch.zeros(1, 3, 0), into)
+        outcome = self.state.apply(push, torch.zeros(16), torch.zeros(1, 3, 0), lambda: into)
         self.state.check()
         return outcome
 

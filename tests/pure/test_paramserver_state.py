@@ -62,7 +62,7 @@ class Bench:
 
     def apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Outcome:
         at = next(i for i, slot in enumerate(self.slots) if slot is self.state.current)
-        return self.state.apply(push, gradient, moments, self.slots[(at + 1) % 3])
+        return self.state.apply(push, gradient, moments, lambda: self.slots[(at + 1) % 3])
 
 
 def by_way_of_json(state: PartitionState, config: UpdateConfig) -> Bench:

@@ -1,0 +1,132 @@
+"""The rotation of concurrent steps in one process, against a parameter server that is a counter."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from paramserver.client import Settled
+from paramserver.messages import Outcome
+from paramserver.transport.link import Pull
+from workers.replica import BELL_EVERY, Replicas, Window
+from workers.spec import StepConfig
+from workers.step import StepResult
+
+DEADLINE_S = 20.0
+
+
+class CountingServer:
+    """Stands for `ParameterClient`: every push makes a version, and weights say which they are."""
+
+    num_partitions = 1
+    num_asking = 0
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.pulls: list[int] = []
+        self.pushes: list[tuple[int, int]] = []
+        """Version that each push was computed on, and that it met."""
+        self.told: list[int] = []
+        """What the pushes said that they were computed on."""
+        self.computed_on: int | None = None
+        self._answers: list[Settled] = []
+
+    def start_pull(self, weights: npt.NDArray[np.float32], versions: list[int]) -> Pull:
+        weights[0] = versions[0] = self.version
+        self.pulls.append(self.version)
+        return Pull(versions)
+
+    def finish(self, pull: Pull) -> None:
+        raise AssertionError("nothing is waited for")
+
+    def push(self, *, mailbox: int, versions: Sequence[int], **_: Any) -> None:
+        assert self.computed_on is not None
+        self.pushes.append((self.computed_on, self.version))
+        self.told.append(versions[0])
+        self.version += 1
+        self._answers.append(Settled(mailbox=mailbox, outcomes=(Outcome.APPLIED,)))
+
+    def collect(self, wait_s: float = 0.0) -> list[Settled]:
+        answers, self._answers = self._answers, []
+        return answers
+
+    wait = collect
+
+
+class FakeSlot:
+    """Stands for `Slot`; tells the server on which weights a step was computed."""
+
+    def __init__(self, server: CountingServer) -> None:
+        self.weights = np.full(1, -1, np.float32)
+        self._server = server
+
+    def step(self, inputs: Tensor, targets: Tensor, mailbox: Any, index: int) -> StepResult:
+        self._server.computed_on = int(self.weights[0])
+        return StepResult(loss=1.0, gradient_norm=1.0)
+
+
+class FakeMailbox:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def train(replicas: int, config: StepConfig, batches: int) -> tuple[CountingServer, list[FakeSlot]]:
+    """Run so many mini-batches on each replica; gives the server and the slots that were made."""
+    server, slots = CountingServer(), []
+
+    def make_slot() -> Any:
+        slots.append(FakeSlot(server))
+        return slots[-1]
+
+    steps = Replicas(
+        replicas=range(replicas),
+        config=config,
+        client=server,  # type: ignore[arg-type]
+        mailboxes=[FakeMailbox(i) for i in range(replicas * config.concurrent_steps)],  # type: ignore[misc]
+        make_slot=make_slot,
+    )
+    one = torch.zeros(1, 1), torch.zeros(1)
+    window = Window(epoch=0, batches=tuple(range(batches)), load=lambda _: one)
+    reports = [steps.assign(replica, window) for replica in range(replicas)]
+    thread = threading.Thread(target=steps.run, daemon=True)
+    thread.start()
+    for report in reports:
+        assert not report.result(DEADLINE_S).unsettled
+    steps.stop()
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+    return server, slots
+
+
+@pytest.mark.parametrize(
+    ("replicas", "concurrent_steps", "together"),
+    [(1, 1, 1), (1, 5, 1), (1, 8, BELL_EVERY), (5, 5, BELL_EVERY), (10, 5, BELL_EVERY)],
+)
+def test_turns_that_follow_on_each_other_share_a_pull(
+    replicas: int, concurrent_steps: int, together: int
+) -> None:
+    steps, batches = replicas * concurrent_steps, 40
+    server, slots = train(replicas, StepConfig(concurrent_steps=concurrent_steps), batches)
+    pushes = replicas * batches
+    assert len(server.pushes) == pushes
+    assert server.told == [computed for computed, _ in server.pushes], "the versions named are true"
+    # Every step pulls, and at the end those in flight have pulled for nothing.
+    assert pushes / together <= len(server.pulls) <= (pushes + steps) / together + steps
+    assert len(slots) <= -(-steps // together) + 1
+    staleness = [met - computed for computed, met in server.pushes]
+    assert max(staleness) <= steps - 1 + together - 1
+    if steps > 1:
+        steady = staleness[2 * steps : -2 * steps]
+        assert min(steady) >= steps - 1, "a step is in flight while all others have their turns"
+
+
+@pytest.mark.parametrize("n_fetch", [1, 3])
+def test_weights_are_kept_as_long_as_a_turn_needs_them(n_fetch: int) -> None:
+    config = StepConfig(concurrent_steps=5, n_fetch=n_fetch, n_push=2)
+    server, _ = train(3, config, 60)
+    assert server.told == [computed for computed, _ in server.pushes]
