@@ -16,7 +16,7 @@ from tests.inprocess.tiny import write_split
 from tests.ray import commands
 from workers.predictor import Predictor
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 def _free_port() -> int:
