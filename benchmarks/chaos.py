@@ -3,10 +3,17 @@
 Real runs of `mnist-bn`, in which processes are killed (kill -9) at random times: those of replicas,
 partitions, shuffler and evaluator, and the driver, which is then resumed. What is checked comes
 from the last checkpoint's applied sets, and not from anything that the run says of itself.
+
+A hundred faults take a quarter of an hour; they may as well be gathered run by run, each with a
+seed of its own (without faults: a run that nobody disturbs), in one record:
+
+    python -m benchmarks.chaos --seed 3 --faults 25 --into chaos.json
 """
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import os
 import random
@@ -23,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
+from rich.console import Console
 
-from benchmarks.harness import BadSettings, Report, Say, Settings
-from benchmarks.processes import BenchmarkFailed, descendants
+from benchmarks.harness import BadSettings, Report, Say, Settings, machine, record, show
+from benchmarks.processes import BenchmarkFailed, alone, descendants
 from cluster.checkpoint import CheckpointStore
 from cluster.config import ROOT
 from cluster.run_folder import RESULT, RunFolder
@@ -53,8 +61,9 @@ BATCHES_AN_EPOCH = 1875
 class Disturbed:
     """What became of one run and its faults."""
 
-    accuracy: float
-    best_accuracy: float
+    seed: int
+    accuracy: float = 0.0
+    best_accuracy: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     resumed: int = 0
     duplicates: int = 0
@@ -76,15 +85,22 @@ def run(settings: Settings, say: Say) -> Report:
         if len(calm) < (1 if settings.quick else 2):
             calm.append(disturbed(0, arguments, seed=len(calm), say=say))
             say(f"chaos: undisturbed, {calm[-1]}")
+    return _report([*runs, *calm], arguments)
+
+
+def _report(found: Sequence[Disturbed], arguments: Sequence[str]) -> Report:
+    runs = [r for r in found if r.faults]
+    calm = [r for r in found if not r.faults]
     faults: Counter[str] = sum((r.faults for r in runs), Counter())
     return Report(
         name="chaos",
         title=f"{faults.total()} random faults (kill -9) over {len(runs)} runs of mnist-bn",
-        columns=("run", "faults", "accuracy", "best", "wall s"),
+        columns=("run", "faults", "repeated", "accuracy", "best", "wall s"),
         rows=tuple(
             (
                 "disturbed" if r.faults else "undisturbed",
                 ", ".join(f"{n} {kind}" for kind, n in sorted(r.faults.items())),
+                f"{r.duplicates:,}",
                 f"{r.accuracy:.2%}",
                 f"{r.best_accuracy:.2%}",
                 f"{r.wall_s:.0f}",
@@ -92,13 +108,14 @@ def run(settings: Settings, say: Say) -> Report:
             for r in (*runs, *calm)
         ),
         notes=("every mini-batch was applied exactly once on every partition in every run.",),
-        configuration={"arguments": arguments, "weights": WEIGHTS, "faults": total},
+        configuration={"arguments": list(arguments), "weights": WEIGHTS},
         result={
             "faults": dict(faults),
+            "num_faults": faults.total(),
             "accuracy_disturbed": [r.accuracy for r in runs],
             "accuracy_undisturbed": [r.accuracy for r in calm],
         },
-        rounds=[vars(r) for r in (*runs, *calm)],
+        rounds=[{**vars(r), "faults": dict(r.faults)} for r in found],
     )
 
 
@@ -117,7 +134,7 @@ def disturbed(
     `BenchmarkFailed` where it does not show it. The run may be over before its faults are.
     """
     began_s, rng = time.monotonic(), random.Random(seed)
-    found = Disturbed(accuracy=0.0, best_accuracy=0.0)
+    found = Disturbed(seed=seed)
     with tempfile.TemporaryDirectory(prefix="downpour-chaos-") as scratch:
         log, folder = Path(scratch) / "log", Path(scratch) / "runs" / "a"
         command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
@@ -254,3 +271,48 @@ def _started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def main(argv: Sequence[str]) -> int:
+    """One run, added to a record of others."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, required=True, help="what the faults are drawn from")
+    parser.add_argument("--faults", type=int, default=FAULTS_A_RUN, help="most in this run")
+    parser.add_argument("--into", type=Path, required=True, help="record that the run is added to")
+    parser.add_argument("--epochs", type=int, help="how long the run is; default: the recipe's")
+    given = parser.parse_args(argv)
+    arguments = [] if given.epochs is None else ["--epochs", str(given.epochs)]
+    progress, about = Console(stderr=True), machine()
+    with alone():
+        found = disturbed(given.faults, arguments, seed=given.seed, say=progress.print)
+    report = add(found, arguments, given.into, about)
+    show(report, Console())
+    return 0
+
+
+def add(found: Disturbed, arguments: Sequence[str], into: Path, about: dict[str, Any]) -> Report:
+    """Add a run to a record, which others may be adding to at the same time.
+
+    Raises `BadSettings` where the record is of runs of another length.
+    """
+    with into.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = json.loads(into.read_text()) if into.exists() else None
+        if before is not None and before["configuration"]["arguments"] != list(arguments):
+            theirs = " ".join(before["configuration"]["arguments"]) or "the recipe as it is"
+            raise BadSettings(f"{into} holds runs of {theirs}: give another file")
+        plain = [] if before is None else before["rounds"]
+        runs = [Disturbed(**r | {"faults": Counter(r["faults"])}) for r in plain]
+        report = _report([*runs, found], arguments)
+        partial = into.with_suffix(".partial")
+        about_all = record(report, Settings(), about)
+        del about_all["settings"]
+        words = ("python -m benchmarks.chaos --seed SEED --faults FAULTS --into FILE", *arguments)
+        about_all["command"] = " ".join(words)
+        partial.write_text(json.dumps(about_all, indent=2) + "\n")
+        partial.rename(into)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

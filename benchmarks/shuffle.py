@@ -3,7 +3,7 @@
     rows     an epoch of encoded rows, start included, against Ray Data's random_shuffle
     images   photographs decoded and varied, against torch's DataLoader with as many workers and
              against a bare loop on one thread
-    small    the same with 32x32 images
+    small    the same with 32x32 images, decoded by processes as replicas' are
     pairs    repeated pairs at the sizes of CIFAR-10 and ImageNet, counted
     memory   of a plan, of a shuffler, and of a dataset that the object store does not hold
 
@@ -109,41 +109,63 @@ class _Bench:
         ]
 
     def _images(self) -> None:
-        self._decoding("images", count=256 if self._settings.quick else 2048, side=500, size=224)
+        count = 256 if self._settings.quick else 2048
+        self._decoding("images", ("ours_images",), count=count, side=500, size=224)
 
     def _small(self) -> None:
-        self._decoding("small", count=2000 if self._settings.quick else 20_000, side=32, size=32)
+        count = 2000 if self._settings.quick else 20_000
+        self._decoding("small", ("ours_ranks", "ours_loader"), count=count, side=32, size=32)
 
-    def _decoding(self, part: str, *, count: int, side: int, size: int) -> None:
+    def _decoding(
+        self, part: str, ways: tuple[str, ...], *, count: int, side: int, size: int
+    ) -> None:
+        """Compare `ways` of ours with torch's loader; the first of them with a bare loop, too."""
         folder = str(self._scratch / part)
         make_rows(folder, count=count, row_bytes=65_000 if side > 100 else 900, side=side)
         setup = {"workers": self._workers, "seconds": self._settings.seconds, "size": size}
         self.configuration[part] = {"images": count, "side": side, **setup}
-        tasks = ("ours_images", "torch_images", "plain_images")
+        tasks = (*ways, "torch_images", "plain_images")
         found = [
             {task: each["images_per_s"] for task, each in record.items()}
             for record in self._compare(part, tasks, data=folder, **setup)
         ]
-        ours, torch, plain = (median([f[task] for f in found]) for task in tasks)
-        to_torch = median([f["ours_images"] / f["torch_images"] for f in found])
-        per_core = median([f["ours_images"] / (self._workers * f["plain_images"]) for f in found])
+        rates = {task: median([f[task] for f in found]) for task in tasks}
+        to_torch = {way: median([f[way] / f["torch_images"] for f in found]) for way in ways}
+        first = ways[0]
+        per_core = median([f[first] / (self._workers * f["plain_images"]) for f in found])
+        torch, plain = rates["torch_images"], rates["plain_images"]
         self.result[part] = {
-            "images_per_s": ours,
+            "images_per_s": rates[first],
             "torch_dataloader_images_per_s": torch,
             "plain_loop_images_per_s": plain,
-            "ratio_to_torch_dataloader": to_torch,
+            "ratio_to_torch_dataloader": to_torch[first],
             "ratio_to_plain_loop_per_core": per_core,
         }
-        name = f"{side}-pixel JPEGs decoded and varied/s, {self._workers} workers"
-        self.rows += [
-            (name, f"{ours:,.0f}", f"torch DataLoader {torch:,.0f}", f"{to_torch:.2f}"),
+        words = {
+            "ours_images": "threads",
+            "ours_ranks": "processes with a feed each",
+            "ours_loader": "workers of a DataLoader with our feed",
+        }
+        for way in ways:
+            if way != first:
+                self.result[part][f"{way}_images_per_s"] = rates[way]
+                self.result[part][f"{way}_ratio_to_torch_dataloader"] = to_torch[way]
+            self.rows.append(
+                (
+                    f"{side}-pixel JPEGs decoded and varied/s, {self._workers} {words[way]}",
+                    f"{rates[way]:,.0f}",
+                    f"torch DataLoader, {self._workers} workers {torch:,.0f}",
+                    f"{to_torch[way]:.2f}",
+                )
+            )
+        self.rows.append(
             (
-                "the same, a worker",
-                f"{ours / self._workers:,.0f}",
+                f"{side}-pixel JPEGs decoded and varied/s, each of {self._workers} {words[first]}",
+                f"{rates[first] / self._workers:,.0f}",
                 f"bare loop {plain:,.0f}",
                 f"{per_core:.2f}",
-            ),
-        ]
+            )
+        )
 
     def _pairs(self) -> None:
         sizes = {"cifar10": (50_000, 50), "imagenet": (1_281_167, 100)}
@@ -164,19 +186,26 @@ class _Bench:
     def _memory(self) -> None:
         quick = self._settings.quick
         plan = self._child("planning", num_rows=10**9)
-        again = self._child("resume", data=self._cifar())
-        self.result |= {"planning": plan, "resume": again}
+        self.result["planning"] = plan
         self.rows += [
             ("planning for 10^9 rows, MB", f"{plan['peak_mb']:.1f}", "", ""),
             ("finding the rows in mid-epoch, ms", f"{plan['resume_ms']:.1f}", "10^9 rows", ""),
-            (
-                "resume to the first mini-batch, ms",
-                f"{again['first_batch_ms']:.0f}",
-                "CIFAR-10",
-                "",
-            ),
         ]
-        cache_mb, store_mb = (16, 80) if quick else (64, 100)
+        many = str(self._scratch / "many")
+        make_rows(many, count=20_000 if quick else 1_281_167, row_bytes=100, side=0)
+        for name, data in (("cifar10", self._cifar()), ("many", many)):
+            found = [self._child("resume", data=data) for _ in range(self._settings.repeat)]
+            again = {key: median([each[key] for each in found]) for key in found[0]}
+            self.result[f"resume_{name}"] = again
+            self.rows.append(
+                (
+                    f"resume, open files to first mini-batch, {again['rows']:,.0f} rows, ms",
+                    f"{again['first_batch_ms']:.0f}",
+                    f"opening {again['opening_ms']:.0f}",
+                    "",
+                )
+            )
+        cache_mb, store_mb = (16, 80) if quick else (64, 90)
         base = 2_000 if quick else 4_000
         for times in (1, 4):
             folder = str(self._scratch / f"bytes-{times}")
@@ -185,9 +214,11 @@ class _Bench:
             self.result[f"resident_{times}x"] = found
             self.rows.append(
                 (
-                    f"a shuffler's memory, cache of {cache_mb} MB, MB",
+                    f"a shuffler's memory at most, cache of {cache_mb} MB, MB",
                     f"{found['grown_mb']:.0f}",
-                    f"dataset of {found['dataset_mb']:.0f} MB",
+                    f"dataset of {found['dataset_mb']:.0f} MB; first windows "
+                    f"{found['grown_first_windows_mb']:.0f}, last "
+                    f"{found['grown_last_windows_mb']:.0f}",
                     "",
                 )
             )

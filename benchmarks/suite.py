@@ -17,9 +17,11 @@ MODULES = {
     "push-pull": "benchmarks.push_pull",
     "peers": "benchmarks.peers",
     "replicas": "benchmarks.replicas",
+    "simulate": "benchmarks.simulate",
     "startup": "benchmarks.startup",
     "checkpoints": "benchmarks.checkpoints",
     "chaos": "benchmarks.chaos",
+    "recovery": "benchmarks.recovery",
     "shuffle": "benchmarks.shuffle",
 }
 """Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them."""

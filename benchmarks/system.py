@@ -114,17 +114,20 @@ def as_plain(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def measure(config: RunConfig, settings: Settings) -> SystemMeasurement:
+def measure(
+    config: RunConfig, settings: Settings, look: Callable[[RunFolder], None] = lambda _: None
+) -> SystemMeasurement:
     """Run `config`, and measure it for at least `settings.seconds` once it is warm.
 
-    Raises `BenchmarkFailed` where the run fails, or refuses a mini-batch or applies one twice.
+    `look` is given the run's folder when all is over. Raises `BenchmarkFailed` where the run fails,
+    or refuses a mini-batch or applies one twice.
     """
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
         folder = RunFolder.create(Path(scratch) / "run", config)
         what = f"the run of {config.recipe} with {config.replicas.replicas} replicas"
         flag = "--no-dashboard" if settings.quick else "--dashboard"
         with Child(what, ["-m", "benchmarks.system", folder.path, flag]) as child:
-            follower = _Follower(child, folder.path / METRICS)
+            follower = Follower(child, folder.path / METRICS)
             # The evaluator is the last to come up, after all replicas train.
             sign = "updates_per_s" if settings.quick else "accuracy"
             everybody = {None, config.replicas.replicas}  # lines of evaluations do not count them
@@ -148,6 +151,7 @@ def measure(config: RunConfig, settings: Settings) -> SystemMeasurement:
                     f"{what} ended as {status.get('state')} with {status.get('duplicates')} "
                     f"duplicates and {status.get('refused')} refused: see {child.log}"
                 )
+        look(folder)
     return _summary(begin, end, before, after)
 
 
@@ -176,7 +180,7 @@ def _summary(
     )
 
 
-class _Follower:
+class Follower:
     """Reads a run's metrics as they are written."""
 
     def __init__(self, child: Child, path: Path) -> None:

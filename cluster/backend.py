@@ -65,6 +65,9 @@ class Backend(Protocol):
     def add_process(self, replicas: tuple[int, ...]) -> int:
         """Make room for one more process of replicas, which is to be started; gives its index."""
 
+    def make_spares(self) -> None:
+        """Have processes ready that can take the place of one that dies, if that is wanted."""
+
     def stop_process(self, index: int) -> None:
         """End a process of replicas that has no windows, for good or until it is started again."""
 

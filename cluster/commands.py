@@ -24,10 +24,15 @@ from cluster.options import ConfigCommand, apply, config_options
 from cluster.reproduce.commands import reproduce
 from cluster.run_folder import CONFIG, MAX_REPLICAS, RESULT, STATUS, RunFolder
 from cluster.serving import ServeConfig
+from cluster.simulate.commands import simulate
 from shuffler.ingest import IngestConfig
 
 RUNS = Path("runs")
-BENCHMARKS = ("push-pull", "peers", "replicas", "startup", "checkpoints", "chaos", "shuffle", "all")
+BENCHMARKS = (
+    *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
+    *("recovery", "shuffle"),
+    "all",
+)
 
 ray_options = [
     click.option(
@@ -373,16 +378,19 @@ def serve(
     address: str | None,
     given: dict[str, object],
 ) -> None:
-    """Answer images over HTTP with the classes that RUN finds in them, until interrupted."""
+    """Answer images over HTTP with the classes that RUN finds in them, until interrupted.
+
+    Callers have to show a key: a new one for each deployment, or the one in --key-file. The file
+    that is named at the start holds it as the header that they send.
+    """
     from cluster import serving
 
     config = apply(ServeConfig(), given)
     runs = (run, *also)
     with serving.serving(runs, best=best, weights=weights, config=config, address=address) as told:
         url, header = told
-        key = f" -H @{header}" if header else ""
         click.echo(f"serving {run} at {url}")
-        click.echo(f"try: curl{key} --data-binary @image.jpg {url}/predict")
+        click.echo(f"try: curl -H @{header} --data-binary @image.jpg {url}/predict")
         sys.stdout.flush()
         serving.wait_for_signal()
 
@@ -548,6 +556,7 @@ def bench(
 
 
 downpour.add_command(reproduce)
+downpour.add_command(simulate)
 
 
 def _cell(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import math
 import os
 import types
 import typing
@@ -108,6 +109,10 @@ class DataConfig:
     """Actors that read the training rows; each has shards of its own."""
     shuffler_cache_mb: int = 1024
     """Most megabytes of decoded row groups that each of them keeps."""
+    node_folder: str | None = None
+    """Folder on each node's own disk that has some of the training split's shards; `{node}` in it
+    is the node's label downpour-node, or its address. The manifest and the split to score are where
+    `data` says. There is a shuffler on each node that has shards."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training images are varied."""
     on_bad_image: Literal["stop", "skip"] = "stop"
@@ -119,6 +124,12 @@ class DataConfig:
             raise ValueError(
                 f"shufflers is {self.shufflers} and shuffler cache {self.shuffler_cache_mb} MB: "
                 "give at least 1 shuffler, and 0 MB or more"
+            )
+        folder = self.node_folder
+        if folder is not None and not folder.startswith("/") and "://" not in folder:
+            raise ValueError(
+                f"node folder is {folder!r}: give a path from the root, which means the same on "
+                "every node, or a URI"
             )
 
 
@@ -218,6 +229,9 @@ class ReplicaConfig:
     """What is done about a process of replicas that is far slower than the median of the others."""
     straggler_ratio: float = 4.0
     """How many times slower that is."""
+    spares: Literal["none", "replicas", "all"] = "none"
+    """Processes kept ready to take the place of one that dies, on a single machine: none, one for
+    processes of replicas, or one for a partition too."""
     max_restarts: int = 100
     """Members of each kind (processes of replicas, partitions, shufflers, evaluators) that are
     replaced before the run gives up."""
@@ -401,6 +415,11 @@ def num_processes(config: ReplicaConfig, num_processors: int) -> int:
     return max(1, min(config.replicas, num_processors))
 
 
+def num_threads(num_processes: int, num_processors: int) -> int:
+    """How many threads each of so many processes of replicas computes a step on."""
+    return max(1, num_processors // num_processes)
+
+
 def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
     """How many replicas train after `epochs_done` epochs: the warm start, then an even ramp."""
     if epochs_done < config.warm_start_epochs:
@@ -411,13 +430,17 @@ def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
     return max(1, min(config.replicas, 1 + int(share * (config.replicas - 1))))
 
 
-def next_evaluation_s(config: PolicyConfig, began_s: float, ended_s: float) -> float:
+def next_evaluation_s(
+    config: PolicyConfig, began_s: float, ended_s: float, shortest_s: float = math.inf
+) -> float:
     """When to score again after a scoring that took from `began_s` to `ended_s`, on one clock.
 
-    Every `evaluate_every_s`, or as much later as keeps scoring to its share of the time.
+    Every `evaluate_every_s`, or as much later as keeps scoring to its share of the time. One that
+    took more than twice the shortest was held up (a machine that was suspended, or busy with
+    something else), and counts as twice the shortest: the wait is not what scoring costs.
     """
-    took_s = ended_s - began_s
-    return began_s + max(config.evaluate_every_s, took_s / config.evaluation_share)
+    took_s = min(ended_s - began_s, 2 * shortest_s)
+    return max(ended_s, began_s + max(config.evaluate_every_s, took_s / config.evaluation_share))
 
 
 def processors() -> int:

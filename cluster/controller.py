@@ -9,15 +9,12 @@ about a loss is decided in `recovery`; here it is carried out.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
-
-import numpy as np
-import numpy.typing as npt
 
 from cluster.backend import (
     Backend,
@@ -34,17 +31,17 @@ from cluster.checkpointing import Checkpointer
 from cluster.config import RunConfig, active_replicas, next_evaluation_s
 from cluster.display import Progress
 from cluster.errors import one_line, user_message
+from cluster.members import Outcome, Partition, Process
 from cluster.observe import Leases, Sink
 from cluster.recovery import History, Loss, Part, decide, stragglers
 from cluster.run_folder import BEST, MODEL, RunFolder
+from cluster.settled import Flags, refused_by_any, settled_by_all, settled_once
 from cluster.telemetry import Telemetry
-from paramserver.applied import REFUSED, WAITING
 from shuffler.lease import Lease, LeaseBook
 from shuffler.plan import Plan
 
 if TYPE_CHECKING:
     from paramserver.actor import PartitionReport
-    from workers.actor import Evaluation
     from workers.replica import WindowReport
 
 REPORT_EVERY_S = 1.0
@@ -52,76 +49,10 @@ RATE_WINDOWS = 3
 """A replica's rate is that of its last few windows."""
 ASKED = "downpour stop"
 """The reason of a stop that was asked for through the run's folder."""
+SPARES_AFTER_S = 5.0
+"""A spare's start takes a second of a processor: not while those who are back get going."""
 SILENT_AFTER_S = 60.0
 """A partition that has not answered for so long is taken for lost."""
-Flags = Mapping[int, npt.NDArray[np.uint8]]
-"""By epoch, the state of every mini-batch on one partition."""
-
-
-@dataclass(kw_only=True)
-class _Process:
-    """A process of replicas as the controller sees it."""
-
-    index: int
-    replicas: tuple[int, ...]
-    starting: bool = False
-    """It is being started, or connected again."""
-    ready: bool = False
-    """It is connected, and may be lent windows."""
-    wanted: bool = True
-    """Some of its replicas are to train."""
-    runs: bool = False
-    """It was up once, and has not died: what is not ready has lost its connections."""
-
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        numbers = ", ".join(map(str, self.replicas))
-        return f"the process of replica{'s' if len(self.replicas) > 1 else ''} {numbers}"
-
-
-@dataclass(kw_only=True)
-class _Partition:
-    """A partition as the controller sees it."""
-
-    index: int
-    up: bool = False
-    incarnation: int = 0
-    """Counts its starts: what an earlier one still has to say is of no interest."""
-    asked_s: float | None = None
-    """When it was asked for a report that has not come."""
-    version: int | None = None
-    """In its first report since it started."""
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """How the controller's part of a run ended."""
-
-    finished: bool
-    """Every epoch is complete; otherwise the run was asked to stop."""
-    reports: list[PartitionReport]
-    evaluation: Evaluation | None
-    best_accuracy: float | None
-    exactly_once: bool
-    """Every partition has settled every mini-batch of every finished epoch."""
-    refused: int
-    """Distinct mini-batches that some partition refused."""
-    skipped: dict[int, str]
-    """Training rows whose image could not be decoded and was left out, each with a line on why."""
-    quarantined: tuple[int, ...]
-    """Replicas that were lent nothing any more, for what they sent."""
-    restarts: Mapping[str, int]
-    """Members that were replaced, by kind."""
-    updates_before: int
-    """Updates at the beginning of this session."""
-    all_replicas_at: float | None
-    """Unix time at which the last process of replicas was ready."""
-    elapsed_s: float
-    """Seconds of training, over all sessions of the run."""
-    wall_s: float
-    checkpoint: int | None
-    """Number of the last checkpoint of this session, if there was one."""
 
 
 class Controller:
@@ -170,9 +101,9 @@ class Controller:
             keep_best=config.policy.keep_best_checkpoints,
         )
         self._resumed = resumed
-        self._processes = [_Process(index=i, replicas=r) for i, r in enumerate(backend.processes)]
+        self._processes = [Process(index=i, replicas=r) for i, r in enumerate(backend.processes)]
         self._process_of = {r: p for p in self._processes for r in p.replicas}
-        self._partitions = [_Partition(index=i) for i in range(backend.num_partitions)]
+        self._partitions = [Partition(index=i) for i in range(backend.num_partitions)]
         self._history = History()
         self._holding: dict[int, int] = dict.fromkeys(self._process_of, 0)
         self._live: set[int] = set()
@@ -190,10 +121,13 @@ class Controller:
         self._next_checkpoint_s = clock() + config.policy.checkpoint_every_s
         self._reports: dict[int, PartitionReport] = {}
         self._evaluating = False
+        self._shortest_evaluation_s = math.inf
         self._book = LeaseBook(plan, config.policy.epochs, unit=config.replicas.steps.n_push)
         self._rates: dict[int, deque[float]] = {}
         """Mini-batches a second of the last windows, by replica."""
         self._told_slow: set[int] = set()
+        self._spares_due_s: float | None = None
+        """When spares are made for those that have been used."""
         self._weak_since_s: float | None = None
         """When the first of those was lost that are not back yet."""
 
@@ -246,6 +180,9 @@ class Controller:
                 self._on_partition_lost(partition, "silent")
         if not self._all_up:
             return
+        if self._spares_due_s is not None and now >= self._spares_due_s:
+            self._spares_due_s = None
+            self._backend.make_spares()
         self._mend()
         if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
             self._evaluate(self._telemetry.best_accuracy, BEST)
@@ -269,6 +206,7 @@ class Controller:
         if all(p.ready for p in self._processes if p.wanted):
             took_s = self._clock() - self._weak_since_s
             self._weak_since_s = None
+            self._spares_due_s = self._clock() + SPARES_AFTER_S
             self._telemetry.event(f"everybody is back after {took_s:.1f} s")
 
     # How many replicas there are
@@ -282,7 +220,7 @@ class Controller:
         size = max(len(p.replicas) for p in self._processes)
         for start in range(0, len(new), size):
             members = tuple(new[start : start + size])
-            process = _Process(index=self._backend.add_process(members), replicas=members)
+            process = Process(index=self._backend.add_process(members), replicas=members)
             self._processes.append(process)
             self._process_of |= dict.fromkeys(members, process)
             self._holding |= dict.fromkeys(members, 0)
@@ -402,7 +340,7 @@ class Controller:
         for _ in range(self._backend.replace_shufflers()):
             self._recover(Loss(part="shuffler", index=0, name="a shuffler", cause="died"))
 
-    def _drop_windows(self, process: _Process) -> None:
+    def _drop_windows(self, process: Process) -> None:
         """Put every window of a process in doubt."""
         process.ready = False
         for replica in process.replicas:
@@ -427,7 +365,7 @@ class Controller:
             )
         return recovery.action
 
-    def _on_process_lost(self, process: _Process, cause: str, detail: str = "") -> None:
+    def _on_process_lost(self, process: Process, cause: str, detail: str = "") -> None:
         process.runs = process.starting = False
         self._drop_windows(process)
         self._recover(_loss("replicas", process.index, process.name, cause, detail))
@@ -435,7 +373,7 @@ class Controller:
             self._start_process(process)
         # Otherwise it is started once all partitions are there again.
 
-    def _on_process_failed(self, process: _Process, error: Exception) -> None:
+    def _on_process_failed(self, process: Process, error: Exception) -> None:
         """An error that is nobody's death: the user's to repair, or the process's own."""
         if isinstance(error, RunFailed) or user_message(error) is not None:
             raise error
@@ -445,7 +383,7 @@ class Controller:
         except RunFailed as failure:
             raise failure from error
 
-    def _cut(self, process: _Process, error: Exception) -> None:
+    def _cut(self, process: Process, error: Exception) -> None:
         """A process has lost a connection. Which partition's fault that is, the probe will tell."""
         self._drop_windows(process)
         self._next_report_s = self._clock()
@@ -467,7 +405,7 @@ class Controller:
         if self._evaluator_runs and not self._evaluator_ready:
             self._connect_evaluator(self._backend.reconnect_evaluator())
 
-    def _start_process(self, process: _Process) -> None:
+    def _start_process(self, process: Process) -> None:
         process.starting = True
         backend = self._backend
         start = backend.reconnect_process if process.runs else backend.start_process
@@ -479,6 +417,7 @@ class Controller:
                 self._phase = "training"
                 if self._all_replicas_at is None and all(p.ready for p in self._processes):
                     self._all_replicas_at = time.time()
+                    self._spares_due_s = self._clock() + SPARES_AFTER_S
                     if not self._evaluator_started:
                         self._start_evaluator()
             elif isinstance(done.error, PartitionLost):
@@ -539,10 +478,14 @@ class Controller:
 
         def handle(done: Done) -> None:
             self._evaluating = False
-            self._next_evaluation_s = next_evaluation_s(self._config.policy, began_s, self._clock())
+            ended_s = self._clock()
+            self._next_evaluation_s = next_evaluation_s(
+                self._config.policy, began_s, ended_s, self._shortest_evaluation_s
+            )
             if done.error is not None:
                 self._on_evaluator_error(done.error)
             else:
+                self._shortest_evaluation_s = min(self._shortest_evaluation_s, ended_s - began_s)
                 self._history.progressed("evaluator", 0)
                 self._telemetry.evaluated(done.value)
 
@@ -554,7 +497,7 @@ class Controller:
     def _all_up(self) -> bool:
         return all(p.up for p in self._partitions)
 
-    def _start_partition(self, partition: _Partition, checkpoint: Checkpoint | None) -> None:
+    def _start_partition(self, partition: Partition, checkpoint: Checkpoint | None) -> None:
         partition.up, partition.asked_s, partition.version = False, None, None
         partition.incarnation += 1
         ticket = self._backend.start_partition(partition.index, checkpoint)
@@ -567,7 +510,7 @@ class Controller:
 
         self._tickets[ticket] = self._from_partition(partition, arrived)
 
-    def _on_partition_lost(self, partition: _Partition, cause: str, detail: str = "") -> None:
+    def _on_partition_lost(self, partition: Partition, cause: str, detail: str = "") -> None:
         name = f"partition {partition.index}"
         self._recover(_loss("partition", partition.index, name, cause, detail))
         checkpoint, passed = self._store.latest_for(partition.index)
@@ -586,7 +529,7 @@ class Controller:
         self._start_partition(partition, checkpoint)
 
     def _from_partition(
-        self, partition: _Partition, then: Callable[[Any], None]
+        self, partition: Partition, then: Callable[[Any], None]
     ) -> Callable[[Done], None]:
         """Give `then` what this incarnation of a partition answers; replace it if it is lost."""
         incarnation = partition.incarnation
@@ -605,7 +548,7 @@ class Controller:
 
         return handle
 
-    def _on_partition_failed(self, partition: _Partition, error: Exception) -> None:
+    def _on_partition_failed(self, partition: Partition, error: Exception) -> None:
         """Its serving thread has ended by an error that is nobody's but its own."""
         try:
             detail = f"{type(error).__name__}: {_last_line(error)}"
@@ -726,7 +669,7 @@ class Controller:
 
         def take(answers: Sequence[Flags]) -> None:
             self._census = False
-            settled = {e: _settled(answers, e) for e in epochs}
+            settled = {e: settled_by_all(answers, e) for e in epochs}
             for lease in doubt.values():
                 self._book.reconcile(lease.id, settled[lease.epoch])
                 del self._doubt[lease.id]
@@ -749,9 +692,8 @@ class Controller:
                 self._turn(1.0)
         done = {}
         for epoch in epochs:
-            settled = _settled(flags, epoch)
-            refused = np.logical_or.reduce([f[epoch] == REFUSED for f in flags])
-            self._telemetry.refused |= {(epoch, int(b)) for b in np.flatnonzero(refused)}
+            settled = settled_by_all(flags, epoch)
+            self._telemetry.refused |= refused_by_any(flags, epoch)
             if settled.any():
                 done[epoch] = settled
         self._book = LeaseBook(
@@ -814,7 +756,7 @@ class Controller:
             flags = self._answers(self._flags_of_all)
             if flags is None or self._reopening:
                 return None
-            exactly_once = _exactly_once(flags, self._telemetry.reports)
+            exactly_once = settled_once(flags, self._telemetry.reports)
         return Outcome(
             finished=finished,
             reports=self._telemetry.reports,
@@ -885,22 +827,3 @@ def _last_line(error: Exception) -> str:
     """The end of an error's text, which of one that comes from afar is a whole traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else ""
-
-
-def _settled(answers: Sequence[Flags], epoch: int) -> npt.NDArray[np.bool_]:
-    """Mini-batches of `epoch` that every partition has settled, bool [q]."""
-    settled: npt.NDArray[np.bool_] = np.logical_and.reduce([f[epoch] != WAITING for f in answers])
-    return settled
-
-
-def _exactly_once(answers: Sequence[Flags], reports: Sequence[PartitionReport]) -> bool:
-    """Whether every partition settled every mini-batch of every epoch, and applied all that
-    none refused as often as it has versions.
-    """
-    for flags, report in zip(answers, reports, strict=True):
-        if any((state == WAITING).any() for state in flags.values()):
-            return False
-        total = sum(len(state) for state in flags.values())
-        if report.batches_applied + report.batches_refused != total:
-            return False
-    return True

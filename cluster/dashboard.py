@@ -150,6 +150,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             queries={"{{state}}": _gauge("replicas", "run, state")},
         ),
         Panel(
+            title="Steps",
+            queries={
+                "replica {{replica}}": f"sum by (run, replica) (ray_downpour_steps_total{{{RUN}}})"
+            },
+            help="Mini-batches that each replica has trained on.",
+        ),
+        Panel(
             title="Windows",
             queries={"lent": _gauge("leases"), "queued at replicas": _gauge("queue_depth")},
         ),

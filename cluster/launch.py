@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from cluster.telemetry import merged_staleness
 from paramserver.messages import KEY_BYTES
 from paramserver.partition import Partition, split
 from shuffler.decode import Decoder
+from shuffler.holdings import Inventory
 from shuffler.plan import Plan
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
@@ -38,7 +39,8 @@ from shuffler.records import Dataset
 SKIPPED_SHOWN = 5
 
 if TYPE_CHECKING:
-    from cluster.controller import Controller, Outcome
+    from cluster.controller import Controller
+    from cluster.members import Outcome
     from cluster.observe import Sink
     from cluster.ray_backend import RayBackend
     from cluster.ray_nodes import Nodes
@@ -65,22 +67,30 @@ class _Model:
 
 
 def check_data(config: RunConfig) -> Data:
-    """Open both splits, decode a row of each, and lay out the plan."""
-    decoders = {
-        config.data.eval_split: Decoder(spec=config.model.input),
-        config.data.train_split: config.decoder(),
-    }
-    for split_name, decoder in decoders.items():
-        dataset = Dataset.open(config.data.data, split_name)
-        num_classes = config.model.num_classes
-        with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
-            first = np.zeros(1, np.int64)
-            decoder.decode(reader.take(first), rows=first)
+    """Open both splits, decode a row of each, and lay out the plan.
+
+    Of training rows on nodes' own disks only the manifest is here; each node is asked later.
+    """
+    _check_split(config, config.data.eval_split, Decoder(spec=config.model.input))
+    train: Dataset | Inventory
+    if config.data.node_folder is None:
+        train = _check_split(config, config.data.train_split, config.decoder())
+    else:
+        train = Inventory.read(config.data.data, config.data.train_split)
     return Data(
-        plan=config.plan(dataset.num_rows, dataset.shard_rows),
-        fingerprint=dataset.fingerprint,
-        class_names=dataset.class_names,
+        plan=config.plan(train.num_rows, train.shard_rows),
+        fingerprint=train.fingerprint,
+        class_names=train.class_names,
     )
+
+
+def _check_split(config: RunConfig, split_name: str, decoder: Decoder) -> Dataset:
+    dataset = Dataset.open(config.data.data, split_name)
+    num_classes = config.model.num_classes
+    with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
+        first = np.zeros(1, np.int64)
+        decoder.decode(reader.take(first), rows=first)
+    return dataset
 
 
 def build_model(config: RunConfig) -> _Model:
@@ -298,15 +308,28 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
 
 
 @contextlib.contextmanager
-def on_ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
-    """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own."""
+def on_ray(
+    *, address: str | None, dashboard: bool, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own.
+
+    Within another `on_ray` it is that one's, which is left to it. One of our own is on loopback,
+    all of it. `environment` is that of the processes started there.
+    """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # As on a Mac, where clusters are off: what Ray listens on is loopback then.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    if ray.is_initialized():
+        yield ""
+        return
     options: dict[str, Any] = {"include_dashboard": dashboard} if address == "local" else {}
+    if environment:
+        options["runtime_env"] = {"env_vars": dict(environment)}
     try:
         context = ray.init(
             address=address,
@@ -317,6 +340,10 @@ def on_ray(*, address: str | None, dashboard: bool) -> Iterator[str]:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray at {address!r} cannot be reached: {error}") from None
+    except Exception as error:
+        if type(error) is not Exception:  # what Ray raises where its own processes come up too late
+            raise
+        raise UserError(f"Ray did not start: {error} Try again on a machine less busy") from None
     try:
         yield context.dashboard_url or ""
     finally:

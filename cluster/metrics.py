@@ -94,7 +94,9 @@ METRICS: Mapping[str, Metric] = {
     "downpour_window_seconds": Metric(
         kind="histogram", help="Time to train a window.", tags=("replica",)
     ),
-    "downpour_windows": Metric(kind="counter", help="Windows trained.", tags=("replica",)),
+    "downpour_steps": Metric(
+        kind="counter", help="Mini-batches trained on, by windows.", tags=("replica",)
+    ),
     "downpour_push_bytes": Metric(kind="counter", help="Bytes of gradients pushed."),
     "downpour_pull_bytes": Metric(kind="counter", help="Bytes of weights pulled."),
     "downpour_replicas": Metric(kind="gauge", help="Replicas, by state.", tags=("state",)),
@@ -142,7 +144,7 @@ class PrometheusSink:
     def trained(self, report: WindowReport) -> None:
         """See `Sink`."""
         replica = str(report.replica)
-        self._metric("downpour_windows", 1, replica)
+        self._metric("downpour_steps", report.num_batches, replica)
         self._metric("downpour_push_seconds", report.push_s, replica)
         self._metric("downpour_pull_wait_seconds", report.pull_s, replica)
         self._metric("downpour_window_seconds", report.wall_s, replica)

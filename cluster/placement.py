@@ -12,6 +12,7 @@ or `any` for each. A node that dies drops out, and what ran there is placed anew
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from cluster.errors import UserError
 Role = Literal["partitions", "shufflers", "replicas", "evaluator"]
 LABEL = "downpour"
 """The label by which nodes say what they are for."""
+NODE_LABEL = "downpour-node"
+"""The label by which a node says what `{node}` stands for in `--node-folder`."""
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_./-]*[A-Za-z0-9])?")
 
@@ -130,6 +133,22 @@ def candidates(
             f"--{role}-on, or time for nodes to come with --wait-for-nodes-s"
         )
     return found
+
+
+def disks(config: PlacementConfig, nodes: Sequence[Node], driver: str) -> list[Node]:
+    """The nodes on whose disks shards are looked for: those for shufflers, without labels any.
+
+    Raises `NoPlace` where there is none.
+    """
+    marked = any(node.labels.get(LABEL) == "shufflers" for node in nodes)
+    if config.place("shufflers").where == "auto" and not marked:
+        config = dataclasses.replace(config, shufflers_on="any")
+    return candidates("shufflers", config, nodes, driver)
+
+
+def disk_of(folder: str, node: Node) -> str:
+    """The folder of a node: `{node}` is the value of its label, or its address."""
+    return folder.replace("{node}", node.labels.get(NODE_LABEL, node.address))
 
 
 def spread(nodes: Sequence[Node], index: int, *, by_cpu: bool) -> Node:

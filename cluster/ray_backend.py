@@ -6,7 +6,6 @@ made a few times a second at the most. Who decides is `controller`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -36,11 +35,13 @@ from cluster.backend import (
     WriteFailed,
 )
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.config import NetworkConfig, RunConfig, num_processes
+from cluster.config import NetworkConfig, RunConfig, num_processes, num_threads
 from cluster.errors import one_line, user_message
-from cluster.leash import leashed
+from cluster.ray_actors import kill, start
 from cluster.ray_nodes import Nodes
+from cluster.ray_shufflers import Shufflers
 from cluster.replay import write_about
+from cluster.standby import PartitionSpare, ReplicasSpare
 from paramserver.actor import PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import Partition
@@ -48,12 +49,13 @@ from paramserver.transport.access import Access
 from paramserver.transport.greeting import NetworkListen
 from paramserver.transport.local import Endpoint
 from paramserver.transport.security import issue
-from shuffler.actor import ShufflerActor
 from shuffler.lease import Lease
 from shuffler.plan import Plan
 from workers.actor import EvaluatorActor, ReplicasActor
 
 START_DEADLINE_S = 120.0
+PARTITION_CALLS = 4
+"""That a partition answers at a time."""
 
 Parts = Sequence[tuple[Any, Any]]
 """Parts of a window that are being delivered, each with the shuffler that does it."""
@@ -100,12 +102,14 @@ class RayBackend:
         self.processes = tuple(
             tuple(range(i, config.replicas.replicas, count)) for i in range(count)
         )
-        self._threads = max(1, num_processors // count)
+        self._threads = num_threads(count, num_processors)
         if record is not None:
             write_about(record, threads=self._threads)
         self._record = record
         self._layout, self._weights, self._store = tuple(partitions), weights, store
         self._update_config, self._listen = config.update_config(plan), listen
+        self._spares: dict[type, Any] = {}
+        """Processes that can become actors of a class; not waited for."""
         self._partitions: list[Any] = [None] * len(partitions)
         self._spawned_partitions: list[Any] = [
             self._spawn_partition(i, resumed) for i in range(len(partitions))
@@ -114,8 +118,7 @@ class RayBackend:
         self._evaluator: Any = None
         self._process_actors: list[Any] = [None] * count
         self._spawned: list[Any] = [self._spawn_process(i) for i in range(count)]
-        self._shufflers = [self._spawn_shuffler(i) for i in range(config.data.shufflers)]
-        self._lost_shufflers: list[Any] = []
+        self._shufflers = Shufflers(config, plan, nodes)
         self._kinds: dict[Ticket, tuple[type[Exception], str, Parts]] = {}
         self._arrivals: dict[Ticket, int] = {}
         """Calls whose answer is the endpoint of a partition."""
@@ -126,7 +129,7 @@ class RayBackend:
 
     def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Ticket:
         """Start, or start again, a partition; done once it can be reached."""
-        _kill(self._partitions[index])  # it may be out of reach only
+        kill(self._partitions[index])  # it may be out of reach only
         actor = self._spawned_partitions[index]
         if actor is None:
             actor = self._spawn_partition(index, checkpoint)
@@ -143,7 +146,7 @@ class RayBackend:
             actor = self._spawn_process(index)
         self._spawned[index] = None
         # It may be out of reach only: it must not come back beside the new one.
-        _kill(self._process_actors[index])
+        kill(self._process_actors[index])
         self._process_actors[index] = actor
         return self.reconnect_process(index)
 
@@ -154,9 +157,41 @@ class RayBackend:
         self._spawned.append(None)
         return len(self.processes) - 1
 
+    def make_spares(self) -> None:
+        """Have a process ready for each kind that `--spares` wants, where all is on one node.
+
+        On several nodes a spare would have to be on each.
+        """
+        wanted = self._config.replicas.spares
+        if self._nodes.several:
+            return
+        if wanted != "none" and ReplicasActor not in self._spares:
+            self._spares[ReplicasActor] = start(
+                ReplicasSpare, self._calls_of_replicas(), scheduling="DEFAULT"
+            )
+        if wanted == "all" and PartitionActor not in self._spares:
+            self._spares[PartitionActor] = start(
+                PartitionSpare, PARTITION_CALLS, scheduling="DEFAULT"
+            )
+
+    def _start_soon(
+        self, actor: type, max_concurrency: int, *arguments: Any, scheduling: Any
+    ) -> Any:
+        """Have a spare become this actor, or start a new one."""
+        spare = self._spares.pop(actor, None)
+        if spare is None or self._nodes.several:
+            return start(actor, max_concurrency, *arguments, scheduling=scheduling)
+        spare.assume.remote(*arguments)
+        return spare
+
+    def _calls_of_replicas(self) -> int:
+        """Windows that a process of replicas may have at a time, and two calls besides."""
+        members = max(map(len, self.processes))
+        return members * self._config.replicas.queued_windows + 2
+
     def stop_process(self, index: int) -> None:
         """End a process of replicas that has no windows."""
-        _kill(self._process_actors[index])
+        kill(self._process_actors[index])
         self._process_actors[index] = None
 
     def reconnect_process(self, index: int) -> Ticket:
@@ -168,8 +203,8 @@ class RayBackend:
     def start_evaluator(self) -> Ticket:
         """Start the evaluator; done once it is connected."""
         data = self._config.data
-        _kill(self._evaluator)
-        self._evaluator = _start(
+        kill(self._evaluator)
+        self._evaluator = start(
             EvaluatorActor,
             1,
             *(self._spec, data.data, data.eval_split),
@@ -185,23 +220,17 @@ class RayBackend:
 
     def run_window(self, replica: int, lease: Lease) -> Ticket:
         """Deliver a window to a replica and train on it; gives a `WindowReport`."""
-        parts = [s.deliver.remote(lease.epoch, lease.batches) for s in self._shufflers]
+        delivering = self._shufflers.deliver(lease.epoch, lease.batches)
         index = next(i for i, members in enumerate(self.processes) if replica in members)
         call = self._process_actors[index].run_window.remote(
-            replica, lease.epoch, lease.batches, *parts
+            replica, lease.epoch, lease.batches, *(part for part, _ in delivering)
         )
         what = f"the process of {self._names(index)}"
-        delivering = tuple(zip(parts, self._shufflers, strict=True))
         return self._ticket(call, ProcessLost, what, delivering)
 
     def replace_shufflers(self) -> int:
         """Replace every shuffler that failed to deliver; gives how many those were."""
-        lost = [i for i, actor in enumerate(self._shufflers) if actor in self._lost_shufflers]
-        for index in lost:
-            _kill(self._shufflers[index])
-            self._shufflers[index] = self._spawn_shuffler(index)
-        self._lost_shufflers.clear()
-        return len(lost)
+        return self._shufflers.replace()
 
     def report(self, partition: int) -> Ticket:
         """Gives a `PartitionReport`."""
@@ -238,22 +267,24 @@ class RayBackend:
 
     def stop(self) -> None:
         """Stop every actor."""
-        actors = [*self._process_actors, *self._spawned, *self._shufflers, self._evaluator]
+        self._shufflers.stop()
+        actors = [*self._process_actors, *self._spawned, self._evaluator]
+        actors += self._spares.values()
         for actor in [*actors, *self._partitions, *self._spawned_partitions]:
-            _kill(actor)
+            kill(actor)
 
     def _spawn_partition(self, index: int, checkpoint: Checkpoint | None) -> Any:
         partition = self._layout[index]
         if checkpoint is None:
-            start: tuple[Any, ...] = (self._weights[partition.start : partition.stop], None, None)
+            begin: tuple[Any, ...] = (self._weights[partition.start : partition.stop], None, None)
         else:
             file = checkpoint.files[index]
             uri = f"{self._store.folder_uri(checkpoint.number)}/{file.name}"
-            start = (None, uri, file.sha256)
-        return _start(
+            begin = (None, uri, file.sha256)
+        return self._start_soon(
             PartitionActor,
-            4,
-            *(partition, self._update_config, self._key, *start, self._listen),
+            PARTITION_CALLS,
+            *(partition, self._update_config, self._key, *begin, self._listen),
             str(self._record) if self._record else None,
             scheduling=self._nodes.scheduling("partitions", index),
         )
@@ -261,24 +292,12 @@ class RayBackend:
     def _spawn_process(self, index: int) -> Any:
         members = self.processes[index]
         steps = self._config.step_config()
-        windows = len(members) * self._config.replicas.queued_windows
-        return _start(
+        return self._start_soon(
             ReplicasActor,
-            windows + 2,
+            self._calls_of_replicas(),
             *(members, self._spec, steps, self._threads),
             *(self._config.decoder(), self._config.replicas.queued_windows),
             scheduling=self._nodes.scheduling("replicas", index),
-        )
-
-    def _spawn_shuffler(self, index: int) -> Any:
-        data = self._config.data
-        split, num_classes = data.train_split, self._spec.num_classes
-        return _start(
-            ShufflerActor,
-            2,
-            *(index, data.data, split, self._plan, num_classes, data.shufflers),
-            data.shuffler_cache_mb << 20,
-            scheduling=self._nodes.scheduling("shufflers", index),
         )
 
     def _names(self, index: int) -> str:
@@ -309,7 +328,7 @@ class RayBackend:
         except Exception as error:
             translated = _translated(error, ShufflerLost, "a shuffler")
             if isinstance(translated, ShufflerLost):
-                self._lost_shufflers.append(shuffler)
+                self._shufflers.lost(shuffler)
             return translated
         return None
 
@@ -327,23 +346,6 @@ def _network(config: NetworkConfig, num_nodes: int) -> tuple[Access, NetworkList
         dataclasses.replace(access, credentials=credentials.clients),
         NetworkListen(host=host, credentials=credentials.partitions),
     )
-
-
-def _start(actor: type, max_concurrency: int, *arguments: Any, scheduling: Any) -> Any:
-    """Start an actor of this class; does not wait for it."""
-    # Ray's overloads know neither the options of actors nor a class that is not spelled out.
-    remote: Any = ray.remote
-    options = remote(leashed(actor)).options(
-        num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling
-    )
-    return options.remote(*arguments)
-
-
-def _kill(actor: Any) -> None:
-    """End an actor, if there is one; one that is dead already is none of our business."""
-    if actor is not None:
-        with contextlib.suppress(Exception):
-            ray.kill(actor)
 
 
 def _translated(error: Exception, lost: type[Exception], what: str) -> Exception:

@@ -22,6 +22,7 @@ from cluster.placement import (
     Role,
     candidates,
     demand,
+    disks,
     num_cpus,
     spread,
 )
@@ -51,6 +52,10 @@ class Nodes:
     def on(self, role: Role) -> list[Node]:
         """The nodes for a role. Raises `NoPlace`."""
         return candidates(role, self._config, alive(), self.driver)
+
+    def disks(self) -> list[Node]:
+        """The nodes on whose disks shards are looked for. Raises `NoPlace`."""
+        return disks(self._config, alive(), self.driver)
 
     def scheduling(self, role: Role, index: int) -> Any:
         """Ray's scheduling strategy for actor `index` of a role, by the nodes that are alive now.

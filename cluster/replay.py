@@ -18,11 +18,12 @@ import itertools
 import json
 import os
 import platform
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow.fs
 
@@ -50,6 +51,8 @@ Key = tuple[int, int, int]
 """Epoch, mini-batch and fingerprint of one computation."""
 Place = tuple[int, int, int]
 """Partition, branch and version."""
+Taken: TypeAlias = "Callable[[PartitionState, Push, Tensor], None]"
+"""Gets a partition's state after a push, the push, and its moments `[1, 3, F]` there."""
 MAX_TRIES = 20_000
 
 
@@ -106,6 +109,24 @@ class _Line:
         return outcome
 
 
+def _lasting(
+    known: Mapping[tuple[int, int], Branch], before: Mapping[tuple[int, int], int]
+) -> dict[tuple[int, int], int]:
+    """Up to which version each branch's updates are in the newest; `before` has the parents.
+
+    Branches (partition, number) of which nothing lasts are not in it.
+    """
+    lasting: dict[tuple[int, int], int] = {}
+    for partition in {p for p, _ in known}:
+        number = max(n for p, n in known if p == partition)
+        lasting[partition, number] = sys.maxsize
+        while (partition, number) in before:
+            version = known[partition, number].version
+            number = before[partition, number]
+            lasting[partition, number] = version
+    return lasting
+
+
 class Replay:
     """The whole of a record, computed again."""
 
@@ -118,10 +139,16 @@ class Replay:
         weights: Tensor,
         recomputer: Recomputer,
         seen: Callable[[PartitionState], None] = lambda _: None,
+        taken: Taken = lambda state, push, moments: None,
     ) -> None:
-        """`weights` [P] are the initial ones; `seen` gets each state at each of its versions."""
+        """`weights` [P] are the initial ones; `seen` gets each state at each of its versions.
+
+        `taken` gets, after `seen`, each push that was applied for good: not those that a partition
+        lost when it started again from an older version.
+        """
         self._partitions, self._config = partitions, config
         self._weights, self._recomputer, self._seen = weights, recomputer, seen
+        self._taken = taken
         self._waiting: dict[Place, list[Branch]] = defaultdict(list)
         self._lines: dict[tuple[int, int], _Line] = {}
         self._computations: dict[Key, _Computation] = {}
@@ -141,6 +168,7 @@ class Replay:
         ]
         # Where versions have to be guessed, the last ones are kept.
         self._window = 2 * self._largest_staleness(known.values()) + 64 if missing else 0
+        before: dict[tuple[int, int], int] = {}
         for (partition, number), branch in sorted(known.items()):
             if number == 0:
                 continue
@@ -149,6 +177,8 @@ class Replay:
             if not parents:
                 raise BadRecord(f"the record of partition {partition} has no beginning")
             self._waiting[partition, max(parents), branch.version].append(branch)
+            before[partition, number] = max(parents)
+        self._lasting = _lasting(known, before)
         for partition in range(len(partitions)):
             if (partition, 0) not in known or known[partition, 0].version:
                 raise BadRecord(f"the record of partition {partition} has no beginning")
@@ -281,20 +311,19 @@ class Replay:
         result = computation.result
         assert result is not None
         part = line.state.partition
-        outcome = line.apply(
-            Push(
-                mailbox=0,
-                replica=entry.replica,
-                epoch=entry.epoch,
-                batches=(entry.batch,),
-                examples=result.examples,
-                version=entry.version,
-                loss=result.loss,
-                gradient_norm=result.gradient_norm,
-            ),
-            result.gradient[part.start : part.stop].clone(),
-            result.moments[:, :, part.feature_start : part.feature_stop],
+        push = Push(
+            mailbox=0,
+            replica=entry.replica,
+            epoch=entry.epoch,
+            batches=(entry.batch,),
+            examples=result.examples,
+            version=entry.version,
+            loss=result.loss,
+            gradient_norm=result.gradient_norm,
         )
+        moments = result.moments[:, :, part.feature_start : part.feature_stop]
+        gradient = result.gradient[part.start : part.stop].clone()
+        outcome = line.apply(push, gradient, moments)
         if outcome is not Outcome.APPLIED:
             raise BadRecord(
                 f"partition {part.index} applied mini-batch (epoch {entry.epoch}, {entry.batch}), "
@@ -304,6 +333,9 @@ class Replay:
         if not computation.left:
             computation.result = None
         self._reached(line)
+        place = part.index, line.branch.number
+        if line.state.version <= self._lasting.get(place, 0):
+            self._taken(line.state, push, moments)
 
     def _search(self) -> None:
         """Nothing goes on: find on which versions a gradient was computed that some did not get."""
@@ -356,9 +388,15 @@ class Replayed:
 
 
 def replay_run(
-    folder: RunFolder, progress: Callable[[int, int], None], say: Callable[[str], None]
+    folder: RunFolder,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+    taken: Taken = lambda state, push, moments: None,
 ) -> Replayed:
-    """Compute the run of `folder` again, and compare it with its newest checkpoint."""
+    """Compute the run of `folder` again, and compare it with its newest checkpoint.
+
+    `taken` as in `Replay`.
+    """
     from cluster.launch import build_model, check_data, check_data_unchanged
     from cluster.recipes import admit
 
@@ -395,6 +433,7 @@ def replay_run(
         weights=torch.from_numpy(model.weights),
         recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),
         seen=seen,
+        taken=taken,
     )
     replay.run(progress)
     differing: list[str] = []

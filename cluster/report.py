@@ -85,6 +85,27 @@ def plot_run(run_folder: str | os.PathLike[str]) -> Path:
     return picture
 
 
+def plot_histogram(picture: Path, histogram: Sequence[tuple[float, float]], title: str) -> None:
+    """Draws a histogram of staleness, pairs of a bucket's lower edge and its count.
+
+    Raises:
+        ReportError: the picture cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _draw_histogram(axes, [(low, count) for low, count in histogram if count])
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    try:
+        figure.savefig(picture, format="png", dpi=130)
+    except OSError as error:
+        raise ReportError(f"{picture} cannot be written: {error.strerror}; give another") from None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the objects in a file of JSON lines, oldest first, without a cut-off last line.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import RunConfig
+from cluster.costs import Costs
 from cluster.display import Progress
 from cluster.observe import Leases, Observation, Sink
 from cluster.run_folder import STATUS, RunFolder
@@ -60,6 +61,7 @@ class Telemetry:
         self._loss: float | None = None
         self._history: deque[tuple[float, int, int]] = deque()
         self._staleness: dict[str, float] = {}
+        self._costs = Costs()
         self.reports: list[PartitionReport] = []
         """The newest report of each partition, in their order."""
         self.evaluation: Evaluation | None = None
@@ -100,6 +102,7 @@ class Telemetry:
 
     def trained(self, report: WindowReport) -> None:
         """A window is done."""
+        self._costs.trained(report)
         if report.mean_loss is not None:
             self._loss = report.mean_loss
         self.refused |= {(report.epoch, batch) for batch in report.refused}
@@ -141,6 +144,7 @@ class Telemetry:
             "dropped": sum(r.pushes_dropped for r in self.reports),
             "refused": len(self.refused),
             "images_skipped": len(self.skipped),
+            **self._costs.values(self.reports),
         }
         if self._loss is not None and math.isfinite(self._loss):
             values["loss"] = round(self._loss, 6)
@@ -176,6 +180,7 @@ class Telemetry:
     def evaluated(self, evaluation: Evaluation) -> None:
         """Weights were scored: note it, and write it to the metrics."""
         self.evaluation = evaluation
+        self._costs.evaluated(evaluation.wall_s)
         self.num_evaluations += 1
         accuracy = evaluation.score.accuracy
         self.best_accuracy = max(self.best_accuracy or 0.0, accuracy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,8 @@ class PartitionReport:
     """Unix time of the latest update since the actor started."""
     updates_before: int
     """The version that the actor started from."""
+    cpu_s: float = 0.0
+    """Processor seconds of the thread that serves, since the actor started."""
 
 
 class PartitionActor:
@@ -97,7 +100,7 @@ class PartitionActor:
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
         partition = self._server.partition
-        return f"Partition({partition.index + 1} of {partition.num_partitions})"
+        return f"Partition {partition.index + 1} of {partition.num_partitions}"
 
     def endpoint(self) -> Endpoint:
         """Where replicas reach this partition."""
@@ -122,6 +125,7 @@ class PartitionActor:
                 first_update_at=server.first_update_at,
                 last_update_at=server.last_update_at,
                 updates_before=self._updates_before,
+                cpu_s=time.thread_time(),  # this is run by the thread that serves
                 **state.counts(),
             )
 

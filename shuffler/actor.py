@@ -6,12 +6,16 @@ import os
 import time
 
 import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
 
 from shuffler.delivery import Part, Reading
+from shuffler.holdings import Holding, Ranges
 from shuffler.plan import Plan
 from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
 from shuffler.records import Dataset
+
+_LARGE_BYTES = 4 << 20
+"""From here on a window's memory is given back at once, which takes less than a millisecond."""
 
 
 class ShufflerActor:
@@ -26,6 +30,7 @@ class ShufflerActor:
         num_classes: int,
         num_shufflers: int = 1,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        holding: Holding | None = None,
         prefetch_windows: int = 2,
     ) -> None:
         """Open the split.
@@ -38,18 +43,25 @@ class ShufflerActor:
             num_classes: labels must lie in [0, num_classes).
             num_shufflers: among which the rows are divided, by shards.
             cache_bytes: bound of the row groups that are kept in memory.
+            holding: the shards that are its own, in a folder of its node, where `data_uri` does
+                not have them all; `num_shufflers` does not matter then.
             prefetch_windows: that are read ahead into the cache, in the plan's order.
         """
         self._index = index
         self._plan = plan
-        dataset = Dataset.open(data_uri, split)
-        self._start, self._stop = dataset.share(index, num_shufflers)
+        if holding is None:
+            dataset = Dataset.open(data_uri, split)
+            start, stop = (np.array([edge]) for edge in dataset.share(index, num_shufflers))
+            self._ranges = Ranges(start, stop, start)
+        else:
+            dataset = holding.open()
+            self._ranges = Ranges.of(holding)
         self._reader = RowReader(dataset, num_classes=num_classes, cache_bytes=cache_bytes)
         self._prefetch_windows = prefetch_windows
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
-        return f"Shuffler({self._index})"
+        return f"Shuffler {self._index}"
 
     def ready(self) -> int:
         """Answers, with the process id, once the actor is up."""
@@ -59,8 +71,10 @@ class ShufflerActor:
         """Those rows of these mini-batches of an epoch that are in this shuffler's shards."""
         began_s = time.monotonic()
         rows, lengths = self._plan.rows_of(epoch, batches)
-        positions = self._mine(rows)
-        batch = self._reader.take(rows[positions])
+        positions, mine = self._ranges.find(rows)
+        batch = self._reader.take(mine)
+        if batch.nbytes >= _LARGE_BYTES:
+            pa.default_memory_pool().release_unused()  # what the parts of it have left
         self._prefetch(epoch, batches[0] // self._plan.window_batches)
         reading = Reading(
             shuffler=self._index,
@@ -71,12 +85,9 @@ class ShufflerActor:
         )
         return Part(batch=batch, positions=positions, lengths=lengths, rows=rows, reading=reading)
 
-    def _mine(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.flatnonzero((rows >= self._start) & (rows < self._stop))
-
     def _prefetch(self, epoch: int, window: int) -> None:
-        """Begin to read the windows that come after one; most of the time one of them is new."""
+        """Begin to read the windows that come after one, as far as the cache has room."""
         plan = self._plan
-        for next_epoch, following in plan.next_windows(epoch, window, self._prefetch_windows):
-            rows, _ = plan.rows_of(next_epoch, plan.window_batches_order(next_epoch, following))
-            self._reader.prefetch(rows[self._mine(rows)])
+        windows = plan.next_windows(epoch, window, self._prefetch_windows)
+        rows = [plan.rows_of(e, plan.window_batches_order(e, w))[0] for e, w in windows]
+        self._reader.prefetch(*(self._ranges.find(each)[1] for each in rows))

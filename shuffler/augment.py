@@ -8,6 +8,7 @@ drawn, for many images at once; `pixels` applies them. Crops for evaluation are 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -25,7 +26,8 @@ STRENGTH: Final = {"none": 0.0, "reduced": 0.4, "full": 1.0}
 paper does not say, so `reduced` is this project's choice."""
 
 _ATTEMPTS: Final = 10
-_LUMINANCE: Final = np.array([0.299, 0.587, 0.114])
+_RED, _GREEN, _BLUE = 0.299, 0.587, 0.114
+_LUMINANCE: Final = np.array([_RED, _GREEN, _BLUE])
 """ITU-R 601 weights of red, green and blue, as Pillow's `convert("L")`."""
 
 _LIGHTING: Final = 255 * np.array(
@@ -116,7 +118,7 @@ class Colours:
     mean_shares: NDArray[np.float64]
     """b (1 - k), [n]: what of the mean luminance is added."""
 
-    def affine(self, index: int, means: NDArray[np.float64]) -> NDArray[np.float64]:
+    def affine(self, index: int, means: Sequence[float]) -> NDArray[np.float64]:
         """Return the map of image `index` as [channels, channels + 1], given its channels' means.
 
         A grey image has no colour to change: it takes brightness, contrast and the noise's mean.
@@ -125,7 +127,9 @@ class Colours:
         if len(means) == 1:
             scale, noise = affine[:, :3].sum() / 3, affine[:, 3].mean()
             return np.array([[scale, noise + self.mean_shares[index] * means[0]]])
-        affine[:, 3] += self.mean_shares[index] * (_LUMINANCE @ means)
+        red, green, blue = means
+        luminance = _RED * red + _GREEN * green + _BLUE * blue
+        affine[:, 3] += self.mean_shares[index] * luminance
         return affine
 
 

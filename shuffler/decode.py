@@ -30,6 +30,7 @@ BadImage = Literal["stop", "skip"]
 
 _MODES: Final = {1: "grey", 3: "RGB"}
 _REMEDY: Final = "replace it or remove the row"
+_BLOCK_BYTES: Final = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,11 +179,12 @@ class Decoder:
                     problems[position] = _undecodable(batch, position, rows, error)
             files.append(file)
         variations = self._variations(files, epoch, rows)
+        boxes = [None] * len(batch) if variations.boxes is None else variations.boxes.tolist()
         planes = np.empty((len(batch), channels, spec.height, spec.width), dtype=np.uint8)
         for position, file in enumerate(files):
             if file is not None:
                 try:
-                    image = self._image(file, variations, position)
+                    image = self._image(file, boxes[position], variations, position)
                 except DecodeError as error:
                     problems[position] = _undecodable(batch, position, rows, error)
                     continue
@@ -211,13 +213,14 @@ class Decoder:
         widths = np.array([1 if file is None else file.width for file in files], dtype=np.int64)
         return vary(self.augment, self.seed, epoch, rows, heights, widths)
 
-    def _image(self, file: ImageFile, variations: Variations, position: int) -> Pixels:
+    def _image(
+        self, file: ImageFile, box: list[int] | None, variations: Variations, position: int
+    ) -> Pixels:
         """Return one image, cropped and varied."""
         from shuffler import pixels
 
         spec = self.spec
-        if variations.boxes is not None:
-            box = variations.boxes[position].tolist()
+        if box is not None:
             image = pixels.crop_file(file, spec.channels, box, spec.height, spec.width)
         elif spec.fit == "crop":
             (view,) = views_of(1, file.height, file.width, spec.height)
@@ -240,8 +243,14 @@ class Decoder:
         if self.spec.binary_threshold is not None:
             np.greater(planes, self.spec.binary_threshold, out=inputs, casting="unsafe")
             return inputs
-        np.copyto(inputs, planes)  # and then to divide is faster than to do both at once
-        return np.divide(inputs, np.float32(255), out=inputs)
+        # A block at a time stays in the processor's cache; to divide after it is faster than to do
+        # both at once.
+        block = max(1, _BLOCK_BYTES // max(1, inputs[:1].nbytes))
+        for start in range(0, len(inputs), block):
+            some = inputs[start : start + block]
+            np.copyto(some, planes[start : start + block])
+            np.divide(some, np.float32(255), out=some)
+        return inputs
 
 
 def decode(

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute  # `take` would import it in the middle of the first mini-batch, for 100 ms
 from numpy.typing import NDArray
 
 from shuffler.errors import DatasetError

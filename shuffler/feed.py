@@ -11,6 +11,8 @@ on from any place at once. PyTorch is not known here: see `workers.torch_feed`.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,25 +21,32 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from shuffler.ahead import map_ahead
 from shuffler.augment import AugmentConfig
-from shuffler.decode import BadImage, Decoded, Decoder, ImageSpec
+from shuffler.decode import BadImage, Decoder, ImageSpec
 from shuffler.delivery import Delivery
 from shuffler.errors import PlanError
 from shuffler.plan import PastBound, Plan, Strategy
 from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
 from shuffler.records import Dataset
+from shuffler.row_groups import processors
 
 _At = tuple[int, int]
 """Epoch, and place in it."""
+
+_Made = tuple[_At, Any, int]
+"""Where a mini-batch stands, the mini-batch, and how many of its images were skipped."""
 
 FIRST_BATCHES = 4
 """Mini-batches that are read first of all, so that the first of them is there soon."""
 
 SMALL_BYTES = 6 << 10
 """Images of fewer bytes are decoded by one thread."""
+
+CHUNK_BYTES = 2 << 20
+"""Mini-batches of less than this are decoded several at once, up to it: what is done for each call
+would otherwise take longer than what is done for each image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +142,7 @@ class Feed:
         self._epochs = epochs
         self._rank, self._world_size = rank, world_size
         small = dataset.row_bytes < SMALL_BYTES
-        self._num_threads = num_threads or (1 if small else _processors())
+        self._num_threads = num_threads or (1 if small else processors())
         self._reader = RowReader(dataset, cache_bytes=cache_bytes)
         self._epoch = self._place = 0
 
@@ -147,20 +156,18 @@ class Feed:
             reading = stack.enter_context(_threads(1, "feed-read"))
             reads = (partial(self._deliver, read) for read in self._reads())
             deliveries = map_ahead(reading, reads, 2)
-            found: Iterator[tuple[_At, pa.RecordBatch | Decoded]]
+            found: Iterator[_Made]
             if self._decoder is None:
                 found = _slices(deliveries)
             else:
                 decoding = stack.enter_context(_threads(self._num_threads, "feed-decode"))
-                jobs = _decodings(self._decoder, deliveries)
-                found = map_ahead(decoding, jobs, 2 * self._num_threads)
-            for (epoch, place), made in found:
+                jobs = _decodings(self._decoder, self.plan.batch_size, deliveries)
+                chunks = map_ahead(decoding, jobs, 2 * self._num_threads)
+                found = itertools.chain.from_iterable(chunks)
+            for (epoch, place), made, skipped in found:
                 self._epoch, self._place = epoch, place + 1
-                if isinstance(made, Decoded):
-                    self.num_skipped += len(made.problems)
-                    yield made.inputs, made.labels
-                else:
-                    yield made
+                self.num_skipped += skipped
+                yield made
         self._epoch, self._place = self._epochs, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,36 +234,46 @@ class Feed:
         return delivery, [(read.epoch, place) for place in read.places]
 
 
-def _slices(
-    deliveries: Iterable[tuple[Delivery, list[_At]]],
-) -> Iterator[tuple[_At, pa.RecordBatch]]:
+def _slices(deliveries: Iterable[tuple[Delivery, list[_At]]]) -> Iterator[_Made]:
     """Mini-batches as they are kept."""
     for delivery, ats in deliveries:
-        for at, start, length in _pieces(delivery, ats):
-            yield at, delivery.batch.slice(start, length)
+        bounds = np.concatenate([[0], np.cumsum(delivery.lengths)]).tolist()
+        for at, start, stop in zip(ats, bounds, bounds[1:], strict=False):
+            yield at, delivery.batch.slice(start, stop - start), 0
 
 
 def _decodings(
-    decoder: Decoder, deliveries: Iterable[tuple[Delivery, list[_At]]]
-) -> Iterator[Callable[[], tuple[_At, Decoded]]]:
-    """What decodes each mini-batch."""
+    decoder: Decoder, batch_size: int, deliveries: Iterable[tuple[Delivery, list[_At]]]
+) -> Iterator[Callable[[], list[_Made]]]:
+    """What decodes each chunk of mini-batches."""
+    batch_bytes = 4 * batch_size * math.prod(decoder.spec.input_shape)
+    several = max(1, CHUNK_BYTES // batch_bytes)
     for delivery, ats in deliveries:
-        for at, start, length in _pieces(delivery, ats):
-            yield partial(_decode, decoder, delivery, at, start, length)
+        for first in range(0, len(ats), several):
+            yield partial(_decode, decoder, delivery, ats, first, min(first + several, len(ats)))
 
 
 def _decode(
-    decoder: Decoder, delivery: Delivery, at: _At, start: int, length: int
-) -> tuple[_At, Decoded]:
-    rows = delivery.rows[start : start + length]
-    return at, decoder.decode(delivery.batch.slice(start, length), epoch=at[0], rows=rows)
-
-
-def _pieces(delivery: Delivery, ats: list[_At]) -> Iterator[tuple[_At, int, int]]:
-    """Where each mini-batch stands, where it begins in the delivery, and how long it is."""
-    lengths = delivery.lengths
-    starts = (np.cumsum(lengths) - lengths).tolist()
-    return zip(ats, starts, lengths.tolist(), strict=True)
+    decoder: Decoder, delivery: Delivery, ats: list[_At], first: int, last: int
+) -> list[_Made]:
+    """Mini-batches [first, last) of a delivery, all of one epoch."""
+    bounds = np.concatenate([[0], np.cumsum(delivery.lengths)])[first : last + 1]
+    start, stop = int(bounds[0]), int(bounds[-1])
+    decoded = decoder.decode(
+        delivery.batch.slice(start, stop - start),
+        epoch=ats[first][0],
+        rows=delivery.rows[start:stop],
+    )
+    ends = np.searchsorted(decoded.kept, bounds - start).tolist()
+    lengths = np.diff(bounds).tolist()
+    return [
+        (
+            ats[first + number],
+            (decoded.inputs[begin:end], decoded.labels[begin:end]),
+            length - (end - begin),
+        )
+        for number, (begin, end, length) in enumerate(zip(ends, ends[1:], lengths, strict=False))
+    ]
 
 
 @contextlib.contextmanager
@@ -266,9 +283,3 @@ def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

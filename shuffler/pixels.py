@@ -149,9 +149,9 @@ def distort(pixels: Pixels, affine: NDArray[np.float64]) -> Pixels:
     return changed.reshape(pixels.shape)  # type: ignore[no-any-return]
 
 
-def channel_means(pixels: Pixels) -> NDArray[np.float64]:
-    """Return the mean of each channel, [channels]."""
-    return np.array(cv2.mean(pixels)[: pixels.shape[2]])
+def channel_means(pixels: Pixels) -> tuple[float, ...]:
+    """Return the mean of each channel."""
+    return cv2.mean(pixels)[: pixels.shape[2]]
 
 
 def mirror(pixels: Pixels) -> Pixels:

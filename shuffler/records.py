@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from pyarrow import fs
 from shuffler import files
 from shuffler.encoding import Encoding, class_names_of, encoding_of, schema_for
 from shuffler.errors import DatasetError
-from shuffler.manifest import Manifest, SplitEntry, read_manifest
+from shuffler.manifest import Manifest, ShardEntry, SplitEntry, read_manifest
 
 _NUMBERED_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.parquet")
 _ANY_SHARD = re.compile(r"(?P<split>[^-]+)-.*\.parquet")
@@ -49,6 +50,9 @@ class Shard:
     schema: pa.Schema = field(repr=False, compare=False)
     """Its Arrow schema, whole."""
 
+    row_group_rows: tuple[int, ...] = field(repr=False)
+    """Rows of each of its row groups."""
+
     @property
     def name(self) -> str:
         """File name."""
@@ -58,12 +62,6 @@ class Shard:
     def num_rows(self) -> int:
         """Rows of the file."""
         return int(self.metadata.num_rows)
-
-    @property
-    def row_group_rows(self) -> list[int]:
-        """Rows of each of its row groups."""
-        count = self.metadata.num_row_groups
-        return [int(self.metadata.row_group(i).num_rows) for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +127,11 @@ class Dataset:
         sizes = [size for shard in self.shards for size in shard.row_group_rows]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
 
+    def shard_group_starts(self) -> NDArray[np.int64]:
+        """Return each shard's first row group, numbered through the shards, and the end."""
+        counts = [len(shard.row_group_rows) for shard in self.shards]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
     def share(self, index: int, count: int) -> tuple[int, int]:
         """Return the rows [start, stop) that are reader `index`'s of `count` readers.
 
@@ -171,6 +174,36 @@ class Dataset:
             )
         _check_numbering(chosen, where)
         listed = _listed_split(manifest, split, where)
+        return cls._opened(filesystem, where, split, chosen, listed, verify_checksums)
+
+    @classmethod
+    def open_part(cls, uri: str | os.PathLike[str], split: str, listed: SplitEntry) -> Dataset:
+        """Open some of a split's shards, those that a folder has, as a dataset of their own.
+
+        Args:
+            uri: the folder; other shards there may be, or not be, and it needs no manifest.
+            split: their split.
+            listed: what the manifest says of these shards.
+
+        Raises:
+            DatasetError: a shard is missing, damaged, or is not what the manifest says.
+        """
+        where = os.fspath(uri)
+        filesystem, folder = files.locate(uri)
+        infos = filesystem.get_file_info([f"{folder}/{shard.name}" for shard in listed.shards])
+        chosen = [info for info in infos if info.type == fs.FileType.File]
+        return cls._opened(filesystem, where, split, chosen, listed, None)
+
+    @classmethod
+    def _opened(
+        cls,
+        filesystem: fs.FileSystem,
+        where: str,
+        split: str,
+        chosen: list[fs.FileInfo],
+        listed: SplitEntry | None,
+        verify_checksums: bool | None,
+    ) -> Dataset:
         if listed:
             _check_listing(chosen, listed, where)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
@@ -297,7 +330,9 @@ def _check_checksums(
 def _open_shard(filesystem: fs.FileSystem, info: fs.FileInfo) -> Shard:
     try:
         with filesystem.open_input_file(info.path) as source, pq.ParquetFile(source) as parquet:
-            return Shard(info.path, int(info.size), parquet.metadata, parquet.schema_arrow)
+            about = parquet.metadata
+            groups = tuple(about.row_group(i).num_rows for i in range(about.num_row_groups))
+            return Shard(info.path, int(info.size), about, parquet.schema_arrow, groups)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(
             f"{info.path} is not readable as Parquet ({files.one_line(error)}); remove it or copy "
@@ -325,10 +360,23 @@ def _common_schema(shards: tuple[Shard, ...]) -> tuple[Encoding, tuple[str, ...]
     return found[0]
 
 
+def fingerprint_of(split: str, shards: Iterable[ShardEntry]) -> str:
+    """Return the fingerprint of a split whose shards are these."""
+    parts = [[shard.name, shard.num_bytes, shard.num_rows, shard.sha256] for shard in shards]
+    return hashlib.sha256(json.dumps([split, parts]).encode()).hexdigest()[:32]
+
+
 def _fingerprint(split: str, shards: tuple[Shard, ...], listed: SplitEntry | None) -> str:
     checksums = {shard.name: shard.sha256 for shard in listed.shards} if listed else {}
-    parts = [
-        [shard.name, shard.num_bytes, shard.num_rows, checksums.get(shard.name, "")]
-        for shard in shards
-    ]
-    return hashlib.sha256(json.dumps([split, parts]).encode()).hexdigest()[:32]
+    return fingerprint_of(
+        split,
+        (
+            ShardEntry(
+                name=shard.name,
+                num_rows=shard.num_rows,
+                num_bytes=shard.num_bytes,
+                sha256=checksums.get(shard.name, ""),
+            )
+            for shard in shards
+        ),
+    )

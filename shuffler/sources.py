@@ -22,8 +22,8 @@ from shuffler.decode import ImageSpec, bits_array, decode, decode_image, pack_bi
 from shuffler.encoding import IMAGE_TYPE, EncodedImages, PackedBits, schema_for
 from shuffler.errors import DecodeError, IngestError
 from shuffler.folders import FOLDER_SPLITS, open_folder
-from shuffler.reader import conform
 from shuffler.records import Dataset, split_names
+from shuffler.row_groups import conform
 from shuffler.source import SPLIT_NAMES, Batches, Format, Source, SourceSplit, chunk_rows, png
 
 _IDX_IMAGES = re.compile(r"(?P<prefix>.+)-images[-.]idx3-ubyte(?P<gz>\.gz)?")

@@ -79,8 +79,8 @@ class ReplicasActor:
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
         if len(self._ids) == 1:
-            return f"Replica({self._ids[0]})"
-        return f"Replicas({', '.join(map(str, self._ids))})"
+            return f"Replica {self._ids[0]}"
+        return f"Replicas {', '.join(map(str, self._ids))}"
 
     def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, start the thread that runs the steps; gives the process id.
@@ -175,7 +175,7 @@ class EvaluatorActor:
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
-        return "Evaluator()"
+        return "Evaluator"
 
     def ready(self) -> int:
         """Answers, with the process id, once the actor is up."""

@@ -44,6 +44,7 @@ from paramserver.messages import Outcome
 from paramserver.transport.link import Pull
 from shuffler.delivery import Reading
 from workers.spec import StepConfig
+from workers.spent import Meter, Spent
 from workers.step import Mailbox, Slot
 
 IDLE_WAIT_S = 1.0
@@ -110,6 +111,8 @@ class WindowReport:
     """Mean seconds that a step waited for its weights."""
     readings: tuple[Reading, ...] = ()
     """What its rows cost the shufflers."""
+    spent: Spent | None = None
+    """What the process has spent until now."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """Rows whose image could not be decoded and that were left out, each with a line on why."""
 
@@ -204,6 +207,7 @@ class Replicas:
         self._wake = threading.Condition()
         self._stopping = False
         self._failure: Exception | None = None
+        self._meter = Meter()
         self.steps = dict.fromkeys(replicas, 0)
         """Steps computed so far, by replica."""
 
@@ -422,6 +426,7 @@ class Replicas:
             wall_s=self._clock() - task.started_s,
             push_s=task.push_s / max(1, task.pushes),
             pull_s=task.pull_s / len(window.batches),
+            spent=self._meter.read(sum(self.steps.values())),
         )
 
 

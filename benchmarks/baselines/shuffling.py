@@ -6,11 +6,13 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import resource
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,55 @@ def ours_images(data: str, workers: int, seconds: float, size: int, **_: Any) ->
     """Decoded and varied images by the feed, with `workers` threads."""
     import torch
 
-    spec = ImageSpec(height=size, width=size)
-    feed = Feed(
-        data, image=spec, augment=ALL, epochs=10**6, past_bound="rekey", num_threads=workers
-    )
+    feed = _feed(data, size, num_threads=workers)
     return _rate(((torch.from_numpy(x), y) for x, y in feed), seconds)
+
+
+def ours_ranks(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
+    """The same in `workers` processes, a feed and a thread each, which share the mini-batches.
+
+    So do processes of replicas with small images: nothing that is decoded leaves its process.
+    """
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(workers)
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_set_barrier, initargs=(ready,)
+    ) as pool:
+        ranks = [pool.submit(_rank, data, seconds, size, rank, workers) for rank in range(workers)]
+        rates = [rank.result() for rank in ranks]
+    return {"images_per_s": sum(rates), "by_process": rates}
+
+
+_BARRIER: list[Any] = []
+
+
+def _set_barrier(barrier: Any) -> None:
+    _BARRIER.append(barrier)
+
+
+def _rank(data: str, seconds: float, size: int, rank: int, world_size: int) -> float:
+    feed = _feed(data, size, num_threads=1, rank=rank, world_size=world_size)
+    found = _rate(iter(feed), seconds, lambda: _BARRIER[0].wait(60))
+    return float(found["images_per_s"])
+
+
+def ours_loader(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
+    """The same with the feed in the worker processes of a `DataLoader`."""
+    from torch.utils.data import DataLoader
+
+    from workers.torch_feed import TorchFeed
+
+    feed = TorchFeed(data, **_options(size))
+    return _rate(iter(DataLoader(feed, None, num_workers=workers)), seconds)
+
+
+def _options(size: int) -> dict[str, Any]:
+    spec = ImageSpec(height=size, width=size)
+    return {"image": spec, "augment": ALL, "epochs": 10**6, "past_bound": "rekey"}
+
+
+def _feed(data: str, size: int, **options: Any) -> Feed:
+    return Feed(data, **_options(size), **options)
 
 
 def torch_images(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
@@ -163,10 +209,14 @@ def _files(data: str) -> list[bytes]:
     return files
 
 
-def _rate(batches: Iterator[Any], seconds: float) -> dict[str, Any]:
+def _rate(
+    batches: Iterator[Any], seconds: float, ready: Callable[[], Any] | None = None
+) -> dict[str, Any]:
     """Images a second in steady state, after the workers have started and pipes have filled."""
     for _ in range(8):
         next(batches)
+    if ready is not None:
+        ready()
     began_s = now_s = time.perf_counter()
     images = 0
     while now_s < began_s + seconds:
@@ -204,38 +254,52 @@ def planning(num_rows: int, **_: Any) -> dict[str, Any]:
 
 
 def resume(data: str, **_: Any) -> dict[str, Any]:
-    """From an open dataset to the first mini-batch after a place in mid-epoch."""
-    dataset = Dataset.open(data, "train")
-    state = Feed(dataset).state_dict()
+    """Opening a dataset, and from there to the first mini-batch after a place in mid-epoch."""
     began_s = time.perf_counter()
+    dataset = Dataset.open(data, "train")
+    opened_s = time.perf_counter()
     feed = Feed(dataset)
+    state = feed.state_dict()
     feed.load_state_dict({**state, "place": feed.plan.num_batches // 2})
-    loaded_s = time.perf_counter() - began_s
+    loaded_s = time.perf_counter()
     next(iter(feed))
     return {
-        "state_ms": 1e3 * loaded_s,
-        "first_batch_ms": 1e3 * (time.perf_counter() - began_s),
+        "rows": dataset.num_rows,
+        "opening_ms": 1e3 * (opened_s - began_s),
+        "state_ms": 1e3 * (loaded_s - opened_s),
+        "first_batch_ms": 1e3 * (time.perf_counter() - opened_s),
     }
 
 
 def resident(data: str, cache_mb: int, **_: Any) -> dict[str, Any]:
-    """What a shuffler's process grows by in an epoch, at most."""
+    """What a shuffler's process has grown by after the first windows, and at most in two epochs."""
     dataset = Dataset.open(data, "train")
     plan = Plan(num_rows=dataset.num_rows, window_batches=16)
     gc.collect()
-    before = _resident_kb()
+    before, peak_before = _resident_kb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     shuffler = ShufflerActor(0, data, "train", plan, 1 << 30, 1, cache_mb << 20)
-    num_rows = num_bytes = 0
-    for window in plan.window_order(0).tolist():
-        part = shuffler.deliver(0, tuple(plan.window_batches_order(0, window).tolist()))
-        num_rows += len(part.batch)
-        num_bytes += part.batch.nbytes
+    num_bytes, grown = 0, []
+    times = np.zeros(dataset.num_rows, dtype=np.int64)
+    for epoch in range(2):
+        for window in plan.window_order(epoch).tolist():
+            batches = tuple(plan.window_batches_order(epoch, window).tolist())
+            part = shuffler.deliver(epoch, batches)
+            np.add.at(times, part.rows[part.positions], 1)
+            num_bytes += part.batch.nbytes
+            grown.append(_resident_kb() - before)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if peak == peak_before:  # it was higher once, while modules were imported
+        peak = before + max(grown)
     return {
-        "dataset_mb": num_bytes / 2**20,
-        "rows": num_rows,
-        "complete": num_rows == dataset.num_rows,
+        "dataset_mb": num_bytes / 2 / 2**20,
+        "rows": dataset.num_rows,
+        "complete": bool((times == 2).all()),
+        "window_mb": part.batch.nbytes / 2**20,
+        "windows": len(grown),
+        "grown_first_windows_mb": max(grown[:8]) / 2**10,
+        "grown_last_windows_mb": max(grown[-8:]) / 2**10,
         "grown_mb": (peak - before) / 2**10,
+        "allocated_mb": pa.default_memory_pool().max_memory() / 2**20,
     }
 
 
@@ -315,7 +379,7 @@ def _jpeg(rng: np.random.Generator, side: int) -> bytes:
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     task.__name__: task
     for task in (
-        *(ours_rows, ray_rows, ours_images, torch_images, plain_images),
+        *(ours_rows, ray_rows, ours_images, ours_ranks, ours_loader, torch_images, plain_images),
         *(pairs, planning, resume, resident, store),
     )
 }

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.config import RunConfig
 from cluster.errors import UserError
-from cluster.options import ConfigCommand, config_options
+from cluster.options import ConfigCommand, TupleValue, config_options
 
 output_option = click.option(
     "--output",
@@ -81,21 +81,55 @@ address_option = click.option(
 @config_options(RunConfig)
 @output_option
 @address_option
-def inception(output: Path | None, address: str | None, given: dict[str, object]) -> int:
+@click.option(
+    "--search-rates",
+    type=TupleValue(click.FLOAT),
+    default=None,
+    help="Choose Inception's rate among these, by a short run at each, before all else.",
+)
+@click.option(
+    "--search-epochs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Epochs of each of those runs.",
+)
+def inception(
+    output: Path | None,
+    address: str | None,
+    search_rates: tuple[float, ...] | None,
+    search_epochs: int,
+    given: dict[str, object],
+) -> int:
     """Section 4.2: the five variants and the two failures, Figures 2 and 3.
 
-    Options scale all runs alike: `--width 0.25 --image-size 32 --epochs 10` is for a small machine.
+    `--learning-rate`, `--decay-epochs` and `--weight-decay` are Inception's: the other variants'
+    follow in the paper's proportions. All other options are the same for all runs:
+    `--width 0.25 --image-size 32 --epochs 10` is for a small machine.
     """
-    from cluster.reproduce.family import family, make_report
+    from cluster.reproduce.family import best_rate, family, make_report, trials
     from cluster.reproduce.runs import curve_of, train_all
 
-    folder = output or Path("runs", "reproduce", "inception")
+    if search_rates and "learning_rate" in given:
+        raise UserError("--learning-rate and --search-rates: give one of the two")
+    folder, console = output or Path("runs", "reproduce", "inception"), Console(stderr=True)
+    tried = {}
+    if search_rates:
+        short = trials(given, search_rates, search_epochs)
+        names = {f"rate-{rate:g}": config for rate, config in short.items()}
+        status = train_all(names, folder / "search", address=address, console=console)
+        if status:
+            return status
+        tried = {rate: curve_of(folder / "search" / f"rate-{rate:g}") for rate in short}
+        classes = next(iter(short.values())).model.num_classes
+        given = {**given, "learning_rate": best_rate(tried, 1 / classes)}
+        console.print(f"Inception's rate is {given['learning_rate']:g}")
     runs = family(given)
-    status = train_all(runs, folder / "runs", address=address, console=Console(stderr=True))
+    status = train_all(runs, folder / "runs", address=address, console=console)
     if status:
         return status
     curves = {name: curve_of(folder / "runs" / name) for name in runs}
-    click.echo(str(make_report(folder, runs, curves, command_line())))
+    click.echo(str(make_report(folder, runs, curves, command_line(), tried=tried)))
     return 0
 
 
@@ -135,9 +169,86 @@ def ensemble(
     return 0
 
 
+@reproduce.command(cls=ConfigCommand)
+@config_options(RunConfig)
+@output_option
+@address_option
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each kind."
+)
+@click.option(
+    "--looks",
+    type=click.IntRange(2),
+    default=10,
+    show_default=True,
+    help="Versions of a run that are scored with all statistics.",
+)
+def asynchrony(
+    output: Path | None, address: str | None, seeds: int, looks: int, given: dict[str, object]
+) -> int:
+    """What the paper could not show: whose BN statistics, and which shuffling, on 50 steps.
+
+    The MNIST net with 1, 10 and 50 steps in flight, scored with the statistics of one replica, of
+    all, of the server and of Algorithm 2; and under several ways of shuffling.
+    """
+    from cluster.reproduce import asynchrony as experiment
+    from cluster.reproduce.asynchrony_report import make_report
+    from cluster.reproduce.runs import curve_of, train_all
+
+    folder, console = output or Path("runs", "reproduce", "asynchrony"), Console(stderr=True)
+    flights = experiment.flight_runs(given, range(seeds))
+    data = next(iter(flights.values())).data
+    shards = {
+        by_class: experiment.write_shards(
+            data.data,
+            folder / "data" / ("by-class" if by_class else "stored"),
+            train_split=data.train_split,
+            eval_split=data.eval_split,
+            by_class=by_class,
+        ).absolute()
+        for by_class in (False, True)
+    }
+    runs = flights | experiment.shuffle_runs(given, range(seeds), shards)
+    status = train_all(runs, folder / "runs", address=address, console=console)
+    if status:
+        return status
+    curves = {name: curve_of(folder / "runs" / name) for name in runs}
+    failed = [f"{name} ({curve.failure})" for name, curve in curves.items() if curve.failure]
+    if failed:
+        raise UserError(f"{failed[0]} did not end: give a lower --learning-rate")
+    measured = {}
+    for number, name in enumerate(flights, 1):
+        console.print(f"{name}: computed again and scored ({number} of {len(flights)})")
+        measured[name] = experiment.measure(
+            folder / "runs" / name,
+            looks=looks,
+            progress=counted(console, "pushes"),
+            say=lambda line: console.print(line, style="yellow", markup=False),
+        )
+    page = make_report(folder, runs, measured, curves, seeds=seeds, command=command_line())
+    click.echo(str(page))
+    return 0
+
+
 def command_line() -> str:
     """The command as a user would type it again."""
     return shlex.join(["downpour", *sys.argv[1:]])
+
+
+def counted(console: Console, what: str, *, every_s: float = 5.0) -> Callable[[int, int], None]:
+    """What shows `done` of `total`, once in `every_s`, with the time left."""
+    began_s = last_s = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last_s
+        now = time.monotonic()
+        if now - last_s < every_s or not done:
+            return
+        last_s = now
+        left_s = (now - began_s) * (total - done) / done
+        console.print(f"{done:,} of {total:,} {what}  {left_s:.0f} s left", highlight=False)
+
+    return show
 
 
 def progress(

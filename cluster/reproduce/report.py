@@ -39,6 +39,11 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
+def heading(text: str) -> str:
+    """A heading within the page."""
+    return f"<h2>{html.escape(text)}</h2>"
+
+
 def picture(name: str, caption: str) -> str:
     """A picture beside the page."""
     return (

@@ -6,9 +6,11 @@ reports made of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED = "failed.json"
+LOSSES = 100
+"""Training losses of a run that a report keeps, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,23 @@ class Curve:
     """Time that the run took, over all its sessions; None where it failed."""
     failure: str | None = None
     """Why it did not come to its end."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """(updates, smoothed training loss), at the looks of the metrics."""
 
     @property
     def best(self) -> float:
         """The highest accuracy."""
         return max(self.accuracy, default=0.0)
+
+    @property
+    def final(self) -> float:
+        """The accuracy at the last look."""
+        return self.accuracy[-1] if self.accuracy else 0.0
+
+    @property
+    def interval(self) -> int:
+        """Most updates between two looks."""
+        return max((b - a for a, b in itertools.pairwise(self.updates)), default=0)
 
     def first_at(self, accuracy: float) -> int | None:
         """Updates when it was first seen at `accuracy`."""
@@ -74,7 +90,23 @@ def fitted(config: RunConfig, given: Mapping[str, object]) -> RunConfig:
 def train_all(
     runs: Mapping[str, RunConfig], folder: Path, *, address: str | None, console: Console
 ) -> int:
-    """Train what is not finished; the exit status, which is not 0 where a signal stopped it."""
+    """Train what is not finished; the exit status, which is not 0 where a signal stopped it.
+
+    All runs are on one Ray, which is started when the first of them needs it.
+    """
+    with contextlib.ExitStack() as ray:
+        return _train_all(runs, folder, address=address, console=console, ray=ray)
+
+
+def _train_all(
+    runs: Mapping[str, RunConfig],
+    folder: Path,
+    *,
+    address: str | None,
+    console: Console,
+    ray: contextlib.ExitStack,
+) -> int:
+    started = False
     for number, (name, config) in enumerate(runs.items(), 1):
         path = folder / name
         exists = (path / "config.json").is_file()
@@ -88,6 +120,9 @@ def train_all(
             continue
         console.print(f"{name}: run {number} of {len(runs)}")
         data = launch.check_data(config)
+        if not started:
+            ray.enter_context(launch.on_ray(address=address, dashboard=False))
+            started = True
         if run is None:
             run = RunFolder.create(path, config)
         try:
@@ -107,19 +142,37 @@ def train_all(
 
 def curve_of(path: Path) -> Curve:
     """What a run's folder says of its accuracy."""
-    metrics = read_metrics(path / METRICS)
+    metrics = _lasting(read_metrics(path / METRICS))
     updates, accuracy = series(metrics, "accuracy")
     failure = seconds = None
     if (path / FAILED).exists():
         failure = json.loads((path / FAILED).read_text())["reason"]
     else:
         seconds = json.loads((path / RESULT).read_text())["elapsed_s"]
+    at, loss = series(metrics, "loss")
+    thin = slice(None, None, max(1, len(at) // LOSSES))
     return Curve(
         updates=tuple(int(u) for u in updates),
         accuracy=tuple(accuracy),
         seconds=seconds,
         failure=failure,
+        losses=tuple((int(u), v) for u, v in zip(at[thin], loss[thin], strict=True)),
     )
+
+
+def _lasting(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what was lost, and done again, where a run went on from an older checkpoint."""
+    kept: list[dict[str, Any]] = []
+    for row in metrics:
+        while kept and kept[-1]["updates"] > row["updates"]:
+            kept.pop()
+        kept.append(row)
+    return kept
+
+
+def curve_as_data(curve: Curve) -> dict[str, Any]:
+    """A curve for a report's data."""
+    return dataclasses.asdict(curve)
 
 
 def with_network(config: RunConfig, name: str, **arguments: object) -> RunConfig:

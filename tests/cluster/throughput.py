@@ -3,34 +3,58 @@
 Four hosts on this machine share its processors: head, partitions, shufflers, replicas. The same
 10 x 5 steps run on the replicas' host alone, over shared memory, and across the hosts, over the
 network, with links as fast as the kernel moves bytes and limited to 1 Gbit/s each way. What the
-figures compare is therefore the way, not the number of processors. Prints JSON.
+figures compare is therefore the way, not the number of processors. Writes a record beside those of
+the other benchmarks; `--models` and `--ways` choose a part.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
 import json
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import machine, save
 from cluster.config import RunConfig
 from cluster.recipes import find
 from tests.cluster import bed as hosts
-from tests.cluster.bed import Bed
-from tests.cluster.test_hosts import FILE, PORT, RUNS, Cluster, alive, wait_for
+from tests.cluster.launched import RUNS, Cluster, about, launched, wait_for
 
-HEAD, PARTITIONS, SHUFFLERS, REPLICAS = range(4)
-SETTLE_S = 8.0
-"""Seconds after the start of training that are left out."""
-ONE_HOST = ("--partitions-on", "downpour=replicas", "--shufflers-on", "downpour=replicas")
-HALF = ("--wire-dtype", "bfloat16")
-COMMON = ("--warm-start-epochs", "0", "--ramp-epochs", "0", "--learning-rate", "0.001")
+PARTITIONS, SHUFFLERS = 1, 2
+SETTLE_S = 6.0
+"""Seconds after all replicas are there that are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """Where actors are, and what lies between them."""
+
+    arguments: tuple[str, ...] = ()
+    mbit_per_s: int | None = None
+
+
+BASE = "one host"
+ON_REPLICAS = ("--partitions-on", "downpour=replicas", "--shufflers-on", "downpour=replicas")
+WAYS: Mapping[str, Way] = {
+    BASE: Way(arguments=ON_REPLICAS),
+    "across hosts": Way(),
+    "1 Gbit/s": Way(mbit_per_s=1000),
+    "1 Gbit/s, bfloat16": Way(mbit_per_s=1000, arguments=("--wire-dtype", "bfloat16")),
+}
+MODELS: Mapping[str, str] = {"mnist": "mnist-bn", "45 MB": f"{__spec__.name}:wide"}
+# All replicas at once, evaluated once, and no checkpoint: the training alone.
+COMMON = (
+    *("--warm-start-epochs", "0", "--ramp-epochs", "0", "--learning-rate", "0.001"),
+    *("--evaluate-every-s", "10000", "--checkpoint-every-s", "10000"),
+)
 
 
 def wide() -> RunConfig:
@@ -40,29 +64,41 @@ def wide() -> RunConfig:
     return replace(config, recipe="wide", model=replace(config.model, arguments=arguments))
 
 
-def measure(
-    cluster: Cluster, name: str, recipe: str, extra: Sequence[str], seconds: float
-) -> float:
-    """Updates a second of a run, from some time after its start."""
+def measure(cluster: Cluster, model: str, way: Way, name: str, seconds: float) -> float:
+    """Updates a second of a run, once all of its replicas are there and it has settled."""
+    cluster.bed.limit(way.mbit_per_s)
     run = cluster.bed.shared / "runs" / name
-    arguments = ("train", recipe, "--runs", RUNS, "--name", name, "--epochs", "75")
-    job = cluster.start(*arguments, *COMMON, *extra)
-    wait_for(lambda: _metrics(run), "the first updates")
-    time.sleep(SETTLE_S + seconds)  # the measurement itself
-    lines = _metrics(run)
+    arguments = ("train", MODELS[model], "--runs", RUNS, "--name", name, "--epochs", "75")
+    job = cluster.start(*arguments, *COMMON, *way.arguments)
+    try:
+        wait_for(lambda: _whole(run), f"all replicas: {about(run)}", 60)
+        time.sleep(SETTLE_S + seconds)  # the measurement itself
+        lines = _whole(run)
+    finally:
+        cluster.end(job)
     first = next(line for line in lines if line["time"] >= lines[0]["time"] + SETTLE_S)
     last = lines[-1]
-    cluster.run("ray", "job", "stop", job, check=False)
-    wait_for(lambda: cluster.status(job) in ("STOPPED", "FAILED", "SUCCEEDED"), "its end")
+    assert last["time"] - first["time"] > seconds / 2, f"too few figures: {lines}"
     return float((last["updates"] - first["updates"]) / (last["time"] - first["time"]))
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
+def _whole(run: Path) -> list[dict[str, Any]]:
+    """The metrics' lines since all replicas train."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
     lines = [json.loads(t) for t in path.read_text().splitlines() if t.endswith("}")]
-    return [line for line in lines if line["updates"] > 0 and "updates_per_s" in line]
+    return [line for line in lines if line.get("updates", 0) > 0 and line.get("replicas") == 10]
+
+
+def shares(found: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
+    """Medians by model and way, over that of one host; empty without one."""
+    medians = {m: {w: statistics.median(v) for w, v in ways.items()} for m, ways in found.items()}
+    return {
+        model: {way: round(rate / ways[BASE], 3) for way, rate in ways.items()}
+        for model, ways in medians.items()
+        if BASE in ways
+    }
 
 
 def main() -> None:
@@ -70,48 +106,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     if reason := hosts.missing():
         raise SystemExit(f"cannot be measured here: {reason}")
-    found: dict[str, list[float]] = {}
-    with Bed(4) as bed:
-        checkout = hosts.checkout(bed.laptop / "checkout")
-        cluster = Cluster(bed, checkout)
-        cluster.run("ray", "get-auth-token", "--generate")
-        template = (checkout / "cluster" / "providers" / FILE).read_text()
-        roles = {"partitions": PARTITIONS, "shufflers": SHUFFLERS}
-        (checkout / FILE).write_text(bed.cluster_file(template, roles))
-        cluster.run("ray", "up", "--yes", FILE)
-        tunnel = ("ray", "dashboard", FILE, "--port", str(PORT))
-        log = bed.folder / "tunnel.log"
-        with hosts.background(*tunnel, cwd=checkout, env=cluster.environment, log=log):
-            wait_for(lambda: len(alive(cluster)) == len(bed.hosts), "every host", 180)
-            for turn in range(options.repeat):
-                for model, recipe in (("mnist", "mnist-bn"), ("45 MB", f"{__spec__.name}:wide")):
-                    for way, extra, limit in (
-                        ("one host", ONE_HOST, None),
-                        ("across hosts", (), None),
-                        ("across hosts, 1 Gbit/s", (), 1000),
-                        ("across hosts, 1 Gbit/s, bfloat16", HALF, 1000),
-                    ):
-                        if extra == HALF and model == "mnist":
-                            continue  # 0.4 MB: the link is not what it waits for
-                        bed.limit(limit)
-                        name = (
-                            f"{model}-{way}-{turn}".replace(" ", "-")
-                            .replace("/", "")
-                            .replace(",", "")
-                        )
-                        rate = measure(cluster, name, recipe, extra, options.seconds)
-                        found.setdefault(f"{model}, {way}", []).append(round(rate, 1))
-                        sys.stderr.write(f"{model}, {way}: {rate:.1f} updates a second\n")
-    medians = {key: statistics.median(values) for key, values in found.items()}
-    shares = {
-        key: round(rate / medians[f"{key.partition(', ')[0]}, one host"], 3)
-        for key, rate in medians.items()
-    }
-    record = {"command": shlex.join(sys.argv), "updates_per_s": found, "share_of_one_host": shares}
-    sys.stdout.write(json.dumps(record, indent=2) + "\n")
+    before = machine()
+    found: dict[str, dict[str, list[float]]] = {}
+    with launched(4, {"partitions": PARTITIONS, "shufflers": SHUFFLERS}) as cluster:
+        for turn in range(options.repeat):
+            for model in options.models:
+                for number, way in enumerate(options.ways):
+                    name = f"{MODELS[model].partition(':')[2] or 'mnist'}-{number}-{turn}"
+                    rate = measure(cluster, model, WAYS[way], name, options.seconds)
+                    found.setdefault(model, {}).setdefault(way, []).append(round(rate, 1))
+                    sys.stderr.write(f"{model}, {way}: {rate:.1f} updates a second\n")
+    result = {"updates_per_s": found, "share_of_one_host": shares(found)}
+    path = save(
+        {
+            "benchmark": "hosts",
+            "title": "updates a second across hosts of their own, all on this machine's processors",
+            "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": before,
+            "settings": {"seconds": options.seconds, "repeat": options.repeat, "train": COMMON},
+            "configuration": {name: dataclasses.asdict(way) for name, way in WAYS.items()},
+            "result": result,
+        }
+    )
+    sys.stdout.write(json.dumps(result, indent=2) + f"\n{path}\n")
 
 
 if __name__ == "__main__":

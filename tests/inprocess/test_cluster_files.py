@@ -18,6 +18,7 @@ import yaml
 
 from cluster.cluster_file import flags, pinned, problems, starts
 from cluster.config import ROOT
+from cluster.placement import PlacementConfig, demand
 
 PROVIDERS = ROOT / "cluster" / "providers"
 AWS, GCP, ONPREM = ROOT / "ray_cluster.yaml", PROVIDERS / "gcp.yaml", PROVIDERS / "onprem.yaml"
@@ -368,6 +369,59 @@ def test_ray_bootstraps_the_file_for_google(monkeypatch: pytest.MonkeyPatch) -> 
         assert set(instance.get("Scheduling")["properties"]) >= {
             key for part in node_type["node_config"].get("scheduling", ()) for key in part
         }
+
+
+@pytest.mark.parametrize("path", [AWS, GCP], ids=lambda p: p.name)
+def test_the_cluster_grows_from_nothing_and_falls_back(path: Path) -> None:
+    """What Ray's autoscaler launches for a run, by the file's node types and our request."""
+    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import (
+        CloudResourceMonitor,
+    )
+    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+
+    monitor = CloudResourceMonitor()
+    assert launches(path, monitor) == {"partitions": 1, "shufflers": 1, "replicas_spot": 2}
+    failed = InstanceUpdateEvent(
+        instance_type="replicas_spot", new_instance_status=Instance.ALLOCATION_TIMEOUT
+    )
+    monitor.notify([failed])
+    assert launches(path, monitor) == {"partitions": 1, "shufflers": 1, "replicas_on_demand": 2}
+
+
+def launches(path: Path, monitor: Any) -> dict[str, int]:
+    """Nodes by type, for two partitions, a shuffler and ten processes of replicas."""
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
+    from ray.core.generated.common_pb2 import LabelSelectorOperator
+
+    document = read(path)
+    assert all(t.get("min_workers", 0) == 0 for t in document["available_node_types"].values())
+    config = AutoscalingConfig(document, skip_content_hash=True)
+    equals = LabelSelectorOperator.Value("LABEL_OPERATOR_IN")
+    bundles = []
+    for place, count in demand(
+        PlacementConfig(), {"partitions": 2, "shufflers": 1, "replicas": 10}
+    ):
+        assert place.label is not None
+        selector = [(place.label[0], equals, [place.label[1]])]
+        bundles += [ResourceRequestUtil.make({"CPU": 1.0}, label_selectors=[selector])] * count
+    wanted = ClusterResourceConstraint(
+        resource_requests=ResourceRequestUtil.group_by_count(bundles)
+    )
+    reply = ResourceDemandScheduler().schedule(
+        SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=config.get_node_type_configs(),
+            max_num_nodes=config.get_max_num_nodes(),
+            cluster_resource_constraints=[wanted],
+            cloud_resource_availabilities=monitor.get_resource_availabilities(),
+            recoverable_resource_availabilities=monitor.get_recoverable_resource_availabilities(),
+        )
+    )
+    assert not reply.infeasible_cluster_resource_constraints
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
 
 
 def bootstrap(path: Path) -> dict[str, Any]:

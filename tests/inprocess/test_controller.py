@@ -14,9 +14,10 @@ from cluster import controller
 from cluster.backend import RunFailed
 from cluster.checkpoint import CheckpointStore
 from cluster.config import NetworkConfig, RunConfig
-from cluster.controller import Controller, Outcome
+from cluster.controller import Controller
 from cluster.display import Progress
 from cluster.errors import user_message
+from cluster.members import Outcome
 from cluster.run_folder import RunFolder
 from models.flat import FlatModel
 from paramserver.applied import APPLIED, REFUSED

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from cluster import inference, recipes
+from cluster import inference, recipes, serve_key
 from cluster.commands import downpour
 from cluster.config import RunConfig
 from cluster.errors import UserError, run_cli
@@ -342,8 +342,9 @@ class TestClassifier:
         return asyncio.run(classifier.answer(request, predict))
 
     def test_answers_and_refusals(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        digest, config = serve_key.digest("Bearer k"), ServeConfig(top=2)
         classifier = Classifier(
-            [str(place / "one")], best=False, weights=None, config=ServeConfig(top=2), key="k"
+            [str(place / "one")], best=False, weights=None, config=config, digest=digest
         )
         image = _file(_pixels(1, 3)[0][0])
         ok = _Request("POST", "/predict", image, "k")

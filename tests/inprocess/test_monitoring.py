@@ -92,7 +92,7 @@ def test_queries_ask_for_metrics_that_there_are() -> None:
         for s in suffixes[metric.kind]
         if f"ray_{name}{s}" in asked
     } ^ set(METRICS)
-    assert unasked <= {"downpour_windows", "downpour_restarts"}
+    assert unasked <= {"downpour_restarts"}
 
 
 class FakeMetric:
@@ -175,6 +175,7 @@ def test_a_partition_that_is_replaced_goes_on_under_its_tags() -> None:
     sink.trained(window)  # type: ignore[arg-type]
     assert made["downpour_push_bytes"].values["a",] == 2 * 10 * 4
     assert made["downpour_loss"].values["a",] == 2.0
+    assert made["downpour_steps"].values["a", "7"] == 2 * 10
     assert made["downpour_loss_not_finite"].values["a",] == 1
     assert made["downpour_shuffler_cache"].values["a", "1", "hit"] == 3
 

@@ -5,14 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.checkpoint import CheckpointStore
 from cluster.errors import UserError
 from cluster.launch import check_data, check_data_unchanged
-from cluster.replay import Replayed, replay_run, write_about
+from cluster.replay import Replayed, Taken, replay_run, write_about
 from cluster.run_folder import RunFolder
 from paramserver import record
 from paramserver.errors import BadRecord
+from paramserver.messages import Push
+from paramserver.state import PartitionState
 from shuffler.lease import Lease
 from tests.inprocess import tiny
 from tests.inprocess.test_controller import Run
@@ -33,8 +36,8 @@ def recorded(folder: Path, data: str, *, resume: bool = False, **about: Any) -> 
     return run
 
 
-def replay(folder: Path) -> Replayed:
-    return replay_run(RunFolder.open(folder), lambda done, total: None, lambda line: None)
+def replay(folder: Path, taken: Taken = lambda *_: None) -> Replayed:
+    return replay_run(RunFolder.open(folder), lambda done, total: None, lambda line: None, taken)
 
 
 def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str) -> None:
@@ -69,7 +72,18 @@ def test_a_run_whose_partitions_were_killed_and_that_was_resumed(tmp_path: Path,
     outcome = again.go()
     again.assert_exactly_once(outcome)
     assert len(record.files(tmp_path / "run" / "record")) == 3 + 2 + 3
-    found = replay(tmp_path / "run")
+    versions: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    batches: set[tuple[int, int, int]] = set()
+
+    def taken(state: PartitionState, push: Push, moments: torch.Tensor) -> None:
+        versions[state.partition.index].append(state.version)
+        batches.add((state.partition.index, push.epoch, push.batches[0]))
+        assert moments.shape == (1, 3, state.partition.num_features)
+
+    found = replay(tmp_path / "run", taken)
+    # What was lost and done again is told of once.
+    assert versions == {p: list(range(1, 4 * run.plan.num_batches + 1)) for p in range(3)}
+    assert len(batches) == 3 * 4 * run.plan.num_batches
     assert found.differing == ()
     assert found.versions == (4 * run.plan.num_batches,) * 3
 

@@ -1,6 +1,8 @@
 """The reports of sections 4.2.2 and 4.2.3, from runs that are made up; training is the system's."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,16 +58,75 @@ def test_figure_3_by_hand() -> None:
     assert [agrees for _, _, agrees in told] == [True, True, False, False, True]
 
 
+def test_without_a_baseline_that_learned_there_is_no_goal() -> None:
+    stuck = CURVES | {"inception": _curve((10, 0.1), (100, 0.11))}
+    told = family.findings(family.figure_3(stuck), chance=0.1)
+    assert [agrees for _, _, agrees in told] == [False, False, True, True, True]
+    assert "stayed at chance" in told[0][1]
+    assert "stayed at chance" in told[1][1]
+    collapsed = CURVES | {"inception-x5": _curve((10, 0.3), (100, 0.1))}
+    assert family.findings(family.figure_3(collapsed), chance=0.1)[-1][2]
+    learned = CURVES | {"inception-x5": _curve((10, 0.1), (100, 0.3))}
+    assert not family.findings(family.figure_3(learned), chance=0.1)[-1][2]
+
+
+def test_variants_follow_inceptions_rate_decay_and_weight_loss(data: Path) -> None:
+    given = {
+        "data": str(data),
+        "learning_rate": 0.01,
+        "decay_epochs": 0.6,
+        "weight_decay": 1e-3,
+        "epochs": 3,
+    }
+    runs = family.family(given)
+    server = {name: run.server for name, run in runs.items()}
+    assert {name: round(s.schedule.learning_rate, 9) for name, s in server.items()} == {
+        "inception": 0.01,
+        "bn-baseline": 0.01,
+        "bn-x5": 0.05,
+        "bn-x30": 0.3,
+        "bn-x5-sigmoid": 0.05,
+        "inception-x5": 0.05,
+        "inception-sigmoid": 0.01,
+    }
+    modified = {"bn-x5", "bn-x30", "bn-x5-sigmoid"}
+    for name, one in server.items():
+        assert one.schedule.decay_epochs == pytest.approx(0.1 if name in modified else 0.6)
+        assert one.weight_decay == pytest.approx(2e-4 if name in modified else 1e-3)
+        assert runs[name].policy.epochs == 3
+
+
+def test_the_rate_that_inception_learns_best_with(data: Path) -> None:
+    given = {"data": str(data), "epochs": 8, "width": 0.0625, "image_size": 28}
+    short = family.trials(given, [0.03, 0.01], 2)
+    assert [(r, c.server.schedule.learning_rate, c.policy.epochs) for r, c in short.items()] == [
+        (0.01, 0.01, 2),
+        (0.03, 0.03, 2),
+    ]
+    assert all(c.model.width == 0.0625 and c.recipe == "inception" for c in short.values())
+    curves = {0.01: _curve((5, 0.3)), 0.03: _curve((5, 0.5), (9, 0.4)), 0.1: _curve((5, 0.1))}
+    assert family.best_rate(curves, chance=0.1) == 0.03
+    with pytest.raises(UserError, match=r"at any of 0\.01, 0\.1 \(highest accuracy 30\.00%\)"):
+        family.best_rate({0.01: curves[0.01], 0.1: curves[0.1]}, chance=0.15)
+    with pytest.raises(UserError, match="each once"):
+        family.trials(given, [0.01, 0.01], 1)
+
+
 def test_the_report(tmp_path: Path, data: Path) -> None:
     runs = family.family({"data": str(data), "width": 0.0625, "image_size": 28})
     assert list(runs) == list(CURVES)
     assert runs["inception-x5"].server.schedule.learning_rate == pytest.approx(0.0075)
     assert runs["inception-sigmoid"].model.arguments["activation"] == "sigmoid"
     assert all(run.data.eval_split == "test" for run in runs.values())
-    page = family.make_report(tmp_path / "report", runs, CURVES, "downpour reproduce inception")
+    tried = {0.0015: _curve((9, 0.4)), 0.0045: _curve((9, 0.3))}
+    page = family.make_report(
+        tmp_path / "report", runs, CURVES, "downpour reproduce inception", tried=tried
+    )
     assert "never reached it" not in page.read_text()
+    assert "at the edge of what was tried" in page.read_text()
     made = json.loads((tmp_path / "report" / "data.json").read_text())
     assert len(made["figure_3"]) == 7
+    assert made["tried_rates"]["0.0045"]["accuracy"] == [0.3]
     assert (tmp_path / "report" / "figure-2.png").is_file()
 
 
@@ -91,14 +152,33 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
         return 0
 
     monkeypatch.setattr(launch, "train", train)
+    rays: list[str] = []
+
+    @contextlib.contextmanager
+    def on_ray(**_: object) -> Iterator[str]:
+        rays.append("started")
+        yield ""
+        rays.append("stopped")
+
+    monkeypatch.setattr(launch, "on_ray", on_ray)
     assert train_all(configs, tmp_path, address=None, console=QUIET) == 0
     assert trained == [("half", True), ("new", False), ("nan", False)]
+    assert rays == ["started", "stopped"]
+    rays.clear()
     assert curve_of(tmp_path / "done") == Curve(updates=(3,), accuracy=(0.5,), seconds=5.0)
-    RunFolder.open(tmp_path / "nan").append_metrics({"updates": 1, "accuracy": 0.1})
-    assert curve_of(tmp_path / "nan").failure == "blew up"
+    RunFolder.open(tmp_path / "nan").append_metrics({"updates": 1, "accuracy": 0.1, "loss": 2.0})
+    failed = curve_of(tmp_path / "nan")
+    assert failed.failure == "blew up"
+    assert failed.losses == ((1, 2.0),)
+    again = RunFolder.open(tmp_path / "half")
+    for updates, accuracy in ((9, 0.3), (12, 0.4), (8, 0.35), (13, 0.5)):  # died, resumed from 8
+        again.append_metrics({"updates": updates, "accuracy": accuracy})
+    curve = curve_of(tmp_path / "half")
+    assert (curve.updates, curve.accuracy) == ((7, 8, 13), (0.25, 0.35, 0.5))
     trained.clear()
     assert train_all(configs, tmp_path, address=None, console=QUIET) == 0
     assert trained == []
+    assert rays == []
     with pytest.raises(UserError, match="a run with other options"):
         train_all({"done": configs["new"]}, tmp_path, address=None, console=QUIET)
     monkeypatch.setattr(launch, "train", lambda *_args, **_options: 143)

@@ -1121,7 +1121,7 @@ def test_a_client_that_comes_and_goes_costs_the_partition_nothing(cluster: Clust
 def test_the_actor_serves_reports_snapshots_and_comes_back(tmp_path: Path) -> None:
     (part,) = split(num_parameters=P, num_features=F, num_decayed=0, num_partitions=1)
     first = actor.PartitionActor(part, EXACT, KEY, np.zeros(P, np.float32))
-    assert repr(first) == "Partition(1 of 1)"
+    assert repr(first) == "Partition 1 of 1"
     client = ParameterClient([first.endpoint()], key=KEY, num_mailboxes=1)
     assert push(client, 0, replica=4) is Outcome.APPLIED
     assert push(client, 1, replica=4, loss=float("nan")) is Outcome.REFUSED_LOSS

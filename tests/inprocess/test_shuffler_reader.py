@@ -5,6 +5,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shuffler import row_groups
 from shuffler.encoding import EncodedImages, PackedBits, encoding_of, schema_for
 from shuffler.errors import DatasetError
 from shuffler.reader import RowReader
@@ -136,6 +142,11 @@ def damage_magic(folder: Path) -> None:
     (folder / "train-00001-of-00003.parquet").write_bytes(b"not parquet at all")
 
 
+def truncate(folder: Path) -> None:
+    path = folder / "train-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def drop_label(folder: Path) -> None:
     rewrite(folder / "train-00001-of-00003.parquet", label=None)
 
@@ -190,6 +201,7 @@ def break_metadata(folder: Path) -> None:
     ("damage", "message"),
     [
         (damage_magic, r"train-00001-of-00003.parquet is not readable as Parquet"),
+        (truncate, r"train-00001-of-00003.parquet is not readable as Parquet.*copy it again"),
         (drop_label, r"train-00001-of-00003.parquet has no column 'label'"),
         (retype_label, r"train-00001-of-00003.parquet has column 'label' as string, not int64"),
         (retype_image, r"train-00000-of-00003.parquet has column 'image' as binary, not struct"),
@@ -223,6 +235,22 @@ def test_what_is_not_there(folder, uri, split, message):
     with pytest.raises(DatasetError, match=message) as error:
         Dataset.open(uri.format(folder=folder), split)
     assert "\n" not in str(error.value)
+
+
+def test_a_bucket_that_cannot_be_reached(monkeypatch):
+    """Nobody listens on the port: it is bound, but not listened on, while the test lasts."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        uri = (
+            f"s3://bucket/data?endpoint_override=127.0.0.1:{held.getsockname()[1]}"
+            "&scheme=http&region=us-east-1"
+        )
+        with pytest.raises(DatasetError, match=r"s3://bucket/data.*cannot be listed") as error:
+            Dataset.open(uri, "train")
+    assert "\n" not in str(error.value)
+    assert "check access" in str(error.value)
 
 
 def test_split_names(folder):
@@ -280,14 +308,104 @@ def test_class_names_as_hugging_face_writes_them(tmp_path):
     assert Dataset.open(tmp_path, "train").class_names == ("a", "b")
 
 
+def read_ahead(reader: RowReader) -> None:
+    """Wait until a reader has read all that it was told to prefetch."""
+    give_up_s = time.monotonic() + 30
+    while reader._groups._ahead_running:
+        assert time.monotonic() < give_up_s
+        time.sleep(0.001)
+
+
 def test_prefetched_rows_are_not_read_again(folder):
     reader = RowReader(Dataset.open(folder, "train"))
-    reader.prefetch(np.array([0, 8, 19]))
-    reader.prefetch(np.array([1, 9]))
-    reader._fetching.shutdown(wait=True)
+    reader.prefetch(np.array([0, 8]), np.array([1, 19]))
+    read_ahead(reader)
     for shard in folder.iterdir():
         shard.unlink()
     assert reader.take(np.array([2, 7, 18])).column("label").to_pylist() == [2, 1, 0]
+    assert (reader.hits, reader.misses) == (3, 3)
     with pytest.raises(DatasetError, match="cannot be read"):
         reader.take(np.array([4]))
     reader.close()
+
+
+def test_no_more_is_read_ahead_than_the_cache_holds(folder):
+    reader = RowReader(Dataset.open(folder, "train"), cache_bytes=1200)
+    for _ in range(3):  # the same windows again and again: nothing is read twice
+        reader.prefetch(np.array([1, 4, 8]), np.arange(20))
+        read_ahead(reader)
+    first = reader._groups._cache.keys()
+    assert {0, 1} <= first < set(range(8))
+    assert reader.misses == len(first)
+    reader.close()
+
+
+def test_reading_is_bounded_and_a_single_row_group_always_admitted(folder, monkeypatch):
+    """However many threads read, those in the middle of it hold so many bytes at most."""
+    monkeypatch.setattr(row_groups, "LEAST_READING_BYTES", 1)
+    reader = RowReader(Dataset.open(folder, "train"), cache_bytes=0, num_threads=8)
+    groups, lock, most = reader._groups, threading.Lock(), []
+    conform = row_groups.conform
+
+    def watched(table, schema):
+        with lock:
+            most.append(groups._reading_bytes)
+        return conform(table, schema)
+
+    monkeypatch.setattr(row_groups, "conform", watched)
+    assert len(reader.take(np.arange(20))) == 20
+    sizes = [sum(groups._sizes(group)) for group in range(8)]
+    assert sorted(most) == sorted(sizes)  # one at a time
+    assert groups._reading_bytes == 0
+    reader.close()
+
+
+_MEMORY = """
+import json, resource, sys
+import pyarrow as pa
+from shuffler.actor import ShufflerActor
+from shuffler.plan import Plan
+from shuffler.records import Dataset
+
+def resident_bytes():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) << 10
+
+plan = Plan(num_rows=Dataset.open(sys.argv[1], "train").num_rows, window_batches=8)
+shuffler = ShufflerActor(0, sys.argv[1], "train", plan, 10, 1, int(sys.argv[2]))
+resident, total, largest = [], 0, 0
+for epoch in range(2):
+    for window in plan.window_order(epoch).tolist():
+        part = shuffler.deliver(epoch, tuple(plan.window_batches_order(epoch, window).tolist()))
+        resident.append(resident_bytes())
+        total, largest = total + part.batch.nbytes, max(largest, part.batch.nbytes)
+        del part
+pool = pa.default_memory_pool()
+print(json.dumps([resident, total, largest, pool.max_memory()]))
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_shufflers_memory_is_its_caches_whatever_the_dataset(tmp_path):
+    """Two epochs of a dataset eight times the cache, in a process of its own."""
+    schema, random = schema_for(EncodedImages(), ()), np.random.default_rng(0)
+    path = tmp_path / "train-00000-of-00001.parquet"
+    with pq.ParquetWriter(path, schema, compression="none") as writer:
+        for _ in range(128):  # row groups of 1 MB
+            images = [{"bytes": random.bytes(1 << 14), "path": ""} for _ in range(64)]
+            writer.write_table(pa.table({"image": images, "label": [0] * 64}, schema=schema))
+    cache_bytes = 16 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY, str(tmp_path), str(cache_bytes)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    resident, total, largest, most_allocated = json.loads(done.stdout)
+    assert total > 2 * 8 * cache_bytes
+    # Cached row groups, those being read, and a window: as it came, in one piece, and in order.
+    assert most_allocated < cache_bytes + row_groups.LEAST_READING_BYTES + 3 * largest
+    early = max(resident[: len(resident) // 8])
+    assert max(resident) < early + cache_bytes

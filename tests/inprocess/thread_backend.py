@@ -73,7 +73,7 @@ class ThreadBackend:
         self.dead: set[int] = set()
         self.corpses: list[ReplicasActor | None] = []
         self.evaluator: EvaluatorActor | None = None
-        self.windows_run = 0
+        self.windows_run = self.spares_made = 0
         self.on_window: Any = None
         """Called with (backend, replica, lease) before a window is run: where faults are put."""
         self._lock = threading.Lock()
@@ -132,6 +132,9 @@ class ThreadBackend:
             return index
 
         return self.pool.submit(start)
+
+    def make_spares(self) -> None:
+        self.spares_made += 1
 
     def add_process(self, replicas: tuple[int, ...]) -> int:
         self.processes = (*self.processes, replicas)

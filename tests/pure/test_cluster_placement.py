@@ -11,6 +11,8 @@ from cluster.placement import (
     Role,
     candidates,
     demand,
+    disk_of,
+    disks,
     spread,
 )
 
@@ -36,6 +38,24 @@ def test_without_labels_replicas_are_on_every_node_that_computes() -> None:
     plain = (HEAD, Node(id="x", address="10.0.0.9", cpus=1))
     assert ids("replicas", nodes=plain) == "x"
     assert ids("partitions", nodes=plain) == "h"
+
+
+def test_shards_are_looked_for_on_the_shufflers_nodes_or_on_all_that_compute() -> None:
+    def found(*nodes: Node, config: PlacementConfig | None = None) -> str:
+        return "".join(n.id for n in disks(config or PlacementConfig(), nodes, "h"))
+
+    assert found(*NODES) == "sba"
+    reader = Node(id="r", address="10.0.0.8", cpus=1, labels={"downpour": "shufflers"})
+    assert found(*NODES, reader) == "r"
+    assert found(*NODES, reader, config=PlacementConfig(shufflers_on="driver")) == "h"
+    assert found(*NODES, config=PlacementConfig(shufflers_on="gold")) == "b"
+
+
+def test_a_nodes_folder_is_its_labels_or_its_addresses() -> None:
+    named = Node(id="n", address="10.0.0.7", labels={"downpour-node": "seven"})
+    assert disk_of("/disk/{node}/data", named) == "/disk/seven/data"
+    assert disk_of("/disk/{node}/data", HEAD) == "/disk/10.0.0.1/data"
+    assert disk_of("/disk/data", named) == "/disk/data"
 
 
 @pytest.mark.parametrize(

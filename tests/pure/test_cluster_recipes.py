@@ -100,3 +100,7 @@ def test_scoring_keeps_to_its_share_of_the_time() -> None:
     policy = PolicyConfig(evaluate_every_s=5, evaluation_share=0.1)
     assert next_evaluation_s(policy, 100, 100.2) == 105
     assert next_evaluation_s(policy, 100, 103) == pytest.approx(130)
+    # Held up, as by a machine that was suspended: it costs no more than twice the shortest.
+    assert next_evaluation_s(policy, 100, 103, 2.0) == pytest.approx(130)
+    assert next_evaluation_s(policy, 100, 110, 2.0) == pytest.approx(140)
+    assert next_evaluation_s(policy, 100, 190, 2.0) == 190

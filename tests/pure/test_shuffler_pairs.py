@@ -53,6 +53,24 @@ def test_no_pair_repeats_at_the_size_of_cifar10_for_50_epochs():
     assert found.chance > 30_000
 
 
+def test_no_pair_repeats_at_the_size_of_imagenet_for_100_epochs():
+    """The company of 2,000 rows in 100 epochs, through the arithmetic that says where a row is."""
+    plan, epochs = Plan(num_rows=1_281_167, seed=4), 100
+    q = plan.num_batches
+    chosen = np.random.default_rng(0).choice(plan.num_rows, 2000, replace=False)
+    company = np.full((len(chosen), epochs, plan.batch_size), -1, dtype=np.int64)
+    for epoch in range(epochs):
+        batches = (chosen % q - plan.slope(epoch) * (chosen // q)) % q
+        rows, lengths = plan.rows_of(epoch, batches)
+        company[:, epoch][np.arange(plan.batch_size) < lengths[:, None]] = rows
+    own = company == chosen[:, None, None]
+    assert (own.sum(axis=2) == 1).all()  # each row is where it should be, once an epoch
+    company[own] = -1
+    others = np.sort(company.reshape(len(chosen), -1), axis=1)
+    assert (others >= 0).sum() > 2000 * 100 * 30
+    assert not ((others[:, 1:] == others[:, :-1]) & (others[:, 1:] >= 0)).any()
+
+
 def test_other_loaders_repeat_many_times_more_than_chance():
     shards = (1000,) * 20
     kwargs = {"num_rows": 20_000, "shard_rows": shards}

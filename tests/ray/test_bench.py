@@ -77,9 +77,26 @@ def test_shuffle(tmp_path: Path) -> None:
     assert result["small"]["ratio_to_plain_loop_per_core"] > 0
     assert result["pairs_cifar10"]["repeats"] == 0
     assert result["planning"]["peak_mb"] < 10
-    assert result["resume"]["first_batch_ms"] > 0
+    assert result["resume_cifar10"]["first_batch_ms"] > 0
+    assert result["resume_many"]["rows"] == 20_000
     assert result["resident_1x"]["complete"]
     assert result["resident_4x"]["complete"]
+
+
+def test_simulate(tmp_path: Path) -> None:
+    record = bench("simulate", tmp_path=tmp_path)
+    assert record["rounds"][0]["2"]["measured"]["step_s"] > 0
+    # A machine that does other things meanwhile is no measure; nonsense is another matter.
+    for key in ("updates_per_s", "staleness_mean"):
+        assert 0.3 < record["result"]["2"][key]["predicted_ratio"] < 3
+
+
+def test_recovery(tmp_path: Path) -> None:
+    result = bench("recovery", "--only", "all", tmp_path=tmp_path)["result"]
+    assert result["actor_s"] > 0
+    assert result["all"]["spare_memory_mb"] > 0
+    for kind in ("replicas", "partition"):
+        assert result["all"][kind]["rate_before"] > 0
 
 
 def test_one_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """`downpour serve` in a process of its own: the answers of `predict`, refusals, and batches."""
 
+import contextlib
 import json
-import socket
+import os
+import re
+import stat
+import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,68 +19,145 @@ from cluster import inference
 from tests.inprocess.test_inference import _config, _file, _make_run, _pixels
 from tests.inprocess.tiny import write_split
 from tests.ray import commands
+from tests.strangers import beyond_loopback, kind_of_refusal, listening
 from workers.predictor import Predictor
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class _Server:
+    """A server that answers, and a caller of it who may show a key."""
+
+    def __init__(self, process: Any, port: int, header: Path) -> None:
+        self.process = process
+        self.port = port
+        self.header = header
+        self.key = header.read_text().partition("Bearer ")[2].strip()
+
+    def ask(
+        self, path: str, body: bytes | None = None, shown: str | None = None
+    ) -> tuple[int, Any]:
+        """Status and JSON; `shown` is the Authorization header, the right one by default."""
+        shown = f"Bearer {self.key}" if shown is None else shown
+        headers = {"Authorization": shown} if shown else {}
+        url = f"http://127.0.0.1:{self.port}{path}"
+        try:
+            request = urllib.request.Request(url, data=body, headers=headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
 
 
-def _ask(url: str, body: bytes | None = None) -> tuple[int, Any]:
-    request = urllib.request.Request(url, data=body)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
-
-
-def test_images_over_http(tmp_path: Path) -> None:
-    write_split(tmp_path / "data", "train", *_pixels(320, 1))
-    write_split(tmp_path / "data", "test", *_pixels(40, 2), shards=1)
-    _make_run(tmp_path / "run", _config(tmp_path / "data"))
-    port = _free_port()
-    log = tmp_path / "log"
-    process = commands.start(
-        "serve", tmp_path / "run", "--port", str(port), "--batch-wait-s", "0.05", log=log
-    )
+@contextlib.contextmanager
+def _served(run: Path, log: Path, *options: str | Path) -> Iterator[_Server]:
+    """`downpour serve` while the context lasts."""
+    port = commands.free_port()
+    process = commands.start("serve", run, "--port", str(port), *options, log=log)
     try:
         commands.wait_for(
             lambda: "try: curl" in log.read_text() or process.poll() is not None, "the server"
         )
         assert process.poll() is None, log.read_text()
-        url = f"http://127.0.0.1:{port}"
+        header = re.search(r"-H @(\S+)", log.read_text())
+        assert header is not None
+        yield _Server(process, port, Path(header[1]))
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own, where the key is kept."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def _run(folder: Path) -> Path:
+    write_split(folder / "data", "train", *_pixels(320, 1))
+    write_split(folder / "data", "test", *_pixels(40, 2), shards=1)
+    _make_run(folder / "run", _config(folder / "data"))
+    return folder / "run"
+
+
+@pytest.mark.usefixtures("home")
+def test_images_over_http(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    with _served(run, tmp_path / "log", "--batch-wait-s", "0.05") as server:
         files = [_file(image) for image in _pixels(10, 7)[0]]
-        trained = inference.load(tmp_path / "run")
+        trained = inference.load(run)
         names = [str(i) for i in range(10)]
         expected = inference.predict(
             Predictor([trained.network]), trained.class_names, files, names, top=5
         )
         for data, wanted in zip(files, expected, strict=True):
-            status, answer = _ask(f"{url}/predict", data)
+            status, answer = server.ask("/predict", data)
             assert status == 200
             found = answer["predictions"]
             assert [p["class"] for p in found] == [p["class"] for p in wanted]
             for mine, other in zip(found, wanted, strict=True):
                 assert mine["probability"] == pytest.approx(other["probability"], abs=1e-5)
-        status, answer = _ask(f"{url}/predict", files[0][:150])
+        status, answer = server.ask("/predict", files[0][:150])
         assert status == 400
         assert "cannot be decoded" in answer["error"]
-        before = _ask(f"{url}/stats")[1]
+        before = server.ask("/stats")[1]
         with ThreadPoolExecutor(100) as pool:
-            burst = list(pool.map(lambda i: _ask(f"{url}/predict", files[i % 10]), range(100)))
+            burst = list(pool.map(lambda i: server.ask("/predict", files[i % 10]), range(100)))
         assert {status for status, _ in burst} == {200}
         for i, (_, answer) in enumerate(burst):
             assert answer["predictions"][0]["class"] == expected[i % 10][0]["class"]
-        after = _ask(f"{url}/stats")[1]
+        after = server.ask("/stats")[1]
         assert after["requests"] - before["requests"] == 100
         assert after["batches"] - before["batches"] <= 50
         assert after["largest_batch"] > 1
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0, log.read_text()
+
+
+def test_the_key_opens_every_path_and_is_written_nowhere(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On loopback, too. And with a key of the user's own."""
+    run = _run(tmp_path)
+    image = _file(_pixels(1, 7)[0][0])
+    own = home / "key"
+    own.write_text("0123456789abcdef0123\n")
+    own.chmod(0o600)
+    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        logs = []
+        for options in ((), ("--key-file", own)):
+            log = tmp_path / f"log{len(logs)}"
+            logs.append(log)
+            with _served(run, log, *options) as server:
+                assert (server.key == "0123456789abcdef0123") == bool(options)
+                for path in ("/predict", "/stats", "/", "/-/healthz", "/-/routes"):
+                    for shown in ("", "Bearer ", f"Bearer {server.key}0", server.key):
+                        status, answer = server.ask(path, shown=shown)
+                        assert (status, "key" in answer["error"]) == (401, True), (path, shown)
+                assert server.ask("/predict", image, shown="")[0] == 401
+                assert server.ask("/predict", image)[0] == 200
+
+                assert server.header.parent == home / ".downpour"
+                assert stat.S_IMODE(server.header.stat().st_mode) == 0o600
+                processes = commands.descendants(server.process.pid)
+                texts = _read(run, *logs, Path(short))
+                for pid in (server.process.pid, *processes):
+                    for name in ("cmdline", "environ"):
+                        with contextlib.suppress(OSError):  # it has ended
+                            texts[f"{name} of {pid}"] = Path(f"/proc/{pid}/{name}").read_bytes()
+                assert len(texts) > 2 * len(processes)
+                assert [place for place, t in texts.items() if server.key.encode() in t] == []
+
+                ports = listening({server.process.pid, *processes})
+                assert ("127.0.0.1", server.port) in ports
+                assert {at for at in ports if beyond_loopback(at[0])} == set()
+                assert {kind_of_refusal("127.0.0.1", port) for _, port in ports} == {"grpc", "http"}
+            assert not server.header.exists()
+
+
+def _read(*places: Path) -> dict[str, bytes]:
+    """Contents of all files there, but for sockets and the like."""
+    files = [f for p in places for f in (p.rglob("*") if p.is_dir() else [p])]
+    return {str(f): f.read_bytes() for f in files if f.is_file() and os.access(f, os.R_OK)}

@@ -1,0 +1,180 @@
+"""The command `downpour simulate`, as click sees it, and how a forecast is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cluster import recipes
+from cluster.config import RunConfig, processors
+from cluster.errors import UserError
+from cluster.options import ConfigCommand, apply, config_options
+from cluster.run_folder import RunFolder
+from cluster.simulate.likeness import Likeness, likeness
+from cluster.simulate.options import SimulateConfig, configured, make_inputs
+from cluster.simulate.run import Forecast, Simulation
+
+
+@click.command(cls=ConfigCommand)
+@config_options(SimulateConfig)
+@click.argument("recipe", required=False)
+@click.option(
+    "--like",
+    "run",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="A run that was measured: its configuration, and what its steps and pushes cost.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Save the histogram of staleness as a picture.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def simulate(
+    recipe: str | None,
+    run: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    given: dict[str, object],
+) -> None:
+    """Predict staleness and throughput of RECIPE, or of a run like another, on a virtual clock.
+
+    The server's own decisions on staleness, duplicates and leases are run; time is simulated.
+    """
+    if (recipe is None) == (run is None):
+        raise UserError("nothing, or both of two, to simulate: name a recipe or a run with --like")
+    options = apply(SimulateConfig(), given)
+    folder = None if run is None else RunFolder.open(run)
+    config = recipes.find(recipe) if folder is None and recipe else _of(folder)
+    measured = None if folder is None else likeness(folder, partitions_of(config), processors())
+    forecast = predict(config, options, measured, show_progress=not as_json)
+    if plot is not None:
+        from cluster.report import plot_histogram
+
+        plot_histogram(plot, list(enumerate(forecast.staleness.counts.tolist())), title(forecast))
+    if as_json:
+        click.echo(json.dumps(as_plain(forecast, measured)))
+    else:
+        show(forecast, measured, Console())
+
+
+def predict(
+    config: RunConfig,
+    options: SimulateConfig,
+    measured: Likeness | None,
+    *,
+    show_progress: bool = False,
+) -> Forecast:
+    """What a run of `config` would show."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from cluster.launch import check_data
+
+    simulated = configured(config, options)
+    inputs = make_inputs(
+        simulated,
+        options,
+        num_rows=check_data(config).plan.num_rows,
+        num_parameters=config.model_spec().build_flat().layout.num_parameters,
+        like=measured,
+    )
+    console = Console(stderr=True)
+    columns = ("updates", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = show_progress and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task("updates", total=None)
+        return Simulation(inputs).forecast(
+            seconds=options.seconds,
+            progress=lambda done, total: bar.update(task, completed=done, total=total or None),
+        )
+
+
+def partitions_of(config: RunConfig) -> int:
+    """How many partitions a run of `config` has on this machine."""
+    return config.server.num_partitions(config.model_spec().build_flat().layout.num_parameters)
+
+
+def _of(folder: RunFolder | None) -> RunConfig:
+    assert folder is not None
+    return recipes.admit(folder.config())
+
+
+def title(forecast: Forecast) -> str:
+    """What was simulated, on one line."""
+    return (
+        f"{_count(forecast.replicas, 'replica')} x {_count(forecast.concurrent_steps, 'step')}, "
+        f"{_count(forecast.processes, 'process')}, {_count(forecast.partitions, 'partition')}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def as_plain(forecast: Forecast, measured: Likeness | None) -> dict[str, Any]:
+    """A forecast as JSON has it, beside what it was made from."""
+    plain = {
+        field.name: getattr(forecast, field.name)
+        for field in dataclasses.fields(forecast)
+        if field.name != "staleness"
+    }
+    plain["staleness"] = {
+        **forecast.staleness.summary(),
+        "histogram": [[i, int(n)] for i, n in enumerate(forecast.staleness.counts) if n],
+    }
+    if measured is not None:
+        plain["like"] = dataclasses.asdict(measured)
+    return plain
+
+
+def show(forecast: Forecast, measured: Likeness | None, console: Console) -> None:
+    """Print a table."""
+    staleness = forecast.staleness.summary()
+    table = Table(title=title(forecast), title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("predicted", justify="right")
+    if measured is not None:
+        table.add_column("run it is like", justify="right")
+
+    def add(name: str, value: str, there: str = "") -> None:
+        table.add_row(name, value, *([there] if measured is not None else []))
+
+    def of(text: str) -> str:
+        return text if measured is not None else ""
+
+    add(
+        "updates a second",
+        f"{forecast.updates_per_s:,.0f}",
+        of(f"{measured.updates_per_s:,.0f}" if measured else ""),
+    )
+    add("mini-batches settled a second", f"{forecast.batches_per_s:,.0f}")
+    add(
+        "staleness, mean",
+        f"{staleness['mean']:,.1f}",
+        of(f"{measured.staleness_mean:,.1f}" if measured else ""),
+    )
+    add(
+        "staleness, median / 99% / highest",
+        f"{staleness['p50']:,} / {staleness['p99']:,} / {staleness['max']:,}",
+    )
+    add("push to last answer, ms", f"{forecast.push_ms:,.2f}")
+    add("wait for weights, ms a step", f"{forecast.pull_wait_ms:,.2f}")
+    add("processors used, replicas / server", "{:.0%} / {:.0%}".format(*forecast.busy))
+    if forecast.deaths:
+        add("deaths", f"{forecast.deaths:,}")
+        add("pushes repeated", f"{forecast.repeated:,}")
+    console.print(table)
+    console.print(
+        f"{forecast.updates:,} updates in {forecast.seconds:,.2f} s of simulated time",
+        style="dim",
+        highlight=False,
+    )

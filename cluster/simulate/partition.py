@@ -1,0 +1,218 @@
+"""A partition on the virtual clock: the server's own decisions, without weights.
+
+What becomes of a push is decided by `PartitionState`, and whose turn it is where staleness is
+bounded by `Admission`, as on a real partition. The loop around them is modelled after
+`paramserver.server`: connections that have something are served in turn, a packet at a time, and
+a packet is answered when all of it has been taken.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.simulate.clock import Body, Clock, Processors, Thread
+from cluster.simulate.inputs import Costs
+from paramserver.bounded import Admission, Permit
+from paramserver.messages import Outcome, PermitRequest, Push
+from paramserver.partition import split
+from paramserver.policy import Decision
+from paramserver.server import PUSHES_A_TURN
+from paramserver.staleness import Histogram
+from paramserver.state import PartitionState, UpdateConfig, Version
+
+Message = Push | PermitRequest
+NOTHING = torch.empty(0)
+
+
+class Weightless(PartitionState):
+    """A partition's state without weights: all that is decided, and nothing that is computed."""
+
+    def __init__(self, config: UpdateConfig) -> None:
+        """Version 0."""
+        (partition,) = split(num_parameters=1, num_features=0, num_decayed=0, num_partitions=1)
+        super().__init__(
+            partition, config, Version(weights=torch.zeros(1), statistics=torch.empty(2, 0))
+        )
+
+    def take(self, push: Push) -> Outcome:
+        """Take in one push, whose gradient is as it should be."""
+        return self.apply(push, NOTHING, NOTHING, self.current)
+
+    def _sound(self, gradient: Tensor, moments: Tensor, norm: float) -> bool:
+        return True
+
+    def _update(
+        self, gradient: Tensor, moments: Tensor, norm: float, decision: Decision, into: Version
+    ) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class Line:
+    """A connection as the partition sees it."""
+
+    number: int
+    packets: deque[list[Message]]
+    pulls: deque[list[int]]
+    """Pulls asked for over the network, each with the versions that it is to fill in."""
+    answer: Callable[[list[tuple[int, Outcome]]], None]
+    """Sends the answers to a packet: mailbox and outcome."""
+    send_weights: Callable[[list[int], int], None]
+    """Sends weights of a version for a pull."""
+    is_open: bool = True
+
+
+class VirtualPartition:
+    """One partition; it may die, and be started again."""
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        config: UpdateConfig,
+        clock: Clock,
+        processors: Processors,
+        costs: Costs,
+        rng: random.Random,
+    ) -> None:
+        """It is up, at version 0."""
+        self.index = index
+        self._config = config
+        self._clock = clock
+        self._processors = processors
+        self._costs = costs
+        self._rng = rng
+        self.state = Weightless(config)
+        self.seen = Histogram()
+        """Staleness of what was applied since somebody last emptied this."""
+        self.applied = 0
+        """Updates so far, those that a death has taken back among them."""
+        self._saved = self.state.dump()
+        self.up = False
+        self._count = 0
+        self.start()
+
+    def start(self) -> None:
+        """Serve from the last checkpoint on."""
+        self.state = Weightless(self._config)
+        self.state.load(*self._saved)
+        policy = self._config.policy
+        self._admission: Admission[tuple[Line, Push]] | None = None
+        if policy.staleness_policy == "bounded":
+            self._admission = Admission(policy.staleness_bound)
+        self._lines: dict[int, Line] = {}
+        self._ready: dict[int, Line] = {}
+        """Connections that have something, in the order in which they had it."""
+        self._thread = Thread(self._processors, self._body())
+        self.up = True
+
+    def save(self) -> None:
+        """Take a checkpoint. What the copy costs is not modelled."""
+        self._saved = self.state.dump()
+
+    def die(self) -> None:
+        """Lose everything since the last checkpoint."""
+        self.up = False
+        self._thread.end()
+        for line in self._lines.values():
+            line.is_open = False
+
+    @property
+    def version(self) -> int:
+        """The version that a pull would get now."""
+        return self.state.version
+
+    def connect(
+        self,
+        answer: Callable[[list[tuple[int, Outcome]]], None],
+        send_weights: Callable[[list[int], int], None],
+    ) -> Line:
+        """A new connection."""
+        self._count += 1
+        line = Line(self._count, deque(), deque(), answer, send_weights)
+        self._lines[line.number] = line
+        return line
+
+    def leave(self, line: Line) -> None:
+        """A connection's other end is gone. What it had sent is still taken."""
+        if line.is_open and self._admission is not None:
+            self._admission.leave(line.number)
+        line.is_open = False
+
+    def come(
+        self, line: Line, packet: list[Message] | None = None, pull: list[int] | None = None
+    ) -> None:
+        """Something has come in on a connection."""
+        if not self.up or self._lines.get(line.number) is not line:
+            return
+        if packet is not None:
+            line.packets.append(packet)
+        if pull is not None:
+            line.pulls.append(pull)
+        self._ready.setdefault(line.number, line)
+        self._thread.wake()
+
+    def _body(self) -> Body:
+        while True:
+            if not self._ready:
+                yield None
+                continue
+            ready, self._ready = list(self._ready.values()), {}
+            for line in ready:
+                for _ in range(PUSHES_A_TURN):
+                    if not line.packets:
+                        break
+                    yield from self._take(line, line.packets.popleft())
+                while line.pulls:
+                    line.send_weights(line.pulls.popleft(), self.version)
+                if line.packets:
+                    self._ready.setdefault(line.number, line)
+            if self._admission is not None:
+                yield from self._go_on(self._admission)
+
+    def _take(self, line: Line, packet: list[Message]) -> Body:
+        if self._costs.bell_s:
+            yield self._costs.bell_s
+        answers: list[tuple[int, Outcome]] = []
+        for message in packet:
+            if self._admission is None:
+                assert isinstance(message, Push)
+                yield self._costs.apply.draw(self._rng)
+                answers.append((message.mailbox, self._apply(message)))
+            elif not line.is_open:
+                continue
+            elif isinstance(message, PermitRequest):
+                self._admission.ask((line.number, message.mailbox))
+            else:
+                key = (line.number, message.mailbox)
+                self._admission.push(key, message.version, (line, message))
+        if answers and line.is_open:
+            line.answer(answers)
+
+    def _apply(self, push: Push) -> Outcome:
+        staleness = self.state.version - push.version
+        outcome = self.state.take(push)
+        if outcome is Outcome.APPLIED:
+            self.seen.add(staleness)
+            self.applied += 1
+        return outcome
+
+    def _go_on(self, admission: Admission[tuple[Line, Push]]) -> Body:
+        answers: dict[int, list[tuple[int, Outcome]]] = {}
+        while (due := admission.next(self.state.version)) is not None:
+            number, mailbox = due.key
+            if isinstance(due, Permit):
+                outcome = Outcome.PERMITTED
+            else:
+                yield self._costs.apply.draw(self._rng)
+                outcome = self._apply(due.push[1])
+            answers.setdefault(number, []).append((mailbox, outcome))
+        for number, told in answers.items():
+            if self._lines[number].is_open:
+                self._lines[number].answer(told)

@@ -1,0 +1,67 @@
+"""What Ray's dashboard calls our actors, and that it does not ask them for their names again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.launch import on_ray
+from shuffler.actor import ShufflerActor
+from tests.ray import commands
+from workers.actor import EvaluatorActor, ReplicasActor
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """Ray, with the dashboard's processes, which answer for the names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # not for the tests that follow
+        with on_ray(address=None, dashboard=True):
+            import ray
+
+            yield ray
+
+
+def _named(actor: type, **attributes: Any) -> str:
+    """What an actor with these attributes is called."""
+    made = actor.__new__(actor)
+    vars(made).update(attributes)
+    return repr(made)
+
+
+def test_names_are_readable() -> None:
+    assert _named(ReplicasActor, _ids=(3,)) == "Replica 3"
+    assert _named(ReplicasActor, _ids=(0, 2)) == "Replicas 0, 2"
+    assert _named(ShufflerActor, _index=1) == "Shuffler 1"
+    assert _named(EvaluatorActor) == "Evaluator"
+
+
+class _Counts:
+    """An actor whose name says how far it is."""
+
+    def __init__(self) -> None:
+        self._step = 0
+
+    def __repr__(self) -> str:
+        return f"Replica 3 · step {self._step:,}"
+
+    def train(self) -> str:
+        self._step += 1204
+        return repr(self)
+
+
+def test_a_name_is_that_of_the_start(ray: Any) -> None:
+    """Where this fails, Ray has learnt to show progress, and names of ours can have the step."""
+    from ray.util.state import list_actors
+
+    actor = ray.remote(_Counts).remote()
+    assert ray.get([actor.train.remote() for _ in range(3)])[-1] == "Replica 3 · step 3,612"
+
+    def shown() -> set[str]:
+        return {a.repr_name for a in list_actors(detail=True) if a.class_name == "_Counts"}
+
+    assert commands.wait_for(shown, "the dashboard's answer") == {"Replica 3 · step 0"}
