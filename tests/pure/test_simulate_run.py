@@ -153,6 +153,20 @@ def test_deaths_cost_time_and_no_mini_batch(partitions: int) -> None:
         assert found.repeated > 0
 
 
+def test_thousands_of_replicas_are_kept_in_one_histogram() -> None:
+    """Every turn of a slot lies between its pull and its push: 5 x 500, and what is kept back."""
+    simulation = Simulation(inputs(config(500, 5), spread=0.2))
+    found = simulation.forecast()
+    assert found.staleness.summary()["mean"] == pytest.approx(2_500, rel=0.01)
+    partition = simulation.partitions[0]
+    assert list(partition.state.staleness.dump()) == [0]
+    partition.save()
+    partition.start()  # from its checkpoint: a record of the same kind
+    assert partition.state.staleness.all().total == partition.state.version > 0
+    partition.state.staleness.add(7, 1)
+    assert list(partition.state.staleness.dump()) == [0]
+
+
 def test_a_run_that_dies_all_the_time_says_so() -> None:
     faults = Faults(partition_mtbf_s=0.001, restart_s=10.0)
     with pytest.raises(UserError, match="--restart-s"):
