@@ -60,7 +60,7 @@ class Weightless(PartitionState):
 
     def take(self, push: Push) -> Outcome:
         """Take in one push, whose gradient is as it should be."""
-        return self.apply(push, NOTHING, NOTHING, self.current)
+        return self.apply(push, NOTHING, NOTHING)
 
     def _sound(self, gradient: Tensor, moments: Tensor, norm: float) -> bool:
         return True

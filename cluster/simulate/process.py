@@ -20,7 +20,7 @@ from cluster.simulate.inputs import Costs
 from cluster.simulate.partition import Message
 from paramserver.messages import Outcome, PermitRequest, Push
 from shuffler.lease import Lease
-from workers.replica import BELL_EVERY, num_mailboxes
+from workers.replica import num_mailboxes, turns_together
 from workers.spec import StepConfig
 
 Waiting = Generator[float | None, None, bool]
@@ -38,7 +38,7 @@ class Way(Protocol):
     def send(self, packet: list[Message]) -> None:
         """Send a packet; pushes over the network take their gradients along."""
 
-    def ask_weights(self, versions: list[int], process: VirtualProcess, turn: Turn) -> None:
+    def ask_weights(self, fetched: Fetched, process: VirtualProcess) -> None:
         """Ask for weights over the network; `process.pulled` is told of them."""
 
 
@@ -55,18 +55,27 @@ class Task:
 
 
 @dataclass(eq=False)
+class Fetched:
+    """Weights that were pulled for some turns."""
+
+    versions: list[int]
+    turn: int
+    """Turns that the process had taken when they were pulled."""
+    users: int = 0
+    waiting: int = 0
+    """Partitions whose weights are still on their way."""
+
+
+@dataclass(eq=False)
 class Turn:
     """One slot in the rotation. Fields as in `workers.replica`."""
 
     replica: int
-    versions: list[int]
     mailbox: int | None = None
     in_flight: bool = False
     asked: bool = False
-    fetched: bool = False
+    fetched: Fetched | None = None
     since_fetch: int = 0
-    waiting: int = 0
-    """Partitions whose weights are still on their way."""
     task: Task | None = None
     batches: tuple[int, ...] = ()
     done: int = 0
@@ -109,13 +118,15 @@ class VirtualProcess:
         """Connect to every partition, and wait for windows."""
         self.ways = list(ways)
         self._turns = [
-            Turn(replica, [0] * len(ways))
-            for _ in range(self.config.concurrent_steps)
-            for replica in self.replicas
+            Turn(replica) for _ in range(self.config.concurrent_steps) for replica in self.replicas
         ]
         nearby = all(way.nearby for way in ways)
         self._free = list(range(num_mailboxes(len(self._turns), self.config, nearby)))
-        self._bell_every = BELL_EVERY if len(self._turns) >= 2 * BELL_EVERY else 1
+        self._bell_every = turns_together(len(self._turns))
+        self._together = 1 if self.config.by_permit else self._bell_every
+        self._latest: Fetched | None = None
+        self._taken = 0
+        """Turns that had something to do, until now."""
         self._outbox: list[list[Message]] = [[] for _ in ways]
         self._queues: dict[int, deque[Task]] = {r: deque() for r in self.replicas}
         self._pushed: dict[int, Turn] = {}
@@ -142,9 +153,9 @@ class VirtualProcess:
         self._inbox.extend((partition, mailbox, outcome) for mailbox, outcome in answers)
         self._thread.wake()
 
-    def pulled(self, turn: Turn) -> None:
+    def pulled(self, fetched: Fetched) -> None:
         """A partition's weights have come."""
-        turn.waiting -= 1
+        fetched.waiting -= 1
         self._thread.wake()
 
     def _body(self) -> Body:
@@ -179,22 +190,27 @@ class VirtualProcess:
 
     def _take(self, turn: Turn) -> Waiting:
         if not turn.batches and not (yield from self._next_push(turn)):
-            turn.fetched = False
+            yield from self._let_go(turn)
             return False
         assert turn.mailbox is not None
-        if not turn.fetched:
+        if turn.fetched is None:
             if self.config.by_permit and not self._permitted(turn):
                 return False
             yield from self._fetch(turn)
-        yield from self._await_weights(turn)
+        assert turn.fetched is not None
+        since_s = self.clock.now_s
+        yield from self._await_weights(turn.fetched)
+        self.counts.pull_s += self.clock.now_s - since_s
         yield self.costs.step.draw(self.rng) * self.step_times
+        self._taken += 1
         self.counts.steps += 1
         turn.done += 1
         turn.since_fetch += 1
         if turn.done == len(turn.batches):
             self._push(turn)
             if self.config.by_permit:
-                turn.fetched = turn.asked = False
+                yield from self._let_go(turn)
+                turn.asked = False
             elif len(self._turns) == 1:
                 yield from self._await_answer(turn)
         if not self.config.by_permit and turn.since_fetch >= self.config.n_fetch:
@@ -228,28 +244,42 @@ class VirtualProcess:
         return turn.mailbox not in self._asking
 
     def _fetch(self, turn: Turn) -> Body:
-        yield from self._await_weights(turn)
+        yield from self._let_go(turn)
+        latest = self._latest
+        if latest is None or self._taken - latest.turn >= self._together:
+            latest = self._latest = Fetched([0] * len(self.ways), self._taken)
+            for index, way in enumerate(self.ways):
+                if way.nearby:
+                    latest.versions[index] = way.version()
+                else:
+                    latest.waiting += 1
+                    way.ask_weights(latest, self)
+        latest.users += 1
+        turn.fetched = latest
         turn.since_fetch = 0
-        turn.fetched = True
-        for index, way in enumerate(self.ways):
-            if way.nearby:
-                turn.versions[index] = way.version()
-            else:
-                turn.waiting += 1
-                way.ask_weights(turn.versions, self, turn)
 
-    def _await_weights(self, turn: Turn) -> Body:
-        since_s = self.clock.now_s
-        while turn.waiting:
+    def _let_go(self, turn: Turn) -> Body:
+        fetched, turn.fetched = turn.fetched, None
+        if fetched is None:
+            return
+        fetched.users -= 1
+        if fetched.users:
+            return
+        if fetched is self._latest:
+            self._latest = None
+        yield from self._await_weights(fetched)
+
+    def _await_weights(self, fetched: Fetched) -> Body:
+        while fetched.waiting:
             yield None
-        self.counts.pull_s += self.clock.now_s - since_s
 
     def _push(self, turn: Turn) -> None:
         task, mailbox = turn.task, turn.mailbox
         assert task is not None
         assert mailbox is not None
         self._missing[mailbox] = len(self.ways)
-        for index, version in enumerate(turn.versions):
+        assert turn.fetched is not None
+        for index, version in enumerate(turn.fetched.versions):
             push = Push(
                 mailbox=mailbox,
                 replica=turn.replica,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cluster.simulate.clock import Body, Processors, Thread, Wire
 from cluster.simulate.partition import Message, VirtualPartition
-from cluster.simulate.process import Turn, VirtualProcess
+from cluster.simulate.process import Fetched, VirtualProcess
 from paramserver.messages import Outcome
 
 
@@ -32,7 +32,7 @@ class Local:
         """Send a packet."""
         self._partition.come(self.line, packet)
 
-    def ask_weights(self, versions: list[int], process: VirtualProcess, turn: Turn) -> None:
+    def ask_weights(self, fetched: Fetched, process: VirtualProcess) -> None:
         """Ask for weights; `process.pulled` is told of them."""
         raise AssertionError("weights nearby are copied")
 
@@ -56,19 +56,19 @@ class Remote:
         self._here, self._there, self._bytes = here, there, gradient_bytes
         self._came_s = self._sent_s = 0.0
         """When the last gradient or weights of this connection are there."""
-        self._asked: deque[Turn] = deque()
-        """Slots whose weights are on their way: they come in the order in which they were asked."""
+        self._asked: deque[Fetched] = deque()
+        """Pulls whose weights are on their way: they come in the order in which they were asked."""
         index = partition.index
 
         def answer(answers: list[tuple[int, Outcome]]) -> None:
             there.send(here, 0, lambda: process.answered(index, answers), self._sent_s)
 
         def send_weights(versions: list[int], version: int) -> None:
-            turn = self._asked.popleft()
+            fetched = self._asked.popleft()
 
             def arrived() -> None:
                 versions[index] = version
-                process.pulled(turn)
+                process.pulled(fetched)
 
             self._sent_s = there.send(here, weights_bytes, arrived)
 
@@ -85,11 +85,13 @@ class Remote:
             self._there, self._bytes * len(packet), lambda: partition.come(line, packet)
         )
 
-    def ask_weights(self, versions: list[int], process: VirtualProcess, turn: Turn) -> None:
+    def ask_weights(self, fetched: Fetched, process: VirtualProcess) -> None:
         """Ask for weights; `process.pulled` is told of them."""
         partition, line = self._partition, self.line
-        self._asked.append(turn)
-        self._here.send(self._there, 0, lambda: partition.come(line, pull=versions), self._came_s)
+        self._asked.append(fetched)
+        self._here.send(
+            self._there, 0, lambda: partition.come(line, pull=fetched.versions), self._came_s
+        )
 
 
 class Queue:

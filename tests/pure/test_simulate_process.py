@@ -10,11 +10,11 @@ import torch
 from cluster.simulate.clock import Clock, Processors
 from cluster.simulate.inputs import Costs, Spread
 from cluster.simulate.partition import Message
-from cluster.simulate.process import Counts, Task, Turn, VirtualProcess
+from cluster.simulate.process import Counts, Fetched, Task, VirtualProcess
 from paramserver.client import Settled
 from paramserver.messages import Outcome, Push
 from shuffler.lease import Lease
-from workers.replica import BELL_EVERY, Replicas, Window, num_mailboxes
+from workers.replica import Replicas, Window, num_mailboxes, turns_together
 from workers.spec import StepConfig
 
 Story = list[tuple[int, tuple[int, ...]]]
@@ -72,7 +72,7 @@ class FakeClient(Recorder):
 def really(replicas: tuple[int, ...], config: StepConfig, story: Story) -> list[Any]:
     """What the real thread of steps does."""
     slots = len(replicas) * config.concurrent_steps
-    client = FakeClient(BELL_EVERY if slots >= 2 * BELL_EVERY else 1)
+    client = FakeClient(turns_together(slots))
     step = SimpleNamespace(loss=1.0, gradient_norm=1.0)
     real = Replicas(
         replicas=replicas,
@@ -119,7 +119,7 @@ class FakeWay(Recorder):
         self.packet([(p.mailbox, p.replica, p.batches) for p in pushes])
         self._process.answered(0, [(p.mailbox, Outcome.APPLIED) for p in pushes])
 
-    def ask_weights(self, versions: list[int], process: VirtualProcess, turn: Turn) -> None:
+    def ask_weights(self, fetched: Fetched, process: VirtualProcess) -> None:
         raise AssertionError("nothing is far away")
 
 
