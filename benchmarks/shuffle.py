@@ -125,14 +125,19 @@ class _Bench:
         setup = {"workers": self._workers, "seconds": self._settings.seconds, "size": size}
         self.configuration[part] = {"images": count, "side": side, **setup}
         tasks = (*ways, "torch_images", "plain_images")
+        records = self._compare(part, tasks, data=folder, **setup)
         found = [
-            {task: each["images_per_s"] for task, each in record.items()}
-            for record in self._compare(part, tasks, data=folder, **setup)
+            {task: each["images_per_s"] for task, each in record.items()} for record in records
         ]
         rates = {task: median([f[task] for f in found]) for task in tasks}
         to_torch = {way: median([f[way] / f["torch_images"] for f in found]) for way in ways}
         first = ways[0]
         per_core = median([f[first] / (self._workers * f["plain_images"]) for f in found])
+        # What other processes take of the processors weighs on two workers, and not on one loop.
+        used, plain_used = (
+            median([record[task]["cpu_us_per_image"] for record in records])
+            for task in (first, "plain_images")
+        )
         torch, plain = rates["torch_images"], rates["plain_images"]
         self.result[part] = {
             "images_per_s": rates[first],
@@ -140,6 +145,8 @@ class _Bench:
             "plain_loop_images_per_s": plain,
             "ratio_to_torch_dataloader": to_torch[first],
             "ratio_to_plain_loop_per_core": per_core,
+            "cpu_us_per_image": used,
+            "plain_loop_cpu_us_per_image": plain_used,
         }
         words = {
             "ours_images": "threads",
@@ -164,6 +171,14 @@ class _Bench:
                 f"{rates[first] / self._workers:,.0f}",
                 f"bare loop {plain:,.0f}",
                 f"{per_core:.2f}",
+            )
+        )
+        self.rows.append(
+            (
+                f"{side}-pixel JPEGs, us of a processor for each",
+                f"{used:,.0f}",
+                f"bare loop {plain_used:,.0f}",
+                f"{plain_used / used:.2f}",
             )
         )
 

@@ -91,8 +91,14 @@ def ours_ranks(data: str, workers: int, seconds: float, size: int, **_: Any) -> 
         workers, mp_context=context, initializer=_set_barrier, initargs=(ready,)
     ) as pool:
         ranks = [pool.submit(_rank, data, seconds, size, rank, workers) for rank in range(workers)]
-        rates = [rank.result() for rank in ranks]
-    return {"images_per_s": sum(rates), "by_process": rates}
+        found = [rank.result() for rank in ranks]
+    rates = [each["images_per_s"] for each in found]
+    used = [each["cpu_us_per_image"] for each in found]
+    return {
+        "images_per_s": sum(rates),
+        "cpu_us_per_image": sum(used) / workers,
+        "by_process": rates,
+    }
 
 
 _BARRIER: list[Any] = []
@@ -102,10 +108,9 @@ def _set_barrier(barrier: Any) -> None:
     _BARRIER.append(barrier)
 
 
-def _rank(data: str, seconds: float, size: int, rank: int, world_size: int) -> float:
+def _rank(data: str, seconds: float, size: int, rank: int, world_size: int) -> dict[str, Any]:
     feed = _feed(data, size, num_threads=1, rank=rank, world_size=world_size)
-    found = _rate(iter(feed), seconds, lambda: _BARRIER[0].wait(60))
-    return float(found["images_per_s"])
+    return _rate(iter(feed), seconds, lambda: _BARRIER[0].wait(60))
 
 
 def ours_loader(data: str, workers: int, seconds: float, size: int, **_: Any) -> dict[str, Any]:
@@ -218,11 +223,13 @@ def _rate(
     if ready is not None:
         ready()
     began_s = now_s = time.perf_counter()
+    used_s = time.process_time()
     images = 0
     while now_s < began_s + seconds:
         images += len(next(batches)[0])
         now_s = time.perf_counter()
-    return {"images_per_s": images / (now_s - began_s)}
+    used_s = time.process_time() - used_s  # by all threads of this process, and no others
+    return {"images_per_s": images / (now_s - began_s), "cpu_us_per_image": 1e6 * used_s / images}
 
 
 def pairs(num_rows: int, epochs: int, **_: Any) -> dict[str, Any]:
