@@ -6,6 +6,9 @@ gradient and once for the weights; and an echo of the same bytes over raw TCP on
 fixed buffers on both sides. Over the network it is also timed without the update, by pushing a
 mini-batch that has been applied: that is the transport alone, as the echo is.
 
+All are timed in turns, so that each finds its memory as the others leave it, which is out of the
+caches. On one machine memcpy and push + pull are timed once more without the others in between.
+
     python -m benchmarks.push_pull [--json] [--repeat N] [--only SIZE]
 """
 
@@ -58,6 +61,8 @@ TITLES = {
     "encrypted-alone": "push + pull, network, without the update",
     "plain": "push + pull, network not encrypted, momentum SGD",
     "plain-alone": "push + pull, network not encrypted, without the update",
+    f"{MEMCPY}-again": "memcpy, one after the other",
+    f"{SHARED}-again": "push + pull, shared memory, one after the other",
 }
 """What is timed -> what that is, in the order in which it runs."""
 
@@ -233,7 +238,7 @@ def _candidates(children: _Children, num_bytes: int) -> dict[str, Callable[[], N
             found[SHARED] = round_trip(endpoint, Access(transport="shared"), 0, True)
         found[name] = round_trip(endpoint, access, 1, True)
         found[f"{name}-alone"] = round_trip(endpoint, access, 2, False)
-    return {name: found[name] for name in TITLES}
+    return found
 
 
 def measure(size: str, repeat: int, round_trips: int) -> list[dict[str, list[float]]]:
@@ -242,18 +247,24 @@ def measure(size: str, repeat: int, round_trips: int) -> list[dict[str, list[flo
     torch.set_num_threads(1)
     with _Children() as children:
         candidates = _candidates(children, SIZES[size])
-        for name in candidates:
+        for once in candidates.values():
             for _ in range(3):
-                candidates[name]()
+                once()
         for _ in range(repeat):
-            found: dict[str, list[float]] = {name: [] for name in candidates}
+            found: dict[str, list[float]] = {name: [] for name in TITLES}
             for _ in range(round_trips):
                 for name, once in candidates.items():
-                    began_s = time.perf_counter()
-                    once()
-                    found[name].append(time.perf_counter() - began_s)
+                    found[name].append(_seconds(once))
+            for name in (MEMCPY, SHARED):
+                found[f"{name}-again"] = [_seconds(candidates[name]) for _ in range(round_trips)]
             rounds.append(found)
     return rounds
+
+
+def _seconds(once: Callable[[], None]) -> float:
+    began_s = time.perf_counter()
+    once()
+    return time.perf_counter() - began_s
 
 
 def run(settings: Settings, say: Say) -> Report:
@@ -290,14 +301,16 @@ def run(settings: Settings, say: Say) -> Report:
 
 
 def _ratio(ms: dict[str, float], name: str) -> float:
-    if name in (MEMCPY, SHARED):
-        return ms[name] / ms[MEMCPY]
+    if name.startswith((MEMCPY, SHARED)):
+        return ms[name] / ms[f"{MEMCPY}-again" if name.endswith("-again") else MEMCPY]
     return ms[ECHO] / ms[name]
 
 
 def _shown(ms: dict[str, float], name: str) -> str:
     ratio = _ratio(ms, name)
-    return f"{ratio:.2f} x memcpy" if name in (MEMCPY, SHARED) else f"{ratio:.2f} of the echo"
+    return (
+        f"{ratio:.2f} x memcpy" if name.startswith((MEMCPY, SHARED)) else f"{ratio:.2f} of the echo"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
