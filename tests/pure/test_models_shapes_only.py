@@ -51,8 +51,8 @@ import sys
 from models import registry
 from models.shapes_only import shapes_only
 with shapes_only():
-    for name, arguments in (("mnist", {}), ("inception", {"image_size": 32})):
-        registry.build(name, 0, num_classes=10, batch_norm=True, **arguments)
+    for name, arguments in (("mnist", {}), ("inception", {"image_size": 32, "num_classes": 10})):
+        registry.build(name, 0, batch_norm=True, **arguments)
 print([m for m in sys.modules if m in ("torch._dynamo", "torch._decomp")])
 """
     done = subprocess.run(
