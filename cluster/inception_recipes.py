@@ -104,6 +104,11 @@ def bn_x5_sigmoid() -> RunConfig:
     return _recipe("bn-x5-sigmoid", times=5, modified=True, batch_norm=True, activation="sigmoid")
 
 
+VARIANTS = ("inception", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid")
+"""Recipes of section 4.2.2's figures."""
+FAILURES = ("inception-x5", "inception-sigmoid")
+"""What that section tells of without figures: one blows up, the other stays at chance."""
+
 ENSEMBLE: tuple[tuple[str, dict[str, object]], ...] = (
     ("larger initial weights", {"init_scale": LARGER_WEIGHTS}),
     ("dropout 5%", {"dropout": 0.05}),

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from cluster import inception_recipes
 from cluster.config import RunConfig
 from cluster.errors import UserError
 from cluster.options import ConfigCommand, TupleValue, config_options
@@ -94,11 +95,18 @@ address_option = click.option(
     show_default=True,
     help="Epochs of each of those runs.",
 )
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([*inception_recipes.VARIANTS, *inception_recipes.FAILURES]),
+    help="Train and report on this variant and Inception only; may be given several times.",
+)
 def inception(
     output: Path | None,
     address: str | None,
     search_rates: tuple[float, ...] | None,
     search_epochs: int,
+    only: tuple[str, ...],
     given: dict[str, object],
 ) -> int:
     """Section 4.2: the five variants and the two failures, Figures 2 and 3.
@@ -124,7 +132,7 @@ def inception(
         classes = next(iter(short.values())).model.num_classes
         given = {**given, "learning_rate": best_rate(tried, 1 / classes)}
         console.print(f"Inception's rate is {given['learning_rate']:g}")
-    runs = family(given)
+    runs = family(given, only)
     status = train_all(runs, folder / "runs", address=address, console=console)
     if status:
         return status

@@ -70,6 +70,16 @@ def test_without_a_baseline_that_learned_there_is_no_goal() -> None:
     assert not family.findings(family.figure_3(learned), chance=0.1)[-1][2]
 
 
+def test_some_variants_only(data: Path) -> None:
+    runs = family.family({"data": str(data)}, ["bn-x30", "inception-x5"])
+    assert list(runs) == ["inception", "bn-x30", "inception-x5"]
+    told = family.findings(family.figure_3({name: CURVES[name] for name in runs}), chance=0.1)
+    assert [claim for claim, _, _ in told] == [
+        "BN-x30 ends highest",
+        "Inception at 5 times the rate blows up",
+    ]
+
+
 def test_variants_follow_inceptions_rate_decay_and_weight_loss(data: Path) -> None:
     given = {
         "data": str(data),
