@@ -114,12 +114,14 @@ def train(
     address: str | None,
     dashboard: bool,
     console: Any,
+    age_s: float | None = None,
 ) -> int:
     """Train the run of `folder` to its end; returns the exit status of the process.
 
-    `data` is what `check_data` found for its configuration.
+    `data` is what `check_data` found for its configuration. The run began `age_s` ago; None says
+    that the process is for this run, and began with it.
     """
-    age_s = process_age_s()
+    age_s = process_age_s() if age_s is None else age_s
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     config = folder.config()
     with folder.locked():

@@ -58,7 +58,7 @@ def make_report(
             f"seeds of each (0 to {seeds - 1}); rate {schedule.learning_rate:g}, times "
             f"{schedule.decay_factor:g} an epoch; one replica for {_epochs(config)}. "
             "Numbers are mean ± standard deviation over seeds; "
-            f"{sum(c.seconds or 0 for c in curves.values()) / 3600:.2f} hours of training."
+            f"{sum(c.seconds for c in curves.values()) / 3600:.2f} hours of training."
         ),
         heading("Whose statistics"),
         paragraph(

@@ -188,7 +188,7 @@ def make_report(
     header = ["", "rate", "steps to Inception's best", "share", "best", "at the end"]
     header += ["paper: share", "paper: best"]
     model = config.model
-    hours = sum(c.seconds or 0 for c in (*curves.values(), *(tried or {}).values())) / 3600
+    hours = sum(c.seconds for c in (*curves.values(), *(tried or {}).values())) / 3600
     parts = [
         paragraph(
             f"{config.data.data}, {model.num_classes} classes, {model.input.height} pixels, width "

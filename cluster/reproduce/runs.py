@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED = "failed.json"
+PAUSE_S = 10.0
+"""Between two lines of metrics: the run, or all of the machine, was stopped meanwhile."""
 LOSSES = 100
 """Training losses of a run that a report keeps, about."""
 
@@ -40,8 +42,8 @@ class Curve:
     """Updates applied when the weights were scored."""
     accuracy: tuple[float, ...]
     """Share of the evaluation split, in [0, 1]."""
-    seconds: float | None
-    """Time that the run took, over all its sessions; None where it failed."""
+    seconds: float
+    """Time that the run was at work, over all its sessions."""
     failure: str | None = None
     """Why it did not come to its end."""
     losses: tuple[tuple[int, float], ...] = ()
@@ -127,7 +129,13 @@ def _train_all(
             run = RunFolder.create(path, config)
         try:
             status = launch.train(
-                run, data, resume=exists, address=address, dashboard=False, console=console
+                run,
+                data,
+                resume=exists,
+                address=address,
+                dashboard=False,
+                console=console,
+                age_s=0.0,
             )
         except RunFailed as error:
             # A network that blows up is a finding, not a mishap.
@@ -142,19 +150,18 @@ def _train_all(
 
 def curve_of(path: Path) -> Curve:
     """What a run's folder says of its accuracy."""
-    metrics = _lasting(read_metrics(path / METRICS))
+    read = read_metrics(path / METRICS)
+    metrics = _lasting(read)
     updates, accuracy = series(metrics, "accuracy")
-    failure = seconds = None
+    failure = None
     if (path / FAILED).exists():
         failure = json.loads((path / FAILED).read_text())["reason"]
-    else:
-        seconds = json.loads((path / RESULT).read_text())["elapsed_s"]
     at, loss = series(metrics, "loss")
     thin = slice(None, None, max(1, len(at) // LOSSES))
     return Curve(
         updates=tuple(int(u) for u in updates),
         accuracy=tuple(accuracy),
-        seconds=seconds,
+        seconds=_at_work([row["time"] for row in read]),
         failure=failure,
         losses=tuple((int(u), v) for u, v in zip(at[thin], loss[thin], strict=True)),
     )
@@ -168,6 +175,11 @@ def _lasting(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             kept.pop()
         kept.append(row)
     return kept
+
+
+def _at_work(times: Sequence[float]) -> float:
+    """Seconds between a run's metrics, written each second, without pauses of `PAUSE_S` or more."""
+    return sum(b - a for a, b in itertools.pairwise(times) if b - a < PAUSE_S)
 
 
 def curve_as_data(curve: Curve) -> dict[str, Any]:

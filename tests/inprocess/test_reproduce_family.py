@@ -149,7 +149,7 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
     }
     done = RunFolder.create(tmp_path / "done", configs["done"])
     done.write_json("result.json", {"elapsed_s": 5.0})
-    done.append_metrics({"updates": 3, "accuracy": 0.5})
+    done.append_metrics({"time": 10.0, "updates": 3, "accuracy": 0.5})
     RunFolder.create(tmp_path / "half", configs["half"])
     trained = []
 
@@ -157,7 +157,7 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
         trained.append((folder.name, resume))
         if folder.name == "nan":
             raise RunFailed("blew up")
-        folder.append_metrics({"updates": 7, "accuracy": 0.25})
+        folder.append_metrics({"time": 20.0, "updates": 7, "accuracy": 0.25})
         folder.write_json("result.json", {"elapsed_s": 1.0})
         return 0
 
@@ -175,16 +175,20 @@ def test_runs_are_begun_gone_on_with_or_left_alone(
     assert trained == [("half", True), ("new", False), ("nan", False)]
     assert rays == ["started", "stopped"]
     rays.clear()
-    assert curve_of(tmp_path / "done") == Curve(updates=(3,), accuracy=(0.5,), seconds=5.0)
-    RunFolder.open(tmp_path / "nan").append_metrics({"updates": 1, "accuracy": 0.1, "loss": 2.0})
+    assert curve_of(tmp_path / "done") == Curve(updates=(3,), accuracy=(0.5,), seconds=0.0)
+    RunFolder.open(tmp_path / "nan").append_metrics(
+        {"time": 30.0, "updates": 1, "accuracy": 0.1, "loss": 2.0}
+    )
     failed = curve_of(tmp_path / "nan")
     assert failed.failure == "blew up"
     assert failed.losses == ((1, 2.0),)
     again = RunFolder.open(tmp_path / "half")
-    for updates, accuracy in ((9, 0.3), (12, 0.4), (8, 0.35), (13, 0.5)):  # died, resumed from 8
-        again.append_metrics({"updates": updates, "accuracy": accuracy})
+    points = ((9, 0.3, 22.0), (12, 0.4, 25.5), (8, 0.35, 90.0), (13, 0.5, 91.0))
+    for updates, accuracy, time in points:  # died, and resumed from 8
+        again.append_metrics({"time": time, "updates": updates, "accuracy": accuracy})
     curve = curve_of(tmp_path / "half")
     assert (curve.updates, curve.accuracy) == ((7, 8, 13), (0.25, 0.35, 0.5))
+    assert curve.seconds == 6.5, "without the pause before it was resumed"
     trained.clear()
     assert train_all(configs, tmp_path, address=None, console=QUIET) == 0
     assert trained == []
