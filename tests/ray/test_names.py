@@ -40,28 +40,30 @@ def test_names_are_readable() -> None:
     assert _named(EvaluatorActor) == "Evaluator"
 
 
-class _Counts:
-    """An actor whose name says how far it is."""
-
-    def __init__(self) -> None:
-        self._step = 0
-
-    def __repr__(self) -> str:
-        return f"Replica 3 · step {self._step:,}"
-
-    def train(self) -> str:
-        self._step += 1204
-        return repr(self)
-
-
 def test_a_name_is_that_of_the_start(ray: Any) -> None:
     """Where this fails, Ray has learnt to show progress, and names of ours can have the step."""
     from ray.util.state import list_actors
 
-    actor = ray.remote(_Counts).remote()
+    class Counts:
+        """An actor whose name says how far it is."""
+
+        def __init__(self) -> None:
+            self._step = 0
+
+        def __repr__(self) -> str:
+            return f"Replica 3 · step {self._step:,}"
+
+        def train(self) -> str:
+            self._step += 1204
+            return repr(self)
+
+    actor = ray.remote(Counts).remote()
     assert ray.get([actor.train.remote() for _ in range(3)])[-1] == "Replica 3 · step 3,612"
 
+    here = ray.get_runtime_context().gcs_address  # other clusters may be up
+
     def shown() -> set[str]:
-        return {a.repr_name for a in list_actors(detail=True) if a.class_name == "_Counts"}
+        actors = list_actors(here, detail=True)
+        return {actor.repr_name for actor in actors if actor.class_name.endswith("Counts")}
 
     assert commands.wait_for(shown, "the dashboard's answer") == {"Replica 3 · step 0"}
