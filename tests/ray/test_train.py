@@ -43,8 +43,8 @@ def test_training_the_bundled_digits(tmp_path: Path) -> None:
     staleness = result["staleness"]
     assert {"mean", "p50", "p99", "max"} <= set(staleness)
     # 4 x 5 steps in flight: 19 but for the start and the end; and what each of two processes has
-    # pushed without waking the partition yet.
-    assert 10 < staleness["mean"] < 19 + 2 * BELL_EVERY
+    # pushed without waking the partition yet, and has pulled some turns before it was wanted.
+    assert 10 < staleness["mean"] < 19 + 2 * (BELL_EVERY + BELL_EVERY - 1)
     assert sum(count for _, count in staleness["histogram"]) == 3 * 2 * NUM_BATCHES
     assert result["accuracy"] > 0.85
     assert (result["recipe"], result["seed"], result["replicas"]) == ("mnist-bn", 0, 4)
