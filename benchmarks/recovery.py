@@ -161,7 +161,8 @@ def recovered(points: Points, killed_s: float, before_s: float, after_s: float) 
         return Recovered(rate=usual, full_after_s=0.0, least_rate=min(rates))
     full = next((i for i in range(fell, len(rates)) if rates[i] >= FULL * usual), None)
     until_s = ends_s if full is None else float(starts[full])
-    moments = np.arange(killed_s, max(until_s - LEAST_WINDOW_S, killed_s) + 1e-9, LOOK_EVERY_S)
+    last_s = max(until_s - LEAST_WINDOW_S, killed_s)
+    moments = [killed_s, *np.arange(killed_s + LOOK_EVERY_S, last_s + 1e-9, LOOK_EVERY_S)]
     return Recovered(
         rate=usual,
         full_after_s=None if full is None else float(starts[full]) - killed_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -18,7 +18,9 @@ from cluster.options import ConfigCommand, apply, config_options
 from cluster.run_folder import RunFolder
 from cluster.simulate.likeness import Likeness, likeness
 from cluster.simulate.options import SimulateConfig, configured, make_inputs
-from cluster.simulate.run import Forecast, Simulation
+
+if TYPE_CHECKING:
+    from cluster.simulate.run import Forecast
 
 
 @click.command(cls=ConfigCommand)
@@ -91,6 +93,8 @@ def predict(
     shown = show_progress and console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("updates", total=None)
+        from cluster.simulate.run import Simulation
+
         return Simulation(inputs).forecast(
             seconds=options.seconds,
             progress=lambda done, total: bar.update(task, completed=done, total=total or None),

@@ -123,7 +123,7 @@ def test_round_trip(tmp_path, format, threshold):
         assert sum(a == b for a, b in zip(found, expected, strict=True)) < count / 10
     dataset = Dataset.open(out, "train")
     assert [shard.num_rows for shard in dataset.shards] == [76, 77, 77]
-    assert dataset.shards[0].row_group_rows == [30, 30, 16]
+    assert dataset.shards[0].row_group_rows == (30, 30, 16)
     assert len(dataset.class_names) == 10
     assert parse_manifest((out / MANIFEST_NAME).read_text(), "manifest") == manifest
     assert sorted(path.name for path in out.iterdir() if "parquet" not in path.name) == [

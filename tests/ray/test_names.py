@@ -19,6 +19,8 @@ pytestmark = pytest.mark.ray
 def ray() -> Iterator[Any]:
     """Ray, with the dashboard's processes, which answer for the names."""
     with pytest.MonkeyPatch.context() as patch:
+        # What this process has once told Ray, maybe in an earlier test, holds until its end.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # not for the tests that follow
         with on_ray(address=None, dashboard=True):
             import ray
