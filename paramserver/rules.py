@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IN_PLACE_BYTES = 1 << 20
-"""Weights from this size on had better be updated in place; see `transport.memory`."""
 State = Mapping[str, "Tensor"]
+
+
+def updates_in_place(num_parameters: int) -> bool:
+    """Whether so many weights had better be written over than to and fro between two places."""
+    return 4 * num_parameters >= IN_PLACE_BYTES
 
 
 class Rule(Protocol):
@@ -166,7 +170,7 @@ def _sgd_with_momentum(
     """
     import torch
 
-    if 4 * len(weights) < IN_PLACE_BYTES:
+    if not updates_in_place(len(weights)):
         torch.add(gradient, velocity, alpha=momentum, out=velocity)
         if nesterov:
             gradient.add_(velocity, alpha=momentum)

@@ -426,7 +426,7 @@ class Replicas:
             wall_s=self._clock() - task.started_s,
             push_s=task.push_s / max(1, task.pushes),
             pull_s=task.pull_s / len(window.batches),
-            spent=self._meter.read(sum(self.steps.values())),
+            spent=self._meter.read(self._taken),
         )
 
 

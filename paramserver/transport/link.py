@@ -34,7 +34,7 @@ class Link(Protocol):
 
     @property
     def torn(self) -> int:
-        """Copies of weights that were thrown away because the writer had lapped them."""
+        """Copies of weights that were thrown away because the writer had written them meanwhile."""
 
     @property
     def events(self) -> int:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from paramserver.errors import DeadlineExceeded, MalformedMessage
 from paramserver.partition import Partition
-from paramserver.rules import IN_PLACE_BYTES
+from paramserver.rules import updates_in_place
 from paramserver.state import Version
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # fcntl.h; Python has no name for it yet
@@ -145,7 +145,7 @@ class PublishedWeights:
                 Version(weights=weights, statistics=statistics.view(2, num_features))
             )
         self._header[_STAMPS : _STAMPS + num_slots] = _VOID
-        self._in_place = slots.weights_bytes >= IN_PLACE_BYTES if in_place is None else in_place
+        self._in_place = updates_in_place(num_parameters) if in_place is None else in_place
         self._slot = self._begun = 0
         self.publish(0)
 
