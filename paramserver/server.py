@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -41,8 +41,9 @@ from paramserver.messages import (
     decode_all,
 )
 from paramserver.partition import Partition
+from paramserver.rules import updates_in_place
 from paramserver.snapshot import Snapshot
-from paramserver.state import PartitionState, UpdateConfig, Version
+from paramserver.state import Arrival, PartitionState, UpdateConfig, Version
 from paramserver.transport.frames import as_bytes
 from paramserver.transport.greeting import Admitted, NetworkListen, Porter
 from paramserver.transport.local import Endpoint, Listener, ServerSide, machine
@@ -133,6 +134,7 @@ class PartitionServer:
                 self._published.close()
                 raise
         self._published.publish(self._state.version)
+        self._in_place = updates_in_place(partition.num_parameters)
         self._slots = [
             (as_bytes(v.weights), as_bytes(v.statistics)) for v in self._published.versions
         ]
@@ -358,14 +360,18 @@ class PartitionServer:
             self._drop(epoll, fd, type(error).__name__)
 
     def _take_at_once(self, side: ServerSide, data: bytes) -> None:
-        answers: list[Answer] = []
+        arrivals: list[Arrival] = []
         for push in decode_all(data):
             if not isinstance(push, Push):
                 raise MalformedMessage(f"{type(push).__name__} in place of a push")
             views, count, box = side.views, len(push.batches), push.mailbox
             if views is None or box >= len(views.gradients) or count > side.depth:
                 raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
-            answers.append(self._apply(push, views.gradients[box], views.moments[box][:count]))
+            arrivals.append((push, views.gradients[box], views.moments[box][:count]))
+        at_once = 1 if self._in_place else len(arrivals)  # readers wait for what is written over
+        answers: list[Answer] = []
+        for first in range(0, len(arrivals), at_once):
+            answers += self._apply_all(arrivals[first : first + at_once])
         side.answer(answers)
 
     def _serve_network(self, epoll: select.epoll, side: NetworkSide) -> None:
@@ -402,13 +408,21 @@ class PartitionServer:
             epoll.modify(side.socket.fileno(), select.EPOLLIN | writable)
 
     def _apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Answer:
-        outcome = self._state.apply(push, gradient, moments, self._room)
-        if outcome is Outcome.APPLIED:
-            self._published.commit(self._state.version)
+        return self._apply_all([(push, gradient, moments)])[0]
+
+    def _apply_all(self, arrivals: Sequence[Arrival]) -> list[Answer]:
+        state, answers = self._state, []
+        before = version = state.version
+        outcomes = state.apply_all(arrivals, self._room)
+        for (push, _, _), outcome in zip(arrivals, outcomes, strict=True):
+            version += outcome is Outcome.APPLIED
+            answers.append(Answer(mailbox=push.mailbox, outcome=outcome, version=version))
+        if version > before:
+            self._published.commit(version)
             self.last_update_at = time.time()
             if self.first_update_at is None:
                 self.first_update_at = self.last_update_at
-        return Answer(mailbox=push.mailbox, outcome=outcome, version=self._state.version)
+        return answers
 
     def _room(self) -> Version:
         """Where the next version goes: where the latest one is, unless somebody is reading it."""

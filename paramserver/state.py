@@ -1,4 +1,4 @@
-"""The state of one partition, and its one door: `apply`.
+"""The state of one partition, and its one door: `apply_all`.
 
 Pure logic apart from transport, clock and Ray. A push comes in, is judged against the applied
 set, and either becomes a new version (weights, rule state, BN statistics, applied set, staleness
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,16 @@ from paramserver.applied import APPLIED, REFUSED, WAITING, AppliedSet
 from paramserver.errors import BadConfiguration, BadSnapshot
 from paramserver.messages import Outcome, Push
 from paramserver.partition import Partition
-from paramserver.policy import APPLY, Decision, Guard, StalenessPolicy
+from paramserver.policy import APPLY, Guard, StalenessPolicy
 from paramserver.record import PushRecord
 from paramserver.rules import Momentum, Regulariser, Rule
 from paramserver.schedule import Schedule
 from paramserver.staleness import StalenessRecord
 from paramserver.statistics import BatchStatistics, StatisticsRule
 
+Arrival = tuple[Push, Tensor, Tensor]
+"""A push, and this partition's gradient and moments of it; see `PartitionState.apply`."""
+_Size = tuple[float, float]
 MEAN_WEIGHT = 0.01
 """Weight of a new observation in the moving averages of staleness and of the gradient's norm."""
 
@@ -128,7 +131,7 @@ class PartitionState:
         moments: Tensor,
         into: Callable[[], Version] | None = None,
     ) -> Outcome:
-        """Take in one push; the only way in which this state changes.
+        """Take in one push.
 
         `gradient` is this partition's slice of the sum over the push's mini-batches of their mean
         gradients, float32 [num_parameters], and is scribbled on; `moments` is float32
@@ -136,19 +139,43 @@ class PartitionState:
         called, for where to write it: over `current`, as without `into`, or to another, which
         becomes `current`.
         """
-        outcome = self.judge(push)
+        return self.apply_all(((push, gradient, moments),), into)[0]
+
+    def apply_all(
+        self, arrivals: Sequence[Arrival], into: Callable[[], Version] | None = None
+    ) -> list[Outcome]:
+        """Take in pushes in their order; the only way in which this state changes.
+
+        What comes of it is to the bit what `apply` makes of one after the other, but only the last
+        version can be seen. Work is ordered by kind: vectors are long, and each pass over them
+        takes this method's own data out of the processor's caches, so all is decided in between.
+        """
+        measured = [self._measure(gradient, moments) for _, gradient, moments in arrivals]
+        outcomes, updates = [], []
+        for (push, gradient, moments), size in zip(arrivals, measured, strict=True):
+            outcome, rate = self._decide(push, size)
+            outcomes.append(outcome)
+            if outcome is Outcome.APPLIED:
+                updates.append((gradient, moments, push.gradient_norm, rate))
+        if updates:
+            target = into() if into else self.current
+            for gradient, moments, norm, rate in updates:
+                self._update(gradient, moments, norm, rate, target)
+        return outcomes
+
+    def _decide(self, push: Push, size: _Size) -> tuple[Outcome, float]:
+        """What becomes of a push, and the rate that it is applied at; takes note of it."""
+        outcome, rate = self.judge(push), 0.0
         staleness, decision = self.version - push.version, APPLY
         if outcome is Outcome.APPLIED:
             decision = self.config.policy.decide(staleness, self.mean_staleness)
             if decision.dropped:
                 outcome = Outcome.REFUSED_STALE
-            elif not self._sound(gradient, moments, push.gradient_norm):
+            elif not self._sound(size, push.gradient_norm):
                 outcome = Outcome.REFUSED_GRADIENT
         self.outcomes[outcome] += 1
         if outcome is Outcome.APPLIED:
-            self._update(
-                gradient, moments, push.gradient_norm, decision, into() if into else self.current
-            )
+            rate = self.rate() * decision.scale
             self.staleness.add(push.replica, staleness)
             self.mean_staleness += MEAN_WEIGHT * (staleness - self.mean_staleness)
             self.version += 1
@@ -164,23 +191,29 @@ class PartitionState:
             self._consider_quarantine(push.replica)
         if self.record is not None:
             self.record.add(push, outcome)
-        return outcome
+        return outcome, rate
 
     def rate(self) -> float:
         """The learning rate of the next update."""
         return self.config.schedule.rate(self.examples, self.config.epoch_examples)
 
-    def _sound(self, gradient: Tensor, moments: Tensor, norm: float) -> bool:
-        """Whether these are finite, and the gradient's slice no longer than `norm` allows.
+    def _measure(self, gradient: Tensor, moments: Tensor) -> _Size:
+        """The gradient's squared length, and the sum of the moments.
 
-        One read of memory, where isfinite().all() would write a mask too. Rounding for the wire
-        leaves a rest of earlier gradients in a slice, so it may be somewhat longer than `norm`.
+        One read of memory, where isfinite().all() would write a mask too.
         """
-        square = float(torch.dot(gradient, gradient))
-        if not square <= (10 * norm) ** 2 + self.mean_norm**2:
-            return False
-        # A sum is finite only if every term is; one that overflows is an outlier all the same.
-        return not moments.numel() or math.isfinite(float(moments.sum()))
+        total = float(moments.sum()) if moments.numel() else 0.0
+        return float(torch.dot(gradient, gradient)), total
+
+    def _sound(self, size: _Size, norm: float) -> bool:
+        """Whether all is finite, and the gradient's slice no longer than `norm` allows.
+
+        Rounding for the wire leaves a rest of earlier gradients in a slice, so it may be somewhat
+        longer than `norm`. A sum is finite only if every term is; one that overflows is an outlier
+        all the same.
+        """
+        square, total = size
+        return square <= (10 * norm) ** 2 + self.mean_norm**2 and math.isfinite(total)
 
     def _consider_quarantine(self, replica: int) -> None:
         applied = {r: sum(counts) for r, counts in self.staleness.dump().items()}
@@ -194,11 +227,10 @@ class PartitionState:
             self.quarantined.add(replica)
 
     def _update(
-        self, gradient: Tensor, moments: Tensor, norm: float, decision: Decision, into: Version
+        self, gradient: Tensor, moments: Tensor, norm: float, rate: float, into: Version
     ) -> None:
         config, current = self.config, self.current
         config.regulariser.apply(gradient, current.weights, self.partition.num_decayed, norm)
-        rate = self.rate() * decision.scale
         config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
         if self.partition.num_features:
             source = current.statistics

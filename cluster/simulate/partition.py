@@ -21,7 +21,6 @@ from cluster.simulate.inputs import Costs
 from paramserver.bounded import Admission, Permit
 from paramserver.messages import Outcome, PermitRequest, Push
 from paramserver.partition import split
-from paramserver.policy import Decision
 from paramserver.server import PUSHES_A_TURN
 from paramserver.staleness import Histogram, StalenessRecord
 from paramserver.state import PartitionState, UpdateConfig, Version
@@ -62,11 +61,11 @@ class Weightless(PartitionState):
         """Take in one push, whose gradient is as it should be."""
         return self.apply(push, NOTHING, NOTHING)
 
-    def _sound(self, gradient: Tensor, moments: Tensor, norm: float) -> bool:
-        return True
+    def _measure(self, gradient: Tensor, moments: Tensor) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def _update(
-        self, gradient: Tensor, moments: Tensor, norm: float, decision: Decision, into: Version
+        self, gradient: Tensor, moments: Tensor, norm: float, rate: float, into: Version
     ) -> None:
         pass
 

@@ -1037,7 +1037,7 @@ def test_a_defect_in_the_server_ends_it_loudly(caplog: pytest.LogCaptureFixture)
     client, server = cluster.client(num_mailboxes=1), cluster.servers[0]
 
     def spoil(state: Any) -> None:
-        state.apply = lambda *_: raise_(RuntimeError("a defect"))
+        state.apply_all = lambda *_: raise_(RuntimeError("a defect"))
 
     server.call(spoil)
     leave(client, 0, 0)

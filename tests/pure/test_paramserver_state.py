@@ -16,9 +16,10 @@ from paramserver.applied import APPLIED, REFUSED, WAITING
 from paramserver.errors import BadConfiguration, BadSnapshot
 from paramserver.messages import Outcome, Push
 from paramserver.partition import Partition, split
+from paramserver.policy import StalenessPolicy
 from paramserver.rules import SGD, Adagrad, Momentum, Nesterov, Regulariser, Rule
 from paramserver.schedule import Schedule
-from paramserver.state import PartitionState, UpdateConfig, Version
+from paramserver.state import Arrival, PartitionState, UpdateConfig, Version
 from paramserver.statistics import StatisticsRule
 
 torch.set_num_threads(1)
@@ -61,8 +62,11 @@ class Bench:
         self.state = PartitionState(partition, config, self.slots[0])
 
     def apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Outcome:
+        return self.apply_all([(push, gradient, moments)])[0]
+
+    def apply_all(self, arrivals: list[Arrival]) -> list[Outcome]:
         at = next(i for i, slot in enumerate(self.slots) if slot is self.state.current)
-        return self.state.apply(push, gradient, moments, lambda: self.slots[(at + 1) % 3])
+        return self.state.apply_all(arrivals, lambda: self.slots[(at + 1) % 3])
 
 
 def by_way_of_json(state: PartitionState, config: UpdateConfig) -> Bench:
@@ -166,13 +170,18 @@ class Oracle:
         return Outcome.APPLIED
 
 
-def deliver(bench: Bench, event: Event) -> Outcome:
-    push = replace(event.push, version=max(0, bench.state.version - event.behind))
+def arrival_of(event: Event, version: int) -> Arrival:
+    """What arrives at a partition that is at `version`, or a little beyond."""
+    push = replace(event.push, version=max(0, version - event.behind))
     if event.fault == "of the future":
-        push = replace(push, version=bench.state.version + 1)
+        push = replace(push, version=version + 1)
     if event.fault == "no such batch":
         push = replace(push, batches=(*push.batches[1:], Q))
-    return bench.apply(push, *event.spoilt())
+    return push, *event.spoilt()
+
+
+def deliver(bench: Bench, event: Event) -> Outcome:
+    return bench.apply(*arrival_of(event, bench.state.version))
 
 
 @settings(deadline=None, max_examples=60)
@@ -224,6 +233,26 @@ def test_noise_leaves_the_very_bits_of_a_run_without_it(rule: Rule, arrivals: li
             assert ours[name] == clean[name], name
     noisy.state.check()
     quiet.state.check()
+
+
+@pytest.mark.parametrize("rule", [SGD(), Momentum(), Nesterov(), Adagrad()])
+@settings(deadline=None, max_examples=15)
+@given(groups=st.lists(st.lists(events, min_size=1, max_size=5), max_size=6))
+@example(groups=[[Event(e, (b,), "none", 0, 0) for b in range(Q)] for e in range(EPOCHS)])
+def test_pushes_taken_together_come_out_as_one_after_the_other(
+    rule: Rule, groups: list[list[Event]]
+) -> None:
+    config = replace(ROUGH, rule=rule, policy=StalenessPolicy(staleness_policy="scale"))
+    together, single = Bench(config), Bench(config)
+    for group in groups:
+        version, held = single.state.version, together.state.current
+        held_weights = held.weights.clone()
+        outcomes = [single.apply(*arrival_of(event, version)) for event in group]
+        assert together.apply_all([arrival_of(event, version) for event in group]) == outcomes
+        assert everything(together.state) == everything(single.state)
+        assert torch.equal(held.weights, held_weights), "readers' version was written to"
+        assert (together.state.current is not held) == (Outcome.APPLIED in outcomes)
+    together.state.check()
 
 
 @pytest.mark.parametrize("rule", [SGD(), Momentum(), Nesterov(), Adagrad()])
