@@ -178,8 +178,8 @@ class RayBackend:
         self, actor: type, max_concurrency: int, *arguments: Any, scheduling: Any
     ) -> Any:
         """Have a spare become this actor, or start a new one."""
-        spare = self._spares.pop(actor, None)
-        if spare is None or self._nodes.several:
+        spare = None if self._nodes.several else self._spares.pop(actor, None)
+        if spare is None:
             return start(actor, max_concurrency, *arguments, scheduling=scheduling)
         spare.assume.remote(*arguments)
         return spare

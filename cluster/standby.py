@@ -1,4 +1,4 @@
-"""Actors that are built in two halves: a process with everything imported, and later the actor.
+"""Spares: processes that wait to become an actor of a run with everything imported.
 
 What keeps a new actor from its work is the import of PyTorch, a second and more of processor time.
 A spare has that behind it; what it is to be, it is told when somebody has died. Which spares there
@@ -8,7 +8,7 @@ are is `ray_backend`'s; Ray is not imported here.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, ClassVar
 
 from paramserver.actor import PartitionActor
 from workers.actor import ReplicasActor
@@ -17,16 +17,25 @@ ASSUME_DEADLINE_S = 60.0
 
 
 class _Spare:
-    """What both kinds have in common. Calls may come from several threads, in any order."""
+    """What both kinds have in common; comes before the actor's class among the bases.
 
-    _assumed: Future[None]
+    Calls may come from several threads, in any order.
+    """
 
-    def ready(self) -> None:
-        """Answers once the process is up."""
+    _kind: ClassVar[str]
 
-    def _become(self, build: Any, arguments: tuple[Any, ...]) -> None:
+    def __init__(self) -> None:
+        """Nothing but the imports, which are done by now."""
+        self._assumed: Future[None] = Future()
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and log prefixes show."""
+        return super().__repr__() if self._assumed.done() else f"Spare({self._kind})"
+
+    def assume(self, *arguments: Any) -> None:
+        """Become the actor, with these arguments."""
         try:
-            build(*arguments)
+            super().__init__(*arguments)
         except BaseException as error:
             self._assumed.set_exception(error)
             raise
@@ -36,17 +45,7 @@ class _Spare:
 class ReplicasSpare(_Spare, ReplicasActor):
     """A process that may become one of replicas."""
 
-    def __init__(self) -> None:
-        """Nothing but the imports, which are done by now."""
-        self._assumed = Future()
-
-    def __repr__(self) -> str:
-        """What Ray's dashboard and log prefixes show."""
-        return super().__repr__() if self._assumed.done() else "Spare(replicas)"
-
-    def assume(self, *arguments: Any) -> None:
-        """Become a `ReplicasActor` with these arguments."""
-        self._become(super().__init__, arguments)
+    _kind = "replicas"
 
     def connect(self, *arguments: Any) -> int:
         """As the actor's, once it is one."""
@@ -57,17 +56,7 @@ class ReplicasSpare(_Spare, ReplicasActor):
 class PartitionSpare(_Spare, PartitionActor):
     """A process that may become a partition."""
 
-    def __init__(self) -> None:
-        """Nothing but the imports, which are done by now."""
-        self._assumed = Future()
-
-    def __repr__(self) -> str:
-        """What Ray's dashboard and log prefixes show."""
-        return super().__repr__() if self._assumed.done() else "Spare(partition)"
-
-    def assume(self, *arguments: Any) -> None:
-        """Become a `PartitionActor` with these arguments."""
-        self._become(super().__init__, arguments)
+    _kind = "partition"
 
     def endpoint(self) -> Any:
         """As the actor's, once it is one."""
