@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
@@ -37,6 +38,8 @@ class Checkpoint:
     """Seconds of training behind it, over all sessions of the run."""
     accuracy: float | None = None
     """Accuracy of the newest evaluation at that time."""
+    ramp: dict[str, Any] | None = None
+    """What the guard of the warm start remembers (`cluster.ramp`), where there is one."""
     files: tuple[SnapshotFile, ...]
     """One for each partition, in their order."""
 

@@ -6,6 +6,8 @@ removed, and the run goes on with those that it has. The files are `checkpoint`'
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.checkpoint import Checkpoint, CheckpointStore, slowest
 from paramserver.snapshot import SnapshotFile
 
@@ -39,10 +41,17 @@ class Checkpointer:
         return folder
 
     def received(
-        self, index: int, file: SnapshotFile, *, elapsed_s: float, accuracy: float | None
+        self,
+        index: int,
+        file: SnapshotFile,
+        *,
+        elapsed_s: float,
+        accuracy: float | None,
+        ramp: dict[str, Any] | None = None,
     ) -> bool:
         """A partition has written its part; True where that was the last, and all is finished.
 
+        The rest is what is noted beside the snapshots, see `Checkpoint`.
         `OSError` where it cannot be: call `abandon` then.
         """
         assert self._files is not None
@@ -56,6 +65,7 @@ class Checkpointer:
                 updates=slowest(files),
                 elapsed_s=elapsed_s,
                 accuracy=accuracy,
+                ramp=ramp,
                 files=files,
             )
         )

@@ -223,6 +223,9 @@ class ReplicaConfig:
     """Epochs that one replica trains alone before others join (Dean et al. 2012, section 4.1)."""
     ramp_epochs: float = 0.0
     """Epochs over which the others then join, evenly."""
+    ramp_guard: float | None = None
+    """While replicas join: how many times its best the training loss may be before they are put
+    back until it has come down; none watches no loss."""
     queued_windows: int = 2
     """Windows that a replica holds at a time: one in work, and the next."""
     stragglers: Literal["tell", "replace"] = "tell"
@@ -247,6 +250,8 @@ class ReplicaConfig:
             raise ValueError(
                 f"replicas per process is {self.replicas_per_process}: give at least 1, or none"
             )
+        if self.ramp_guard is not None and not 1 < self.ramp_guard < math.inf:
+            raise ValueError(f"ramp guard is {self.ramp_guard}: give more than 1, or none")
         if self.warm_start_epochs < 0 or self.ramp_epochs < 0 or self.max_restarts < 0:
             raise ValueError(
                 f"warm-start epochs is {self.warm_start_epochs}, ramp epochs {self.ramp_epochs} "

@@ -28,11 +28,12 @@ from cluster.backend import (
 )
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.checkpointing import Checkpointer
-from cluster.config import RunConfig, active_replicas, next_evaluation_s
+from cluster.config import ReplicaConfig, RunConfig, active_replicas, next_evaluation_s
 from cluster.display import Progress
 from cluster.errors import one_line, user_message
 from cluster.members import Outcome, Partition, Process
 from cluster.observe import Leases, Sink
+from cluster.ramp import RampGuard
 from cluster.recovery import History, Loss, Part, decide, stragglers
 from cluster.run_folder import BEST, MODEL, RunFolder
 from cluster.settled import Flags, refused_by_any, settled_by_all, settled_once
@@ -123,6 +124,9 @@ class Controller:
         self._evaluating = False
         self._shortest_evaluation_s = math.inf
         self._book = LeaseBook(plan, config.policy.epochs, unit=config.replicas.steps.n_push)
+        self._ramp = _guard(config, resumed)
+        self._courses: dict[int, int] = {}
+        """The ramp's course on which each window that is out was lent, by lease."""
         self._rates: dict[int, deque[float]] = {}
         """Mini-batches a second of the last windows, by replica."""
         self._told_slow: set[int] = set()
@@ -274,7 +278,7 @@ class Controller:
         wanted = dataclasses.replace(
             self._config.replicas, replicas=self._telemetry.replicas_wanted
         )
-        active = active_replicas(wanted, self._book.progress * self._config.policy.epochs)
+        active = self._active(wanted)
         sound = [r for r in range(wanted.replicas) if r not in self._telemetry.quarantined]
         for replica in sound[:active]:
             if not self._process_of[replica].ready:
@@ -285,8 +289,22 @@ class Controller:
                     return
                 self._holding[replica] += 1
                 self._live.add(lease.id)
+                if self._ramp is not None:
+                    self._courses[lease.id] = self._ramp.course
                 ticket = self._backend.run_window(replica, lease)
                 self._tickets[ticket] = self._on_window(replica, lease)
+
+    def _active(self, wanted: ReplicaConfig) -> int:
+        """How many replicas are lent windows now."""
+        epochs = self._book.progress * self._config.policy.epochs
+        scheduled = active_replicas(wanted, epochs)
+        if self._ramp is None:
+            return scheduled
+        course = self._ramp.decide(scheduled, wanted.replicas, epochs)
+        if course.reason is not None:
+            self._telemetry.event(course.reason)
+        self._telemetry.held = self._ramp.held
+        return course.replicas
 
     def _on_window(self, replica: int, lease: Lease) -> Callable[[Done], None]:
         process = self._process_of[replica]
@@ -306,6 +324,7 @@ class Controller:
             self._live.discard(lease.id)
             self._holding[replica] -= 1
             if done.error is not None:
+                self._courses.pop(lease.id, None)
                 self._book.give_back(lease.id)
                 self._on_shuffler_lost()
             else:
@@ -315,6 +334,11 @@ class Controller:
 
     def _on_trained(self, replica: int, lease: Lease, report: WindowReport) -> None:
         self._telemetry.trained(report)
+        if self._ramp is not None:
+            # Mini-batches whose loss was not finite are not in the mean.
+            mostly_refused = 2 * len(report.refused) >= report.num_batches
+            loss = None if mostly_refused else report.mean_loss
+            self._ramp.saw(loss, self._courses.pop(lease.id))
         self._history.progressed("replicas", self._process_of[replica].index)
         if report.wall_s > 0:
             rates = self._rates.setdefault(replica, deque(maxlen=RATE_WINDOWS))
@@ -348,6 +372,7 @@ class Controller:
             self._rates.pop(replica, None)
             for lease in self._book.lost(replica):
                 self._live.discard(lease.id)
+                self._courses.pop(lease.id, None)
                 self._doubt[lease.id] = lease
 
     # Losses
@@ -523,6 +548,8 @@ class Controller:
         self._phase = f"replacing {name}"
         self._checkpointer.abandon()
         self._reopening = True
+        if self._ramp is not None:
+            self._ramp.restarted()
         for process in self._processes:
             self._drop_windows(process)
         self._evaluator_ready = False
@@ -639,6 +666,7 @@ class Controller:
                         file,
                         elapsed_s=self._telemetry.elapsed_s,
                         accuracy=self._telemetry.accuracy,
+                        ramp=None if self._ramp is None else self._ramp.dump(),
                     )
                 except OSError as error:
                     self._on_checkpoint_failed(error)
@@ -707,14 +735,16 @@ class Controller:
     def _tell(self) -> None:
         outstanding = [self._holding[r] for r in self._holding]
         working = {r for r, held in self._holding.items() if held and self._process_of[r].ready}
-        alive = self._alive()
+        alive, held = self._alive(), self._telemetry.held
+        kept_back = 0 if held is None else max(0, self._telemetry.replicas_wanted - held)
         self._telemetry.reported(
             self._reports.values(),
             phase=self._phase,
             alive=alive,
             replicas={
                 "training": len(working),
-                "waiting": max(0, alive - len(working)),
+                "waiting": max(0, alive - len(working) - kept_back),
+                "held": kept_back,
                 "starting": self._telemetry.replicas_wanted - alive,
             },
             leases=Leases(
@@ -817,6 +847,19 @@ class Controller:
     def stop_reason(self) -> str | None:
         """Why the run was asked to stop, if it was."""
         return self._stop_reason
+
+
+def _guard(config: RunConfig, resumed: Checkpoint | None) -> RampGuard | None:
+    replicas = config.replicas
+    joins = replicas.warm_start_epochs or replicas.ramp_epochs
+    if replicas.ramp_guard is None or not joins:
+        return None
+    return RampGuard(
+        factor=replicas.ramp_guard,
+        replicas=replicas.replicas,
+        ramp_epochs=replicas.ramp_epochs,
+        state=None if resumed is None else resumed.ramp,
+    )
 
 
 def _loss(part: Any, index: int, name: str, cause: Any, detail: str = "") -> Loss:

@@ -88,6 +88,9 @@ class Progress:
     replicas: int | None = None
     """Model replicas that the run asked for."""
 
+    replicas_held: int | None = None
+    """Of those at work, how many train while the loss keeps the others back; None: all may."""
+
     duplicates: int | None = None
     """Pushes ignored because their mini-batch had been applied before."""
 
@@ -228,7 +231,9 @@ def plain_line(progress: Progress) -> str:
         beside = "" if p99 is None else f" (p99 {rate_text(p99)})"
         parts.append(f"staleness {rate_text(progress.staleness_mean)}{beside}")
     if progress.replicas_alive is not None:
-        parts.append(f"replicas {_of(progress.replicas_alive, progress.replicas)}")
+        held = progress.replicas_held
+        beside = "" if held is None else f" (held at {held})"
+        parts.append(f"replicas {_of(progress.replicas_alive, progress.replicas)}{beside}")
     parts += [
         f"{count:,} {name}"
         for name, count in (("duplicates", progress.duplicates), ("refused", progress.refused))
@@ -442,7 +447,10 @@ def _bar(fraction: float, remaining_s: float | None) -> RenderableType:
 def _replicas(progress: Progress) -> Text:
     alive, asked = progress.replicas_alive or 0, progress.replicas
     short = asked is not None and alive < asked
-    return Text(_of(alive, asked), style="bold yellow" if short else "bold")
+    text = Text(_of(alive, asked), style="bold yellow" if short else "bold")
+    if progress.replicas_held is not None:
+        text.append(f"   held at {progress.replicas_held}", style="yellow")
+    return text
 
 
 def _trouble(progress: Progress) -> Text:

@@ -33,7 +33,7 @@ class Observation:
     values: Mapping[str, Any]
     reports: Sequence[PartitionReport]
     replicas: Mapping[str, int]
-    """Replicas by state: training, waiting, starting."""
+    """Replicas by state: training, waiting, starting, held (kept back by the ramp's guard)."""
     leases: Leases = field(default_factory=Leases)
     restarts: Mapping[str, int] = field(default_factory=dict)
     """Actors replaced in this session, by kind."""

@@ -71,6 +71,8 @@ class Telemetry:
         self.num_evaluations = 0
         self.replicas_wanted = config.replicas.replicas
         """How many there are to be, which `downpour scale` may change."""
+        self.held: int | None = None
+        """Replicas that train while the others may not join, for the loss; None: all may."""
         self.quarantined: set[int] = set()
         """Replicas that are lent nothing any more."""
         self.refused: set[tuple[int, int]] = set()
@@ -140,6 +142,7 @@ class Telemetry:
             "staleness_p99": self._staleness["p99"],
             "replicas": alive,
             "replicas_wanted": self.replicas_wanted,
+            **({} if self.held is None else {"replicas_held": self.held}),
             "duplicates": sum(r.pushes_duplicate for r in self.reports),
             "dropped": sum(r.pushes_dropped for r in self.reports),
             "refused": len(self.refused),
@@ -217,6 +220,7 @@ class Telemetry:
             staleness_p99=self._staleness.get("p99"),
             replicas_alive=alive,
             replicas=self.replicas_wanted,
+            replicas_held=self.held,
             duplicates=sum(r.pushes_duplicate for r in self.reports),
             refused=len(self.refused),
         )

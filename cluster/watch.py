@@ -111,6 +111,7 @@ def progress(folder: RunFolder) -> Progress:
         staleness_p99=status.get("staleness_p99"),
         replicas_alive=status.get("replicas"),
         replicas=config.replicas.replicas,
+        replicas_held=status.get("replicas_held"),
         duplicates=status.get("duplicates"),
         refused=status.get("refused"),
     )

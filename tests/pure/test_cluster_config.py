@@ -1,6 +1,7 @@
 """Configuration: recipes hold together, values are refused with a remedy, pure decisions."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -118,3 +119,15 @@ def test_bounded_staleness_is_told_to_the_replicas_and_needs_a_version_for_each_
     assert not recipes.find("mnist-bn").step_config().by_permit
     with pytest.raises(OptionError, match="n fetch 1 and n push 2: give both the same value"):
         apply(config, {"n_push": 2})
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, float("nan"), float("inf")])
+def test_a_ramp_guard_that_guards_nothing_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"ramp guard is .*: give more than 1, or none"):
+        ReplicaConfig(ramp_guard=factor)
+
+
+def test_the_ramp_guard_survives_json() -> None:
+    config = apply(recipes.find("mnist-bn"), {"ramp_guard": 2.0})
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    assert recipes.find("mnist-bn").replicas.ramp_guard is None
