@@ -66,9 +66,15 @@ class History:
     _reconnects: Counter[tuple[Part, int]] = field(default_factory=Counter)
 
     def progressed(self, part: Part, index: int) -> None:
-        """A member has done what it is there for, so that its losses begin to count anew."""
+        """A member has done what it is there for, so that its losses begin to count anew.
+
+        Where replicas train, so do those of the evaluator: it is not needed before the end, and a
+        run whose weights cannot be scored for a while is not to end for it.
+        """
         self._in_a_row.pop((part, index), None)
         self._reconnects.pop((part, index), None)
+        if part == "replicas":
+            self._in_a_row.pop(("evaluator", 0), None)
 
 
 def decide(loss: Loss, history: History, *, max_restarts: int) -> Recovery:

@@ -60,6 +60,17 @@ def test_a_member_that_never_gets_anything_done_ends_the_run() -> None:
     assert decide(loss("failed"), history, max_restarts=100).action == "restart"
 
 
+def test_an_evaluator_that_never_scores_ends_a_run_only_once_nothing_is_trained() -> None:
+    history = History()
+    gone = Loss(part="evaluator", index=0, name="the evaluator", cause="died")
+    for _ in range(3 * MAX_IN_A_ROW):
+        assert decide(gone, history, max_restarts=100).action == "restart"
+        history.progressed("replicas", 0)
+    history.progressed("partition", 0)
+    actions = [decide(gone, history, max_restarts=100).action for _ in range(MAX_IN_A_ROW + 1)]
+    assert actions == ["restart"] * MAX_IN_A_ROW + ["give up"]
+
+
 def test_a_straggler_is_seen_by_its_rate_against_the_median_of_the_others() -> None:
     assert stragglers({0: 100.0, 1: 90.0, 2: 20.0}, 4.0) == {
         2: "20 mini-batches a second, where the median is 95"
