@@ -239,6 +239,11 @@ class ReplicaConfig:
     """Members of each kind (processes of replicas, partitions, shufflers, evaluators) that are
     replaced before the run gives up."""
 
+    @property
+    def slots(self) -> int:
+        """Steps in flight, over all replicas."""
+        return self.replicas * self.steps.concurrent_steps
+
     def __post_init__(self) -> None:
         for name in ("replicas", "queued_windows"):
             if getattr(self, name) < 1:
@@ -328,12 +333,15 @@ class RunConfig:
     """Which nodes of a cluster the actors run on."""
 
     def __post_init__(self) -> None:
-        steps = self.replicas.steps
-        if self.is_bounded and steps.n_fetch != steps.n_push:
+        steps, staleness = self.replicas.steps, self.server.policy
+        name = staleness.staleness_policy
+        if name in ("bounded", "compensate") and steps.n_fetch != steps.n_push:
             raise ValueError(
-                f"staleness policy is bounded, n fetch {steps.n_fetch} and n push {steps.n_push}: "
+                f"staleness policy is {name}, n fetch {steps.n_fetch} and n push {steps.n_push}: "
                 "give both the same value, so that a push is computed on one version"
             )
+        if name == "compensate":
+            self._check_compensation()
         if self.policy.record_pushes:
             n_push = self.replicas.steps.n_push
             if n_push != 1:
@@ -345,6 +353,21 @@ class RunConfig:
                     "rounding left out: give wire dtype float32"
                 )
 
+    def _check_compensation(self) -> None:
+        wire = self.server.network.wire_dtype
+        if wire != "float32":
+            raise ValueError(
+                f"staleness policy is compensate, and wire dtype is {wire}, which adds what "
+                "rounding left out of gradients on other weights: give wire dtype float32"
+            )
+        bound = self.server.policy.staleness_bound
+        if bound < self.replicas.slots:
+            raise ValueError(
+                f"staleness policy is compensate, and staleness bound is {bound}, with "
+                f"{self.replicas.slots} steps in flight: give at least as many, or most pushes "
+                "would be dropped"
+            )
+
     @property
     def is_bounded(self) -> bool:
         """Whether steps wait so that none becomes too stale."""
@@ -352,7 +375,9 @@ class RunConfig:
 
     def step_config(self) -> StepConfig:
         """What the processes of replicas are told."""
-        return dataclasses.replace(self.replicas.steps, by_permit=self.is_bounded)
+        compensates = self.server.policy.staleness_policy == "compensate"
+        steps = self.replicas.steps
+        return dataclasses.replace(steps, by_permit=self.is_bounded, by_push=compensates)
 
     def plan(self, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
         """The mini-batches of `num_rows` examples, checked against the length of the run.

@@ -103,10 +103,24 @@ class _Line:
     def apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Outcome:
         """Take in a push, as the partition did."""
         before = self.state.current
-        outcome = self.state.apply(push, gradient, moments, lambda: self._spare)
+        outcome = self.state.apply(push, gradient, moments, self._room)
         if self.state.current is not before:
             self._spare = before
         return outcome
+
+    def _room(self) -> Any:
+        """Where the next version goes; versions that the state still needs are left alone."""
+        if not self.state.config.policy.versions_kept:
+            return self._spare
+        import torch
+
+        from paramserver.state import Version
+
+        current = self.state.current
+        return Version(
+            weights=torch.empty_like(current.weights),
+            statistics=torch.empty_like(current.statistics),
+        )
 
 
 def _lasting(

@@ -11,17 +11,23 @@ that send what has to be refused, while others do not.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from paramserver.errors import BadConfiguration
+from paramserver.rules import check_fraction
 
 MAX_NORM = 1e18
 """No gradient is longer: its square still fits into float32."""
 NORMS_SEEN = 100
 """Updates after which their mean norm says what is usual."""
 
-PolicyName = Literal["asynchronous", "bounded", "drop", "scale"]
+PolicyName = Literal["asynchronous", "bounded", "compensate", "drop", "scale"]
+Variant = Literal["adaptive", "constant"]
+STRENGTHS: dict[Variant, float] = {"adaptive": 2.0, "constant": 0.04}
+"""lambda_0 and lambda of Zheng et al. 2017, section 6, on CIFAR-10."""
+_WITH_BOUND = ("bounded", "compensate", "drop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +53,39 @@ class StalenessPolicy:
 
     staleness_policy: PolicyName = "asynchronous"
     """`asynchronous` applies every push as it comes; `bounded` has whoever is fast wait, so that no
-    push goes beyond the bound; `drop` has mini-batches beyond the bound computed again; `scale`
-    lowers the rate of those that are staler than the mean."""
+    push goes beyond the bound; `compensate` corrects each gradient for how far the weights have
+    moved (DC-ASGD); `drop` has mini-batches beyond the bound computed again; `scale` lowers the
+    rate of those that are staler than the mean."""
     staleness_bound: int = 200
-    """For `bounded` and `drop`: the most versions between pull and push."""
+    """For `bounded`, `compensate` and `drop`: the most versions between pull and push. With
+    `compensate` a partition keeps so many versions of its weights, and drops what is older."""
+    compensation: Variant = "adaptive"
+    """For `compensate`: whether lambda adapts to the mean square of the gradients."""
+    compensation_lambda: float | None = None
+    """lambda_0, or the constant lambda; none is the paper's, 2 or 0.04."""
+    compensation_decay: float = 0.95
+    """For `adaptive`: share of the mean square that is kept at each update, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if self.staleness_bound < 0:
             raise BadConfiguration(f"staleness bound is {self.staleness_bound}: give 0 or more")
+        if not 0 <= self.strength < math.inf:
+            raise BadConfiguration(
+                f"compensation lambda is {self.compensation_lambda}: give a finite number of 0 or "
+                "more, or none"
+            )
+        check_fraction("compensation decay", self.compensation_decay)
+
+    @property
+    def strength(self) -> float:
+        """lambda, or lambda_0, of the compensation."""
+        given = self.compensation_lambda
+        return STRENGTHS[self.compensation] if given is None else given
+
+    @property
+    def versions_kept(self) -> int:
+        """How many versions before the latest a partition has to keep."""
+        return self.staleness_bound if self.staleness_policy == "compensate" else 0
 
     def decide(self, staleness: int, mean: float) -> Decision:
         """What to do with a push of this staleness, where `mean` is usual (both in versions).
@@ -64,7 +95,7 @@ class StalenessPolicy:
         `bounded` never gets to see what is beyond the bound (`bounded.Admission`); if it did, it
         would not apply it either.
         """
-        if self.staleness_policy in ("drop", "bounded") and staleness > self.staleness_bound:
+        if self.staleness_policy in _WITH_BOUND and staleness > self.staleness_bound:
             return Decision(
                 scale=0.0, reason=f"staleness {staleness} is beyond {self.staleness_bound}"
             )

@@ -228,8 +228,16 @@ class Regulariser:
 
     def apply(self, gradient: Tensor, weights: Tensor, num_decayed: int, norm: float) -> None:
         """Change `gradient` in place. `norm` is the whole one's, as its replica measured it."""
+        self.clip(gradient, norm)
+        self.decay(gradient, weights, num_decayed)
+
+    def clip(self, gradient: Tensor, norm: float) -> None:
+        """The first half: no longer than `clip_norm`."""
         if self.clip_norm is not None and norm > self.clip_norm:
             gradient.mul_(self.clip_norm / norm)
+
+    def decay(self, gradient: Tensor, weights: Tensor, num_decayed: int) -> None:
+        """The second half: L2."""
         if self.weight_decay and num_decayed:
             gradient[:num_decayed].add_(weights[:num_decayed], alpha=self.weight_decay)
 

@@ -121,7 +121,11 @@ class PartitionServer:
         self.partition = partition
         self._key = key
         self._clock = clock
-        self._published = PublishedWeights(partition.num_parameters, partition.num_features)
+        kept = config.policy.versions_kept
+        _check_memory(partition, kept)
+        self._published = PublishedWeights(
+            partition.num_parameters, partition.num_features, kept=kept
+        )
         current = self._published.versions[0]
         current.statistics[1:].fill_(1.0)  # as torch's: mean 0, variance 1 before the first push
         if weights is not None:
@@ -511,3 +515,14 @@ class PartitionServer:
         self._sides.pop(fd).close()
         if self._admission is not None:
             self._admission.leave(fd)
+
+
+def _check_memory(partition: Partition, kept: int) -> None:
+    """Raise `BadConfiguration` where so many versions are more than the machine has memory for."""
+    wanted = 4 * partition.num_parameters * kept
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > memory:
+        raise BadConfiguration(
+            f"staleness bound is {kept}: partition {partition.index} would keep as many versions, "
+            f"{wanted / 1e9:.1f} GB, and its machine has {memory / 1e9:.1f} GB: give a smaller one"
+        )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from paramserver.applied import APPLIED, REFUSED, WAITING, AppliedSet
+from paramserver.compensation import make_compensation
 from paramserver.errors import BadConfiguration, BadSnapshot
 from paramserver.messages import Outcome, Push
 from paramserver.partition import Partition
@@ -99,6 +100,12 @@ class PartitionState:
         self.record: PushRecord | None = None
         """Takes note of every push, if there is one."""
         self.rule_state = config.rule.init(partition.num_parameters)
+        self._compensation = make_compensation(config.policy)
+        if self._compensation is not None:
+            self.rule_state |= self._compensation.init(partition.num_parameters)
+            self._room = self._compensation.room(partition.num_parameters)
+        self._past = {0: current.weights}
+        """Where the weights of versions lie that pushes may have been computed on."""
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
         self.outcomes: Counter[Outcome] = Counter()
         self.refusals: Counter[int] = Counter()
@@ -137,7 +144,8 @@ class PartitionState:
         gradients, float32 [num_parameters], and is scribbled on; `moments` is float32
         [len(push.batches), 3, num_features]. Only if there is to be a new version is `into`
         called, for where to write it: over `current`, as without `into`, or to another, which
-        becomes `current`.
+        becomes `current`. Where gradients are compensated it has to leave those versions alone that
+        are at most `versions_kept` old (`StalenessPolicy`).
         """
         return self.apply_all(((push, gradient, moments),), into)[0]
 
@@ -156,12 +164,36 @@ class PartitionState:
             outcome, rate = self._decide(push, size)
             outcomes.append(outcome)
             if outcome is Outcome.APPLIED:
-                updates.append((gradient, moments, push.gradient_norm, rate))
+                updates.append((push, gradient, moments, rate, self.version - 1))
         if updates:
             target = into() if into else self.current
-            for gradient, moments, norm, rate in updates:
-                self._update(gradient, moments, norm, rate, target)
+            self._write_over(target)
+            for push, gradient, moments, rate, version in updates:
+                moved = push.version != version
+                self._update(push, gradient, moments, rate, moved, target)
+            self._keep()
         return outcomes
+
+    def _write_over(self, target: Version) -> None:
+        """A new version comes where an old one may be, on which no push can be taken any more."""
+        if self._compensation is None:
+            return
+        place = target.weights.data_ptr()
+        for version in [v for v, w in self._past.items() if w.data_ptr() == place]:
+            del self._past[version]
+
+    def _keep(self) -> None:
+        """Remember where the latest version is, and forget those that are too old."""
+        if self._compensation is None:
+            return
+        self._past[self.version] = self.current.weights
+        oldest = self.version - self.config.policy.versions_kept
+        while (first := next(iter(self._past))) < oldest:
+            del self._past[first]
+
+    def _remembers(self, version: int) -> bool:
+        """Whether a push that was computed on `version` can be applied."""
+        return self._compensation is None or version == self.version or version in self._past
 
     def _decide(self, push: Push, size: _Size) -> tuple[Outcome, float]:
         """What becomes of a push, and the rate that it is applied at; takes note of it."""
@@ -169,7 +201,7 @@ class PartitionState:
         staleness, decision = self.version - push.version, APPLY
         if outcome is Outcome.APPLIED:
             decision = self.config.policy.decide(staleness, self.mean_staleness)
-            if decision.dropped:
+            if decision.dropped or not self._remembers(push.version):
                 outcome = Outcome.REFUSED_STALE
             elif not self._sound(size, push.gradient_norm):
                 outcome = Outcome.REFUSED_GRADIENT
@@ -227,10 +259,23 @@ class PartitionState:
             self.quarantined.add(replica)
 
     def _update(
-        self, gradient: Tensor, moments: Tensor, norm: float, rate: float, into: Version
+        self,
+        push: Push,
+        gradient: Tensor,
+        moments: Tensor,
+        rate: float,
+        moved: bool,
+        into: Version,
     ) -> None:
+        """`moved`: whether the weights are others than those that the push was computed on."""
         config, current = self.config, self.current
-        config.regulariser.apply(gradient, current.weights, self.partition.num_decayed, norm)
+        config.regulariser.clip(gradient, push.gradient_norm)
+        if self._compensation is not None:
+            pulled = self._past[push.version] if moved else None
+            self._compensation.apply(
+                gradient, current.weights, pulled, self.rule_state, self._room, len(push.batches)
+            )
+        config.regulariser.decay(gradient, current.weights, self.partition.num_decayed)
         config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
         if self.partition.num_features:
             source = current.statistics
@@ -295,7 +340,8 @@ class PartitionState:
         if rule_names != {f"rule.{name}" for name in self.rule_state}:
             raise BadSnapshot(
                 f"the snapshot's rule kept {sorted(rule_names) or 'nothing'}, which is not what "
-                f"{self.config.rule} keeps: resume with the rule that the run began with"
+                f"{self.config.rule} and the staleness policy keep: resume with the rule and the "
+                "staleness policy that the run began with"
             )
         try:
             self._load(meta, tensors)
@@ -328,6 +374,7 @@ class PartitionState:
             if saved.shape != value.shape or saved.dtype != value.dtype:
                 raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}")
             value.copy_(saved)
+        self._past = {self.version: self.current.weights}
         flags = {
             int(name.removeprefix("applied.")): tensor.numpy()
             for name, tensor in tensors.items()

@@ -304,15 +304,16 @@ class Replicas:
         turn.examples += len(targets)
         turn.loss += result.loss * len(targets)
         task.examples += len(targets)
-        by_permit = self._config.by_permit
-        if turn.done == len(turn.batches):
+        by_permit, pushed = self._config.by_permit, turn.done == len(turn.batches)
+        if pushed:
             self._push(turn, result.gradient_norm)
             if by_permit:
                 self._let_go(turn)
                 turn.asked = False
             elif len(self._turns) == 1:
                 self._await_answer(turn)
-        if not by_permit and turn.since_fetch >= self._config.n_fetch:
+        due = pushed if self._config.by_push else turn.since_fetch >= self._config.n_fetch
+        if due and not by_permit:
             self._fetch(turn)
         return True
 

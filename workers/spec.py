@@ -87,6 +87,9 @@ class StepConfig:
 
     by_permit: bool = field(default=False, metadata={"cli": False})
     """Whether a step asks for a permit before it pulls, as the staleness policy `bounded` wants."""
+    by_push: bool = field(default=False, metadata={"cli": False})
+    """Whether weights are fetched after each push, also after a short one at a window's end: so
+    each is computed on one version, as the staleness policy `compensate` wants."""
 
     def __post_init__(self) -> None:
         for name in ("concurrent_steps", "n_fetch", "n_push"):

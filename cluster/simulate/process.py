@@ -206,14 +206,16 @@ class VirtualProcess:
         self.counts.steps += 1
         turn.done += 1
         turn.since_fetch += 1
-        if turn.done == len(turn.batches):
+        pushed = turn.done == len(turn.batches)
+        if pushed:
             self._push(turn)
             if self.config.by_permit:
                 yield from self._let_go(turn)
                 turn.asked = False
             elif len(self._turns) == 1:
                 yield from self._await_answer(turn)
-        if not self.config.by_permit and turn.since_fetch >= self.config.n_fetch:
+        due = pushed if self.config.by_push else turn.since_fetch >= self.config.n_fetch
+        if due and not self.config.by_permit:
             yield from self._fetch(turn)
         return True
 

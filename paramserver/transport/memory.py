@@ -32,6 +32,7 @@ import mmap
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 
 import numpy as np
@@ -125,11 +126,15 @@ class PublishedWeights:
         num_slots: int = NUM_SLOTS,
         *,
         in_place: bool | None = None,
+        kept: int = 0,
     ) -> None:
         """Make the memory; slot 0 is current, zero, and published as version 0.
 
         `in_place` says whether a version that nobody reads is written over; by default, by size.
+        Versions that are up to `kept` older than the latest are not written over; there are as many
+        more slots, of which those that were never written take no memory.
         """
+        num_slots += kept
         self._geometry = slots = _Slots(num_parameters, num_features, num_slots)
         self.fd = _create("downpour-weights", slots.size)
         memory = mmap.mmap(self.fd, slots.size)
@@ -146,6 +151,11 @@ class PublishedWeights:
             )
         self._header[_STAMPS : _STAMPS + num_slots] = _VOID
         self._in_place = updates_in_place(num_parameters) if in_place is None else in_place
+        self._kept = kept
+        self._old: deque[int] = deque()
+        """Slots with versions that may be needed once more, oldest first; with `kept` only."""
+        self._free = deque(range(1, num_slots))
+        """The others but the current one, those that were used last in front."""
         self._slot = self._begun = 0
         self.publish(0)
 
@@ -165,7 +175,9 @@ class PublishedWeights:
         `pinned` are the slots that are being read. Where all are, the next is taken all the same.
         """
         slot = self._slot
-        if slot in pinned or not self._in_place:
+        if self._kept:
+            slot = self._begin_beside(pinned)
+        elif slot in pinned or not self._in_place:
             num = len(self.versions)
             free = [s for s in range(num) if s != slot and s not in pinned]
             slot = free[0] if free else (slot + 1) % num
@@ -175,8 +187,18 @@ class PublishedWeights:
         self._begun = slot
         return slot
 
+    def _begin_beside(self, pinned: Collection[int]) -> int:
+        """A slot whose version is not needed any more. There is always one."""
+        oldest = int(self._header[_STAMPS + self._slot]) - self._kept
+        while self._old and int(self._header[_STAMPS + self._old[0]]) < oldest:
+            self._free.appendleft(self._old.popleft())
+        return next((slot for slot in self._free if slot not in pinned), self._free[0])
+
     def commit(self, version: int) -> None:
         """Publish the slot that `begin` gave, as `version`."""
+        if self._kept:
+            self._free.remove(self._begun)
+            self._old.append(self._slot)
         self._slot = self._begun
         self.publish(version)
 

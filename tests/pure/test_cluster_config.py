@@ -131,3 +131,38 @@ def test_the_ramp_guard_survives_json() -> None:
     config = apply(recipes.find("mnist-bn"), {"ramp_guard": 2.0})
     assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
     assert recipes.find("mnist-bn").replicas.ramp_guard is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"n_push": 2},
+            "policy is compensate, n fetch 1 and n push 2: give both the same",
+        ),
+        ({"wire_dtype": "bfloat16"}, "wire dtype is bfloat16.*: give wire dtype float32"),
+        ({"staleness_bound": 49}, "staleness bound is 49, with 50 steps in flight: give at least"),
+    ],
+)
+def test_what_cannot_be_compensated_is_refused_in_a_line(
+    given: dict[str, object], words: str
+) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        apply(recipes.find("mnist-bn"), {"staleness_policy": "compensate", **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_compensation_is_configured_and_survives_json() -> None:
+    options = {
+        "staleness_policy": "compensate",
+        "compensation": "constant",
+        "compensation_lambda": 0.1,
+        "n_push": 3,
+        "n_fetch": 3,
+    }
+    config = apply(recipes.find("mnist-bn"), options)
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    assert config.update_config(config.plan(60_000)).policy.strength == 0.1
+    assert config.step_config().by_push
+    assert not config.step_config().by_permit
+    assert not recipes.find("mnist-bn").step_config().by_push

@@ -161,6 +161,7 @@ def virtually(replicas: tuple[int, ...], config: StepConfig, story: Story) -> li
         ((0, 2), StepConfig(concurrent_steps=5, n_fetch=3)),
         ((0, 2), StepConfig(concurrent_steps=5, n_push=2)),
         ((0, 2), StepConfig(concurrent_steps=4, n_push=3, n_fetch=2)),
+        ((0, 2), StepConfig(concurrent_steps=4, n_push=3, n_fetch=3, by_push=True)),
     ],
 )
 def test_the_simulated_rotation_is_the_real_one(

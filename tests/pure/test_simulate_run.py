@@ -109,6 +109,17 @@ def test_what_is_dropped_is_lent_again() -> None:
     assert simulation.book.num_returned > 0
 
 
+def test_a_compensated_run_is_an_asynchronous_one_with_a_bound() -> None:
+    """What compensation costs a partition is told by the costs; what it drops, by its bound."""
+    plain = forecast(config(10, 5), spread=0.2)
+    run = config(10, 5, staleness_policy="compensate", staleness_bound=200)
+    assert forecast(run, spread=0.2).staleness.summary() == plain.staleness.summary()
+    run = config(10, 5, staleness_policy="compensate", staleness_bound=51)
+    simulation = Simulation(inputs(run, spread=0.2))
+    assert simulation.forecast().staleness.summary()["max"] <= 51
+    assert simulation.partitions[0].state.counts()["pushes_dropped"] > 0
+
+
 def test_weights_over_the_network_take_their_time() -> None:
     """One slot on one machine, the partition on another, 1 s of latency each way. Each push is
     answered after 2 s, and the pull, asked for then, takes 2 s more.
