@@ -37,7 +37,9 @@ def reproduce() -> None:
 @output_option
 @click.option("--steps", type=click.IntRange(1), default=None, help="Steps; the paper's: 50,000.")
 @click.option("--batch-size", type=int, default=None, help="Mini-batches; the paper's: of 60.")
-@click.option("--learning-rate", type=float, default=None, help="The initial rate.")
+@click.option("--learning-rate", type=float, default=None, help="The rate, at the beginning.")
+@click.option("--final-rate", type=float, default=None, help="The share of it left at the end.")
+@click.option("--init-std", type=float, default=None, help="Of the initial weights.")
 @click.option("--record-every", type=int, default=None, help="Steps between two looks.")
 @click.option("--seed", type=int, default=None, help="What weights and mini-batches come from.")
 @click.option("--data", default=None, help="Folder or URI with the shards; default: bundled.")

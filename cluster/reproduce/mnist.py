@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -56,10 +57,12 @@ class MnistConfig:
     """Steps that each net is trained for."""
     batch_size: int = 60
     """Examples in a mini-batch."""
-    learning_rate: float = 2.0
-    """The initial rate, the same for both nets; the paper does not give it."""
-    final_rate: float = 0.01
+    learning_rate: float = 0.3
+    """The rate, the same for both nets; the paper does not give it."""
+    final_rate: float = 1.0
     """Share of it that an exponential decay leaves at the end; the paper says nothing of one."""
+    init_std: float = 0.05
+    """Standard deviation of all initial weights; the paper says "small random Gaussian values"."""
     seed: int = 0
     """What weights and mini-batches come from."""
     record_every: int = 100
@@ -80,8 +83,10 @@ class MnistConfig:
             )
         if not 0 < self.final_rate <= 1:
             raise ValueError(f"final rate is {self.final_rate}: give a share above 0, at most 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning rate is {self.learning_rate}: give a number above 0")
+        for name in ("learning_rate", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,7 +148,7 @@ class _Net:
             num_rows=num_rows, batch_size=config.batch_size, seed=config.seed, past_bound="rekey"
         )
         seed = stream_key(config.seed, "initial weights")
-        self._flat = FlatModel(MnistNet(batch_norm=batch_norm, seed=seed))
+        self._flat = FlatModel(MnistNet(batch_norm=batch_norm, seed=seed, init_std=config.init_std))
         self._net = self._flat.module
         probe = np.random.default_rng(stream_key(config.seed, "probe")).permutation(num_rows)
         self._probe = torch.from_numpy(np.sort(probe[:PROBE_ROWS]))

@@ -49,14 +49,16 @@ def make_report(
     ]
     rows.append(["minutes", bn["seconds"] / 60, plain["seconds"] / 60])
     steadier = plain["median_of_units"]["band_wander"] / bn["median_of_units"]["band_wander"]
+    rate = f"{config.learning_rate:g}"
+    if config.final_rate != 1:
+        rate += f", decayed exponentially to {config.learning_rate * config.final_rate:g}"
     above = "at every look" if numbers["bn_above_plain_in_first_fifth"] else "not at every look"
     parts = [
         paragraph(
             f"Three layers of 100 sigmoids on binary MNIST, {config.steps:,} steps of plain SGD on "
-            f"mini-batches of {config.batch_size}, seed {config.seed}: the same initial weights, "
-            f"mini-batches and rate ({config.learning_rate:g}, decayed exponentially to "
-            f"{config.learning_rate * config.final_rate:g}; the paper gives none) with batch "
-            "normalization and without."
+            f"mini-batches of {config.batch_size}, seed {config.seed}: the same initial weights "
+            f"(Gaussian, standard deviation {config.init_std:g}), mini-batches and rate ({rate}) "
+            "with batch normalization and without. The paper gives neither of the two numbers."
         ),
         table(["", "with BN", "without BN"], rows),
         paragraph(

@@ -1,5 +1,6 @@
 """The Inception network against the paper's Figure 5, and its variants."""
 
+import statistics
 from itertools import pairwise
 
 import pytest
@@ -199,6 +200,40 @@ def test_a_few_steps_lower_the_loss() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("activation", "least", "most"), [("relu", 20.0, 100.0), ("sigmoid", 1.0, 8.0)]
+)
+@pytest.mark.parametrize("stem_stride", [8, 2])
+def test_gradients_grow_towards_the_input_with_relu_and_hardly_with_sigmoids(
+    activation: str, least: float, most: float, stem_stride: int
+) -> None:
+    """What docs/reproduction explains sigmoids' head start in short runs with."""
+    net = Inception(
+        seed=0,
+        num_classes=10,
+        image_size=32,
+        width=0.25,
+        stem_stride=stem_stride,
+        activation=activation,
+    )
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(32, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (32,), generator=generator)
+    nn.functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
+
+    def relative(stage: str) -> float:
+        """The median over its convolutions of the gradient's norm over that of the weights."""
+        convolutions = [p for p in net.stages.get_submodule(stage).parameters() if p.ndim == 4]
+        gradients = [p.grad for p in convolutions]
+        ratios = [
+            float(g.norm() / p.detach().norm())
+            for p, g in zip(convolutions, gradients, strict=True)
+        ]  # type: ignore[union-attr]
+        return statistics.median(ratios)
+
+    assert least < relative("conv2") / relative("5b") < most
 
 
 def test_stages_are_joined_up() -> None:

@@ -94,3 +94,5 @@ def test_the_command_leaves_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "of another experiment" in capsys.readouterr().err
     assert run_cli(downpour, [*arguments, "--steps", "41"]) == 2
     assert "record every is 20" in capsys.readouterr().err
+    assert run_cli(downpour, [*arguments, "--init-std", "0"]) == 2
+    assert "init std is 0.0: give a number above 0" in capsys.readouterr().err
