@@ -230,7 +230,7 @@ def test_gradients_grow_towards_the_input_with_relu_and_hardly_with_sigmoids(
         ratios = [
             float(g.norm() / p.detach().norm())
             for p, g in zip(convolutions, gradients, strict=True)
-        ]  # type: ignore[union-attr]
+        ]
         return statistics.median(ratios)
 
     assert least < relative("conv2") / relative("5b") < most
