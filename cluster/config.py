@@ -342,6 +342,8 @@ class RunConfig:
             )
         if name == "compensate":
             self._check_compensation()
+        if name == "synchronous":
+            self._check_rounds()
         if self.policy.record_pushes:
             n_push = self.replicas.steps.n_push
             if n_push != 1:
@@ -368,16 +370,35 @@ class RunConfig:
                 "would be dropped"
             )
 
+    def _check_rounds(self) -> None:
+        steps, slots = self.replicas.steps, self.replicas.slots
+        if (steps.n_fetch, steps.n_push) != (1, 1):
+            raise ValueError(
+                f"staleness policy is synchronous, n fetch {steps.n_fetch} and n push "
+                f"{steps.n_push}: give 1 for both, and as many more round pushes"
+            )
+        pushes = self.server.policy.round_pushes
+        if pushes is None and self.policy.record_pushes:
+            raise ValueError(
+                "record pushes is on, and round pushes is none, which is another number when the "
+                f"run is resumed with other replicas: give round pushes {slots}"
+            )
+        if pushes is not None and pushes > slots:
+            raise ValueError(
+                f"round pushes is {pushes}, and there are {slots} steps in flight: give at most as "
+                "many; the others are backup workers"
+            )
+
     @property
-    def is_bounded(self) -> bool:
-        """Whether steps wait so that none becomes too stale."""
-        return self.server.policy.staleness_policy == "bounded"
+    def by_permit(self) -> bool:
+        """Whether steps wait for permits before they pull."""
+        return self.server.policy.staleness_policy in ("bounded", "synchronous")
 
     def step_config(self) -> StepConfig:
         """What the processes of replicas are told."""
         compensates = self.server.policy.staleness_policy == "compensate"
         steps = self.replicas.steps
-        return dataclasses.replace(steps, by_permit=self.is_bounded, by_push=compensates)
+        return dataclasses.replace(steps, by_permit=self.by_permit, by_push=compensates)
 
     def plan(self, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
         """The mini-batches of `num_rows` examples, checked against the length of the run.
@@ -407,11 +428,20 @@ class RunConfig:
             regulariser=Regulariser(weight_decay=server.weight_decay, clip_norm=server.clip_norm),
             schedule=server.schedule,
             statistics=server.statistics,
-            policy=server.policy,
+            policy=self._policy(),
             guard=server.guard,
             batches_per_epoch=plan.num_batches,
             epoch_examples=plan.num_rows,
+            epochs=self.policy.epochs,
         )
+
+    def _policy(self) -> StalenessPolicy:
+        """The staleness policy, with what it takes from the number of slots."""
+        policy, slots = self.server.policy, self.replicas.slots
+        if policy.staleness_policy != "synchronous":
+            return policy
+        pushes = policy.round_pushes or slots
+        return dataclasses.replace(policy, round_pushes=pushes, round_steps=slots)
 
     def decoder(self) -> Decoder:
         """How training rows become inputs."""

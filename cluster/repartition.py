@@ -47,6 +47,8 @@ def repartition(
     count = level(states, epochs, recomputer)
     if count:
         say(f"{count:,} mini-batches were applied where they were missing")
+    for state in states:
+        state.close_round()  # of which each may have taken other mini-batches
     dumps = [state.dump() for state in states]
     metas = [meta for meta, _ in dumps]
     if any(meta["version"] != metas[0]["version"] for meta in metas):
@@ -135,8 +137,10 @@ def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
 
 def _cut(name: str, whole: Tensor, part: Partition) -> Tensor:
     """A partition's share of a joined tensor."""
+    from paramserver.round import MOMENTS
+
     if name.startswith("applied."):
         return whole
-    if name in ("statistics", "ledger"):
+    if name in ("statistics", "ledger", MOMENTS):
         return whole[..., part.feature_start : part.feature_stop].contiguous()
     return whole[part.start : part.stop]

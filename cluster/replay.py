@@ -108,6 +108,14 @@ class _Line:
             self._spare = before
         return outcome
 
+    def refuse(self, entry: Entry) -> None:
+        """Settle a mini-batch as refused, as the partition did."""
+        before = self.state.current
+        self.state.applied.add(entry.epoch, entry.batch, REFUSED)
+        self.state.close_last_round(self._room)
+        if self.state.current is not before:
+            self._spare = before
+
     def _room(self) -> Any:
         """Where the next version goes; versions that the state still needs are left alone."""
         if not self.state.config.policy.versions_kept:
@@ -263,10 +271,14 @@ class Replay:
         """A line is at a new version."""
         version, branch = line.state.version, line.branch
         place = branch.partition, branch.number, version
-        if self._window or self._needed[place]:
-            line.kept[version] = line.state.current.weights.clone()
+        # A branch may begin in the middle of a round, with weights of an older version.
+        changed = line.state.weights_version
+        needed = self._window or self._needed[branch.partition, branch.number, changed]
+        if needed and changed not in line.kept:
+            line.kept[changed] = line.state.current.weights.clone()
+        if self._window:
             old = version - self._window
-            if self._window and not self._needed[branch.partition, branch.number, old]:
+            if not self._needed[branch.partition, branch.number, old]:
                 line.kept.pop(old, None)
         self._seen(line.state)
         for child in self._waiting.pop(place, []):
@@ -275,13 +287,16 @@ class Replay:
     def _advance(self, line: _Line) -> None:
         while (entry := line.head) is not None:
             key = entry.epoch, entry.batch, entry.fingerprint
+            before = line.state.weights_version
             if entry.outcome is Outcome.APPLIED:
                 computation = self._computations[key]
                 if not self._ready(computation):
                     return
                 self._take(line, entry, computation)
             elif entry.outcome in (Outcome.REFUSED_LOSS, Outcome.REFUSED_GRADIENT):
-                line.state.applied.add(entry.epoch, entry.batch, REFUSED)
+                line.refuse(entry)
+                if line.state.weights_version != before:  # a last round's end
+                    self._reached(line)
             line.at += 1
             self.num_done += 1
 

@@ -91,8 +91,11 @@ class Admission(Generic[T]):
             self._pushed.pop(key, None)
         self._asked = deque(key for key in self._asked if key[0] != connection)
 
-    def next(self, version: int) -> Permit | Turn[T] | None:
-        """What can be done now at the partition's `version`, if anything; it counts as done."""
+    def next(self, version: int, changed: int | None = None) -> Permit | Turn[T] | None:
+        """What can be done now at the partition's `version`, if anything; it counts as done.
+
+        When the weights `changed` last matters to `rounds.Rounds` only.
+        """
         if self._pushed:
             key = self._applicable(version)
             if key is not None:

@@ -12,7 +12,7 @@ that send what has to be refused, while others do not.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from paramserver.errors import BadConfiguration
@@ -23,7 +23,7 @@ MAX_NORM = 1e18
 NORMS_SEEN = 100
 """Updates after which their mean norm says what is usual."""
 
-PolicyName = Literal["asynchronous", "bounded", "compensate", "drop", "scale"]
+PolicyName = Literal["asynchronous", "bounded", "compensate", "drop", "scale", "synchronous"]
 Variant = Literal["adaptive", "constant"]
 STRENGTHS: dict[Variant, float] = {"adaptive": 2.0, "constant": 0.04}
 """lambda_0 and lambda of Zheng et al. 2017, section 6, on CIFAR-10."""
@@ -55,7 +55,9 @@ class StalenessPolicy:
     """`asynchronous` applies every push as it comes; `bounded` has whoever is fast wait, so that no
     push goes beyond the bound; `compensate` corrects each gradient for how far the weights have
     moved (DC-ASGD); `drop` has mini-batches beyond the bound computed again; `scale` lowers the
-    rate of those that are staler than the mean."""
+    rate of those that are staler than the mean; `synchronous` applies the mean of a round's
+    gradients, which are computed on the same weights, and has those computed again that come late.
+    """
     staleness_bound: int = 200
     """For `bounded`, `compensate` and `drop`: the most versions between pull and push. With
     `compensate` a partition keeps so many versions of its weights, and drops what is older."""
@@ -65,6 +67,11 @@ class StalenessPolicy:
     """lambda_0, or the constant lambda; none is the paper's, 2 or 0.04."""
     compensation_decay: float = 0.95
     """For `adaptive`: share of the mean square that is kept at each update, in [0, 1)."""
+    round_pushes: int | None = None
+    """For `synchronous`: gradients in a round; slots beyond so many are backup workers, whose
+    gradients are dropped where they come last. None is all slots, and no backup."""
+    round_steps: int | None = field(default=None, metadata={"cli": False})
+    """Steps begun for a round, backups among them: the run's slots."""
 
     def __post_init__(self) -> None:
         if self.staleness_bound < 0:
@@ -75,6 +82,8 @@ class StalenessPolicy:
                 "more, or none"
             )
         check_fraction("compensation decay", self.compensation_decay)
+        if self.round_pushes is not None and self.round_pushes < 1:
+            raise BadConfiguration(f"round pushes is {self.round_pushes}: give at least 1, or none")
 
     @property
     def strength(self) -> float:
@@ -92,9 +101,12 @@ class StalenessPolicy:
 
         `scale` is relative, `min(1, (mean + 1) / (staleness + 1))`: with 50 steps in flight the
         mean is about 49, and dividing the rate by staleness outright would stop the training.
+        `synchronous` counts from the version of the round's weights, so whatever is stale is late.
         `bounded` never gets to see what is beyond the bound (`bounded.Admission`); if it did, it
         would not apply it either.
         """
+        if self.staleness_policy == "synchronous" and staleness > 0:
+            return Decision(scale=0.0, reason="late: the round that it was computed for is over")
         if self.staleness_policy in _WITH_BOUND and staleness > self.staleness_bound:
             return Decision(
                 scale=0.0, reason=f"staleness {staleness} is beyond {self.staleness_bound}"

@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from paramserver.bounded import Admission, Permit
+from paramserver.bounded import Admission, Permit, Turn
 from paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
@@ -41,6 +41,7 @@ from paramserver.messages import (
     decode_all,
 )
 from paramserver.partition import Partition
+from paramserver.rounds import Rounds
 from paramserver.rules import updates_in_place
 from paramserver.snapshot import Snapshot
 from paramserver.state import Arrival, PartitionState, UpdateConfig, Version
@@ -82,7 +83,7 @@ class _Command(Generic[T]):
 
 
 class _Held(NamedTuple):
-    """A push that waits for its turn, where staleness is bounded."""
+    """A push that waits for its turn, where steps begin by permit."""
 
     push: Push
     gradient: Tensor
@@ -137,7 +138,7 @@ class PartitionServer:
             except BaseException:
                 self._published.close()
                 raise
-        self._published.publish(self._state.version)
+        self._published.publish(self._state.weights_version)
         self._in_place = updates_in_place(partition.num_parameters)
         self._slots = [
             (as_bytes(v.weights), as_bytes(v.statistics)) for v in self._published.versions
@@ -160,10 +161,13 @@ class PartitionServer:
         )
         self._sides: dict[int, ServerSide | NetworkSide] = {}
         policy = config.policy
-        self._admission: Admission[_Held] | None = None
+        self._admission: Admission[_Held] | Rounds[_Held] | None = None
         self._take, self._take_network = self._take_at_once, self._take_network_at_once
         if policy.staleness_policy == "bounded":
             self._admission = Admission(policy.staleness_bound)
+        elif policy.staleness_policy == "synchronous":
+            self._admission = Rounds(policy.round_steps or policy.round_pushes or 1)
+        if self._admission is not None:
             self._take, self._take_network = self._hold, self._hold_network
         self._next_sweep_s = -math.inf
         self._admitted: queue.SimpleQueue[Admitted] = queue.SimpleQueue()
@@ -387,7 +391,7 @@ class PartitionServer:
             self._take_network(side, push, side.gradient(self._scratch), moments)
         if side.asks:
             if self._admission is None:
-                raise MalformedMessage("a permit is asked for, and staleness is not bounded")
+                raise MalformedMessage("a permit is asked for, and none is needed")
             for box in side.asks:
                 self._admission.ask((side.socket.fileno(), box))
             side.asks.clear()
@@ -402,7 +406,7 @@ class PartitionServer:
         while True:
             if side.pulls and not side.sending:
                 slot = self._published.current_slot
-                side.send_weights(slot, self._state.version, *self._slots[slot])
+                side.send_weights(slot, self._state.weights_version, *self._slots[slot])
             all_sent = side.flush()  # answers and weights at once: each call wakes the peer
             if not all_sent or not side.pulls:
                 break
@@ -416,13 +420,13 @@ class PartitionServer:
 
     def _apply_all(self, arrivals: Sequence[Arrival]) -> list[Answer]:
         state, answers = self._state, []
-        before = version = state.version
+        version, before = state.version, state.weights_version
         outcomes = state.apply_all(arrivals, self._room)
         for (push, _, _), outcome in zip(arrivals, outcomes, strict=True):
             version += outcome is Outcome.APPLIED
             answers.append(Answer(mailbox=push.mailbox, outcome=outcome, version=version))
-        if version > before:
-            self._published.commit(version)
+        if state.weights_version > before:
+            self._published.commit(state.weights_version)
             self.last_update_at = time.time()
             if self.first_update_at is None:
                 self.first_update_at = self.last_update_at
@@ -437,7 +441,7 @@ class PartitionServer:
         return self._published.versions[slot]
 
     def _hold(self, side: ServerSide, data: bytes) -> None:
-        """Take in a packet where staleness is bounded; `_go_on` applies what it may."""
+        """Take in a packet where steps begin by permit; `_go_on` applies what it may."""
         assert self._admission is not None
         fd, views = side.socket.fileno(), side.views
         for message in decode_all(data):
@@ -463,11 +467,11 @@ class PartitionServer:
         held = _Held(push, gradient.clone(), moments.clone())
         self._admission.push((side.socket.fileno(), push.mailbox), push.version, held)
 
-    def _go_on(self, epoll: select.epoll, admission: Admission[_Held]) -> None:
+    def _go_on(self, epoll: select.epoll, admission: Admission[_Held] | Rounds[_Held]) -> None:
         """Apply every push whose turn it is, and give every permit that there is."""
         answers: dict[int, list[Answer]] = {}
         while True:
-            while (due := admission.next(self._state.version)) is not None:
+            while (due := self._due(admission)) is not None:
                 fd, box = due.key
                 if isinstance(due, Permit):
                     version = self._state.version
@@ -479,6 +483,9 @@ class PartitionServer:
                 return
             fd, batch = answers.popitem()
             self._tell(epoll, fd, batch)  # where it is gone, others may go on
+
+    def _due(self, admission: Admission[_Held] | Rounds[_Held]) -> Permit | Turn[_Held] | None:
+        return admission.next(self._state.version, self._state.weights_version)
 
     def _tell(self, epoll: select.epoll, fd: int, answers: list[Answer]) -> None:
         side = self._sides[fd]

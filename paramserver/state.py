@@ -23,6 +23,7 @@ from paramserver.messages import Outcome, Push
 from paramserver.partition import Partition
 from paramserver.policy import APPLY, Guard, StalenessPolicy
 from paramserver.record import PushRecord
+from paramserver.round import MOMENTS, Round
 from paramserver.rules import Momentum, Regulariser, Rule
 from paramserver.schedule import Schedule
 from paramserver.staleness import StalenessRecord
@@ -55,6 +56,8 @@ class UpdateConfig:
     """q, mini-batches in an epoch."""
     epoch_examples: int
     """N, examples in an epoch."""
+    epochs: int | None = None
+    """Of the run; once they are settled, a round that is not full is closed as it is."""
 
     def __post_init__(self) -> None:
         if self.batches_per_epoch < 1 or self.epoch_examples < 1:
@@ -104,6 +107,12 @@ class PartitionState:
         if self._compensation is not None:
             self.rule_state |= self._compensation.init(partition.num_parameters)
             self._room = self._compensation.room(partition.num_parameters)
+        self.weights_version = 0
+        """The version at which the weights changed last: the latest, or the round's start."""
+        self._round: Round | None = None
+        if config.policy.staleness_policy == "synchronous":
+            self._round = Round(pushes=config.policy.round_pushes or 1)
+            self.rule_state |= self._round.init(partition.num_parameters)
         self._past = {0: current.weights}
         """Where the weights of versions lie that pushes may have been computed on."""
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
@@ -158,6 +167,8 @@ class PartitionState:
         version can be seen. Work is ordered by kind: vectors are long, and each pass over them
         takes this method's own data out of the processor's caches, so all is decided in between.
         """
+        if self._round is not None:
+            return self._apply_in_rounds(self._round, arrivals, into)
         measured = [self._measure(gradient, moments) for _, gradient, moments in arrivals]
         outcomes, updates = [], []
         for (push, gradient, moments), size in zip(arrivals, measured, strict=True):
@@ -173,6 +184,44 @@ class PartitionState:
                 self._update(push, gradient, moments, rate, moved, target)
             self._keep()
         return outcomes
+
+    def _apply_in_rounds(
+        self, current: Round, arrivals: Sequence[Arrival], into: Callable[[], Version] | None
+    ) -> list[Outcome]:
+        outcomes = []
+        for push, gradient, moments in arrivals:
+            outcome, _ = self._decide(push, self._measure(gradient, moments))
+            outcomes.append(outcome)
+            if outcome is Outcome.APPLIED:
+                self.config.regulariser.clip(gradient, push.gradient_norm)
+                current.add(gradient, moments, push.examples, self.rule_state)
+            if current.count == current.pushes:
+                self.close_round(into)
+            else:
+                self.close_last_round(into)
+        return outcomes
+
+    def close_last_round(self, into: Callable[[], Version] | None = None) -> bool:
+        """Close the round where no more mini-batches will come; whether that was so."""
+        epochs, applied = self.config.epochs, self.applied
+        if epochs is None or self._round is None or not self._round.count:
+            return False
+        if applied.num_applied + applied.num_refused != epochs * self.config.batches_per_epoch:
+            return False
+        self.close_round(into)
+        return True
+
+    def close_round(self, into: Callable[[], Version] | None = None) -> None:
+        """Apply the mean of what the round has taken, if it has taken anything."""
+        if self._round is None or not self._round.count:
+            return
+        # The rate is that of the round's start, in whichever order its pushes came.
+        examples = self.examples - self._round.examples
+        rate = self.config.schedule.rate(examples, self.config.epoch_examples)
+        gradient, moments = self._round.close(self.rule_state)
+        self._step(gradient, moments, rate, into() if into else self.current)
+        gradient.zero_()
+        self.weights_version = self.version
 
     def _write_over(self, target: Version) -> None:
         """A new version comes where an old one may be, on which no push can be taken any more."""
@@ -198,7 +247,7 @@ class PartitionState:
     def _decide(self, push: Push, size: _Size) -> tuple[Outcome, float]:
         """What becomes of a push, and the rate that it is applied at; takes note of it."""
         outcome, rate = self.judge(push), 0.0
-        staleness, decision = self.version - push.version, APPLY
+        staleness, decision = self.staleness_of(push), APPLY
         if outcome is Outcome.APPLIED:
             decision = self.config.policy.decide(staleness, self.mean_staleness)
             if decision.dropped or not self._remembers(push.version):
@@ -211,6 +260,8 @@ class PartitionState:
             self.staleness.add(push.replica, staleness)
             self.mean_staleness += MEAN_WEIGHT * (staleness - self.mean_staleness)
             self.version += 1
+            if self._round is None:
+                self.weights_version = self.version
             weight = max(MEAN_WEIGHT, 1 / self.version)
             self.mean_norm += weight * (push.gradient_norm - self.mean_norm)
             self.examples += push.examples
@@ -224,6 +275,12 @@ class PartitionState:
         if self.record is not None:
             self.record.add(push, outcome)
         return outcome, rate
+
+    def staleness_of(self, push: Push) -> int:
+        """Versions since its weights were the latest; within a round they stay the same."""
+        if self._round is None:
+            return self.version - push.version
+        return max(0, self.weights_version - push.version)
 
     def rate(self) -> float:
         """The learning rate of the next update."""
@@ -275,6 +332,13 @@ class PartitionState:
             self._compensation.apply(
                 gradient, current.weights, pulled, self.rule_state, self._room, len(push.batches)
             )
+        self._step(gradient, moments, rate, into)
+
+    def _step(
+        self, gradient: Tensor, moments: Sequence[Tensor] | Tensor, rate: float, into: Version
+    ) -> None:
+        """Weight decay, the rule, and the statistics."""
+        config, current = self.config, self.current
         config.regulariser.decay(gradient, current.weights, self.partition.num_decayed)
         config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
         if self.partition.num_features:
@@ -323,11 +387,15 @@ class PartitionState:
             "outcomes": {o.name: n for o, n in sorted(self.outcomes.items())},
             "refusals": {str(r): n for r, n in sorted(self.refusals.items())},
         }
+        if self._round is not None:
+            meta["round"] = {"start": self.weights_version, "examples": self._round.examples}
         large = {"weights": self.current.weights, "statistics": self.current.statistics}
         large |= {f"rule.{name}": t for name, t in self.rule_state.items()}
         tensors = {n: into[n].copy_(t) if n in into else t.clone() for n, t in large.items()}
         tensors |= {f"applied.{e}": torch.from_numpy(f) for e, f in open_flags.items()}
         tensors |= {n: torch.from_numpy(a.copy()) for n, a in statistics_arrays.items()}
+        if self._round is not None:
+            tensors[MOMENTS] = self._round.stacked(self.partition.num_features)
         return meta, tensors
 
     def load(self, meta: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
@@ -375,6 +443,11 @@ class PartitionState:
                 raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}")
             value.copy_(saved)
         self._past = {self.version: self.current.weights}
+        self.weights_version = self.version
+        if self._round is not None:
+            about = meta["round"]
+            self.weights_version = int(about["start"])
+            self._round.restore(int(about["examples"]), tensors[MOMENTS])
         flags = {
             int(name.removeprefix("applied.")): tensor.numpy()
             for name, tensor in tensors.items()
@@ -385,6 +458,8 @@ class PartitionState:
         self.staleness = StalenessRecord({int(r): c for r, c in meta["staleness"].items()})
         self.outcomes = Counter({Outcome[o]: int(n) for o, n in meta["outcomes"].items()})
         self.refusals = Counter({int(r): int(n) for r, n in meta["refusals"].items()})
+        if self._round is not None and self._round.count >= self._round.pushes:
+            self.close_round()  # rounds are shorter than they were
 
     def check(self) -> None:
         """Assert the invariants."""
@@ -394,7 +469,10 @@ class PartitionState:
         assert self.version == self.outcomes[Outcome.APPLIED] == self.staleness.all().total
         assert self.version <= self.applied.num_applied
         assert self.examples >= 0
+        taken = 0 if self._round is None else self._round.count
+        assert self.version - self.weights_version == taken
+        assert self._round is None or taken < self._round.pushes
         if self.partition.num_features:
-            assert self.statistics.num_updates == self.applied.num_applied
+            assert self.statistics.num_updates == self.applied.num_applied - taken
         assert torch.isfinite(self.current.weights).all()
         assert torch.isfinite(self.current.statistics).all()

@@ -86,7 +86,8 @@ class StepConfig:
     numbers) from one mini-batch to the next."""
 
     by_permit: bool = field(default=False, metadata={"cli": False})
-    """Whether a step asks for a permit before it pulls, as the staleness policy `bounded` wants."""
+    """Whether a step asks for a permit before it pulls, as the staleness policies `bounded`
+    and `synchronous` want."""
     by_push: bool = field(default=False, metadata={"cli": False})
     """Whether weights are fetched after each push, also after a short one at a window's end: so
     each is computed on one version, as the staleness policy `compensate` wants."""

@@ -32,7 +32,9 @@ class SimulateConfig:
     staleness_policy: PolicyName | None = None
     """How staleness is governed; none for the run's."""
     staleness_bound: int | None = None
-    """For `bounded` and `drop`; none for the run's."""
+    """For `bounded`, `compensate` and `drop`; none for the run's."""
+    round_pushes: int | None = None
+    """For `synchronous`; none for the run's."""
     machines: int = 1
     """Machines that the replicas are spread over."""
     server_machines: int = 0
@@ -95,6 +97,7 @@ def configured(config: RunConfig, given: SimulateConfig) -> RunConfig:
         config.server.policy,
         staleness_policy=given.staleness_policy,
         staleness_bound=given.staleness_bound,
+        round_pushes=given.round_pushes,
     )
     try:
         replicas = _with(

@@ -1,9 +1,9 @@
 """A partition on the virtual clock: the server's own decisions, without weights.
 
-What becomes of a push is decided by `PartitionState`, and whose turn it is where staleness is
-bounded by `Admission`, as on a real partition. The loop around them is modelled after
-`paramserver.server`: connections that have something are served in turn, a packet at a time, and
-a packet is answered when all of it has been taken.
+What becomes of a push is decided by `PartitionState`, and who may begin a step by `Admission` or
+`Rounds`, as on a real partition. The loop around them is modelled after `paramserver.server`:
+connections that have something are served in turn, a packet at a time, and a packet is answered
+when all of it has been taken.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from cluster.simulate.inputs import Costs
 from paramserver.bounded import Admission, Permit
 from paramserver.messages import Outcome, PermitRequest, Push
 from paramserver.partition import split
+from paramserver.rounds import Rounds
 from paramserver.server import PUSHES_A_TURN
 from paramserver.staleness import Histogram, StalenessRecord
 from paramserver.state import PartitionState, UpdateConfig, Version
 
 Message = Push | PermitRequest
-NOTHING = torch.empty(0)
+NOTHING = torch.zeros(1)
+"""A gradient of the one parameter that there is; it never changes."""
+NO_MOMENTS = torch.zeros(1, 3, 0)
 
 
 class Pooled(StalenessRecord):
@@ -59,7 +62,7 @@ class Weightless(PartitionState):
 
     def take(self, push: Push) -> Outcome:
         """Take in one push, whose gradient is as it should be."""
-        return self.apply(push, NOTHING, NOTHING)
+        return self.apply(push, NOTHING, NO_MOMENTS)
 
     def _measure(self, gradient: Tensor, moments: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
@@ -68,6 +71,9 @@ class Weightless(PartitionState):
         return True
 
     def _update(self, *_: object) -> None:
+        pass
+
+    def _step(self, *_: object) -> None:
         pass
 
 
@@ -84,6 +90,9 @@ class Line:
     send_weights: Callable[[list[int], int], None]
     """Sends weights of a version for a pull."""
     is_open: bool = True
+
+
+Permits = Admission[tuple[Line, Push]] | Rounds[tuple[Line, Push]]
 
 
 class VirtualPartition:
@@ -121,9 +130,11 @@ class VirtualPartition:
         self.state = Weightless(self._config)
         self.state.load(*self._saved)
         policy = self._config.policy
-        self._admission: Admission[tuple[Line, Push]] | None = None
+        self._admission: Permits | None = None
         if policy.staleness_policy == "bounded":
             self._admission = Admission(policy.staleness_bound)
+        elif policy.staleness_policy == "synchronous":
+            self._admission = Rounds(policy.round_steps or policy.round_pushes or 1)
         self._lines: dict[int, Line] = {}
         self._ready: dict[int, Line] = {}
         """Connections that have something, in the order in which they had it."""
@@ -144,7 +155,7 @@ class VirtualPartition:
     @property
     def version(self) -> int:
         """The version that a pull would get now."""
-        return self.state.version
+        return self.state.weights_version
 
     def connect(
         self,
@@ -214,16 +225,16 @@ class VirtualPartition:
             line.answer(answers)
 
     def _apply(self, push: Push) -> Outcome:
-        staleness = self.state.version - push.version
+        staleness = self.state.staleness_of(push)
         outcome = self.state.take(push)
         if outcome is Outcome.APPLIED:
             self.seen.add(staleness)
             self.applied += 1
         return outcome
 
-    def _go_on(self, admission: Admission[tuple[Line, Push]]) -> Body:
+    def _go_on(self, admission: Permits) -> Body:
         answers: dict[int, list[tuple[int, Outcome]]] = {}
-        while (due := admission.next(self.state.version)) is not None:
+        while (due := admission.next(self.state.version, self.version)) is not None:
             number, mailbox = due.key
             if isinstance(due, Permit):
                 outcome = Outcome.PERMITTED

@@ -166,3 +166,32 @@ def test_compensation_is_configured_and_survives_json() -> None:
     assert config.step_config().by_push
     assert not config.step_config().by_permit
     assert not recipes.find("mnist-bn").step_config().by_push
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n_push": 2, "n_fetch": 2}, "n fetch 2 and n push 2: give 1 for both, and as many more"),
+        (
+            {"round_pushes": 51},
+            "round pushes is 51, and there are 50 steps in flight: give",
+        ),
+        ({"round_pushes": 0}, "round pushes is 0: give at least 1, or none"),
+        ({"record_pushes": True}, "record pushes is on, and .*: give round pushes 50"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused_in_a_line(given: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        apply(recipes.find("mnist-bn"), {"staleness_policy": "synchronous", **given})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("pushes", "expected"), [(None, 50), (45, 45)])
+def test_rounds_are_configured_and_survive_json(pushes: int | None, expected: int) -> None:
+    given = {"staleness_policy": "synchronous", "round_pushes": pushes}
+    config = apply(recipes.find("mnist-bn"), given)
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    update = config.update_config(config.plan(60_000))
+    assert (update.policy.round_pushes, update.policy.round_steps) == (expected, 50)
+    assert update.epochs == config.policy.epochs
+    assert config.step_config().by_permit

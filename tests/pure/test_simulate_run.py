@@ -120,6 +120,33 @@ def test_a_compensated_run_is_an_asynchronous_one_with_a_bound() -> None:
     assert simulation.partitions[0].state.counts()["pushes_dropped"] > 0
 
 
+def test_rounds_wait_for_their_slowest_and_backup_workers_do_not_let_them() -> None:
+    """Eight machines with one slot each, one of them ten times as slow."""
+    costs = Costs(
+        step=Spread(mean_s=STEP_S, spread=0.1),
+        apply=Spread(mean_s=APPLY_S),
+        slow_share=0.125,
+        slow_times=10.0,
+    )
+
+    def run(pushes: int | None) -> Simulation:
+        of = config(8, 1, staleness_policy="synchronous", round_pushes=pushes)
+        return Simulation(inputs(of, machines=Machines(machines=8, processors=1), costs=costs))
+
+    whole, backed = run(None), run(6)
+    slow = sum(member.step_times > 1 for member in whole._members)
+    assert 1 <= slow <= 2  # as the seed has it
+    assert slow == sum(member.step_times > 1 for member in backed._members)
+    waiting, going = whole.forecast(), backed.forecast()
+    assert waiting.staleness.summary()["max"] == going.staleness.summary()["max"] == 0
+    assert whole.partitions[0].state.counts()["pushes_dropped"] == 0
+    assert backed.partitions[0].state.counts()["pushes_dropped"] > 0
+    assert backed.book.num_returned > 0
+    assert waiting.updates_per_s < 8 / (10 * STEP_S)
+    assert going.updates_per_s > 3 * waiting.updates_per_s
+    backed.check()
+
+
 def test_weights_over_the_network_take_their_time() -> None:
     """One slot on one machine, the partition on another, 1 s of latency each way. Each push is
     answered after 2 s, and the pull, asked for then, takes 2 s more.

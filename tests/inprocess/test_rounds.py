@@ -1,0 +1,229 @@
+"""Synchronous rounds in the whole system: torch's SGD on their mini-batches, drops, deaths."""
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cluster.config import NetworkConfig, RunConfig
+from cluster.launch import check_data, check_data_unchanged
+from cluster.members import Outcome as RunOutcome
+from cluster.repartition import repartition
+from cluster.replay import loader, write_about
+from models.flat import FlatModel
+from paramserver.messages import Outcome, Push
+from paramserver.policy import StalenessPolicy
+from paramserver.state import PartitionState
+from shuffler.decode import decode
+from shuffler.lease import Lease
+from shuffler.reader import RowReader
+from shuffler.records import Dataset
+from tests.inprocess import tiny
+from tests.inprocess.test_controller import Run, weights_of
+from tests.inprocess.test_replay import replay
+from tests.inprocess.thread_backend import ThreadBackend
+from workers.recompute import Recomputer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.dataset(tmp_path_factory.mktemp("data"))
+
+
+def synchronous(config: RunConfig, pushes: int | None = None, **network: Any) -> RunConfig:
+    server = dataclasses.replace(
+        config.server,
+        policy=StalenessPolicy(staleness_policy="synchronous", round_pushes=pushes),
+        network=NetworkConfig(**network),
+    )
+    return dataclasses.replace(config, server=server)
+
+
+class Rounds:
+    """Which mini-batches each partition's rounds took, by the version of the round's weights."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken: dict[int, dict[int, list[tuple[int, int]]]] = {}
+        decide = PartitionState._decide
+
+        def noted(state: PartitionState, push: Push, size: Any) -> tuple[Outcome, float]:
+            start = state.weights_version
+            outcome, rate = decide(state, push, size)
+            if outcome is Outcome.APPLIED:
+                of = self.taken.setdefault(state.partition.index, {})
+                of.setdefault(start, []).append((push.epoch, push.batches[0]))
+            return outcome, rate
+
+        monkeypatch.setattr(PartitionState, "_decide", noted)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("partitions", [1, 3])
+@pytest.mark.parametrize("transport", ["shared", "network"])
+def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
+    tmp_path: Path,
+    data: str,
+    monkeypatch: pytest.MonkeyPatch,
+    partitions: int,
+    transport: str,
+) -> None:
+    """Eight slots with mini-batches of 16, against a loop with mini-batches of 128."""
+    rounds = Rounds(monkeypatch)
+    config = tiny.config(data, replicas=4, concurrent_steps=2, partitions=partitions, epochs=3)
+    arguments = {**config.model.arguments, "batch_norm": False}
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, arguments=arguments)
+    )
+    run = Run(tmp_path / "run", synchronous(config, transport=transport))
+    final: list[Tensor] = []
+    end = run.controller._wind_up
+
+    def finish() -> RunOutcome | None:
+        final.append(weights_of(run.backend))
+        return end()
+
+    run.controller._wind_up = finish  # type: ignore[method-assign]
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    total = 3 * run.plan.num_batches
+    for report in outcome.reports:
+        assert report.pushes_dropped == report.pushes_duplicate == 0
+        assert {len(counts) for counts in report.staleness.values()} == {1}  # never stale
+        assert report.version == total
+    first = {start: set(of) for start, of in rounds.taken[0].items()}
+    assert all({s: set(of) for s, of in r.items()} == first for r in rounds.taken.values())
+    sizes = [len(rounds.taken[0][start]) for start in sorted(first)]
+    assert sizes == [8] * (total // 8) + [total % 8] * (total % 8 > 0)
+
+    model = FlatModel(run.config.model_spec().build())
+    rate = config.server.schedule.learning_rate
+    optimizer = torch.optim.SGD(model.module.parameters(), lr=rate, momentum=0.9)
+    reader = RowReader(Dataset.open(data, "train"))
+    model.module.train()
+    for start in sorted(first):
+        parts = []
+        for epoch, batch in sorted(first[start]):
+            parts.append(decode(reader.take(run.plan.rows(epoch, batch)), tiny.IMAGE))
+        inputs = torch.cat([torch.from_numpy(i) for i, _ in parts])
+        labels = torch.cat([torch.from_numpy(labels) for _, labels in parts])
+        model.zero_gradient()
+        functional.cross_entropy(model.module(inputs), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(final[0], model.weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("pushes", "partitions", "network"),
+    [(5, 1, {}), (5, 3, {}), (6, 2, {"transport": "network", "wire_dtype": "bfloat16"})],
+)
+def test_with_backup_workers_what_is_late_is_computed_again(
+    tmp_path: Path, data: str, pushes: int, partitions: int, network: dict[str, Any]
+) -> None:
+    config = tiny.config(data, replicas=4, concurrent_steps=2, partitions=partitions)
+    run = Run(tmp_path / "run", synchronous(config, pushes, **network))
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    assert sum(r.pushes_dropped for r in outcome.reports) > 0
+    for report in outcome.reports:
+        assert {len(counts) for counts in report.staleness.values()} == {1}
+        assert report.version == 2 * run.plan.num_batches
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("pushes", [5, None])
+@pytest.mark.parametrize("transport", ["shared", "network"])
+def test_deaths_and_lost_connections_hold_nobody_up(
+    tmp_path: Path, data: str, pushes: int | None, transport: str
+) -> None:
+    config = tiny.config(data, epochs=4, checkpoint_every_s=0.05)
+    run = Run(tmp_path / "run", synchronous(config, pushes, transport=transport))
+    done, lock = list[str](), threading.Lock()
+    script = ((4, "kill"), (9, "cut"), (14, "partition"), (19, "kill"), (24, "partition"))
+
+    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        with lock:
+            if len(done) == len(script) or backend.windows_run < script[len(done)][0]:
+                return
+            done.append(script[len(done)][1])
+            kind, number = done[-1], len(done)
+        if kind == "kill":
+            backend.kill_process(number % 2)
+        elif kind == "cut":
+            backend.cut_connections(1)
+        else:
+            backend.kill_partition(number % 3)
+
+    outcome = run.go(fault)
+    assert len(done) == len(script)
+    run.assert_exactly_once(outcome)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_stopped_in_the_middle_of_a_round_replays_to_the_bit(
+    tmp_path: Path, data: str
+) -> None:
+    def recorded(resume: bool) -> Run:
+        config = tiny.config(data, epochs=3, record_pushes=True, checkpoint_every_s=0.05)
+        run = Run(tmp_path / "run", synchronous(config, 5), resume=resume)
+        run.backend.record = str(tmp_path / "run" / "record")
+        check_data_unchanged(run.folder, check_data(config))
+        write_about(tmp_path / "run" / "record", threads=1)
+        return run
+
+    run, killed = recorded(False), list[int]()
+
+    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id >= 8 and not killed:
+            killed.append(lease.id)
+            backend.kill_partition(1)
+        if lease.id >= 22:
+            run.controller.request_stop("SIGTERM")
+
+    run.go(fault)
+    again = recorded(True)
+    outcome = again.go()
+    again.assert_exactly_once(outcome)
+    assert killed
+    found = replay(tmp_path / "run")
+    assert found.differing == ()
+    assert found.versions == tuple(r.version for r in outcome.reports)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_goes_on_with_another_number_of_partitions(tmp_path: Path, data: str) -> None:
+    run = Run(tmp_path / "run", synchronous(tiny.config(data, epochs=3), 5))
+
+    def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id == 14:
+            run.controller.request_stop("SIGTERM")
+
+    run.go(stop)
+    checkpoint, _ = run.store.latest()
+    assert checkpoint is not None
+    config = run.config
+    repartition(
+        run.store,
+        checkpoint,
+        2,
+        config=config.update_config(run.plan),
+        epochs=3,
+        recomputer=Recomputer(config.model_spec(), loader(config, run.plan)),
+    )
+    server = dataclasses.replace(config.server, partitions=2)
+    again = Run(tmp_path / "run", dataclasses.replace(config, server=server), resume=True)
+    again.assert_exactly_once(again.go())
+
+
+@pytest.mark.timeout(120)
+def test_fewer_slots_than_a_round_has_pushes_still_fill_it(tmp_path: Path, data: str) -> None:
+    """One replica alone during the warm start: a slot steps more than once on the same weights."""
+    config = tiny.config(data, replicas=4, concurrent_steps=2)
+    replicas = dataclasses.replace(config.replicas, warm_start_epochs=1.0)
+    run = Run(tmp_path / "run", synchronous(dataclasses.replace(config, replicas=replicas)))
+    run.assert_exactly_once(run.go())
