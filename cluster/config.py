@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from cluster import combinations
 from cluster.errors import UserError
 from cluster.placement import PlacementConfig
 from paramserver.policy import Guard, StalenessPolicy
@@ -333,61 +334,7 @@ class RunConfig:
     """Which nodes of a cluster the actors run on."""
 
     def __post_init__(self) -> None:
-        steps, staleness = self.replicas.steps, self.server.policy
-        name = staleness.staleness_policy
-        if name in ("bounded", "compensate") and steps.n_fetch != steps.n_push:
-            raise ValueError(
-                f"staleness policy is {name}, n fetch {steps.n_fetch} and n push {steps.n_push}: "
-                "give both the same value, so that a push is computed on one version"
-            )
-        if name == "compensate":
-            self._check_compensation()
-        if name == "synchronous":
-            self._check_rounds()
-        if self.policy.record_pushes:
-            n_push = self.replicas.steps.n_push
-            if n_push != 1:
-                raise ValueError(f"record pushes is on, and n push is {n_push}: give n push 1")
-            wire = self.server.network.wire_dtype
-            if wire != "float32":
-                raise ValueError(
-                    f"record pushes is on, and wire dtype is {wire}, which adds what earlier "
-                    "rounding left out: give wire dtype float32"
-                )
-
-    def _check_compensation(self) -> None:
-        wire = self.server.network.wire_dtype
-        if wire != "float32":
-            raise ValueError(
-                f"staleness policy is compensate, and wire dtype is {wire}, which adds what "
-                "rounding left out of gradients on other weights: give wire dtype float32"
-            )
-        bound = self.server.policy.staleness_bound
-        if bound < self.replicas.slots:
-            raise ValueError(
-                f"staleness policy is compensate, and staleness bound is {bound}, with "
-                f"{self.replicas.slots} steps in flight: give at least as many, or most pushes "
-                "would be dropped"
-            )
-
-    def _check_rounds(self) -> None:
-        steps, slots = self.replicas.steps, self.replicas.slots
-        if (steps.n_fetch, steps.n_push) != (1, 1):
-            raise ValueError(
-                f"staleness policy is synchronous, n fetch {steps.n_fetch} and n push "
-                f"{steps.n_push}: give 1 for both, and as many more round pushes"
-            )
-        pushes = self.server.policy.round_pushes
-        if pushes is None and self.policy.record_pushes:
-            raise ValueError(
-                "record pushes is on, and round pushes is none, which is another number when the "
-                f"run is resumed with other replicas: give round pushes {slots}"
-            )
-        if pushes is not None and pushes > slots:
-            raise ValueError(
-                f"round pushes is {pushes}, and there are {slots} steps in flight: give at most as "
-                "many; the others are backup workers"
-            )
+        combinations.check(self)
 
     @property
     def by_permit(self) -> bool:

@@ -13,10 +13,11 @@ all elementwise. With `constant` (their DC-ASGD-c) lambda is the same always and
     s <- decay * s + (1 - decay) * g * g
     lambda = lambda_0 / sqrt(s + 1e-7)
 
-Departures: g is clipped before and decays after it is compensated, so that neither limit nor L2
-term is extrapolated; the rule that follows may be any, momentum included. Where a push is the sum
-of k mini-batches' gradients, g above is their mean, and the result is k times what it gives. A
-block of the correction that is not finite is left out, and its gradient applied as it came.
+Departures: s is one for all replicas, where the authors' own code keeps one for each worker; g is
+clipped before and decays after it is compensated, so that neither limit nor L2 term is
+extrapolated; the rule that follows may be any, momentum included. Where a push is the sum of k
+mini-batches' gradients, g above is their mean, and the result is k times what it gives. A block of
+the correction that is not finite is left out, and its gradient applied as it came.
 """
 
 from __future__ import annotations

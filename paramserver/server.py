@@ -48,7 +48,7 @@ from paramserver.state import Arrival, PartitionState, UpdateConfig, Version
 from paramserver.transport.frames import as_bytes
 from paramserver.transport.greeting import Admitted, NetworkListen, Porter
 from paramserver.transport.local import Endpoint, Listener, ServerSide, machine
-from paramserver.transport.memory import PublishedWeights
+from paramserver.transport.memory import PublishedWeights, check_room
 from paramserver.transport.network import NetworkSide
 from paramserver.transport.patience import Patience
 
@@ -123,7 +123,7 @@ class PartitionServer:
         self._key = key
         self._clock = clock
         kept = config.policy.versions_kept
-        _check_memory(partition, kept)
+        check_room(partition.num_parameters, kept)
         self._published = PublishedWeights(
             partition.num_parameters, partition.num_features, kept=kept
         )
@@ -522,14 +522,3 @@ class PartitionServer:
         self._sides.pop(fd).close()
         if self._admission is not None:
             self._admission.leave(fd)
-
-
-def _check_memory(partition: Partition, kept: int) -> None:
-    """Raise `BadConfiguration` where so many versions are more than the machine has memory for."""
-    wanted = 4 * partition.num_parameters * kept
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if wanted > memory:
-        raise BadConfiguration(
-            f"staleness bound is {kept}: partition {partition.index} would keep as many versions, "
-            f"{wanted / 1e9:.1f} GB, and its machine has {memory / 1e9:.1f} GB: give a smaller one"
-        )

@@ -40,7 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from paramserver.errors import DeadlineExceeded, MalformedMessage
+from paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
 from paramserver.partition import Partition
 from paramserver.rules import updates_in_place
 from paramserver.state import Version
@@ -114,6 +114,18 @@ class _Slots:
 
     def statistics_at(self, slot: int) -> int:
         return self.weights_at(slot) + self.weights_bytes
+
+
+def check_room(num_parameters: int, kept: int) -> None:
+    """Raise `BadConfiguration` where so many versions are more than the machine has memory for."""
+    wanted = 4 * num_parameters * kept
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > memory:
+        raise BadConfiguration(
+            f"staleness bound is {kept}: a partition of {num_parameters:,} parameters would keep "
+            f"as many versions, {wanted / 1e9:.1f} GB, and its machine has {memory / 1e9:.1f} GB: "
+            "give a smaller one"
+        )
 
 
 class PublishedWeights:

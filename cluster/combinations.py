@@ -1,0 +1,73 @@
+"""Values of a run's configuration that are good by themselves and not together.
+
+Each check names the values and the remedy in one line, and says why in a few words.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.config import RunConfig
+
+
+def check(config: RunConfig) -> None:
+    """Raise `ValueError` for what cannot go together."""
+    name, steps = config.server.policy.staleness_policy, config.replicas.steps
+    if name in ("bounded", "compensate") and steps.n_fetch != steps.n_push:
+        raise ValueError(
+            f"staleness policy is {name}, n fetch {steps.n_fetch} and n push {steps.n_push}: "
+            "give both the same value, so that a push is computed on one version"
+        )
+    if name == "compensate":
+        _check_compensation(config)
+    if name == "synchronous":
+        _check_rounds(config)
+    if config.policy.record_pushes:
+        _check_record(config)
+
+
+def _check_record(config: RunConfig) -> None:
+    n_push, wire = config.replicas.steps.n_push, config.server.network.wire_dtype
+    if n_push != 1:
+        raise ValueError(f"record pushes is on, and n push is {n_push}: give n push 1")
+    if wire != "float32":
+        raise ValueError(
+            f"record pushes is on, and wire dtype is {wire}, which adds what earlier "
+            "rounding left out: give wire dtype float32"
+        )
+
+
+def _check_compensation(config: RunConfig) -> None:
+    wire, slots = config.server.network.wire_dtype, config.replicas.slots
+    if wire != "float32":
+        raise ValueError(
+            f"staleness policy is compensate, and wire dtype is {wire}, which adds what "
+            "rounding left out of gradients on other weights: give wire dtype float32"
+        )
+    bound = config.server.policy.staleness_bound
+    if bound < slots:
+        raise ValueError(
+            f"staleness policy is compensate, and staleness bound is {bound}, with {slots} steps "
+            "in flight: give at least as many, or most pushes would be dropped"
+        )
+
+
+def _check_rounds(config: RunConfig) -> None:
+    steps, slots = config.replicas.steps, config.replicas.slots
+    if (steps.n_fetch, steps.n_push) != (1, 1):
+        raise ValueError(
+            f"staleness policy is synchronous, n fetch {steps.n_fetch} and n push "
+            f"{steps.n_push}: give 1 for both, and as many more round pushes"
+        )
+    pushes = config.server.policy.round_pushes
+    if pushes is None and config.policy.record_pushes:
+        raise ValueError(
+            "record pushes is on, and round pushes is none, which is another number when the "
+            f"run is resumed with other replicas: give round pushes {slots}"
+        )
+    if pushes is not None and pushes > slots:
+        raise ValueError(
+            f"round pushes is {pushes}, and there are {slots} steps in flight: give at most as "
+            "many; the others are backup workers"
+        )
