@@ -23,6 +23,7 @@ MODULES = {
     "chaos": "benchmarks.chaos",
     "recovery": "benchmarks.recovery",
     "shuffle": "benchmarks.shuffle",
+    "policies": "benchmarks.policies",
 }
 """Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them."""
 

@@ -30,7 +30,7 @@ from shuffler.ingest import IngestConfig
 RUNS = Path("runs")
 BENCHMARKS = (
     *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
-    *("recovery", "shuffle"),
+    *("recovery", "shuffle", "policies"),
     "all",
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.policies import POLICIES
 from tests.ray import commands
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -81,6 +82,12 @@ def test_shuffle(tmp_path: Path) -> None:
     assert result["resume_many"]["rows"] == 20_000
     assert result["resident_1x"]["complete"]
     assert result["resident_4x"]["complete"]
+
+
+def test_policies(tmp_path: Path) -> None:
+    (result,) = bench("policies", tmp_path=tmp_path)["result"].values()
+    assert set(result) == set(POLICIES)
+    assert all(ms > 0 for ms in result.values())
 
 
 def test_simulate(tmp_path: Path) -> None:
