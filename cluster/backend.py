@@ -34,6 +34,10 @@ class PartitionLost(Exception):
     """A partition died, or cannot be reached."""
 
 
+class FollowerLost(Exception):
+    """A partition's follower died, or could not join it."""
+
+
 class WriteFailed(Exception):
     """Something could not be written: the disk is full, or the place is gone."""
 
@@ -58,6 +62,15 @@ class Backend(Protocol):
         """Start, or start again, a partition from its snapshot in `checkpoint`, or from the initial
         weights; done once it can be reached. One that still runs is ended first.
         """
+
+    def start_follower(self, index: int) -> Ticket:
+        """Start a follower of a partition that is up; done once it has the partition's state."""
+
+    def stop_follower(self, index: int) -> None:
+        """End a partition's follower, if it has one."""
+
+    def promote(self, index: int) -> Ticket:
+        """End a partition and have its follower take its place; done once it can be reached."""
 
     def start_process(self, index: int) -> Ticket:
         """Start, or start again, a process of replicas; done once it is connected."""

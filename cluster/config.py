@@ -196,12 +196,26 @@ class ServerConfig:
     """What keeps poison out."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """How replicas reach it."""
+    hot_standby: bool = False
+    """Whether each partition has a follower, a second process on the same machine that applies the
+    same pushes and takes its place when it dies, so that no update is lost."""
 
     def __post_init__(self) -> None:
         if self.partitions is not None and self.partitions < 1:
             raise ValueError(f"partitions is {self.partitions}: give at least 1, or none")
         check_fraction("momentum", self.momentum)
         Regulariser(weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        if self.hot_standby and self.policy.versions_kept:
+            raise ValueError(
+                f"hot standby is on, and staleness policy is {self.policy.staleness_policy}, which "
+                "needs versions from before a follower came: give another, or no hot standby"
+            )
+        if self.hot_standby and self.network.listens_on(1) is not None:
+            raise ValueError(
+                f"hot standby is on, transport is {self.network.transport} and listen "
+                f"{self.network.listen}: a follower reads gradients where replicas left them, in "
+                "memory that all share; give transport shared, or no hot standby"
+            )
 
     def num_partitions(self, num_parameters: int) -> int:
         """Partitions of a model with so many parameters."""

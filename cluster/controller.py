@@ -31,6 +31,7 @@ from cluster.checkpointing import Checkpointer
 from cluster.config import ReplicaConfig, RunConfig, active_replicas, next_evaluation_s
 from cluster.display import Progress
 from cluster.errors import one_line, user_message
+from cluster.followers import Followers
 from cluster.members import Outcome, Partition, Process
 from cluster.observe import Leases, Sink
 from cluster.ramp import RampGuard
@@ -132,6 +133,13 @@ class Controller:
         self._told_slow: set[int] = set()
         self._spares_due_s: float | None = None
         """When spares are made for those that have been used."""
+        self._followers = Followers(
+            backend,
+            wanted=config.server.hot_standby,
+            submit=self._tickets.__setitem__,
+            lost=self._on_follower_lost,
+            tell=self._telemetry.event,
+        )
         self._weak_since_s: float | None = None
         """When the first of those was lost that are not back yet."""
 
@@ -187,6 +195,7 @@ class Controller:
         if self._spares_due_s is not None and now >= self._spares_due_s:
             self._spares_due_s = None
             self._backend.make_spares()
+            self._followers.start_missing()
         self._mend()
         if self._evaluator_ready and now >= self._next_evaluation_s and not self._evaluating:
             self._evaluate(self._telemetry.best_accuracy, BEST)
@@ -377,9 +386,10 @@ class Controller:
 
     # Losses
 
-    def _recover(self, loss: Loss) -> str:
+    def _recover(self, loss: Loss, *, followed: bool = False) -> str:
         """Decide what is done about a loss, and tell of it; gives the action."""
-        recovery = decide(loss, self._history, max_restarts=self._config.replicas.max_restarts)
+        limit = self._config.replicas.max_restarts
+        recovery = decide(loss, self._history, max_restarts=limit, followed=followed)
         self._telemetry.event(recovery.reason)
         if loss.part in ("replicas", "partition") and self._weak_since_s is None:
             self._weak_since_s = self._clock()
@@ -523,12 +533,16 @@ class Controller:
         return all(p.up for p in self._partitions)
 
     def _start_partition(self, partition: Partition, checkpoint: Checkpoint | None) -> None:
+        ticket = self._backend.start_partition(partition.index, checkpoint)
+        self._await_partition(partition, ticket)
+
+    def _await_partition(self, partition: Partition, ticket: Ticket) -> None:
+        """A new incarnation is on its way."""
         partition.up, partition.asked_s, partition.version = False, None, None
         partition.incarnation += 1
-        ticket = self._backend.start_partition(partition.index, checkpoint)
 
         def arrived(_: Any) -> None:
-            partition.up = True
+            partition.up, partition.asked_s = True, None
             if self._all_up:
                 self._probing = self._census = False
                 self._phase = "training" if self._all_replicas_at else "starting the replicas"
@@ -537,7 +551,22 @@ class Controller:
 
     def _on_partition_lost(self, partition: Partition, cause: str, detail: str = "") -> None:
         name = f"partition {partition.index}"
-        self._recover(_loss("partition", partition.index, name, cause, detail))
+        followed = self._followers.can_take_over(partition.index)
+        loss = _loss("partition", partition.index, name, cause, detail)
+        promoted = self._recover(loss, followed=followed) == "promote"
+        self._followers.partition_replaced(partition.index)
+        self._phase = f"replacing {name}"
+        self._checkpointer.abandon()
+        self._reopening = True
+        if self._ramp is not None and not promoted:
+            self._ramp.restarted()
+        for process in self._processes:
+            self._drop_windows(process)
+        self._evaluator_ready = False
+        if promoted:
+            self._await_partition(partition, self._backend.promote(partition.index))
+            partition.asked_s = self._clock()  # a follower that does not answer is lost, too
+            return
         checkpoint, passed = self._store.latest_for(partition.index)
         for problem in passed:
             self._telemetry.event(f"{problem}; taking the one before")
@@ -545,15 +574,15 @@ class Controller:
             f"{name} starts again from "
             + (f"checkpoint {checkpoint.number}" if checkpoint else "the initial weights")
         )
-        self._phase = f"replacing {name}"
-        self._checkpointer.abandon()
-        self._reopening = True
-        if self._ramp is not None:
-            self._ramp.restarted()
-        for process in self._processes:
-            self._drop_windows(process)
-        self._evaluator_ready = False
         self._start_partition(partition, checkpoint)
+
+    def _on_follower_lost(self, index: int, detail: str) -> bool:
+        """Whether there is to be another."""
+        loss = _loss("follower", index, f"the follower of partition {index}", "died", detail)
+        another = self._recover(loss) == "restart"
+        if another and self._weak_since_s is None:
+            self._spares_due_s = self._clock() + SPARES_AFTER_S
+        return another
 
     def _from_partition(
         self, partition: Partition, then: Callable[[Any], None]
@@ -634,6 +663,9 @@ class Controller:
         elif report.version > partition.version:
             self._history.progressed("partition", partition.index)
         self._reports[report.index] = report
+        self._followers.reported(report)
+        if report.has_follower:
+            self._history.progressed("follower", report.index)
         self._quarantine(report)
         if len(self._reports) == len(self._partitions) and not any(
             p.asked_s is not None for p in self._partitions

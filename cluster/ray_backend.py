@@ -27,6 +27,7 @@ from ray.exceptions import (
 
 from cluster.backend import (
     Done,
+    FollowerLost,
     PartitionLost,
     ProcessLost,
     RunFailed,
@@ -42,7 +43,7 @@ from cluster.ray_nodes import Nodes
 from cluster.ray_shufflers import Shufflers
 from cluster.replay import write_about
 from cluster.standby import PartitionSpare, ReplicasSpare
-from paramserver.actor import PartitionActor
+from paramserver.actor import FollowerActor, PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import Partition
 from paramserver.transport.access import Access
@@ -89,6 +90,11 @@ class RayBackend:
         record: Path | None = None,
     ) -> None:
         """Start the partitions, shufflers and replicas; none of them is waited for."""
+        if config.server.hot_standby and nodes.several:
+            raise RunFailed(
+                f"--hot-standby with {nodes.count} nodes: a follower shares memory with its "
+                "partition and all replicas; train on a single machine, or give --no-hot-standby"
+            )
         self._config = config
         self._plan = plan
         self._key = key
@@ -111,6 +117,7 @@ class RayBackend:
         self._spares: dict[type, Any] = {}
         """Processes that can become actors of a class; not waited for."""
         self._partitions: list[Any] = [None] * len(partitions)
+        self._followers: list[Any] = [None] * len(partitions)
         self._spawned_partitions: list[Any] = [
             self._spawn_partition(i, resumed) for i in range(len(partitions))
         ]
@@ -130,12 +137,39 @@ class RayBackend:
     def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Ticket:
         """Start, or start again, a partition; done once it can be reached."""
         kill(self._partitions[index])  # it may be out of reach only
+        self.stop_follower(index)
         actor = self._spawned_partitions[index]
         if actor is None:
             actor = self._spawn_partition(index, checkpoint)
         self._spawned_partitions[index] = None
         self._partitions[index] = actor
         ticket = self._partition_ticket(index, actor.endpoint.remote())
+        self._arrivals[ticket] = index
+        return ticket
+
+    def start_follower(self, index: int) -> Ticket:
+        """Start a follower of a partition that is up; done once it has the partition's state."""
+        self.stop_follower(index)
+        self._followers[index] = follower = start(
+            FollowerActor,
+            PARTITION_CALLS,
+            *(self._layout[index], self._update_config, self._key, self._endpoints[index]),
+            str(self._record) if self._record else None,
+            scheduling="DEFAULT",
+        )
+        what = f"the follower of partition {index}"
+        return self._ticket(follower.endpoint.remote(), FollowerLost, what)
+
+    def stop_follower(self, index: int) -> None:
+        """End a partition's follower, if it has one."""
+        kill(self._followers[index])
+        self._followers[index] = None
+
+    def promote(self, index: int) -> Ticket:
+        """End a partition and have its follower take its place; done once it can be reached."""
+        kill(self._partitions[index])  # should it live all the same, the follower fences it off
+        self._partitions[index], self._followers[index] = self._followers[index], None
+        ticket = self._partition_ticket(index, self._partitions[index].promote.remote())
         self._arrivals[ticket] = index
         return ticket
 
@@ -269,7 +303,7 @@ class RayBackend:
         """Stop every actor."""
         self._shufflers.stop()
         actors = [*self._process_actors, *self._spawned, self._evaluator]
-        actors += self._spares.values()
+        actors += [*self._spares.values(), *self._followers]
         for actor in [*actors, *self._partitions, *self._spawned_partitions]:
             kill(actor)
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["replicas", "partition", "shuffler", "evaluator"]
+Part = Literal["replicas", "partition", "follower", "shuffler", "evaluator"]
 Cause = Literal["died", "disconnected", "failed", "silent", "slow"]
-Action = Literal["restart", "reconnect", "give up"]
+Action = Literal["restart", "promote", "reconnect", "go without", "give up"]
 
 MAX_IN_A_ROW = 5
 """Losses of one member, without any progress of it in between, that end the run."""
@@ -77,13 +77,16 @@ class History:
             self._in_a_row.pop(("evaluator", 0), None)
 
 
-def decide(loss: Loss, history: History, *, max_restarts: int) -> Recovery:
+def decide(loss: Loss, history: History, *, max_restarts: int, followed: bool = False) -> Recovery:
     """What to do about `loss`; `max_restarts` bounds the members of a part that are replaced.
+
+    A partition that is `followed` is replaced by its follower, which has all that it had answered.
 
     A member whose connection is lost is connected again, since its process lives and a new one
     costs seconds; one that loses it again and again is replaced. Members that are dead, silent,
     slow or have failed are replaced. The run is given up where that does not help: beyond
-    `max_restarts`, or when one member is lost `MAX_IN_A_ROW` times before it has done anything.
+    `max_restarts`, or when one member is lost `MAX_IN_A_ROW` times before it has done anything; of
+    a follower, the run goes on without one then.
     """
     member = (loss.part, loss.index)
     if loss.cause == "disconnected" and history._reconnects[member] < MAX_RECONNECTS:
@@ -92,23 +95,27 @@ def decide(loss: Loss, history: History, *, max_restarts: int) -> Recovery:
             action="reconnect",
             reason=f"{loss}: connecting again, {history._reconnects[member]} of {MAX_RECONNECTS}",
         )
+    end: Action = "go without" if loss.part == "follower" else "give up"
+    on = ": going on without one" if loss.part == "follower" else ""
     if history.restarts[loss.part] >= max_restarts:
         return Recovery(
-            action="give up",
+            action=end,
             reason=f"{loss}; members of its kind died {max_restarts} times, which is all that "
-            "--max-restarts allows",
+            f"--max-restarts allows{on}",
         )
     if history._in_a_row[member] >= MAX_IN_A_ROW:
         return Recovery(
-            action="give up",
-            reason=f"{loss}; it did so {MAX_IN_A_ROW + 1} times without doing anything in between",
+            action=end,
+            reason=f"{loss}; it did so {MAX_IN_A_ROW + 1} times without doing anything in "
+            f"between{on}",
         )
     history.restarts[loss.part] += 1
     history._in_a_row[member] += 1
     history._reconnects.pop(member, None)
+    how = "its follower takes its place" if followed else "replaced"
     return Recovery(
-        action="restart",
-        reason=f"{loss}: replaced, {history.restarts[loss.part]} of {max_restarts} for its kind",
+        action="promote" if followed else "restart",
+        reason=f"{loss}: {how}, {history.restarts[loss.part]} of {max_restarts} for its kind",
     )
 
 

@@ -131,6 +131,20 @@ class _Line:
         )
 
 
+def _parents(known: Mapping[tuple[int, int], Branch]) -> dict[tuple[int, int], int]:
+    """By branch (partition, number), the number of the one that it began as."""
+    before: dict[tuple[int, int], int] = {}
+    for (partition, number), branch in sorted(known.items()):
+        if number == 0:
+            continue
+        older = [n for p, n in known if p == partition and n < number]
+        parents = [n for n in older if known[partition, n].version <= branch.version]
+        if not parents:
+            raise BadRecord(f"the record of partition {partition} has no beginning")
+        before[partition, number] = max(parents)
+    return before
+
+
 def _lasting(
     known: Mapping[tuple[int, int], Branch], before: Mapping[tuple[int, int], int]
 ) -> dict[tuple[int, int], int]:
@@ -178,10 +192,11 @@ class Replay:
         self.num_entries = 0
         self.num_done = 0
         """Entries that have been computed again."""
-        known: dict[tuple[int, int], Branch] = {}
-        for branch in branches:
-            known[branch.partition, branch.number] = branch
-            self._note(branch)
+        # What a follower applied that never became the partition, the partition recorded, too.
+        known = {(b.partition, b.number): b for b in branches if b.counts}
+        before = _parents(known)
+        for branch in known.values():
+            self._note(branch, known, before)
         for computation in self._computations.values():
             if computation.left:
                 self._needed.update(computation.places.values())
@@ -190,16 +205,9 @@ class Replay:
         ]
         # Where versions have to be guessed, the last ones are kept.
         self._window = 2 * self._largest_staleness(known.values()) + 64 if missing else 0
-        before: dict[tuple[int, int], int] = {}
-        for (partition, number), branch in sorted(known.items()):
-            if number == 0:
-                continue
-            older = [n for p, n in known if p == partition and n < number]
-            parents = [n for n in older if known[partition, n].version <= branch.version]
-            if not parents:
-                raise BadRecord(f"the record of partition {partition} has no beginning")
-            self._waiting[partition, max(parents), branch.version].append(branch)
-            before[partition, number] = max(parents)
+        for (partition, number), parent in before.items():
+            branch = known[partition, number]
+            self._waiting[partition, parent, branch.version].append(branch)
         self._lasting = _lasting(known, before)
         for partition in range(len(partitions)):
             if (partition, 0) not in known or known[partition, 0].version:
@@ -207,14 +215,23 @@ class Replay:
             self._begin(known[partition, 0], None)
         self._num_lines = len(known)
 
-    def _note(self, branch: Branch) -> None:
+    def _note(
+        self,
+        branch: Branch,
+        known: Mapping[tuple[int, int], Branch],
+        before: Mapping[tuple[int, int], int],
+    ) -> None:
         self.num_entries += len(branch.entries)
         for entry in branch.entries:
             key = entry.epoch, entry.batch, entry.fingerprint
             found = self._computations.setdefault(key, _Computation(key=key))
             found.left += entry.outcome is Outcome.APPLIED
             if entry.outcome is not Outcome.REFUSED_UNKNOWN:
-                found.places[branch.partition] = branch.partition, branch.number, entry.version
+                # One that followed has taken pushes on versions from before its beginning.
+                partition, number = branch.partition, branch.number
+                while entry.version < known[partition, number].version:
+                    number = before[partition, number]
+                found.places[partition] = partition, number, entry.version
 
     @staticmethod
     def _largest_staleness(branches: Iterable[Branch]) -> int:

@@ -15,7 +15,6 @@ import torch
 
 from paramserver import snapshot
 from paramserver.partition import Partition
-from paramserver.record import PushRecord
 from paramserver.server import PartitionServer
 from paramserver.snapshot import Snapshot, SnapshotFile
 from paramserver.state import PartitionState, UpdateConfig
@@ -54,6 +53,8 @@ class PartitionReport:
     """Unix time of the latest update since the actor started."""
     updates_before: int
     """The version that the actor started from."""
+    has_follower: bool = False
+    """Whether a second process has all that this one answers."""
     cpu_s: float = 0.0
     """Processor seconds of the thread that serves, since the actor started."""
 
@@ -82,17 +83,21 @@ class PartitionActor:
         if restore_uri is not None:
             filesystem, path = pyarrow.fs.FileSystem.from_uri(restore_uri)
             restore = snapshot.read(filesystem, path, restore_sha256)
-        self._server = PartitionServer(
+        server = PartitionServer(
             partition=partition,
             config=config,
             key=key,
             weights=None if weights is None else torch.from_numpy(weights.copy()),
             restore=restore,
             network=None if network is None else _on_this_node(network),
-        ).start()
+        )
+        self._start(server, record)
+
+    def _start(self, server: PartitionServer, record: str | None) -> None:
         if record is not None:
-            self._server.call(lambda state: _start_record(state, Path(record)))
-        self._updates_before = self._server.call(lambda state: state.version)
+            server.record(Path(record))
+        self._server = server.start()
+        self._updates_before = server.call(lambda state: state.version)
         self._snapshots = threading.Lock()
         self._copies: dict[str, torch.Tensor] = {}
         """Where snapshots are copied to."""
@@ -125,6 +130,7 @@ class PartitionActor:
                 first_update_at=server.first_update_at,
                 last_update_at=server.last_update_at,
                 updates_before=self._updates_before,
+                has_follower=server.has_follower,
                 cpu_s=time.thread_time(),  # this is run by the thread that serves
                 **state.counts(),
             )
@@ -157,8 +163,31 @@ class PartitionActor:
         self._server.stop()
 
 
-def _start_record(state: PartitionState, folder: Path) -> None:
-    state.record = PushRecord(folder, state.partition.index, state.version)
+class FollowerActor(PartitionActor):
+    """A second process that applies what a partition does, and can take its place."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        config: UpdateConfig,
+        key: bytes,
+        primary: Endpoint,
+        record: str | None = None,
+    ) -> None:
+        """Follow the partition at `primary`, on this machine; `record` as for a partition."""
+        self._start(
+            PartitionServer(partition=partition, config=config, key=key, follow=primary), record
+        )
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and log prefixes show, of one that has been promoted, too."""
+        partition = self._server.partition
+        return f"Follower of partition {partition.index + 1} of {partition.num_partitions}"
+
+    def promote(self) -> Endpoint:
+        """Be the partition; gives where replicas reach it. Raises `Fenced`."""
+        self._server.promote()
+        return self._server.endpoint
 
 
 def _on_this_node(network: NetworkListen) -> NetworkListen:

@@ -11,6 +11,9 @@
     ├── BadConfiguration    a value that no rule or partitioning can work with
     ├── BadSnapshot         a snapshot that is damaged, or of another model
     └── BadRecord           a record of pushes that is damaged, or that explains another run
+
+    Diverged                a follower whose state is not its primary's
+    Fenced                  of a primary and its follower, the other one is the partition
 """
 
 
@@ -56,3 +59,14 @@ class BadRecord(ServerError):
     """A record of pushes that is damaged, or that explains another run."""
 
     user_facing = True
+
+
+class Diverged(Exception):
+    """A follower's state is not the primary's: it has to end."""
+
+
+class Fenced(Exception):
+    """Of a primary and its follower the other one has the token: it is the partition.
+
+    No `ServerError`, which would cost a connection: whoever is fenced has to end.
+    """

@@ -25,7 +25,9 @@ from paramserver.errors import BadRecord
 from paramserver.messages import Outcome, Push
 
 MAGIC = b"DPRPUSH1"
-_HEADER = struct.Struct("<8sQII8x")
+_HEADER = struct.Struct("<8sQIIB7x")
+_ROLE_AT = _HEADER.size - 8
+_PRIMARY, _FOLLOWER = 0, 1
 _ENTRY = struct.Struct("<IIHBxII")
 """Epoch, mini-batch, replica, outcome, version pulled, fingerprint."""
 _NUMBERS = struct.Struct("<dd")
@@ -53,8 +55,13 @@ class Entry:
 class PushRecord:
     """Writes the record of one start of a partition."""
 
-    def __init__(self, folder: Path, partition: int, version: int) -> None:
-        """Start a new file in `folder`, which is made; the partition is at `version`."""
+    def __init__(
+        self, folder: Path, partition: int, version: int, *, follows: bool = False
+    ) -> None:
+        """Start a new file in `folder`, which is made; the partition is at `version`.
+
+        The record of one that `follows` another counts only once it takes that one's place.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         start = len(files(folder, partition))
         path = folder / f"partition-{partition:05d}-{start:05d}.pushes"
@@ -63,7 +70,8 @@ class PushRecord:
         self.failure: OSError | None = None
         """Why the record is not complete, if it is not."""
         self._grow()
-        _HEADER.pack_into(self._map, 0, MAGIC, version, partition, start)
+        role = _FOLLOWER if follows else _PRIMARY
+        _HEADER.pack_into(self._map, 0, MAGIC, version, partition, start, role)
         self._at = _HEADER.size
 
     def add(self, push: Push, outcome: Outcome) -> None:
@@ -96,6 +104,10 @@ class PushRecord:
         self._map = mmap.mmap(self._fd, size)
         self._size = size
 
+    def promote(self) -> None:
+        """The follower has become the partition."""
+        self._map[_ROLE_AT] = _PRIMARY
+
     def close(self) -> None:
         """Cut the file to what was written."""
         self._map.close()
@@ -113,6 +125,8 @@ class Branch:
     version: int
     """That it started from."""
     entries: tuple[Entry, ...]
+    counts: bool = True
+    """False where it is of a follower that never became the partition."""
 
 
 def files(folder: Path, partition: int | None = None) -> list[Path]:
@@ -126,14 +140,20 @@ def read(path: Path) -> Branch:
     data = path.read_bytes()
     if len(data) < _HEADER.size:
         raise BadRecord(f"{path} is shorter than a record's header: it was cut off")
-    magic, version, partition, number = _HEADER.unpack_from(data)
+    magic, version, partition, number, role = _HEADER.unpack_from(data)
     if magic != MAGIC:
         raise BadRecord(f"{path} is not a record of pushes")
     try:
         entries = tuple(_entries(data))
     except ValueError as error:
         raise BadRecord(f"{path} is damaged: {error}") from None
-    return Branch(partition=partition, number=number, version=version, entries=entries)
+    return Branch(
+        partition=partition,
+        number=number,
+        version=version,
+        entries=entries,
+        counts=role == _PRIMARY,
+    )
 
 
 def _entries(data: bytes) -> Iterator[Entry]:

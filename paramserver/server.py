@@ -17,30 +17,29 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Generic, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from paramserver.bounded import Admission, Permit, Turn
+from paramserver.command import Command
 from paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
     DeadlineExceeded,
+    Diverged,
     MalformedMessage,
     ServerError,
 )
-from paramserver.messages import (
-    KEY_BYTES,
-    Answer,
-    Outcome,
-    PermitRequest,
-    Push,
-    decode_all,
-)
+from paramserver.follower import PACKETS_A_TURN, Following
+from paramserver.holding import Held, Holding
+from paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode_all, encode
 from paramserver.partition import Partition
+from paramserver.primary import FOLLOWER_DEADLINE_S, Lead, Source
+from paramserver.record import PushRecord
 from paramserver.rounds import Rounds
 from paramserver.rules import updates_in_place
 from paramserver.snapshot import Snapshot
@@ -51,6 +50,7 @@ from paramserver.transport.local import Endpoint, Listener, ServerSide, machine
 from paramserver.transport.memory import PublishedWeights, check_room
 from paramserver.transport.network import NetworkSide
 from paramserver.transport.patience import Patience
+from paramserver.transport.replication import Handover
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -64,30 +64,14 @@ PUSHES_A_TURN = 16
 """Pushes taken from one connection before the next has its turn."""
 
 
-class _Command(Generic[T]):
-    """A function that waits for its turn on the state."""
-
-    def __init__(self, function: Callable[[PartitionState], T]) -> None:
-        self.future: Future[T] = Future()
-        self._function = function
-
-    def run(self, state: PartitionState) -> None:
-        try:
-            result = self._function(state)
-        except BaseException as error:
-            self.future.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            self.future.set_result(result)
-
-
-class _Held(NamedTuple):
-    """A push that waits for its turn, where steps begin by permit."""
-
-    push: Push
-    gradient: Tensor
-    moments: Tensor
+def _source(side: ServerSide) -> Source:
+    assert side.views is not None
+    return Source(
+        number=side.socket.fileno(),
+        num_mailboxes=len(side.views.gradients),
+        depth=side.depth,
+        fd=side.mailboxes_fd,
+    )
 
 
 class PartitionServer:
@@ -102,13 +86,19 @@ class PartitionServer:
         weights: Tensor | None = None,
         restore: Snapshot | None = None,
         network: NetworkListen | None = None,
+        follow: Endpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
+        follower_deadline_s: float = FOLLOWER_DEADLINE_S,
     ) -> None:
         """Start from `weights` [num_parameters] as version 0, or go on from a snapshot.
 
+        Or `follow` the primary at that endpoint, from its state on, until `promote`.
+
         Replicas on this machine reach it through shared memory; others over the network, if
-        `network` says where to listen. Raises `BadConfiguration` for weights or a key of another
-        length, or an address that is not to be had, and `BadSnapshot`.
+        `network` says where to listen. A follower of its own is given up when it has not applied a
+        push for `follower_deadline_s`. Raises `BadConfiguration` for weights or a key of another
+        length, or an address that is not to be had, and `BadSnapshot`; of a follower, what
+        `Following` does.
         """
         if len(key) != KEY_BYTES:
             raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
@@ -132,12 +122,21 @@ class PartitionServer:
         if weights is not None:
             current.weights.copy_(weights)
         self._state = PartitionState(partition, config, current)
-        if restore is not None:
-            try:
+        self._following: Following | None = None
+        """The way to our primary, until we are it."""
+        self._private: list[Tensor] = []
+        """Where gradients are copied to that another process reads, too."""
+        try:
+            if follow is not None:
+                self._following = Following(follow, key=key, room=self._state.room())
+                restore = self._following.state
+            if restore is not None:
                 self._state.load(restore.meta, restore.tensors)
-            except BaseException:
-                self._published.close()
-                raise
+        except BaseException:
+            self._published.close()
+            if self._following is not None:
+                self._following.close()
+            raise
         self._published.publish(self._state.weights_version)
         self._in_place = updates_in_place(partition.num_parameters)
         self._slots = [
@@ -161,14 +160,14 @@ class PartitionServer:
         )
         self._sides: dict[int, ServerSide | NetworkSide] = {}
         policy = config.policy
-        self._admission: Admission[_Held] | Rounds[_Held] | None = None
+        self._holding: Holding | None = None
         self._take, self._take_network = self._take_at_once, self._take_network_at_once
         if policy.staleness_policy == "bounded":
-            self._admission = Admission(policy.staleness_bound)
+            self._holding = Holding(Admission(policy.staleness_bound))
         elif policy.staleness_policy == "synchronous":
-            self._admission = Rounds(policy.round_steps or policy.round_pushes or 1)
-        if self._admission is not None:
-            self._take, self._take_network = self._hold, self._hold_network
+            self._holding = Holding(Rounds(policy.round_steps or policy.round_pushes or 1))
+        if self._holding is not None:
+            self._take, self._take_network = self._holding.take, self._holding.take_network
         self._next_sweep_s = -math.inf
         self._admitted: queue.SimpleQueue[Admitted] = queue.SimpleQueue()
         self._scratch = torch.empty(0)
@@ -178,8 +177,16 @@ class PartitionServer:
         """Unix time of the first update since `start`."""
         self.last_update_at: float | None = None
         """Unix time of the latest update since `start`."""
-        self._commands: queue.SimpleQueue[_Command[Any]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command[Any]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._lead: Lead[ServerSide] = Lead(
+            partition.index,
+            epoll=self._epoll,
+            answer=self._answer,
+            clock=clock,
+            deadline_s=follower_deadline_s,
+        )
         # Of `_commands`, `_admitted` and `_wake`, which end with the thread.
         self._door = threading.Lock()
         self._ended = False
@@ -187,6 +194,13 @@ class PartitionServer:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(
             target=self._run, name=f"partition-{partition.index}", daemon=True
+        )
+
+    def record(self, folder: Path) -> None:
+        """Record every push in `folder`; to be called before `start`."""
+        state = self._state
+        state.record = PushRecord(
+            folder, self.partition.index, state.version, follows=self._following is not None
         )
 
     def start(self) -> PartitionServer:
@@ -202,7 +216,7 @@ class PartitionServer:
         Raises what ended the serving thread, if anything did; `ConnectionLost` after `stop`; and
         `DeadlineExceeded`, in which case `function` may still run.
         """
-        command = _Command(function)
+        command = Command(function)
         with self._door:
             if self._ended:
                 raise self._failure or self._stopped()
@@ -272,6 +286,10 @@ class PartitionServer:
         for side in self._sides.values():
             side.close()
         self._sides.clear()
+        self._lead.close()
+        if self._following is not None:
+            self._following.close()
+        self._epoll.close()
         self._listener.close()
         self._published.close()
         with contextlib.suppress(queue.Empty):
@@ -282,24 +300,27 @@ class PartitionServer:
         return ConnectionLost(f"partition {self.partition.index} was stopped")
 
     def _loop(self) -> None:
-        epoll, patience = select.epoll(), Patience()
-        listening = self._listener.socket.fileno()
-        epoll.register(listening, select.EPOLLIN)
-        epoll.register(self._wake, select.EPOLLIN)
-        with contextlib.closing(epoll):
-            while not self._stopping:
-                for fd, _ in patience.wait(epoll, 1.0):
-                    if fd == listening:
-                        self._accept(epoll)
-                    elif fd == self._wake:
-                        self._obey(epoll)
-                    else:
-                        self._serve(epoll, fd)
-                self._drop_silent(epoll)
-                if self._admission is not None:
-                    self._go_on(epoll, self._admission)
+        patience, listening = Patience(), self._listener.socket.fileno()
+        self._epoll.register(self._following or listening, select.EPOLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        while not self._stopping:
+            for fd, _ in patience.wait(self._epoll, 1.0):
+                if fd == listening:
+                    self._accept()
+                elif fd == self._wake:
+                    self._obey()
+                elif self._following is not None:
+                    self._follow(self._following)
+                elif self._lead.is_follower(fd):
+                    self._lead.hear()
+                elif fd in self._sides:  # it may have been dropped in this very turn
+                    self._serve(fd)
+            self._lead.check()
+            self._drop_silent()
+            if self._holding is not None:
+                self._go_on(self._holding)
 
-    def _accept(self, epoll: select.epoll) -> None:
+    def _accept(self) -> None:
         while True:
             try:
                 peer = self._listener.accept()
@@ -313,7 +334,7 @@ class PartitionServer:
                 peer.close()
                 continue
             self._sides[peer.fileno()] = ServerSide(peer, self._clock())
-            epoll.register(peer.fileno(), select.EPOLLIN)
+            self._epoll.register(peer.fileno(), select.EPOLLIN)
 
     def _admit(self, admitted: Admitted) -> None:
         """Called by the porter, on its thread."""
@@ -324,36 +345,41 @@ class PartitionServer:
             self._admitted.put(admitted)
             os.eventfd_write(self._wake, 1)
 
-    def _seat(self, epoll: select.epoll, admitted: Admitted) -> None:
+    def _seat(self, admitted: Admitted) -> None:
         peer = admitted.channel.socket
         if len(self._sides) >= MAX_CONNECTIONS:
             self._dropped["too many connections"] += 1
             peer.close()
             return
         self._sides[peer.fileno()] = NetworkSide(admitted, self.partition, self._clock())
-        epoll.register(peer.fileno(), select.EPOLLIN)
+        self._epoll.register(peer.fileno(), select.EPOLLIN)
 
-    def _obey(self, epoll: select.epoll) -> None:
+    def _obey(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         with contextlib.suppress(queue.Empty):
             while True:
-                self._seat(epoll, self._admitted.get_nowait())
+                self._seat(self._admitted.get_nowait())
         while True:
             try:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return
             command.run(self._state)
+            self._lead.raise_if_fenced()
 
-    def _serve(self, epoll: select.epoll, fd: int) -> None:
+    def _serve(self, fd: int) -> None:
         side = self._sides[fd]
         try:
             if isinstance(side, NetworkSide):
-                self._serve_network(epoll, side)
+                self._serve_network(side)
                 return
             if not side.greeted:
-                side.greet(self.partition, self._published, self._key)
+                if side.greet(self.partition, self._published, self._key):
+                    if side.follows:
+                        self._receive_follower(fd)
+                    else:
+                        self._lead.opened(_source(side))
                 return
             for _ in range(PUSHES_A_TURN):
                 data = side.receive()
@@ -361,11 +387,11 @@ class PartitionServer:
                     return
                 self._take(side, data)
         except ConnectionLost:
-            self._drop(epoll, fd, None)
+            self._drop(fd, None)
         except (ServerError, OSError) as error:
             # As text: a record that is kept would keep the error's frames, and all they map.
             log.warning("partition %d closed a connection: %s", self.partition.index, str(error))
-            self._drop(epoll, fd, type(error).__name__)
+            self._drop(fd, type(error).__name__)
 
     def _take_at_once(self, side: ServerSide, data: bytes) -> None:
         arrivals: list[Arrival] = []
@@ -376,13 +402,14 @@ class PartitionServer:
             if views is None or box >= len(views.gradients) or count > side.depth:
                 raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
             arrivals.append((push, views.gradients[box], views.moments[box][:count]))
+        self._lead.forward(side.socket.fileno(), self._state.version, data)
         at_once = 1 if self._in_place else len(arrivals)  # readers wait for what is written over
         answers: list[Answer] = []
         for first in range(0, len(arrivals), at_once):
             answers += self._apply_all(arrivals[first : first + at_once])
-        side.answer(answers)
+        self._lead.answer(side, answers)
 
-    def _serve_network(self, epoll: select.epoll, side: NetworkSide) -> None:
+    def _serve_network(self, side: NetworkSide) -> None:
         side.allow()
         while (push := side.next()) is not None:
             if not side.is_float32 and len(self._scratch) < self.partition.num_parameters:
@@ -390,19 +417,18 @@ class PartitionServer:
             moments = side.moments[: len(push.batches)]
             self._take_network(side, push, side.gradient(self._scratch), moments)
         if side.asks:
-            if self._admission is None:
+            if self._holding is None:
                 raise MalformedMessage("a permit is asked for, and none is needed")
-            for box in side.asks:
-                self._admission.ask((side.socket.fileno(), box))
+            self._holding.ask(side.socket.fileno(), side.asks)
             side.asks.clear()
-        self._send(epoll, side)
+        self._send(side)
 
     def _take_network_at_once(
         self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
     ) -> None:
         side.answer(self._apply(push, gradient, moments))
 
-    def _send(self, epoll: select.epoll, side: NetworkSide) -> None:
+    def _send(self, side: NetworkSide) -> None:
         while True:
             if side.pulls and not side.sending:
                 slot = self._published.current_slot
@@ -413,13 +439,15 @@ class PartitionServer:
         if side.watches_writable == all_sent:
             side.watches_writable = not all_sent
             writable = 0 if all_sent else select.EPOLLOUT
-            epoll.modify(side.socket.fileno(), select.EPOLLIN | writable)
+            self._epoll.modify(side.socket.fileno(), select.EPOLLIN | writable)
 
     def _apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Answer:
         return self._apply_all([(push, gradient, moments)])[0]
 
     def _apply_all(self, arrivals: Sequence[Arrival]) -> list[Answer]:
         state, answers = self._state, []
+        if (self._lead.has_follower or self._following) and state.config.spoils_gradients:
+            arrivals = self._copied(arrivals)
         version, before = state.version, state.weights_version
         outcomes = state.apply_all(arrivals, self._room)
         for (push, _, _), outcome in zip(arrivals, outcomes, strict=True):
@@ -432,6 +460,15 @@ class PartitionServer:
                 self.first_update_at = self.last_update_at
         return answers
 
+    def _copied(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
+        """These, with gradients that may be written over: the others are read by two."""
+        while len(self._private) < len(arrivals):
+            self._private.append(torch.empty(self.partition.num_parameters))
+        return [
+            (push, private.copy_(gradient), moments)
+            for (push, gradient, moments), private in zip(arrivals, self._private, strict=False)
+        ]
+
     def _room(self) -> Version:
         """Where the next version goes: where the latest one is, unless somebody is reading it."""
         slot = self._published.begin([side.pinned for side in self._sides.values()])
@@ -440,67 +477,44 @@ class PartitionServer:
                 side.detach(slot)  # nothing to do, except where all slots are pinned
         return self._published.versions[slot]
 
-    def _hold(self, side: ServerSide, data: bytes) -> None:
-        """Take in a packet where steps begin by permit; `_go_on` applies what it may."""
-        assert self._admission is not None
-        fd, views = side.socket.fileno(), side.views
-        for message in decode_all(data):
-            if not isinstance(message, Push | PermitRequest):
-                raise MalformedMessage(f"{type(message).__name__} in place of a push")
-            box = message.mailbox
-            if views is None or box >= len(views.gradients):
-                raise MalformedMessage(f"a {type(message).__name__} of mailbox {box}")
-            if isinstance(message, PermitRequest):
-                self._admission.ask((fd, box))
-                continue
-            count = len(message.batches)
-            if count > side.depth:
-                raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
-            held = _Held(message, views.gradients[box], views.moments[box][:count])
-            self._admission.push((fd, box), message.version, held)
-
-    def _hold_network(
-        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
-    ) -> None:
-        assert self._admission is not None
-        # The connection's next push is received where this one lies.
-        held = _Held(push, gradient.clone(), moments.clone())
-        self._admission.push((side.socket.fileno(), push.mailbox), push.version, held)
-
-    def _go_on(self, epoll: select.epoll, admission: Admission[_Held] | Rounds[_Held]) -> None:
+    def _go_on(self, holding: Holding) -> None:
         """Apply every push whose turn it is, and give every permit that there is."""
         answers: dict[int, list[Answer]] = {}
         while True:
-            while (due := self._due(admission)) is not None:
+            while (due := self._due(holding)) is not None:
                 fd, box = due.key
                 if isinstance(due, Permit):
                     version = self._state.version
                     answer = Answer(mailbox=box, outcome=Outcome.PERMITTED, version=version)
                 else:
-                    answer = self._apply(*due.push)
+                    held = due.push
+                    self._lead.forward(fd, self._state.version, encode(held.push))
+                    answer = self._apply(*held)
                 answers.setdefault(fd, []).append(answer)
             if not answers:
                 return
             fd, batch = answers.popitem()
-            self._tell(epoll, fd, batch)  # where it is gone, others may go on
+            self._tell(fd, batch)  # where it is gone, others may go on
 
-    def _due(self, admission: Admission[_Held] | Rounds[_Held]) -> Permit | Turn[_Held] | None:
-        return admission.next(self._state.version, self._state.weights_version)
+    def _due(self, holding: Holding) -> Permit | Turn[Held] | None:
+        return holding.next(self._state.version, self._state.weights_version)
 
-    def _tell(self, epoll: select.epoll, fd: int, answers: list[Answer]) -> None:
-        side = self._sides[fd]
+    def _tell(self, fd: int, answers: Sequence[Answer]) -> None:
+        side = self._sides.get(fd)
+        if side is None:
+            return
         try:
             if isinstance(side, ServerSide):
-                side.answer(answers)
+                self._lead.answer(side, answers)
                 return
             for answer in answers:
                 side.answer(answer)
-            self._send(epoll, side)
+            self._send(side)
         except (ServerError, OSError) as error:
             gone = isinstance(error, ConnectionLost)
-            self._drop(epoll, fd, None if gone else type(error).__name__)
+            self._drop(fd, None if gone else type(error).__name__)
 
-    def _drop_silent(self, epoll: select.epoll) -> None:
+    def _drop_silent(self) -> None:
         now_s = self._clock()
         if now_s < self._next_sweep_s:
             return
@@ -513,12 +527,92 @@ class PartitionServer:
             elif not side.greeted and side.since_s < now_s - GREETING_DEADLINE_S:
                 late.append((fd, "no hello"))
         for fd, reason in late:
-            self._drop(epoll, fd, reason)
+            self._drop(fd, reason)
 
-    def _drop(self, epoll: select.epoll, fd: int, reason: str | None) -> None:
+    def _drop(self, fd: int, reason: str | None) -> None:
+        side = self._sides.pop(fd, None)
+        if side is None:
+            return
         if reason is not None:
             self._dropped[reason] += 1
-        epoll.unregister(fd)
-        self._sides.pop(fd).close()
-        if self._admission is not None:
-            self._admission.leave(fd)
+        self._epoll.unregister(fd)
+        side.close()
+        if self._holding is not None:
+            self._holding.leave(fd)
+        self._lead.closed(fd)
+
+    def _answer(self, side: ServerSide, answers: Sequence[Answer]) -> None:
+        """Send answers that waited for the follower, if their connection is there yet."""
+        fd = side.socket.fileno()
+        if self._sides.get(fd) is side:
+            try:
+                side.answer(answers)
+            except ServerError as error:
+                self._drop(fd, None if isinstance(error, ConnectionLost) else type(error).__name__)
+
+    # Followers, and primaries that we follow
+
+    @property
+    def has_follower(self) -> bool:
+        """Whether every push is applied by a second process, too."""
+        return self._lead.has_follower
+
+    def _receive_follower(self, fd: int) -> None:
+        """Somebody wants to follow: not a connection like the others."""
+        self._epoll.unregister(fd)
+        peer = self._sides.pop(fd).socket
+        if self._porter is not None:
+            log.warning("partition %d takes no follower over a network", self.partition.index)
+            peer.close()
+            return
+
+        def join(memory: Handover) -> None:
+            self.call(lambda state: self._lead.join(state, peer, memory, self._sources()))
+
+        self._lead.receive(peer, self._state.room(), join)
+
+    def _sources(self) -> list[Source]:
+        return [_source(s) for s in self._sides.values() if isinstance(s, ServerSide) and s.views]
+
+    def promote(self, deadline_s: float = 60.0) -> None:
+        """Be the partition, with all that the primary has published or answered.
+
+        Raises `Fenced` where the primary had gone on without us; this follower is of no more use
+        then. Does nothing the second time.
+        """
+        self.call(self._become_primary, deadline_s)
+
+    def _become_primary(self, state: PartitionState) -> None:
+        following = self._following
+        if following is None:
+            return
+        following.take_over()
+        while self._follow(following):
+            pass
+        self._following = None
+        with contextlib.suppress(OSError, ValueError):  # where the primary's end was seen
+            self._epoll.unregister(following)
+        following.close()
+        if state.record is not None:
+            state.record.promote()
+        self._epoll.register(self._listener.socket, select.EPOLLIN)
+
+    def _follow(self, following: Following) -> bool:
+        """Apply what has come from the primary; false once it is gone and all is applied."""
+        for _ in range(PACKETS_A_TURN):
+            try:
+                packet = following.packet()
+            except ConnectionLost:
+                with contextlib.suppress(OSError, ValueError):
+                    self._epoll.unregister(following)
+                return False
+            if packet is None:
+                break
+            version, arrivals = packet
+            if version != self._state.version:
+                raise Diverged(
+                    f"the primary is at version {version}, its follower at {self._state.version}"
+                )
+            self._apply_all(arrivals)
+        following.tell()
+        return True

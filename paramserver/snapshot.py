@@ -63,14 +63,9 @@ def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) ->
     pushes meanwhile. Raises `OSError` where it cannot be written.
     """
     name = f"partition-{snapshot.partition.index:05d}.safetensors"
-    document = {
-        "format": FORMAT,
-        "partition": asdict(snapshot.partition),
-        "meta": snapshot.meta,
-    }
     digest, num_bytes = hashlib.sha256(), 0
     with filesystem.open_output_stream(f"{folder}/{name}", compression=None) as stream:
-        for block in _blocks(snapshot.tensors, {"downpour": json.dumps(document)}):
+        for block in blocks(snapshot):
             digest.update(block)
             stream.write(block)
             num_bytes += len(block)
@@ -80,6 +75,16 @@ def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) ->
         sha256=digest.hexdigest(),
         version=int(snapshot.meta["version"]),  # type: ignore[call-overload]
     )
+
+
+def blocks(snapshot: Snapshot) -> Iterator[memoryview]:
+    """The bytes of a snapshot's file, at most `BLOCK_BYTES` at a time."""
+    document = {
+        "format": FORMAT,
+        "partition": asdict(snapshot.partition),
+        "meta": snapshot.meta,
+    }
+    return _blocks(snapshot.tensors, {"downpour": json.dumps(document)})
 
 
 def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
@@ -109,8 +114,6 @@ def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
 
 def read(filesystem: pyarrow.fs.FileSystem, path: str, sha256: str | None = None) -> Snapshot:
     """The snapshot in the file at `path`, checked against its checksum where one is given."""
-    import safetensors.torch
-
     try:
         with filesystem.open_input_file(path) as stream:
             data = stream.read()
@@ -121,6 +124,13 @@ def read(filesystem: pyarrow.fs.FileSystem, path: str, sha256: str | None = None
             f"{path} is damaged, its checksum is not the one that was recorded: "
             "use another checkpoint"
         )
+    return parse(data, path)
+
+
+def parse(data: bytes, name: str) -> Snapshot:
+    """The snapshot that a file's bytes are; an error, `BadSnapshot`, calls them by `name`."""
+    import safetensors.torch
+
     try:
         tensors = safetensors.torch.load(data)
         header_bytes = int.from_bytes(data[:8], "little")
@@ -128,10 +138,10 @@ def read(filesystem: pyarrow.fs.FileSystem, path: str, sha256: str | None = None
         document = json.loads(header["__metadata__"]["downpour"])
         if document["format"] != FORMAT:
             raise BadSnapshot(
-                f"{path} has snapshot format {document['format']}, not {FORMAT}: read it with the "
+                f"{name} has snapshot format {document['format']}, not {FORMAT}: read it with the "
                 "release that wrote it"
             )
         partition, meta = Partition(**document["partition"]), document["meta"]
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BadSnapshot(f"{path} is not a snapshot of a partition: {error}") from None
+        raise BadSnapshot(f"{name} is not a snapshot of a partition: {error}") from None
     return Snapshot(partition=partition, meta=meta, tensors=tensors)

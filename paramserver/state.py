@@ -24,7 +24,7 @@ from paramserver.partition import Partition
 from paramserver.policy import APPLY, Guard, StalenessPolicy
 from paramserver.record import PushRecord
 from paramserver.round import MOMENTS, Round
-from paramserver.rules import Momentum, Regulariser, Rule
+from paramserver.rules import Momentum, Nesterov, Regulariser, Rule
 from paramserver.schedule import Schedule
 from paramserver.staleness import StalenessRecord
 from paramserver.statistics import BatchStatistics, StatisticsRule
@@ -65,6 +65,13 @@ class UpdateConfig:
                 f"an epoch has {self.batches_per_epoch} mini-batches and {self.epoch_examples} "
                 "examples: give at least 1 of each"
             )
+
+    @property
+    def spoils_gradients(self) -> bool:
+        """Whether an update may leave something else in the memory of its gradient."""
+        regulariser = self.regulariser
+        spoils = bool(regulariser.weight_decay) or regulariser.clip_norm is not None
+        return spoils or isinstance(self.rule, Nesterov)
 
 
 @dataclass(kw_only=True)
@@ -458,6 +465,7 @@ class PartitionState:
         self.staleness = StalenessRecord({int(r): c for r, c in meta["staleness"].items()})
         self.outcomes = Counter({Outcome[o]: int(n) for o, n in meta["outcomes"].items()})
         self.refusals = Counter({int(r): int(n) for r, n in meta["refusals"].items()})
+        self.quarantined = {int(r) for r in meta.get("quarantined", ())}
         if self._round is not None and self._round.count >= self._round.pushes:
             self.close_round()  # rounds are shorter than they were
 

@@ -45,6 +45,7 @@ from paramserver.messages import (
     encode_all,
 )
 from paramserver.partition import Partition
+from paramserver.transport import replication
 from paramserver.transport.door import Door
 from paramserver.transport.link import Pull, Weights
 from paramserver.transport.memory import (
@@ -71,7 +72,8 @@ def machine() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
-def _is_ours(peer: socket.socket) -> bool:
+def is_ours(peer: socket.socket) -> bool:
+    """Whether the other side is a process of this user."""
     raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     return bool(_PEER_CREDENTIALS.unpack(raw)[1] == os.geteuid())
 
@@ -119,7 +121,7 @@ class Listener(Door):
         peer = super().accept()
         if peer is None:
             return None
-        if not _is_ours(peer):
+        if not is_ours(peer):
             peer.close()
             raise NotAuthenticated("a connection by another user")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -134,7 +136,11 @@ class ServerSide:
         self.socket = peer
         self.since_s = since_s
         self.views: MailboxViews | None = None
+        self.mailboxes_fd = -1
+        """Of the memory behind `views`."""
         self.greeted = False
+        self.follows = False
+        """It is no replica's, but of a process that wants to follow this partition."""
         self.depth = 0
 
     def greet(self, partition: Partition, published: PublishedWeights, key: bytes) -> bool:
@@ -148,6 +154,10 @@ class ServerSide:
         try:
             if not data:
                 raise ConnectionLost("the peer left before it said hello")
+            if replication.is_follow(data):
+                replication.check_follow(data, key, partition)
+                self.greeted = self.follows = True
+                return True
             hello = decode(data)
             if not isinstance(hello, Hello):
                 raise MalformedMessage(f"{type(hello).__name__} came before hello")
@@ -161,7 +171,8 @@ class ServerSide:
                 raise MalformedMessage("hello without the memory of mailboxes")
             if num > MAX_MAILBOXES or depth > MAX_BATCHES:
                 raise MalformedMessage(f"hello with {num} mailboxes of depth {depth}")
-            self.views = MailboxViews(fds.pop(), partition, num, depth)
+            self.views = MailboxViews(os.dup(fds[0]), partition, num, depth)
+            self.mailboxes_fd = fds.pop()
             self.depth = depth
         finally:
             for fd in fds:
@@ -211,6 +222,9 @@ class ServerSide:
         """Close the socket, and let go of the mailboxes."""
         self.socket.close()
         self.views = None
+        if self.mailboxes_fd >= 0:
+            os.close(self.mailboxes_fd)
+            self.mailboxes_fd = -1
 
 
 class Connection:
@@ -250,7 +264,7 @@ class Connection:
         )
         try:
             self.socket.connect(b"\0" + endpoint.address.encode())
-            if not _is_ours(self.socket):  # the name is free to all once the partition is gone
+            if not is_ours(self.socket):  # the name is free to all once the partition is gone
                 raise NotAuthenticated(f"partition {partition.index} is another user's now")
             socket.send_fds(self.socket, [encode(hello)], [mailboxes.fd])
             self.reader = self._welcome(mailboxes.pins[partition.index])

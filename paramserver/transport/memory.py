@@ -69,7 +69,8 @@ def supported() -> bool:
     return hasattr(os, "memfd_create") and platform.machine() in ("x86_64", "AMD64")
 
 
-def _create(name: str, size: int) -> int:
+def create_memory(name: str, size: int) -> int:
+    """A descriptor of so many bytes of memory that nobody can shrink."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
@@ -81,7 +82,8 @@ def _create(name: str, size: int) -> int:
     return fd
 
 
-def _check(fd: int, size: int) -> None:
+def check_memory(fd: int, size: int) -> None:
+    """Raise `MalformedMessage` unless this is a descriptor that `create_memory` gave."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
@@ -148,7 +150,7 @@ class PublishedWeights:
         """
         num_slots += kept
         self._geometry = slots = _Slots(num_parameters, num_features, num_slots)
-        self.fd = _create("downpour-weights", slots.size)
+        self.fd = create_memory("downpour-weights", slots.size)
         memory = mmap.mmap(self.fd, slots.size)
         with contextlib.suppress(OSError):  # a kernel before 5.1
             # With this mapping made, nobody else can make another that writes.
@@ -156,8 +158,8 @@ class PublishedWeights:
         self._header: npt.NDArray[np.int64] = np.frombuffer(memory, np.int64, _PAGE // 8)
         self.versions: list[Version] = []
         for slot in range(num_slots):
-            weights = _floats(memory, slots.weights_at(slot), num_parameters)
-            statistics = _floats(memory, slots.statistics_at(slot), 2 * num_features)
+            weights = floats(memory, slots.weights_at(slot), num_parameters)
+            statistics = floats(memory, slots.statistics_at(slot), 2 * num_features)
             self.versions.append(
                 Version(weights=weights, statistics=statistics.view(2, num_features))
             )
@@ -252,7 +254,7 @@ class WeightsReader:
         self._pin = np.zeros(1, np.int64) if pin is None else pin
         try:
             slots = _Slots(num_parameters, num_features, num_slots)
-            _check(fd, slots.size)
+            check_memory(fd, slots.size)
             memory = mmap.mmap(fd, slots.size, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
@@ -346,12 +348,12 @@ class Mailboxes:
         """Make the memory, zeroed. `num` is 0 where nothing will be pushed."""
         boxes = _Boxes(num_parameters, num_features, num_partitions, num, depth)
         self.num, self.depth = num, depth
-        self.fd = _create("downpour-mailboxes", boxes.size)
+        self.fd = create_memory("downpour-mailboxes", boxes.size)
         memory = mmap.mmap(self.fd, boxes.size)
-        self.gradients = [_floats(memory, boxes.gradient_at(i), num_parameters) for i in range(num)]
+        self.gradients = [floats(memory, boxes.gradient_at(i), num_parameters) for i in range(num)]
         """Flat gradients, float32 [P] each."""
         self.moments = [
-            _floats(memory, boxes.moments_at(i), depth * 3 * num_features).view(
+            floats(memory, boxes.moments_at(i), depth * 3 * num_features).view(
                 depth, 3, num_features
             )
             for i in range(num)
@@ -380,18 +382,18 @@ class MailboxViews:
                 num,
                 depth,
             )
-            _check(fd, boxes.size)
+            check_memory(fd, boxes.size)
             memory = mmap.mmap(fd, boxes.size)
         finally:
             os.close(fd)
         start, stop = partition.start, partition.stop
         low, high = partition.feature_start, partition.feature_stop
         self.gradients = [
-            _floats(memory, boxes.gradient_at(i), partition.total_parameters)[start:stop]
+            floats(memory, boxes.gradient_at(i), partition.total_parameters)[start:stop]
             for i in range(num)
         ]
         self.moments = [
-            _floats(memory, boxes.moments_at(i), depth * 3 * partition.total_features).view(
+            floats(memory, boxes.moments_at(i), depth * 3 * partition.total_features).view(
                 depth, 3, partition.total_features
             )[:, :, low:high]
             for i in range(num)
@@ -408,7 +410,8 @@ def _words(memory: mmap.mmap, offset: int) -> npt.NDArray[np.int64]:
     return np.frombuffer(memory, np.int64, 1, offset)
 
 
-def _floats(memory: mmap.mmap, offset: int, count: int) -> Tensor:
+def floats(memory: mmap.mmap, offset: int, count: int) -> Tensor:
+    """So many float32 of `memory`, from that byte on."""
     if not count:
         return torch.empty(0)
     return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=offset)

@@ -19,7 +19,7 @@ import numpy as np
 from cluster.backend import Done, PartitionLost, ProcessLost, ShufflerLost, WriteFailed
 from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig
-from paramserver.actor import PartitionActor
+from paramserver.actor import FollowerActor, PartitionActor
 from paramserver.errors import ConnectionLost, DeadlineExceeded
 from paramserver.partition import split
 from paramserver.transport.access import Access
@@ -67,6 +67,9 @@ class ThreadBackend:
         self.listen, self.store = listen, store
         self.partitions: list[Any] = [None] * self.num_partitions
         self.partition_starts = [0] * self.num_partitions
+        self.followers: list[FollowerActor | None] = [None] * self.num_partitions
+        self.corpses_of_partitions: list[PartitionActor] = []
+        self.followers_made = 0
         self.shuffler: ShufflerActor | None = self._new_shuffler()
         self.pool = ThreadPoolExecutor(32)
         self.actors: list[ReplicasActor | None] = [None] * num_processes
@@ -110,10 +113,42 @@ class ThreadBackend:
             config = self.config.update_config(self.plan)
             if self.partitions[index] is not None:
                 self.partitions[index].stop()
+            self.stop_follower(index)
             self.partitions[index] = PartitionActor(
                 part, config, KEY, *start, self.listen, self.record
             )
             self.partition_starts[index] += 1
+
+        return self.pool.submit(run)
+
+    def start_follower(self, index: int) -> Future[Any]:
+        def run() -> None:
+            self.stop_follower(index)
+            follower = FollowerActor(
+                self.partitions_layout[index],
+                self.config.update_config(self.plan),
+                KEY,
+                self.partitions[index].endpoint(),
+                self.record,
+            )
+            self.followers[index] = follower
+            self.followers_made += 1
+
+        return self.pool.submit(run)
+
+    def stop_follower(self, index: int) -> None:
+        follower, self.followers[index] = self.followers[index], None
+        if follower is not None:  # which may hang: a process would be killed
+            self.corpses_of_partitions.append(follower)
+
+    def promote(self, index: int) -> Future[Any]:
+        def run() -> None:
+            follower, self.followers[index] = self.followers[index], None
+            assert follower is not None
+            with self._lock:  # as if it were out of reach: it must be the follower that fences it
+                self.corpses_of_partitions.append(self.partitions[index])
+            self.partitions[index] = follower
+            follower.promote()
 
         return self.pool.submit(run)
 
@@ -262,6 +297,10 @@ class ThreadBackend:
             if partition is None:
                 continue
             partition._server.call(lambda state: state.check())
+            partition.stop()
+        for index in range(self.num_partitions):
+            self.stop_follower(index)
+        for partition in self.corpses_of_partitions:
             partition.stop()
         self.pool.shutdown(cancel_futures=True)
         for actor in self.actors:  # one that was just being started

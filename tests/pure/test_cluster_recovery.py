@@ -78,3 +78,26 @@ def test_a_straggler_is_seen_by_its_rate_against_the_median_of_the_others() -> N
     assert stragglers({0: 100.0, 1: 90.0, 2: 30.0}, 4.0) == {}
     assert stragglers({0: 100.0, 1: 1.0}, 4.0).keys() == {1}
     assert stragglers({0: 0.0}, 4.0) == {}
+
+
+def test_a_partition_that_is_followed_is_replaced_by_its_follower() -> None:
+    history = History()
+    recovery = decide(loss("silent"), history, max_restarts=7, followed=True)
+    assert recovery.action == "promote"
+    assert recovery.reason == (
+        "partition 1 does not answer: its follower takes its place, 1 of 7 for its kind"
+    )
+    assert decide(loss("died"), history, max_restarts=7).action == "restart"
+    assert history.restarts == {"partition": 2}
+
+
+def test_a_run_goes_on_without_followers_that_are_of_no_use() -> None:
+    history = History()
+    lost = Loss(part="follower", index=0, name="the follower of partition 0", cause="died")
+    actions = [decide(lost, history, max_restarts=100).action for _ in range(MAX_IN_A_ROW + 1)]
+    assert actions == ["restart"] * MAX_IN_A_ROW + ["go without"]
+    history.progressed("follower", 0)
+    assert decide(lost, history, max_restarts=100).action == "restart"
+    last = decide(lost, history, max_restarts=history.restarts["follower"])
+    assert last.action == "go without"
+    assert last.reason.endswith("going on without one")
