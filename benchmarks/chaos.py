@@ -50,6 +50,8 @@ TITLES = {
     "shuffler": "ray::Shuffler",
     "evaluator": "ray::Evaluator",
 }
+FOLLOWER = "ray::Follower"
+"""The partition too, once it has taken its place."""
 WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3, "driver": 2}
 """How often each is hit, relatively."""
 FAULTS, QUICK_FAULTS = 100, 10
@@ -163,7 +165,7 @@ def disturbed(
                     driver = _start(["resume", str(folder), *options], log)
                     _until_resumed(newest, driver, log)
                     found.resumed += 1
-                elif not _kill_one(driver.pid, TITLES[kind], rng):
+                elif not _kill_one(driver.pid, _titles(kind), rng):
                     continue
                 found.faults[kind] += 1
                 say(f"chaos: killed {kind}")
@@ -232,8 +234,12 @@ def _until_resumed(newest: Any, driver: subprocess.Popen[bytes], log: Path) -> N
     _until(lambda: wanted in re.sub(r"\s+", " ", log.read_text()), driver, log)
 
 
-def _kill_one(driver: int, title: str, rng: random.Random) -> bool:
-    victims = sorted(p.pid for p in descendants(driver).values() if p.command.startswith(title))
+def _titles(kind: str) -> tuple[str, ...]:
+    return (TITLES[kind], FOLLOWER) if kind == "partition" else (TITLES[kind],)
+
+
+def _kill_one(driver: int, titles: tuple[str, ...], rng: random.Random) -> bool:
+    victims = sorted(p.pid for p in descendants(driver).values() if p.command.startswith(titles))
     if not victims:
         return False
     try:
@@ -251,7 +257,7 @@ def _family(driver: int) -> dict[int, tuple[str, str]]:
 
 def _ours(family: dict[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:
     """Those of a family that are this system's actors, and not Ray's own."""
-    titles = tuple(TITLES.values())
+    titles = (*TITLES.values(), FOLLOWER)
     return {pid: about for pid, about in family.items() if about[1].startswith(titles)}
 
 
@@ -280,8 +286,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--faults", type=int, default=FAULTS_A_RUN, help="most in this run")
     parser.add_argument("--into", type=Path, required=True, help="record that the run is added to")
     parser.add_argument("--epochs", type=int, help="how long the run is; default: the recipe's")
+    parser.add_argument(
+        "--hot-standby",
+        action="store_true",
+        help="give the partition a follower, which is hit like it",
+    )
     given = parser.parse_args(argv)
     arguments = [] if given.epochs is None else ["--epochs", str(given.epochs)]
+    if given.hot_standby:
+        arguments.append("--hot-standby")
     progress, about = Console(stderr=True), machine()
     with alone():
         found = disturbed(given.faults, arguments, seed=given.seed, say=progress.print)

@@ -4,7 +4,8 @@ A process of replicas, and then the partition, is killed (kill -9) while the MNI
 10 x 5 steps. From the run's own metrics, written ten times a second for this: when updates come
 again at 90% of their rate before, and the fewest updates in half a second meanwhile, which for a
 dead process of replicas is what the others do. The yardstick is an actor that imports torch,
-started on a Ray that does nothing else, in the same round. All of that without spares, and with.
+started on a Ray that does nothing else, in the same round. All of that without spares, with, and
+with a follower for the partition (`--hot-standby`), whose death is to take no update back.
 
 As a main module (`python -m benchmarks.recovery RUN`) it is the process that trains.
 """
@@ -42,10 +43,11 @@ FULL = 0.9
 AFTER_S = 12.0
 """Followed after a death, before the next one: spares are made again meanwhile."""
 LOOK_EVERY_S = 0.05
-SPARE_TITLES = ("ray::ReplicasSpare", "ray::PartitionSpare")
-SPARES: tuple[Spares, ...] = ("none", "all")
+SPARE_TITLES = ("ray::ReplicasSpare", "ray::PartitionSpare", "ray::Follower")
+SPARES: tuple[Spares, ...] = ("none", "all", "hot")
+"""What `--only` chooses from: `--spares none`, `--spares all`, and `--hot-standby` alone."""
 KINDS = ("replicas", "partition")
-Spares = Literal["none", "replicas", "all"]
+Spares = Literal["none", "all", "hot"]
 
 Points = Sequence[tuple[float, int]]
 """(Unix time, updates applied so far)."""
@@ -77,8 +79,10 @@ def run(settings: Settings, say: Say) -> Report:
 
 
 def _with_spares(config: RunConfig, spares: Spares) -> RunConfig:
-    replicas = dataclasses.replace(config.replicas, spares=spares)
-    return dataclasses.replace(config, replicas=replicas)
+    kept: Literal["none", "all"] = "all" if spares == "all" else "none"
+    replicas = dataclasses.replace(config.replicas, spares=kept)
+    server = dataclasses.replace(config.server, hot_standby=spares == "hot")
+    return dataclasses.replace(config, replicas=replicas, server=server)
 
 
 def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
@@ -91,6 +95,8 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
             # The evaluator is the last to come up, after all replicas train.
             line = follower.next(lambda line: line.get("accuracy") is not None, START_DEADLINE_S)
             follower.rates(line["time"] + SPARES_AFTER_S + settings.warmup_s + BEFORE_S)
+            if config.server.hot_standby:
+                _await_follower(folder, child)
             memory = spare_memory_mb(child.process.pid)
             for kind in KINDS:
                 killed_s[kind] = time.time()
@@ -98,7 +104,8 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
                 follower.rates(killed_s[kind] + AFTER_S)
             child.process.send_signal(signal.SIGTERM)
             child.end(system.STOP_DEADLINE_S)
-        points = updates(read_metrics(folder.path / METRICS))
+        metrics = read_metrics(folder.path / METRICS)
+        points = updates(metrics)
         events = read_metrics(folder.path / EVENTS)
     found: dict[str, Any] = {
         kind: dataclasses.asdict(recovered(points, at_s, BEFORE_S, AFTER_S))
@@ -106,7 +113,16 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
     }
     began_s = min(killed_s.values())
     told = [(round(e["time"] - began_s, 2), e["event"]) for e in events if e["time"] >= began_s]
-    return {**found, "spare_memory_mb": memory, "events": told}
+    lost = points[-1][1] - [line["updates"] for line in metrics if "replicas" in line][-1]
+    return {**found, "updates_lost": lost, "spare_memory_mb": memory, "events": told}
+
+
+def _await_follower(folder: RunFolder, child: Child) -> None:
+    path, give_up_s = folder.path / EVENTS, time.monotonic() + START_DEADLINE_S
+    while not (path.exists() and "has a follower" in path.read_text()):
+        if child.process.poll() is not None or time.monotonic() > give_up_s:
+            raise BenchmarkFailed(f"the partition has no follower: see {child.log}")
+        time.sleep(LOOK_EVERY_S)  # how often to look
 
 
 def _kill(child: Child, kind: str) -> None:
@@ -189,9 +205,10 @@ def _report(
 ) -> Report:
     actor_s = median([r["actor_s"] for r in rounds])
     result: dict[str, Any] = {"actor_s": actor_s}
-    rows = [("one actor that imports torch", f"{actor_s:.2f}", "1.00", "", "")]
+    rows = [("one actor that imports torch", f"{actor_s:.2f}", "1.00", "", "", "")]
     for spares in wanted:
-        about: dict[str, Any] = {}
+        lost = median([r[spares]["updates_lost"] for r in rounds])
+        about: dict[str, Any] = {"updates_lost": lost}
         for kind in KINDS:
             deaths = [r[spares][kind] for r in rounds]
             full = [d["full_after_s"] for d in deaths]
@@ -211,6 +228,7 @@ def _report(
                     _shown(about[kind]["multiple"]),
                     f"{about[kind]['rate_before']:,.0f}",
                     f"{about[kind]['least_rate']:,.0f}",
+                    f"{lost:,.0f}" if kind == "partition" else "",
                 )
             )
         about["spare_memory_mb"] = median([r[spares]["spare_memory_mb"] for r in rounds])
@@ -219,11 +237,11 @@ def _report(
     return Report(
         name="recovery",
         title="from kill -9 to full speed, the MNIST net",
-        columns=("", "seconds", "multiple", "updates/s before", "least"),
+        columns=("", "seconds", "multiple", "updates/s before", "least", "updates lost"),
         rows=tuple(rows),
         notes=(
             f"medians of {settings.repeat} round(s), the least of all; multiples are within a "
-            f"round. Spares hold {held}.",
+            f"round. Spares or the follower hold {held}.",
         ),
         configuration={
             "full": FULL,

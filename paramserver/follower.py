@@ -48,7 +48,7 @@ class Following:
     """A connection to the primary, from which pushes come."""
 
     def __init__(self, endpoint: Endpoint, *, key: bytes, room: Mapping[str, Tensor]) -> None:
-        """Join the partition at `endpoint`; `state` is then what to start from.
+        """Join the partition at `endpoint`; `take_state` gives what to start from.
 
         `room` has tensors of the shapes of a state's large ones. Raises `ConnectionLost`,
         `DeadlineExceeded`, `NotColocated`, `NotAuthenticated` and `BadSnapshot`.
@@ -70,7 +70,7 @@ class Following:
             if not is_ours(self.socket):
                 raise NotAuthenticated(f"partition {self._partition.index} is another user's now")
             self.socket.send(replication.follow(key, self._partition))
-            self.state = self._join(room)
+            self._state: Snapshot | None = self._join(room)
         except TimeoutError:
             self.close()
             raise DeadlineExceeded(
@@ -106,6 +106,12 @@ class Following:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def take_state(self) -> Snapshot:
+        """The state that was handed over. Only once: it holds as much memory as the partition."""
+        state, self._state = self._state, None
+        assert state is not None
+        return state
 
     def fileno(self) -> int:
         """For `epoll`: readable when pushes have come."""

@@ -39,6 +39,8 @@ from paramserver.transport.replication import Handover
 
 FOLLOWER_DEADLINE_S = 2.0
 """How long a packet may wait for its follower, and with it replicas for the answer."""
+FIRST_DEADLINE_S = 10.0
+"""The same, until it has applied a first one: it copies the whole state before."""
 
 log = logging.getLogger(__name__)
 Peer = TypeVar("Peer")
@@ -129,7 +131,8 @@ class FollowerLink(Generic[Peer]):
 
     def check(self) -> None:
         """Raise `DeadlineExceeded` where the follower is late."""
-        if self._owed and self._clock() - self._owed[0].since_s > self._deadline_s:
+        limit_s = self._deadline_s if self._applied else max(FIRST_DEADLINE_S, self._deadline_s)
+        if self._owed and self._clock() - self._owed[0].since_s > limit_s:
             raise self._late()
 
     def give_up(self) -> list[tuple[Peer, Sequence[Answer]]]:
@@ -169,7 +172,7 @@ class FollowerLink(Generic[Peer]):
                 raise ConnectionLost(str(error)) from None
 
     def _late(self) -> ServerError:
-        return DeadlineExceeded(f"it has applied nothing for {self._deadline_s:g} s")
+        return DeadlineExceeded("it has applied nothing for too long")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,15 +242,19 @@ class Lead(Generic[Peer]):
         peer: socket.socket,
         memory: Handover,
         sources: Iterable[Source],
+        **about: object,
     ) -> None:
-        """Hand the state over; from now on `peer` gets every packet. Run between two pushes."""
+        """Hand the state over; from now on `peer` gets every packet. Run between two pushes.
+
+        `about` is what it is told besides.
+        """
         if self._link is not None:
             self._leave("another one has come")
         link: FollowerLink[Peer] = FollowerLink(
             peer, clock=self._clock, deadline_s=self._deadline_s
         )
         meta, tensors = state.dump(memory.tensors)
-        meta["quarantined"] = sorted(state.quarantined)
+        meta |= {"quarantined": sorted(state.quarantined), **about}
         try:
             link.hand_over(Snapshot(partition=state.partition, meta=meta, tensors=tensors), memory)
             for source in sources:

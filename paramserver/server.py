@@ -129,7 +129,7 @@ class PartitionServer:
         try:
             if follow is not None:
                 self._following = Following(follow, key=key, room=self._state.room())
-                restore = self._following.state
+                restore = self._following.take_state()
             if restore is not None:
                 self._state.load(restore.meta, restore.tensors)
         except BaseException:
@@ -173,8 +173,9 @@ class PartitionServer:
         self._scratch = torch.empty(0)
         """Where a gradient that came as 16 bits is float32 again."""
         self._dropped: Counter[str] = Counter()
-        self.first_update_at: float | None = None
-        """Unix time of the first update since `start`."""
+        first_update_at: Any = restore.meta.get("first_update_at") if follow and restore else None
+        self.first_update_at: float | None = first_update_at
+        """Unix time of the first update since `start`; of a follower, since its primary's."""
         self.last_update_at: float | None = None
         """Unix time of the latest update since `start`."""
         self._commands: queue.SimpleQueue[Command[Any]] = queue.SimpleQueue()
@@ -567,7 +568,11 @@ class PartitionServer:
             return
 
         def join(memory: Handover) -> None:
-            self.call(lambda state: self._lead.join(state, peer, memory, self._sources()))
+            self.call(
+                lambda state: self._lead.join(
+                    state, peer, memory, self._sources(), first_update_at=self.first_update_at
+                )
+            )
 
         self._lead.receive(peer, self._state.room(), join)
 
