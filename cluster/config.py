@@ -436,9 +436,13 @@ def num_processes(config: ReplicaConfig, num_processors: int) -> int:
     return max(1, min(config.replicas, num_processors))
 
 
-def num_threads(num_processes: int, num_processors: int) -> int:
-    """How many threads each of so many processes of replicas computes a step on."""
-    return max(1, num_processors // num_processes)
+def num_threads(config: PolicyConfig, num_processes: int, num_processors: int) -> int:
+    """How many threads each of so many processes of replicas computes a step on.
+
+    One where pushes are recorded: on several, matrix products round otherwise now and then while
+    the machine is busy, and a replay would find other bits.
+    """
+    return 1 if config.record_pushes else max(1, num_processors // num_processes)
 
 
 def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:

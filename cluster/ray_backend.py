@@ -108,7 +108,7 @@ class RayBackend:
         self.processes = tuple(
             tuple(range(i, config.replicas.replicas, count)) for i in range(count)
         )
-        self._threads = num_threads(count, num_processors)
+        self._threads = num_threads(config.policy, count, num_processors)
         if record is not None:
             write_about(record, threads=self._threads)
         self._record = record

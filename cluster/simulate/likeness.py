@@ -59,7 +59,8 @@ def likeness(folder: RunFolder, num_partitions: int, num_processors: int) -> Lik
             f"for {FEWEST_S:g} s without a death since version 0.1 began to note costs: name "
             "another run"
         )
-    threads = num_threads(num_processes(config.replicas, num_processors), num_processors)
+    count = num_processes(config.replicas, num_processors)
+    threads = num_threads(config.policy, count, num_processors)
     return between(stretch[0], stretch[-1], num_partitions, threads)
 
 

@@ -131,7 +131,7 @@ class Simulation:
         replicas = self._config.replicas
         total = machines.machines * machines.processors
         count = num_processes(replicas, total)
-        self._width = num_threads(count, total)
+        self._width = num_threads(self._config.policy, count, total)
         members = []
         for i in range(count):
             machine = i % machines.machines

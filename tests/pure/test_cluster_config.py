@@ -14,6 +14,7 @@ from cluster.config import (
     active_replicas,
     from_plain,
     num_processes,
+    num_threads,
     to_plain,
 )
 from cluster.errors import UserError
@@ -88,6 +89,11 @@ def test_rules_by_name() -> None:
     assert config.update_config(plan).rule == Adagrad()
     assert recipes.find("mnist-bn").update_config(plan).rule == Momentum(momentum=0.9)
     assert config.update_config(plan).batches_per_epoch == 1875
+
+
+def test_recorded_steps_are_computed_on_one_thread() -> None:
+    assert [num_threads(PolicyConfig(), count, 8) for count in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    assert num_threads(PolicyConfig(record_pushes=True), 1, 8) == 1
 
 
 def test_the_warm_start_ramps_evenly() -> None:
