@@ -32,6 +32,7 @@ from paramserver.statistics import BatchStatistics, StatisticsRule
 Arrival = tuple[Push, Tensor, Tensor]
 """A push, and this partition's gradient and moments of it; see `PartitionState.apply`."""
 _Size = tuple[float, float]
+_UNSEEN: _Size = (0.0, 0.0)
 MEAN_WEIGHT = 0.01
 """Weight of a new observation in the moving averages of staleness and of the gradient's norm."""
 
@@ -176,7 +177,13 @@ class PartitionState:
         """
         if self._round is not None:
             return self._apply_in_rounds(self._round, arrivals, into)
-        measured = [self._measure(gradient, moments) for _, gradient, moments in arrivals]
+        # Alone, a repeat need not be looked at; among others, that would cost more than it saves.
+        measured = [
+            self._measure(gradient, moments)
+            if len(arrivals) > 1 or self.judge(push) is Outcome.APPLIED
+            else _UNSEEN
+            for push, gradient, moments in arrivals
+        ]
         outcomes, updates = [], []
         for (push, gradient, moments), size in zip(arrivals, measured, strict=True):
             outcome, rate = self._decide(push, size)

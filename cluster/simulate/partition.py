@@ -22,6 +22,7 @@ from paramserver.bounded import Admission, Permit
 from paramserver.messages import Outcome, PermitRequest, Push
 from paramserver.partition import split
 from paramserver.rounds import Rounds
+from paramserver.rules import updates_in_place
 from paramserver.server import PUSHES_A_TURN
 from paramserver.staleness import Histogram, StalenessRecord
 from paramserver.state import PartitionState, UpdateConfig, Version
@@ -107,14 +108,18 @@ class VirtualPartition:
         processors: Processors,
         costs: Costs,
         rng: random.Random,
+        num_partitions: int = 1,
     ) -> None:
-        """It is up, at version 0."""
+        """It is up, at version 0; `num_partitions` share the model."""
         self.index = index
         self._config = config
         self._clock = clock
         self._processors = processors
         self._costs = costs
         self._rng = rng
+        share = round(costs.weights_bytes / 4 / num_partitions)
+        self._push_by_push = updates_in_place(share)
+        """Whether each version of a packet can be pulled, as `paramserver.server` does it."""
         self.state = Weightless(config)
         self.seen = Histogram()
         """Staleness of what was applied since somebody last emptied this."""
@@ -129,6 +134,8 @@ class VirtualPartition:
         """Serve from the last checkpoint on."""
         self.state = Weightless(self._config)
         self.state.load(*self._saved)
+        self.version = self.state.weights_version
+        """The version that a pull would get now."""
         policy = self._config.policy
         self._admission: Permits | None = None
         if policy.staleness_policy == "bounded":
@@ -151,11 +158,6 @@ class VirtualPartition:
         self._thread.end()
         for line in self._lines.values():
             line.is_open = False
-
-    @property
-    def version(self) -> int:
-        """The version that a pull would get now."""
-        return self.state.weights_version
 
     def connect(
         self,
@@ -214,6 +216,8 @@ class VirtualPartition:
                 assert isinstance(message, Push)
                 yield self._costs.apply.draw(self._rng)
                 answers.append((message.mailbox, self._apply(message)))
+                if self._push_by_push:
+                    self.version = self.state.weights_version
             elif not line.is_open:
                 continue
             elif isinstance(message, PermitRequest):
@@ -221,6 +225,7 @@ class VirtualPartition:
             else:
                 key = (line.number, message.mailbox)
                 self._admission.push(key, message.version, (line, message))
+        self.version = self.state.weights_version
         if answers and line.is_open:
             line.answer(answers)
 
@@ -241,6 +246,7 @@ class VirtualPartition:
             else:
                 yield self._costs.apply.draw(self._rng)
                 outcome = self._apply(due.push[1])
+                self.version = self.state.weights_version
             answers.setdefault(number, []).append((mailbox, outcome))
         for number, told in answers.items():
             if self._lines[number].is_open:

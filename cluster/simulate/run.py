@@ -111,6 +111,7 @@ class Simulation:
                 processors=self._machines[self._machine_of(i)],
                 costs=inputs.costs,
                 rng=self._rng,
+                num_partitions=inputs.num_partitions,
             )
             for i in range(inputs.num_partitions)
         ]
