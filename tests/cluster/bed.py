@@ -53,6 +53,8 @@ def missing() -> str | None:
     """Why there can be no bed here, or None if there can."""
     if os.geteuid() != 0:
         return "hosts of their own need root"
+    if ROOT.is_relative_to("/tmp"):
+        return f"{ROOT} is below /tmp, which each host has for itself: check out elsewhere"
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     absent = sorted(
         {package for tool, package in TOOLS.items() if not shutil.which(tool, path=path)}
