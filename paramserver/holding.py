@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from paramserver.bounded import Admission, Permit, Turn
 from paramserver.errors import MalformedMessage
 from paramserver.messages import PermitRequest, Push, decode_all
-from paramserver.rounds import Rounds
+from paramserver.permits import Permit, Permits, Turn
 from paramserver.transport.local import ServerSide
 from paramserver.transport.network import NetworkSide
 
@@ -29,9 +28,9 @@ class Held(NamedTuple):
 class Holding:
     """What waits on one partition."""
 
-    def __init__(self, admission: Admission[Held] | Rounds[Held]) -> None:
-        """`admission` decides."""
-        self._admission = admission
+    def __init__(self, permits: Permits[Held]) -> None:
+        """`permits` decides."""
+        self._permits = permits
 
     def take(self, side: ServerSide, data: bytes) -> None:
         """Take in a packet. Raises `MalformedMessage`."""
@@ -43,13 +42,13 @@ class Holding:
             if views is None or box >= len(views.gradients):
                 raise MalformedMessage(f"a {type(message).__name__} of mailbox {box}")
             if isinstance(message, PermitRequest):
-                self._admission.ask((fd, box))
+                self._permits.ask((fd, box))
                 continue
             count = len(message.batches)
             if count > side.depth:
                 raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
             held = Held(message, views.gradients[box], views.moments[box][:count])
-            self._admission.push((fd, box), message.version, held)
+            self._permits.push((fd, box), message.version, held)
 
     def take_network(
         self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
@@ -57,20 +56,20 @@ class Holding:
         """Take in a push that came over the network. Raises `MalformedMessage`."""
         # The connection's next push is received where this one lies.
         held = Held(push, gradient.clone(), moments.clone())
-        self._admission.push((side.socket.fileno(), push.mailbox), push.version, held)
+        self._permits.push((side.socket.fileno(), push.mailbox), push.version, held)
 
     def ask(self, fd: int, boxes: Iterable[int]) -> None:
         """Permits are wanted for these mailboxes. Raises `MalformedMessage`."""
         for box in boxes:
-            self._admission.ask((fd, box))
+            self._permits.ask((fd, box))
 
     def next(self, version: int, weights_version: int) -> Permit | Turn[Held] | None:
         """What can be done at the partition's `version`, if anything; it counts as done.
 
         Its weights have been the same since `weights_version`.
         """
-        return self._admission.next(version, weights_version)
+        return self._permits.next(version, weights_version)
 
     def leave(self, fd: int) -> None:
         """A connection is gone."""
-        self._admission.leave(fd)
+        self._permits.leave(fd)

@@ -17,82 +17,40 @@ is at least 1, and whoever holds such a permit will push, or go.
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Generic, TypeVar
-
-from paramserver.bounded import Key, Permit, Turn
-from paramserver.errors import MalformedMessage
-
-T = TypeVar("T")
+from paramserver.permits import Key, Permit, Permits, T, Turn
 
 
-class Rounds(Generic[T]):
-    """Permits that are out, asked for or given back. Used as `bounded.Admission` is."""
+class Rounds(Permits[T]):
+    """Who may begin, and whose push is next, where gradients are applied in rounds.
+
+    Permits bear the start of the round in which they were given.
+    """
 
     def __init__(self, steps: int) -> None:
         """`steps` is the most that are begun for a round: its pushes and its backup workers."""
+        super().__init__()
         self._steps = steps
         self._start = 0
         """Version of the weights of the present round."""
-        self._asked: deque[Key] = deque()
-        self._out: dict[Key, int] = {}
-        """The start of the round in which each was given."""
         self._num_present = 0
-        """Of those, how many in the present one."""
-        self._pushed: deque[tuple[Key, T]] = deque()
-
-    @property
-    def num_out(self) -> int:
-        """Steps in flight, late ones among them."""
-        return len(self._out)
-
-    @property
-    def num_held(self) -> int:
-        """Pushes that wait for their turn; none after `next` has given nothing."""
-        return len(self._pushed)
-
-    def ask(self, key: Key) -> None:
-        """A step wants to begin. Raises `MalformedMessage` where it has asked already."""
-        if key in self._out or key in self._asked:
-            raise MalformedMessage(f"a second permit is asked for mailbox {key[1]}")
-        self._asked.append(key)
-
-    def push(self, key: Key, version: int, push: T) -> None:
-        """A step has ended that was computed on `version`. Raises `MalformedMessage` for one
-        without a permit, or on weights older than that.
-        """
-        low = self._out.get(key)
-        if low is None or any(key == other for other, _ in self._pushed):
-            raise MalformedMessage(f"a push without a permit from mailbox {key[1]}")
-        if version < low:
-            raise MalformedMessage(f"a push computed on version {version}, permitted at {low}")
-        self._pushed.append((key, push))
-
-    def leave(self, connection: int) -> None:
-        """A connection is gone, and with it all that it has asked for, and not had applied."""
-        for key in [key for key in self._out if key[0] == connection]:
-            self._give_back(key)
-        self._asked = deque(key for key in self._asked if key[0] != connection)
-        self._pushed = deque(item for item in self._pushed if item[0][0] != connection)
+        """Permits that are out and were given in it."""
 
     def next(self, version: int, changed: int) -> Permit | Turn[T] | None:
-        """What can be done now at the partition's `version`, if anything; it counts as done.
+        """As of all `Permits`. No push waits any more once nothing can be done.
 
-        `changed` is the version at which its weights changed last: the present round's start.
+        Where the weights `changed` last is the present round's start.
         """
         if changed != self._start:
             self._start = changed
             self._num_present = sum(start == changed for start in self._out.values())
         if self._pushed:
-            key, push = self._pushed.popleft()
-            self._give_back(key)
-            return Turn(key, push)
+            return self._turn(next(iter(self._pushed)))
         if self._asked and version - changed + self._num_present < self._steps:
-            key = self._asked.popleft()
-            self._out[key] = changed
             self._num_present += 1
-            return Permit(key)
+            return self._permit(changed)
         return None
 
-    def _give_back(self, key: Key) -> None:
-        self._num_present -= self._out.pop(key) == self._start
+    def _take_back(self, key: Key) -> int:
+        start = super()._take_back(key)
+        self._num_present -= start == self._start
+        return start

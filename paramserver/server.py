@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from paramserver.bounded import Admission, Permit, Turn
+from paramserver.bounded import Admission
 from paramserver.command import Command
 from paramserver.errors import (
     BadConfiguration,
@@ -38,6 +38,7 @@ from paramserver.follower import PACKETS_A_TURN, Following
 from paramserver.holding import Held, Holding
 from paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode_all, encode
 from paramserver.partition import Partition
+from paramserver.permits import Permit, Turn
 from paramserver.primary import FOLLOWER_DEADLINE_S, Lead, Source
 from paramserver.record import PushRecord
 from paramserver.rounds import Rounds

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from cluster.simulate.clock import Body, Clock, Processors, Thread
 from cluster.simulate.inputs import Costs
-from paramserver.bounded import Admission, Permit
+from paramserver.bounded import Admission
 from paramserver.messages import Outcome, PermitRequest, Push
 from paramserver.partition import split
+from paramserver.permits import Permit, Permits
 from paramserver.rounds import Rounds
 from paramserver.rules import updates_in_place
 from paramserver.server import PUSHES_A_TURN
@@ -93,9 +94,6 @@ class Line:
     is_open: bool = True
 
 
-Permits = Admission[tuple[Line, Push]] | Rounds[tuple[Line, Push]]
-
-
 class VirtualPartition:
     """One partition; it may die, and be started again."""
 
@@ -137,11 +135,11 @@ class VirtualPartition:
         self.version = self.state.weights_version
         """The version that a pull would get now."""
         policy = self._config.policy
-        self._admission: Permits | None = None
+        self._permits: Permits[tuple[Line, Push]] | None = None
         if policy.staleness_policy == "bounded":
-            self._admission = Admission(policy.staleness_bound)
+            self._permits = Admission(policy.staleness_bound)
         elif policy.staleness_policy == "synchronous":
-            self._admission = Rounds(policy.round_steps or policy.round_pushes or 1)
+            self._permits = Rounds(policy.round_steps or policy.round_pushes or 1)
         self._lines: dict[int, Line] = {}
         self._ready: dict[int, Line] = {}
         """Connections that have something, in the order in which they had it."""
@@ -172,8 +170,8 @@ class VirtualPartition:
 
     def leave(self, line: Line) -> None:
         """A connection's other end is gone. What it had sent is still taken."""
-        if line.is_open and self._admission is not None:
-            self._admission.leave(line.number)
+        if line.is_open and self._permits is not None:
+            self._permits.leave(line.number)
         line.is_open = False
 
     def come(
@@ -204,15 +202,15 @@ class VirtualPartition:
                     line.send_weights(line.pulls.popleft(), self.version)
                 if line.packets:
                     self._ready.setdefault(line.number, line)
-            if self._admission is not None:
-                yield from self._go_on(self._admission)
+            if self._permits is not None:
+                yield from self._go_on(self._permits)
 
     def _take(self, line: Line, packet: list[Message]) -> Body:
         if self._costs.bell_s:
             yield self._costs.bell_s
         answers: list[tuple[int, Outcome]] = []
         for message in packet:
-            if self._admission is None:
+            if self._permits is None:
                 assert isinstance(message, Push)
                 yield self._costs.apply.draw(self._rng)
                 answers.append((message.mailbox, self._apply(message)))
@@ -221,10 +219,10 @@ class VirtualPartition:
             elif not line.is_open:
                 continue
             elif isinstance(message, PermitRequest):
-                self._admission.ask((line.number, message.mailbox))
+                self._permits.ask((line.number, message.mailbox))
             else:
                 key = (line.number, message.mailbox)
-                self._admission.push(key, message.version, (line, message))
+                self._permits.push(key, message.version, (line, message))
         self.version = self.state.weights_version
         if answers and line.is_open:
             line.answer(answers)
@@ -237,9 +235,9 @@ class VirtualPartition:
             self.applied += 1
         return outcome
 
-    def _go_on(self, admission: Permits) -> Body:
+    def _go_on(self, permits: Permits[tuple[Line, Push]]) -> Body:
         answers: dict[int, list[tuple[int, Outcome]]] = {}
-        while (due := admission.next(self.state.version, self.version)) is not None:
+        while (due := permits.next(self.state.version, self.version)) is not None:
             number, mailbox = due.key
             if isinstance(due, Permit):
                 outcome = Outcome.PERMITTED

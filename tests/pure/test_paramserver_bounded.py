@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from paramserver.bounded import Admission, Key, Permit, Turn
+from paramserver.bounded import Admission
 from paramserver.errors import MalformedMessage
+from paramserver.permits import Key, Permit, Turn
 
 A, B, C = (7, 0), (7, 1), (8, 0)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from paramserver.applied import WAITING
-from paramserver.bounded import Key, Permit, Turn
 from paramserver.errors import BadConfiguration, MalformedMessage
 from paramserver.messages import Outcome, Push
 from paramserver.partition import split
+from paramserver.permits import Key, Permit, Turn
 from paramserver.policy import StalenessPolicy
 from paramserver.rounds import Rounds
 from paramserver.rules import Momentum, Regulariser
