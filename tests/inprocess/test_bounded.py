@@ -1,17 +1,15 @@
 """Bounded staleness in the whole system: real partitions, sockets and threads, and deaths."""
 
 import dataclasses
-import threading
 from pathlib import Path
 
 import pytest
 
 from cluster.config import NetworkConfig, RunConfig
 from paramserver.policy import StalenessPolicy
-from shuffler.lease import Lease
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
-from tests.inprocess.thread_backend import ThreadBackend
+from tests.inprocess.runs import Run
+from tests.inprocess.thread_backend import Faults, ThreadBackend
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +60,13 @@ def test_nothing_is_staler_than_the_bound_and_nothing_is_dropped(
 @pytest.mark.timeout(60)
 def test_deaths_and_lost_connections_hold_nobody_up(tmp_path: Path, data: str) -> None:
     run = Run(tmp_path / "run", bounded(tiny.config(data, epochs=3), 2))
-    done, lock = set[str](), threading.Lock()
-
-    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        with lock:
-            ripe = [
-                name
-                for at, name in ((4, "kill"), (10, "cut"), (16, "partition"))
-                if backend.windows_run >= at and name not in done
-            ]
-            if not ripe:
-                return
-            done.add(ripe[0])
-        if ripe[0] == "kill":
-            backend.kill_process(0)
-        elif ripe[0] == "cut":
-            backend.cut_connections(1)
-        else:
-            backend.kill_partition(1)
-
-    outcome = run.go(fault)
-    assert done == {"kill", "cut", "partition"}
+    faults = Faults(
+        (4, ThreadBackend.kill_process, 0),
+        (10, ThreadBackend.cut_connections, 1),
+        (16, ThreadBackend.kill_partition, 1),
+    )
+    outcome = run.go(faults)
+    assert not faults.left
     assert outcome.finished
     assert outcome.exactly_once
     for report in outcome.reports:

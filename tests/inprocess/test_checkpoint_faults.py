@@ -10,7 +10,7 @@ import pytest
 
 from cluster.checkpoint import CheckpointStore
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 

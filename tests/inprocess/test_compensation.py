@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 
 from cluster.config import NetworkConfig, RunConfig
-from cluster.launch import check_data, check_data_unchanged
-from cluster.replay import write_about
 from paramserver.errors import BadConfiguration
 from paramserver.messages import Push
 from paramserver.partition import split
 from paramserver.policy import StalenessPolicy
 from paramserver.server import PartitionServer
 from paramserver.state import PartitionState, UpdateConfig
-from shuffler.lease import Lease
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
-from tests.inprocess.test_replay import replay
-from tests.inprocess.thread_backend import ThreadBackend
+from tests.inprocess.runs import Run, assert_replays_to_the_bit, killed_stopped_and_resumed
+from tests.inprocess.thread_backend import Faults, ThreadBackend
 from workers.replica import Replicas
 
 
@@ -110,29 +106,15 @@ def test_so_it_is_through_deaths(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     witness = Witness(monkeypatch)
-    done, lock = set[str](), threading.Lock()
-
-    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        with lock:
-            ripe = [
-                name
-                for at, name in ((4, "kill"), (10, "cut"), (16, "partition"))
-                if backend.windows_run >= at and name not in done
-            ]
-            if not ripe:
-                return
-            done.add(ripe[0])
-        if ripe[0] == "kill":
-            backend.kill_process(0)
-        elif ripe[0] == "cut":
-            backend.cut_connections(1)
-        else:
-            backend.kill_partition(1)
-
+    faults = Faults(
+        (4, ThreadBackend.kill_process, 0),
+        (10, ThreadBackend.cut_connections, 1),
+        (16, ThreadBackend.kill_partition, 1),
+    )
     config = tiny.config(data, epochs=3, checkpoint_every_s=0.05)
     run = Run(tmp_path / "run", compensated(config))
-    outcome = run.go(fault)
-    assert done == {"kill", "cut", "partition"}
+    outcome = run.go(faults)
+    assert not faults.left
     run.assert_exactly_once(outcome)
     assert witness.wrong == []
 
@@ -151,31 +133,9 @@ def test_beyond_the_bound_mini_batches_are_computed_again(tmp_path: Path, data: 
 def test_a_compensated_run_replays_to_the_bit_through_a_death_and_a_resume(
     tmp_path: Path, data: str
 ) -> None:
-    def recorded(resume: bool) -> Run:
-        config = tiny.config(data, epochs=3, record_pushes=True, checkpoint_every_s=0.05)
-        run = Run(tmp_path / "run", compensated(config), resume=resume)
-        run.backend.record = str(tmp_path / "run" / "record")
-        check_data_unchanged(run.folder, check_data(config))
-        write_about(tmp_path / "run" / "record", threads=1)
-        return run
-
-    run, killed = recorded(False), list[int]()
-
-    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if lease.id >= 8 and not killed:
-            killed.append(lease.id)
-            backend.kill_partition(1)
-        if lease.id >= 22:
-            run.controller.request_stop("SIGTERM")
-
-    run.go(fault)
-    again = recorded(True)
-    outcome = again.go()
-    again.assert_exactly_once(outcome)
-    assert killed
-    found = replay(tmp_path / "run")
-    assert found.differing == ()
-    assert found.versions == tuple(r.version for r in outcome.reports)
+    config = compensated(tiny.config(data, epochs=3))
+    outcome = killed_stopped_and_resumed(tmp_path / "run", config, deaths={8: 1}, stop_at=22)
+    assert_replays_to_the_bit(tmp_path / "run", outcome)
 
 
 def test_more_versions_than_there_is_memory_for_are_refused() -> None:

@@ -1,7 +1,6 @@
 """The whole system on threads: real partitions, sockets and shared memory; scripted faults."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +11,8 @@ from torch.nn import functional
 
 from cluster import controller
 from cluster.backend import RunFailed
-from cluster.checkpoint import CheckpointStore
-from cluster.config import NetworkConfig, RunConfig
-from cluster.controller import Controller
-from cluster.display import Progress
+from cluster.config import NetworkConfig
 from cluster.errors import user_message
-from cluster.members import Outcome
 from cluster.run_folder import RunFolder
 from models.flat import FlatModel
 from paramserver.applied import APPLIED, REFUSED
@@ -29,48 +24,8 @@ from shuffler.lease import Lease
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
 from tests.inprocess import tiny
+from tests.inprocess.runs import Run
 from tests.inprocess.thread_backend import ThreadBackend
-
-
-class Run:
-    """One run of a configuration on threads, from the beginning or from its last checkpoint."""
-
-    def __init__(self, folder: Path, config: RunConfig, *, resume: bool = False) -> None:
-        self.config = config
-        self.folder = RunFolder.open(folder) if resume else RunFolder.create(folder, config)
-        self.store = CheckpointStore(self.folder.checkpoints_uri)
-        self.resumed = self.store.latest()[0] if resume else None
-        self.plan = config.plan(Dataset.open(config.data.data, config.data.train_split).num_rows)
-        self.backend = ThreadBackend(config, self.plan, resumed=self.resumed, store=self.store)
-        self.shown: list[Progress] = []
-        self.controller = Controller(
-            config=config,
-            plan=self.plan,
-            backend=self.backend,
-            folder=self.folder,
-            store=self.store,
-            show=self.shown.append,
-            resumed=self.resumed,
-        )
-
-    def go(self, on_window: Callable[[ThreadBackend, int, Lease], None] | None = None) -> Outcome:
-        self.backend.on_window = on_window
-        try:
-            return self.controller.run()
-        finally:
-            self.flags = [self.backend.flags_of(i) for i in range(self.backend.num_partitions)]
-            self.backend.stop()
-
-    def assert_exactly_once(self, outcome: Outcome) -> None:
-        """From the applied sets, and not from anything that the controller says."""
-        total = self.config.policy.epochs * self.plan.num_batches
-        assert outcome.finished
-        assert outcome.exactly_once
-        for flags, report in zip(self.flags, outcome.reports, strict=True):
-            assert flags.shape == (self.config.policy.epochs, self.plan.num_batches)
-            assert (flags == APPLIED).all()
-            assert report.batches_applied == total
-            assert report.examples == self.config.policy.epochs * self.plan.num_rows
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +50,6 @@ def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
     assert run.shown[-1].accuracy == outcome.evaluation.score.accuracy
 
 
-def weights_of(backend: ThreadBackend) -> torch.Tensor:
-    """The weights of all partitions, [P]."""
-    parts = [
-        p._server.call(lambda state: state.current.weights.clone()) for p in backend.partitions
-    ]
-    return torch.cat(parts)
-
-
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov", "adagrad"])
 def test_one_replica_with_one_step_in_flight_is_torch_optim(
     tmp_path: Path, data: str, rule: Literal["sgd", "momentum", "nesterov", "adagrad"]
@@ -114,14 +61,6 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
     replicas = dataclasses.replace(config.replicas, queued_windows=1)
     config = dataclasses.replace(config, server=server, replicas=replicas)
     run = Run(tmp_path / "run", config)
-    final: list[torch.Tensor] = []
-    end = run.controller._wind_up
-
-    def finish() -> Outcome | None:
-        final.append(weights_of(run.backend))
-        return end()
-
-    run.controller._wind_up = finish  # type: ignore[method-assign]
     outcome = run.go()
     run.assert_exactly_once(outcome)
     assert outcome.reports[0].staleness == {0: [252]}  # always computed on the latest version
@@ -149,7 +88,7 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
                 outputs = model.module(torch.from_numpy(inputs))
                 functional.cross_entropy(outputs, torch.from_numpy(labels)).backward()
                 optimizer.step()
-    torch.testing.assert_close(final[0], model.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.weights, model.weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n_push", "n_fetch"), [(1, 3), (4, 1), (4, 2)])

@@ -18,7 +18,7 @@ from paramserver import record
 from paramserver.policy import PolicyName, StalenessPolicy
 from shuffler.lease import Lease
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.runs import Run
 from tests.inprocess.test_follower import freeze
 from tests.inprocess.thread_backend import ThreadBackend
 

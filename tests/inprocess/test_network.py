@@ -59,7 +59,7 @@ from paramserver.transport.network import NetworkSide
 from paramserver.transport.security import Credentials, RunCredentials, client_tls, issue
 from tests.inprocess import test_server as served
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.runs import Run
 from tests.inprocess.test_server import (
     DEADLINE_S,
     KEY,

@@ -13,7 +13,7 @@ from cluster.ramp import Course, RampGuard
 from cluster.watch import progress
 from shuffler.lease import Lease
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.runs import Run
 from tests.inprocess.thread_backend import ThreadBackend
 
 EPOCHS = 15

@@ -12,7 +12,7 @@ from paramserver.applied import APPLIED
 from paramserver.snapshot import SnapshotFile
 from shuffler.lease import Lease
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.runs import Run
 from tests.inprocess.thread_backend import ThreadBackend
 
 

@@ -1,7 +1,6 @@
 """A run is computed again from its record, to the bit, whatever happened to it."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +8,6 @@ import torch
 
 from cluster.checkpoint import CheckpointStore
 from cluster.errors import UserError
-from cluster.launch import check_data, check_data_unchanged
-from cluster.replay import Replayed, Taken, replay_run, write_about
 from cluster.run_folder import RunFolder
 from paramserver import record
 from paramserver.errors import BadRecord
@@ -18,7 +15,7 @@ from paramserver.messages import Push
 from paramserver.state import PartitionState
 from shuffler.lease import Lease
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.runs import killed_stopped_and_resumed, recorded, replay
 from tests.inprocess.thread_backend import ThreadBackend
 
 
@@ -27,25 +24,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.dataset(tmp_path_factory.mktemp("data"))
 
 
-def recorded(folder: Path, data: str, *, resume: bool = False, **about: Any) -> Run:
-    config = tiny.config(data, record_pushes=True, checkpoint_every_s=0.05, **about)
-    run = Run(folder, config, resume=resume)
-    run.backend.record = str(folder / "record")
-    check_data_unchanged(run.folder, check_data(config))
-    write_about(folder / "record", threads=1)
-    return run
-
-
-def replay(folder: Path, taken: Taken = lambda *_: None) -> Replayed:
-    return replay_run(RunFolder.open(folder), lambda done, total: None, lambda line: None, taken)
-
-
 def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str) -> None:
     def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
         if lease.id in (5, 11, 17):
             backend.kill_process(replica % 2)
 
-    run = recorded(tmp_path / "run", data, epochs=3)
+    run = recorded(tmp_path / "run", tiny.config(data, epochs=3))
     outcome = run.go(kill)
     run.assert_exactly_once(outcome)
     found = replay(tmp_path / "run")
@@ -56,22 +40,10 @@ def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str) -> None:
 
 
 def test_a_run_whose_partitions_were_killed_and_that_was_resumed(tmp_path: Path, data: str) -> None:
-    run = recorded(tmp_path / "run", data, epochs=4)
-    killed: list[int] = []
-
-    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        for number, partition in ((8, 1), (16, 0)):
-            if lease.id >= number and number not in killed:
-                backend.kill_partition(partition)
-                killed.append(number)
-        if lease.id >= 24:
-            run.controller.request_stop("SIGTERM")
-
-    run.go(kill)
-    again = recorded(tmp_path / "run", data, epochs=4, resume=True)
-    outcome = again.go()
-    again.assert_exactly_once(outcome)
-    assert len(record.files(tmp_path / "run" / "record")) == 3 + 2 + 3
+    config, folder = tiny.config(data, epochs=4), tmp_path / "run"
+    killed_stopped_and_resumed(folder, config, deaths={8: 1, 16: 0}, stop_at=24)
+    assert len(record.files(folder / "record")) == 3 + 2 + 3
+    q = config.plan(1000).num_batches
     versions: dict[int, list[int]] = {0: [], 1: [], 2: []}
     batches: set[tuple[int, int, int]] = set()
 
@@ -80,18 +52,18 @@ def test_a_run_whose_partitions_were_killed_and_that_was_resumed(tmp_path: Path,
         batches.add((state.partition.index, push.epoch, push.batches[0]))
         assert moments.shape == (1, 3, state.partition.num_features)
 
-    found = replay(tmp_path / "run", taken)
+    found = replay(folder, taken)
     # What was lost and done again is told of once.
-    assert versions == {p: list(range(1, 4 * run.plan.num_batches + 1)) for p in range(3)}
-    assert len(batches) == 3 * 4 * run.plan.num_batches
+    assert versions == {p: list(range(1, 4 * q + 1)) for p in range(3)}
+    assert len(batches) == 3 * 4 * q
     assert found.differing == ()
-    assert found.versions == (4 * run.plan.num_batches,) * 3
+    assert found.versions == (4 * q,) * 3
 
 
 def test_what_was_computed_otherwise_is_named(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = recorded(tmp_path / "run", data, epochs=1)
+    run = recorded(tmp_path / "run", tiny.config(data, epochs=1))
     run.go()
     path = record.files(tmp_path / "run" / "record")[0]
     entry = record.read(path).entries[20]

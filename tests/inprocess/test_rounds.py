@@ -1,20 +1,16 @@
 """Synchronous rounds in the whole system: torch's SGD on their mini-batches, drops, deaths."""
 
 import dataclasses
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from cluster.config import NetworkConfig, RunConfig
-from cluster.launch import check_data, check_data_unchanged
-from cluster.members import Outcome as RunOutcome
 from cluster.repartition import repartition
-from cluster.replay import loader, write_about
+from cluster.replay import loader
 from models.flat import FlatModel
 from paramserver.messages import Outcome, Push
 from paramserver.policy import StalenessPolicy
@@ -24,9 +20,8 @@ from shuffler.lease import Lease
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
 from tests.inprocess import tiny
-from tests.inprocess.test_controller import Run, weights_of
-from tests.inprocess.test_replay import replay
-from tests.inprocess.thread_backend import ThreadBackend
+from tests.inprocess.runs import Run, assert_replays_to_the_bit, killed_stopped_and_resumed
+from tests.inprocess.thread_backend import Faults, ThreadBackend
 from workers.recompute import Recomputer
 
 
@@ -80,14 +75,6 @@ def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
         config, model=dataclasses.replace(config.model, arguments=arguments)
     )
     run = Run(tmp_path / "run", synchronous(config, transport=transport))
-    final: list[Tensor] = []
-    end = run.controller._wind_up
-
-    def finish() -> RunOutcome | None:
-        final.append(weights_of(run.backend))
-        return end()
-
-    run.controller._wind_up = finish  # type: ignore[method-assign]
     outcome = run.go()
     run.assert_exactly_once(outcome)
     total = 3 * run.plan.num_batches
@@ -114,7 +101,7 @@ def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
         model.zero_gradient()
         functional.cross_entropy(model.module(inputs), labels).backward()
         optimizer.step()
-    torch.testing.assert_close(final[0], model.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.weights, model.weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.timeout(120)
@@ -143,24 +130,15 @@ def test_deaths_and_lost_connections_hold_nobody_up(
 ) -> None:
     config = tiny.config(data, epochs=4, checkpoint_every_s=0.05)
     run = Run(tmp_path / "run", synchronous(config, pushes, transport=transport))
-    done, lock = list[str](), threading.Lock()
-    script = ((4, "kill"), (9, "cut"), (14, "partition"), (19, "kill"), (24, "partition"))
-
-    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        with lock:
-            if len(done) == len(script) or backend.windows_run < script[len(done)][0]:
-                return
-            done.append(script[len(done)][1])
-            kind, number = done[-1], len(done)
-        if kind == "kill":
-            backend.kill_process(number % 2)
-        elif kind == "cut":
-            backend.cut_connections(1)
-        else:
-            backend.kill_partition(number % 3)
-
-    outcome = run.go(fault)
-    assert len(done) == len(script)
+    faults = Faults(
+        (4, ThreadBackend.kill_process, 1),
+        (9, ThreadBackend.cut_connections, 1),
+        (14, ThreadBackend.kill_partition, 0),
+        (19, ThreadBackend.kill_process, 0),
+        (24, ThreadBackend.kill_partition, 2),
+    )
+    outcome = run.go(faults)
+    assert not faults.left
     run.assert_exactly_once(outcome)
 
 
@@ -168,31 +146,9 @@ def test_deaths_and_lost_connections_hold_nobody_up(
 def test_a_run_stopped_in_the_middle_of_a_round_replays_to_the_bit(
     tmp_path: Path, data: str
 ) -> None:
-    def recorded(resume: bool) -> Run:
-        config = tiny.config(data, epochs=3, record_pushes=True, checkpoint_every_s=0.05)
-        run = Run(tmp_path / "run", synchronous(config, 5), resume=resume)
-        run.backend.record = str(tmp_path / "run" / "record")
-        check_data_unchanged(run.folder, check_data(config))
-        write_about(tmp_path / "run" / "record", threads=1)
-        return run
-
-    run, killed = recorded(False), list[int]()
-
-    def fault(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if lease.id >= 8 and not killed:
-            killed.append(lease.id)
-            backend.kill_partition(1)
-        if lease.id >= 22:
-            run.controller.request_stop("SIGTERM")
-
-    run.go(fault)
-    again = recorded(True)
-    outcome = again.go()
-    again.assert_exactly_once(outcome)
-    assert killed
-    found = replay(tmp_path / "run")
-    assert found.differing == ()
-    assert found.versions == tuple(r.version for r in outcome.reports)
+    config = synchronous(tiny.config(data, epochs=3), 5)
+    outcome = killed_stopped_and_resumed(tmp_path / "run", config, deaths={8: 1}, stop_at=22)
+    assert_replays_to_the_bit(tmp_path / "run", outcome)
 
 
 @pytest.mark.timeout(120)

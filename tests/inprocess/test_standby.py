@@ -11,7 +11,7 @@ from cluster.standby import PartitionSpare, ReplicasSpare
 from models.errors import ModelError
 from shuffler.lease import Lease
 from tests.inprocess import thread_backend, tiny
-from tests.inprocess.test_controller import Run
+from tests.inprocess.runs import Run
 from tests.inprocess.thread_backend import ThreadBackend
 
 

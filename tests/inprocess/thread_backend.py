@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -312,3 +312,20 @@ class ThreadBackend:
         epochs = range(self.config.policy.epochs)
         flags = self.partitions[partition].flags(tuple(epochs))
         return np.stack([flags[e] for e in epochs])
+
+
+class Faults:
+    """A script of faults: each comes once so many windows have been run, one before a window."""
+
+    def __init__(self, *script: tuple[int, Callable[[ThreadBackend, int], None], int]) -> None:
+        """Windows that have been run, what is done then, and to which process or partition."""
+        self.left = list(script)
+        self._lock = threading.Lock()
+
+    def __call__(self, backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        """Called by the backend before each window."""
+        with self._lock:
+            if not self.left or backend.windows_run < self.left[0][0]:
+                return
+            _, fault, index = self.left.pop(0)
+        fault(backend, index)
