@@ -32,7 +32,6 @@ from paramserver.statistics import BatchStatistics, StatisticsRule
 Arrival = tuple[Push, Tensor, Tensor]
 """A push, and this partition's gradient and moments of it; see `PartitionState.apply`."""
 _Size = tuple[float, float]
-_UNSEEN: _Size = (0.0, 0.0)
 MEAN_WEIGHT = 0.01
 """Weight of a new observation in the moving averages of staleness and of the gradient's norm."""
 
@@ -178,15 +177,14 @@ class PartitionState:
         if self._round is not None:
             return self._apply_in_rounds(self._round, arrivals, into)
         # Alone, a repeat need not be looked at; among others, that would cost more than it saves.
-        measured = [
-            self._measure(gradient, moments)
-            if len(arrivals) > 1 or self.judge(push) is Outcome.APPLIED
-            else _UNSEEN
-            for push, gradient, moments in arrivals
+        sizes = [
+            self._measure(gradient, moments) if len(arrivals) > 1 else None
+            for _, gradient, moments in arrivals
         ]
         outcomes, updates = [], []
-        for (push, gradient, moments), size in zip(arrivals, measured, strict=True):
-            outcome, rate = self._decide(push, size)
+        for arrival, size in zip(arrivals, sizes, strict=True):
+            push, gradient, moments = arrival
+            outcome, rate = self._decide(arrival, size)
             outcomes.append(outcome)
             if outcome is Outcome.APPLIED:
                 updates.append((push, gradient, moments, rate, self.version - 1))
@@ -203,8 +201,9 @@ class PartitionState:
         self, current: Round, arrivals: Sequence[Arrival], into: Callable[[], Version] | None
     ) -> list[Outcome]:
         outcomes = []
-        for push, gradient, moments in arrivals:
-            outcome, _ = self._decide(push, self._measure(gradient, moments))
+        for arrival in arrivals:
+            push, gradient, moments = arrival
+            outcome, _ = self._decide(arrival)
             outcomes.append(outcome)
             if outcome is Outcome.APPLIED:
                 self.config.regulariser.clip(gradient, push.gradient_norm)
@@ -258,15 +257,19 @@ class PartitionState:
         """Whether a push that was computed on `version` can be applied."""
         return self._compensation is None or version == self.version or version in self._past
 
-    def _decide(self, push: Push, size: _Size) -> tuple[Outcome, float]:
-        """What becomes of a push, and the rate that it is applied at; takes note of it."""
+    def _decide(self, arrival: Arrival, size: _Size | None = None) -> tuple[Outcome, float]:
+        """What becomes of a push, and the rate that it is applied at; takes note of it.
+
+        Without its `size` it is measured here, if all else speaks for it.
+        """
+        push, gradient, moments = arrival
         outcome, rate = self.judge(push), 0.0
         staleness, decision = self.staleness_of(push), APPLY
         if outcome is Outcome.APPLIED:
             decision = self.config.policy.decide(staleness, self.mean_staleness)
             if decision.dropped or not self._remembers(push.version):
                 outcome = Outcome.REFUSED_STALE
-            elif not self._sound(size, push.gradient_norm):
+            elif not self._sound(size or self._measure(gradient, moments), push.gradient_norm):
                 outcome = Outcome.REFUSED_GRADIENT
         self.outcomes[outcome] += 1
         if outcome is Outcome.APPLIED:

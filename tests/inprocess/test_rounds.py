@@ -12,9 +12,9 @@ from cluster.config import NetworkConfig, RunConfig
 from cluster.repartition import repartition
 from cluster.replay import loader
 from models.flat import FlatModel
-from paramserver.messages import Outcome, Push
+from paramserver.messages import Outcome
 from paramserver.policy import StalenessPolicy
-from paramserver.state import PartitionState
+from paramserver.state import Arrival, PartitionState
 from shuffler.decode import decode
 from shuffler.lease import Lease
 from shuffler.reader import RowReader
@@ -46,9 +46,9 @@ class Rounds:
         self.taken: dict[int, dict[int, list[tuple[int, int]]]] = {}
         decide = PartitionState._decide
 
-        def noted(state: PartitionState, push: Push, size: Any) -> tuple[Outcome, float]:
-            start = state.weights_version
-            outcome, rate = decide(state, push, size)
+        def noted(state: PartitionState, arrival: Arrival) -> tuple[Outcome, float]:
+            push, start = arrival[0], state.weights_version
+            outcome, rate = decide(state, arrival)
             if outcome is Outcome.APPLIED:
                 of = self.taken.setdefault(state.partition.index, {})
                 of.setdefault(start, []).append((push.epoch, push.batches[0]))

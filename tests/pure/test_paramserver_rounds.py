@@ -20,7 +20,7 @@ from paramserver.policy import StalenessPolicy
 from paramserver.rounds import Rounds
 from paramserver.rules import Momentum, Regulariser
 from paramserver.schedule import Schedule
-from paramserver.state import PartitionState, UpdateConfig, Version
+from paramserver.state import Arrival, PartitionState, UpdateConfig, Version
 from paramserver.statistics import BatchStatistics
 
 torch.set_num_threads(1)
@@ -400,20 +400,18 @@ def test_in_whatever_order_messages_come_everything_is_settled_once(
 def test_without_backup_workers_and_deaths_every_partition_has_the_same_rounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from paramserver.state import PartitionState as State
-
     for seed in range(10):
         net = Net(seed, pushes=3, slots=3, partitions=3, kills=0, bad=False)
         taken: list[list[tuple[int, int]]] = [[], [], []]
-        decide = State._decide
+        decide = PartitionState._decide
 
-        def noted(state: State, one: Push, size: tuple[float, float]) -> tuple[Outcome, float]:
+        def noted(state: PartitionState, arrival: Arrival) -> tuple[Outcome, float]:
             index = next(i for i, s in enumerate(net.states) if s is state)  # noqa: B023
-            taken[index].append((state.weights_version, one.batches[0]))  # noqa: B023
-            return decide(state, one, size)  # noqa: B023
+            taken[index].append((state.weights_version, arrival[0].batches[0]))  # noqa: B023
+            return decide(state, arrival)  # noqa: B023
 
         with monkeypatch.context() as patch:
-            patch.setattr(State, "_decide", noted)
+            patch.setattr(PartitionState, "_decide", noted)
             net.run()
         assert len({frozenset(of) for of in taken}) == 1
 
