@@ -14,6 +14,7 @@ where they ask for it.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.flat import FlatModel
 from models.registry import Loss
+from workers.interpreter import CannotInterpret, interpreted
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 _READS_VALUES = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}
@@ -35,6 +38,7 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 # The same kernels behind a thinner Python binding.
 _THINNER: dict[Any, Callable[..., Any]] = {
     aten.mm.default: torch.mm,
+    aten.mm.out: torch.mm,
     aten.addmm.default: torch.addmm,
     aten.sigmoid.default: torch.sigmoid,
     aten.relu.default: torch.relu,
@@ -89,8 +93,12 @@ Static = _Window | _Constant | _View
 class Recording:
     """A step as a function of its mini-batch and of where weights, moments and gradient lie."""
 
-    def __init__(self, function: Callable[..., Tensor], statics: Sequence[Static]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], statics: Sequence[Static], *, by_python: bool
+    ) -> None:
         """See `record`."""
+        self.by_python = by_python
+        """Whether Python makes the calls, and not PyTorch's interpreter."""
         self._function = function
         self._statics = tuple(statics)
 
@@ -178,10 +186,14 @@ class _Script:
         _drop_unused(self._graph, {loss_node, *found})
         self._leave(places, found, loss_node)
         self._graph.output(loss_node)
+        try:
+            return Recording(interpreted(self._graph), self._statics, by_python=False)
+        except CannotInterpret as error:
+            log.info("Python makes the calls of a recorded step: %s", error)
         for node in self._graph.nodes:
             node.target = _THINNER.get(node.target, node.target)
         module = fx.GraphModule(nn.Module(), self._graph)
-        return Recording(module.forward, self._statics)
+        return Recording(module.forward, self._statics, by_python=True)
 
     def _placeholder(self, name: str) -> fx.Node:
         with self._graph.inserting_after(self._last_input):
@@ -285,7 +297,7 @@ class _Script:
                 and node is not loss
                 and found.count(node) == 1
             ):
-                node.target, node.kwargs = torch.mm, {"out": place}
+                node.target, node.kwargs = aten.mm.out, {"out": place}
             else:
                 copied.append(node)
                 to.append(place)
@@ -309,6 +321,6 @@ def _has_effects(node: fx.Node) -> bool:
     if target is operator.getitem:
         return False
     if not isinstance(target, torch._ops.OpOverload):
-        return True  # it writes to `out`
+        return True  # nothing is known of it
     # Leaving out a random one would change what the next one draws.
     return target._schema.is_mutable or _RANDOM in target.tags

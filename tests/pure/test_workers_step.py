@@ -2,15 +2,17 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from models.flat import FlatModel
 from models.layers import ConvBN, LinearBN
 from models.mlp import MnistNet
+from workers.interpreter import CannotInterpret
 from workers.step import Mailbox, Slot, Workshop
 
 
@@ -78,8 +80,17 @@ def batches(name: str, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
 NAMES = ["mnist-bn", "mnist", "frozen", "images"]
 
 
+def refuse(graph: fx.Graph) -> Callable[..., Tensor]:
+    raise CannotInterpret(f"a graph of {len(graph.nodes)} nodes")
+
+
+@pytest.mark.parametrize("by_python", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recorded_step_is_the_eager_step_to_the_bit(name: str) -> None:
+def test_a_recorded_step_is_the_eager_step_to_the_bit(
+    name: str, by_python: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_python:
+        monkeypatch.setattr("workers.recording.interpreted", refuse)
     eager, recorded = make(build(name), recorded=False), make(build(name), recorded=True)
     for i, (x, y) in enumerate(batches(name, (4, 4, 3, 4, 3, 3, 4))):
         for slot, _, _ in (eager, recorded):
@@ -92,8 +103,9 @@ def test_a_recorded_step_is_the_eager_step_to_the_bit(name: str) -> None:
         assert a == b
         assert torch.equal(box_a.gradient, box_b.gradient)
         assert torch.equal(box_a.moments[0], box_b.moments[0])
-    assert len(recorded[1].recordings) == 2, "a recording for each size of mini-batch"
-    assert None not in recorded[1].recordings.values()
+    made = [r for r in recorded[1].recordings.values() if r is not None]
+    assert len(made) == 2, "a recording for each size of mini-batch"
+    assert [r.by_python for r in made] == [by_python] * 2
     assert not eager[1].recordings
 
 
