@@ -3,11 +3,14 @@
 One client pushes a gradient and pulls the weights, over and over, against a partition in another
 process that applies momentum SGD. Beside it, in turns: a memcpy of the same bytes, once for the
 gradient and once for the weights; and an echo of the same bytes over raw TCP on loopback, into
-fixed buffers on both sides. Over the network it is also timed without the update, by pushing a
+fixed buffers on both sides. A second echo seals what it sends and opens what it gets, block by
+block with the same cipher, and does nothing else: what is left to be had once the bytes are to be
+kept from others. Over the network push + pull is also timed without the update, by pushing a
 mini-batch that has been applied: that is the transport alone, as the echo is.
 
 All are timed in turns, so that each finds its memory as the others leave it, which is out of the
-caches. On one machine memcpy and push + pull are timed once more without the others in between.
+caches, and every process asleep. Then each is timed once more, one round trip after the other
+without the others in between: its throughput.
 
     python -m benchmarks.push_pull [--json] [--repeat N] [--only SIZE]
 """
@@ -29,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from rich.console import Console
 
 from benchmarks.harness import BadSettings, Report, Say, Settings, machine, median, show
@@ -40,6 +44,7 @@ from paramserver.schedule import Schedule
 from paramserver.server import PartitionServer
 from paramserver.state import UpdateConfig
 from paramserver.transport.access import Access
+from paramserver.transport.channel import BLOCK_BYTES
 from paramserver.transport.greeting import NetworkListen
 from paramserver.transport.local import Endpoint
 from paramserver.transport.security import Credentials, issue
@@ -50,34 +55,66 @@ ROUND_TRIPS = {"0.4": 100, "4": 20, "45": 5}
 """How many make up one round."""
 DEADLINE_S = 60.0
 BATCHES = 1 << 20
+_TAG_BYTES = 16
 
-MEMCPY, ECHO, SHARED = "memcpy", "echo", "shared"
-NETWORK = ("encrypted", "plain")
-TITLES = {
+MEMCPY, ECHO, SEALED, SHARED = "memcpy", "echo", "sealed-echo", "shared"
+_IN_TURNS = {
     MEMCPY: "memcpy of the same bytes",
     SHARED: "push + pull, shared memory, momentum SGD",
     ECHO: "raw TCP echo of the same bytes",
+    SEALED: "the same, sealed and opened",
     "encrypted": "push + pull, network, momentum SGD",
     "encrypted-alone": "push + pull, network, without the update",
     "plain": "push + pull, network not encrypted, momentum SGD",
     "plain-alone": "push + pull, network not encrypted, without the update",
-    f"{MEMCPY}-again": "memcpy, one after the other",
-    f"{SHARED}-again": "push + pull, shared memory, one after the other",
 }
+AGAIN = "-again"
+TITLES = _IN_TURNS | {f"{n}{AGAIN}": f"{t}, one after the other" for n, t in _IN_TURNS.items()}
 """What is timed -> what that is, in the order in which it runs."""
 
 
-def _echo(wire: Wire, num_bytes: int) -> None:
+class _Sealed:
+    """Sends and receives a fixed number of bytes, sealed block by block, and does nothing else."""
+
+    def __init__(self, peer: socket.socket, num_bytes: int) -> None:
+        cipher = AESGCM(bytes(32))  # what the key is makes no difference to the time
+        self._seal, self._open = cipher.encrypt_into, cipher.decrypt_into
+        self._peer = peer
+        self._blocks = [
+            slice(start, min(start + BLOCK_BYTES, num_bytes))
+            for start in range(0, num_bytes, BLOCK_BYTES)
+        ]
+        self._stage = memoryview(bytearray(BLOCK_BYTES + _TAG_BYTES))
+
+    def send(self, data: memoryview) -> None:
+        for number, block in enumerate(self._blocks):
+            sealed = self._stage[: block.stop - block.start + _TAG_BYTES]
+            self._seal(number.to_bytes(12, "little"), data[block], None, sealed)
+            self._peer.sendall(sealed)
+
+    def receive(self, into: memoryview) -> None:
+        for number, block in enumerate(self._blocks):
+            sealed = self._stage[: block.stop - block.start + _TAG_BYTES]
+            _fill(self._peer, sealed)
+            self._open(number.to_bytes(12, "little"), sealed, None, into[block])
+
+
+def _echo(wire: Wire, num_bytes: int, sealed: bool) -> None:
     """A child: echoes `num_bytes` at a time."""
     buffer = memoryview(bytearray(num_bytes))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         wire.send(listening.getsockname()[1])
         peer, _ = listening.accept()
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        ends = _Sealed(peer, num_bytes)
         with peer, contextlib.suppress(EOFError, ConnectionError):
             while True:
-                _fill(peer, buffer)
-                peer.sendall(buffer)
+                if sealed:
+                    ends.receive(buffer)
+                    ends.send(buffer)
+                else:
+                    _fill(peer, buffer)
+                    peer.sendall(buffer)
 
 
 def _fill(peer: socket.socket, buffer: memoryview) -> None:
@@ -203,25 +240,33 @@ def _memcpy(num_bytes: int) -> Callable[[], None]:
     return copy
 
 
-def _echoing(peer: socket.socket, num_bytes: int) -> Callable[[], None]:
+def _echoing(peer: socket.socket, num_bytes: int, sealed: bool) -> Callable[[], None]:
     peer.settimeout(DEADLINE_S)
     peer.setblocking(True)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     out, back = (memoryview(bytearray(num_bytes)) for _ in "ab")
     out[:] = secrets.token_bytes(num_bytes)
 
+    ends = _Sealed(peer, num_bytes)
+
     def echo() -> None:
         peer.sendall(out)
         _fill(peer, back)
 
-    return echo
+    def sealed_echo() -> None:
+        ends.send(out)
+        ends.receive(back)
+
+    return sealed_echo if sealed else echo
 
 
 def _candidates(children: _Children, num_bytes: int) -> dict[str, Callable[[], None]]:
     key, keys = secrets.token_bytes(KEY_BYTES), issue()
-    port = children.start(_echo, num_bytes)
-    peer = children.closing(socket.create_connection(("127.0.0.1", port), DEADLINE_S))
-    found = {MEMCPY: _memcpy(num_bytes), ECHO: _echoing(peer, num_bytes)}
+    found = {MEMCPY: _memcpy(num_bytes)}
+    for name, sealed in ((ECHO, False), (SEALED, True)):
+        port = children.start(_echo, num_bytes, sealed)
+        peer = children.closing(socket.create_connection(("127.0.0.1", port), DEADLINE_S))
+        found[name] = _echoing(peer, num_bytes, sealed)
 
     def round_trip(endpoint: Endpoint, access: Access, epoch: int, update: bool) -> _RoundTrip:
         trip = _RoundTrip(endpoint, key, access, epoch=epoch, update=update)
@@ -255,8 +300,8 @@ def measure(size: str, repeat: int, round_trips: int) -> list[dict[str, list[flo
             for _ in range(round_trips):
                 for name, once in candidates.items():
                     found[name].append(_seconds(once))
-            for name in (MEMCPY, SHARED):
-                found[f"{name}-again"] = [_seconds(candidates[name]) for _ in range(round_trips)]
+            for name, once in candidates.items():
+                found[f"{name}{AGAIN}"] = [_seconds(once) for _ in range(round_trips)]
             rounds.append(found)
     return rounds
 
@@ -301,9 +346,10 @@ def run(settings: Settings, say: Say) -> Report:
 
 
 def _ratio(ms: dict[str, float], name: str) -> float:
+    suffix = AGAIN if name.endswith(AGAIN) else ""
     if name.startswith((MEMCPY, SHARED)):
-        return ms[name] / ms[f"{MEMCPY}-again" if name.endswith("-again") else MEMCPY]
-    return ms[ECHO] / ms[name]
+        return ms[name] / ms[f"{MEMCPY}{suffix}"]
+    return ms[f"{ECHO}{suffix}"] / ms[name]
 
 
 def _shown(ms: dict[str, float], name: str) -> str:
