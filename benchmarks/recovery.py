@@ -30,7 +30,7 @@ from benchmarks.chaos import TITLES
 from benchmarks.harness import BadSettings, Report, Say, Settings, median
 from benchmarks.processes import BenchmarkFailed, Child, descendants, measure_in_child
 from cluster.config import RunConfig
-from cluster.controller import SPARES_AFTER_S
+from cluster.losses import SPARES_AFTER_S
 from cluster.report import Metrics, read_metrics
 from cluster.run_folder import EVENTS, METRICS, RunFolder
 
@@ -265,9 +265,9 @@ def _shown(value: float | None) -> str:
 
 def main() -> int:
     """Train the run whose folder is given, and report often."""
-    from cluster import controller
+    from cluster import partitions
 
-    controller.REPORT_EVERY_S = REPORT_EVERY_S
+    partitions.REPORT_EVERY_S = REPORT_EVERY_S
     return system.main()
 
 

@@ -1,17 +1,23 @@
 """The members of a run as the controller sees them, and how its part of a run ended.
 
-Plain data. What is done with them is `controller`'s, what is done about their loss `recovery`'s.
+Data. What is done with them is `processes`' and `partitions`', what is done about their loss
+`recovery`'s.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from paramserver.actor import PartitionReport
     from workers.actor import Evaluation
+
+RATE_WINDOWS = 3
+"""A replica's rate is that of its last few windows."""
 
 
 @dataclass(kw_only=True)
@@ -28,12 +34,33 @@ class Process:
     """Some of its replicas are to train."""
     runs: bool = False
     """It was up once, and has not died: what is not ready has lost its connections."""
+    rates: dict[int, deque[float]] = field(default_factory=dict)
+    """Mini-batches a second of its last windows, by replica."""
+    told_slow: bool = False
+    """People have heard that it is slower than the others."""
 
     @property
     def name(self) -> str:
         """What people call it."""
         numbers = ", ".join(map(str, self.replicas))
         return f"the process of replica{'s' if len(self.replicas) > 1 else ''} {numbers}"
+
+    @property
+    def cut_off(self) -> bool:
+        """It is to train, but neither does nor is being brought back."""
+        return self.wanted and not self.ready and not self.starting
+
+    @property
+    def rate(self) -> float | None:
+        """Mini-batches a second of all its replicas; None until each has done enough windows."""
+        rates = [self.rates.get(r, ()) for r in self.replicas]
+        if not self.ready or any(len(of) < RATE_WINDOWS for of in rates):
+            return None
+        return sum(map(statistics.fmean, rates))
+
+    def trained(self, replica: int, batches_per_s: float) -> None:
+        """One of its replicas has done a window."""
+        self.rates.setdefault(replica, deque(maxlen=RATE_WINDOWS)).append(batches_per_s)
 
 
 @dataclass(kw_only=True)

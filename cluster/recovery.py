@@ -1,7 +1,8 @@
 """What is done when a part of the run dies: a pure policy that also says why.
 
 Losses go in, decisions come out; nothing here knows Ray, clocks or actors. Who carries a decision
-out is `controller`; what it costs, and why nothing is lost by it, is in docs/architecture.md.
+out is `partitions`, `processes` or `evaluating`; what it costs, and why nothing is lost by it, is
+in docs/architecture.md.
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ class Telemetry:
         self.best_accuracy: float | None = None
         """The highest accuracy so far."""
         self.num_evaluations = 0
+        self.phase = "starting the replicas"
+        """What the run is busy with."""
         self.replicas_wanted = config.replicas.replicas
         """How many there are to be, which `downpour scale` may change."""
         self.held: int | None = None
@@ -116,7 +118,6 @@ class Telemetry:
         self,
         reports: Iterable[PartitionReport],
         *,
-        phase: str,
         alive: int,
         replicas: Mapping[str, int] | None = None,
         leases: Leases = NO_LEASES,
@@ -152,7 +153,7 @@ class Telemetry:
         if self._loss is not None and math.isfinite(self._loss):
             values["loss"] = round(self._loss, 6)
         self._write(lambda: self._folder.append_metrics(values))
-        status = {"state": phase, "at": time.time(), **values}
+        status = {"state": self.phase, "at": time.time(), **values}
         self._write(lambda: self._folder.write_json(STATUS, status))
         observation = Observation(
             values=values,
@@ -199,13 +200,13 @@ class Telemetry:
             scored = {**values, "best_accuracy": self.best_accuracy}
             self._write(functools.partial(sink.evaluated, scored))
 
-    def progress(self, *, phase: str, alive: int) -> Progress:
+    def progress(self, *, alive: int) -> Progress:
         """Where the run stands."""
         policy = self._config.policy
         updates_per_s, examples_per_s = self._rates()
         return Progress(
             elapsed_s=self.elapsed_s,
-            phase=phase,
+            phase=self.phase,
             epoch=min(policy.epochs, int(self.epochs_done) + 1),
             epochs=policy.epochs,
             examples=min((r.examples for r in self.reports), default=0),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cluster import controller
 from cluster.backend import RunFailed
 from cluster.config import NetworkConfig
 from cluster.errors import user_message
@@ -203,7 +202,7 @@ def test_a_process_that_loses_its_connections_is_connected_again(tmp_path: Path,
 def test_replicas_come_and_go_while_the_run_trains(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controller, "REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("cluster.partitions.REPORT_EVERY_S", 0.02)
     run = Run(tmp_path / "run", tiny.config(data, replicas=2, epochs=12))
     seen: set[int] = set()
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from cluster import controller
 from cluster.backend import Done, FollowerLost
 from cluster.config import NetworkConfig, RunConfig
 from cluster.followers import REPORTS_TO_FOLLOW, Followers
@@ -30,8 +29,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "SPARES_AFTER_S", 0.0)
-    monkeypatch.setattr(controller, "REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("cluster.losses.SPARES_AFTER_S", 0.0)
+    monkeypatch.setattr("cluster.partitions.REPORT_EVERY_S", 0.02)
 
 
 def config(data: str, **about: Any) -> RunConfig:
@@ -53,10 +52,9 @@ class Kills:
 
     def __call__(self, backend: ThreadBackend, replica: int, lease: Lease) -> None:
         index = self.left % backend.num_partitions
-        ready = all(
-            map(self.run.controller._followers.can_take_over, range(backend.num_partitions))
-        )
-        if self.left and ready and self.run.controller._all_up and lease.id % 3 == 0:
+        partitions = self.run.controller._partitions
+        ready = all(map(partitions.followers.can_take_over, range(backend.num_partitions)))
+        if self.left and ready and partitions.all_up and lease.id % 3 == 0:
             self.left -= 1
             server = backend.partitions[index]._server
             self.versions[index] = server.call(lambda state: state.version)
@@ -108,12 +106,12 @@ def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lives on, with every connection that it has, while its follower takes its place."""
-    monkeypatch.setattr(controller, "SILENT_AFTER_S", 0.3)
+    monkeypatch.setattr("cluster.partitions.SILENT_AFTER_S", 0.3)
     run = Run(tmp_path / "run", config(data, epochs=6, partitions=2, checkpoint_every_s=1000))
     thaws: list[Any] = []
 
     def hang(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if not thaws and run.controller._followers.can_take_over(1):
+        if not thaws and run.controller._partitions.followers.can_take_over(1):
             thaws.append(freeze(backend.partitions[1]._server))
         elif thaws and backend.corpses_of_partitions:
             thaws[0].set()
@@ -136,7 +134,7 @@ def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(
         if thaws and backend.corpses_of_partitions[1:]:
             thaws[0].set()
         follower = backend.followers[0]
-        if follower is None or not run.controller._followers.can_take_over(0):
+        if follower is None or not run.controller._partitions.followers.can_take_over(0):
             return
         if lease.id > 12 and not done:
             done.append("died")
@@ -158,8 +156,8 @@ def test_where_both_are_gone_it_starts_from_its_checkpoint(tmp_path: Path, data:
     killed: list[int] = []
 
     def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        follower = backend.followers[1]
-        if not killed and follower is not None and run.controller._followers.can_take_over(1):
+        follower, known = backend.followers[1], run.controller._partitions.followers
+        if not killed and follower is not None and known.can_take_over(1):
             killed.append(lease.id)
             follower.stop()
             backend.kill_partition(1)

@@ -48,7 +48,7 @@ def last_losses(run: Run) -> list[float]:
 def test_a_rate_that_all_replicas_together_do_not_bear(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.controller.REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("cluster.partitions.REPORT_EVERY_S", 0.02)
     actives: list[int] = []
 
     decide = RampGuard.decide
@@ -83,24 +83,24 @@ def test_a_rate_that_all_replicas_together_do_not_bear(
 def test_a_resumed_run_goes_on_with_what_the_guard_remembers(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.controller.REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("cluster.partitions.REPORT_EVERY_S", 0.02)
     run = Run(tmp_path / "run", guarded(data, 2.0))
 
     def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        guard = run.controller._ramp
+        guard = run.controller._lending._guard
         assert guard is not None
         if guard.dump()["holds"]:
             run.controller.request_stop("SIGTERM")
 
     stopped = run.go(stop)
     assert not stopped.finished
-    assert run.controller._ramp is not None
+    assert run.controller._lending._guard is not None
     again = Run(tmp_path / "run", run.config, resume=True)
     assert again.resumed is not None
     assert again.resumed.ramp is not None
     assert again.resumed.ramp["holds"] >= 1
-    assert again.controller._ramp is not None
-    assert again.controller._ramp.dump() == again.resumed.ramp
+    assert again.controller._lending._guard is not None
+    assert again.controller._lending._guard.dump() == again.resumed.ramp
     again.assert_exactly_once(again.go())
 
 

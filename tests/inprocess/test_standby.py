@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from cluster import controller
 from cluster.standby import PartitionSpare, ReplicasSpare
 from models.errors import ModelError
 from shuffler.lease import Lease
@@ -71,7 +70,7 @@ def test_an_error_of_its_second_half_comes_to_who_waits_for_it(data: str) -> Non
 def test_spares_are_made_when_all_are_there_and_again_when_one_was_used(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controller, "SPARES_AFTER_S", 0.0)
+    monkeypatch.setattr("cluster.losses.SPARES_AFTER_S", 0.0)
     made_before_death: list[int] = []
 
     def kill_one(backend: ThreadBackend, replica: int, lease: Lease) -> None:

@@ -68,6 +68,26 @@ def test_imports_run_one_way():
     assert violations(ROOT) == []
 
 
+CONTROLLER = (
+    {"controller"},
+    {"checkpointing", "processes", "evaluating"},
+    {"partitions"},
+    {"followers", "lending", "losses"},
+    {"recovery", "telemetry", "tickets", "members", "settled", "ramp"},
+    {"backend"},
+)
+"""Parts of `cluster/`, in the order of docs/architecture.md: each knows only those further down."""
+
+
+@pytest.mark.parametrize("rank", range(len(CONTROLLER)))
+def test_the_controllers_parts_know_only_those_below_them(rank):
+    not_below = set().union(*CONTROLLER[: rank + 1])
+    for name in CONTROLLER[rank]:
+        source = (ROOT / "cluster" / f"{name}.py").read_text(encoding="utf-8")
+        known = {module for _, module in imported_modules(source, ("cluster",))}
+        assert not {of for of in not_below if any(f"cluster.{of}." in f"{m}." for m in known)}
+
+
 @pytest.fixture
 def planted(tmp_path):
     """A tree that keeps every rule, to plant violations in."""
