@@ -369,6 +369,8 @@ class Controller:
             return None
         reports = self._partitions.answers(self._backend.report)
         if reports is not None:
+            for report in reports:
+                self._quarantine(report)
             self._tell(reports)
         self._progress()
         exactly_once = False
