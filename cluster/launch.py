@@ -10,7 +10,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,14 +134,19 @@ def train(
             TrainingDisplay(folder.name, console=console) as display,
         ):
             display.update(Progress(elapsed_s=time.time() - began_at, phase="starting Ray"))
-            # Importing PyTorch takes as long as half of Ray's start, which mostly waits.
-            building = pool.submit(build_model, config)
-            with on_ray(address=address, dashboard=dashboard) as dashboard_url:
+            # Importing PyTorch takes as long as half of Ray's start, which mostly waits; before
+            # that the two would only take Python's lock from each other.
+            building: list[Future[_Model]] = []
+            with on_ray(
+                address=address,
+                dashboard=dashboard,
+                meanwhile=lambda: building.append(pool.submit(build_model, config)),
+            ) as dashboard_url:
                 if dashboard_url:
                     console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
                 from cluster.controller import Controller
 
-                model = building.result()
+                model = building[0].result()
                 nodes = _nodes(folder, config, len(model.partitions), display.update, began_at)
                 backend = _backend(folder, data.plan, model, resumed, store, nodes)
                 sinks = _sinks(folder, config, model)
@@ -311,12 +316,17 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
 
 @contextlib.contextmanager
 def on_ray(
-    *, address: str | None, dashboard: bool, environment: Mapping[str, str] | None = None
+    *,
+    address: str | None,
+    dashboard: bool,
+    environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
     """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own.
 
     Within another `on_ray` it is that one's, which is left to it. One of our own is on loopback,
-    all of it. `environment` is that of the processes started there.
+    all of it. `environment` is that of the processes started there. `meanwhile` is called when
+    Ray has been imported, and before it starts.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
@@ -326,6 +336,7 @@ def on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    meanwhile()
     if ray.is_initialized():
         yield ""
         return

@@ -47,6 +47,8 @@ class Processes:
         self._lending = lending
         self._up = up
         self._all = [Process(index=i, replicas=r) for i, r in enumerate(backend.processes)]
+        self._next: list[Process] = []
+        """Those that are started when the first is up."""
         self._of = {r: p for p in self._all for r in p.replicas}
 
     @property
@@ -79,9 +81,15 @@ class Processes:
         )
 
     def start(self) -> None:
-        """Start all of them."""
-        for process in self._all:
-            self._start(process)
+        """Start the first, and the others once it is up.
+
+        Where all are there already they follow at once. Where a backend starts them only now,
+        since there are not processors enough for all, the run trains before they have come.
+        """
+        first, *self._next = self._all
+        for process in self._next:
+            process.starting = True
+        self._start(first)
 
     def start_cut_off(self) -> None:
         """Connect those that lack their connections again, now that all partitions answer."""
@@ -98,6 +106,9 @@ class Processes:
             process.starting = False
             if done.error is None:
                 process.ready = process.runs = True
+                following, self._next = self._next, []
+                for other in following:
+                    self._start(other)
                 self._up()
                 return
             process.runs = isinstance(done.error, PartitionLost)

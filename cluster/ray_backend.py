@@ -89,7 +89,12 @@ class RayBackend:
         store: CheckpointStore,
         record: Path | None = None,
     ) -> None:
-        """Start the partitions, shufflers and replicas; none of them is waited for."""
+        """Start the partitions, shufflers and replicas; none of them is waited for.
+
+        Where one machine has fewer processors than these want, of the processes of replicas only
+        the first: each takes a processor for a second, to import PyTorch, and training can begin
+        with one.
+        """
         if config.server.hot_standby and nodes.several:
             raise RunFailed(
                 f"--hot-standby with {nodes.count} nodes: a follower shares memory with its "
@@ -124,7 +129,10 @@ class RayBackend:
         self._endpoints: dict[int, Endpoint] = {}
         self._evaluator: Any = None
         self._process_actors: list[Any] = [None] * count
-        self._spawned: list[Any] = [self._spawn_process(i) for i in range(count)]
+        enough = nodes.several or num_processors >= len(partitions) + count
+        self._spawned: list[Any] = [
+            self._spawn_process(i) if enough or i == 0 else None for i in range(count)
+        ]
         self._shufflers = Shufflers(config, plan, nodes)
         self._kinds: dict[Ticket, tuple[type[Exception], str, Parts]] = {}
         self._arrivals: dict[Ticket, int] = {}

@@ -1,6 +1,7 @@
 """The whole system on threads: real partitions, sockets and shared memory; scripted faults."""
 
 import dataclasses
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cluster.backend import RunFailed
+from cluster.backend import ProcessLost, RunFailed
 from cluster.config import NetworkConfig
 from cluster.errors import user_message
 from cluster.run_folder import RunFolder
@@ -112,6 +113,31 @@ def test_mini_batches_that_are_too_stale_are_computed_again(tmp_path: Path, data
     for report in outcome.reports:
         for counts in report.staleness.values():
             assert len(counts) <= 13  # none beyond the bound was applied
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_the_other_processes_are_started_once_the_first_is_up(
+    tmp_path: Path, data: str, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run", tiny.config(data, replicas=4))
+    backend, start = run.backend, run.backend.start_process
+    started: list[tuple[int, bool]] = []
+
+    def start_process(index: int) -> Future[Any]:
+        started.append((index, backend.actors[0] is not None))
+        if len(started) <= failures:
+            failed: Future[Any] = Future()
+            failed.set_exception(ProcessLost("it died before it was up"))
+            return failed
+        return start(index)
+
+    monkeypatch.setattr(backend, "start_process", start_process)
+    outcome = run.go()
+    run.assert_exactly_once(outcome)
+    assert len(backend.processes) > 1
+    first = [(0, False)] * (1 + failures)
+    assert started == [*first, *((i, True) for i in range(1, len(backend.processes)))]
+    assert outcome.restarts.get("replicas", 0) == failures
 
 
 def test_a_process_that_dies_costs_only_its_unfinished_mini_batches(
