@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines.common import INPUTS, LABELS
-from cluster.config import BUNDLED_MNIST, ROOT, processors
+from cluster.config import BUNDLED_MNIST, ROOT
 from cluster.errors import UserError
+from shuffler.processors import processors
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -16,7 +16,7 @@ from benchmarks import system
 from benchmarks.baselines.common import START_DEADLINE_S, Setup
 from benchmarks.harness import BadSettings, Report, Say, Settings, decoded_mnist, median
 from benchmarks.processes import measure_in_child
-from cluster.config import processors
+from shuffler.processors import processors
 
 LIMIT = "plain"
 TITLES = {

@@ -15,7 +15,8 @@ from benchmarks import system
 from benchmarks.baselines.common import START_DEADLINE_S, Setup
 from benchmarks.harness import BadSettings, Report, Say, Settings, decoded_mnist, median
 from benchmarks.processes import measure_in_child
-from cluster.config import RunConfig, processors
+from cluster.config import RunConfig
+from shuffler.processors import processors
 
 SIZES = (1, 2, 5, 10, 50)
 CONVNET = "convnet"

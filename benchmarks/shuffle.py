@@ -20,7 +20,8 @@ from typing import Any
 from benchmarks.baselines.shuffling import make_rows
 from benchmarks.harness import BadSettings, Report, Say, Settings, median
 from benchmarks.processes import measure_in_child
-from cluster.config import ROOT, processors
+from cluster.config import ROOT
+from shuffler.processors import processors
 
 PARTS = ("rows", "images", "small", "pairs", "memory")
 CIFAR10 = ROOT / "data" / "cifar10"

@@ -13,11 +13,11 @@ from typing import Any
 
 from benchmarks import system
 from benchmarks.harness import BadSettings, Report, Say, Settings, median
-from cluster.config import processors
 from cluster.run_folder import RunFolder
 from cluster.simulate.commands import partitions_of, predict
 from cluster.simulate.likeness import FEWEST_S, LEFT_OUT_S, Likeness, likeness
 from cluster.simulate.options import SimulateConfig
+from shuffler.processors import processors
 
 SIZES, QUICK_SIZES = (1, 5, 10), (2,)
 

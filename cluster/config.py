@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from shuffler.augment import AugmentConfig
 from shuffler.decode import Decoder, ImageSpec
 from shuffler.keys import stream_key
 from shuffler.plan import Plan, Strategy
+from shuffler.processors import processors
 from workers.spec import ModelSpec, StepConfig
 
 if TYPE_CHECKING:
@@ -466,11 +466,6 @@ def next_evaluation_s(
     """
     took_s = min(ended_s - began_s, 2 * shortest_s)
     return max(ended_s, began_s + max(config.evaluate_every_s, took_s / config.evaluation_share))
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

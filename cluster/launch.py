@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cluster import recipes
 from cluster.backend import RunFailed
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.config import RunConfig, processors, to_plain
+from cluster.config import RunConfig, to_plain
 from cluster.display import Progress, TrainingDisplay, print_result
 from cluster.errors import UserError
 from cluster.html_report import write_report
@@ -33,6 +33,7 @@ from paramserver.partition import Partition, split
 from shuffler.decode import Decoder
 from shuffler.holdings import Inventory
 from shuffler.plan import Plan
+from shuffler.processors import processors
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
 

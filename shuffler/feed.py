@@ -28,9 +28,9 @@ from shuffler.decode import BadImage, Decoder, ImageSpec
 from shuffler.delivery import Delivery
 from shuffler.errors import PlanError
 from shuffler.plan import PastBound, Plan, Strategy
+from shuffler.processors import processors
 from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
 from shuffler.records import Dataset
-from shuffler.row_groups import processors
 
 _At = tuple[int, int]
 """Epoch, and place in it."""

@@ -6,7 +6,6 @@ A row group is the least that Parquet decodes at once. Which of its rows are wan
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from shuffler import files
 from shuffler.errors import DatasetError
+from shuffler.processors import processors
 from shuffler.records import Dataset
 
 REMOTE_THREADS = 8
@@ -231,10 +231,3 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
             )
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import recipes
-from cluster.config import RunConfig, processors
+from cluster.config import RunConfig
 from cluster.errors import UserError
 from cluster.options import ConfigCommand, apply, config_options
 from cluster.run_folder import RunFolder
 from cluster.simulate.likeness import Likeness, likeness
 from cluster.simulate.options import SimulateConfig, configured, make_inputs
+from shuffler.processors import processors
 
 if TYPE_CHECKING:
     from cluster.simulate.run import Forecast

@@ -7,11 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cluster.config import RunConfig, processors
+from cluster.config import RunConfig
 from cluster.errors import UserError
 from cluster.simulate.inputs import Costs, Faults, Inputs, Machines, Spread
 from cluster.simulate.likeness import Likeness
 from paramserver.policy import PolicyName
+from shuffler.processors import processors
 
 ConfigT = TypeVar("ConfigT")
 MB = 1e6
