@@ -2,16 +2,14 @@
 
 The thread owns the partition's state. Everything else that wants to see or change it (`call`) is
 run by that thread between two pushes, so there is no lock and no half-applied state to be seen.
-Deciding what a push does is `state`'s; moving bytes is `transport`'s.
+Deciding what a push does is `state`'s, publishing what comes of it `versions`'; who is connected,
+`connections`'; what other threads want, `door`'s; moving bytes, `transport`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
-import queue
 import select
 import threading
 import time
@@ -25,7 +23,8 @@ import torch
 from torch import Tensor
 
 from paramserver.bounded import Admission
-from paramserver.command import Command
+from paramserver.connections import Connections, Sides
+from paramserver.door import Door
 from paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
@@ -42,25 +41,18 @@ from paramserver.permits import Permit, Turn
 from paramserver.primary import FOLLOWER_DEADLINE_S, Lead, Source
 from paramserver.record import PushRecord
 from paramserver.rounds import Rounds
-from paramserver.rules import updates_in_place
 from paramserver.snapshot import Snapshot
-from paramserver.state import Arrival, PartitionState, UpdateConfig, Version
-from paramserver.transport.frames import as_bytes
-from paramserver.transport.greeting import Admitted, NetworkListen, Porter
+from paramserver.state import Arrival, PartitionState, UpdateConfig
+from paramserver.transport.greeting import NetworkListen, Porter
 from paramserver.transport.local import Endpoint, Listener, ServerSide, machine
-from paramserver.transport.memory import PublishedWeights, check_room
 from paramserver.transport.network import NetworkSide
 from paramserver.transport.patience import Patience
 from paramserver.transport.replication import Handover
+from paramserver.versions import Versions
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-GREETING_DEADLINE_S = 10.0
-STALL_DEADLINE_S = 60.0
-"""How long a connection over the network may stay in the middle of a frame without a byte."""
-SWEEP_EVERY_S = 0.5
-MAX_CONNECTIONS = 4096
 PUSHES_A_TURN = 16
 """Pushes taken from one connection before the next has its turn."""
 
@@ -112,45 +104,35 @@ class PartitionServer:
             restore.check(partition)
         self.partition = partition
         self._key = key
-        self._clock = clock
-        kept = config.policy.versions_kept
-        check_room(partition.num_parameters, kept)
-        self._published = PublishedWeights(
-            partition.num_parameters, partition.num_features, kept=kept
-        )
-        current = self._published.versions[0]
-        current.statistics[1:].fill_(1.0)  # as torch's: mean 0, variance 1 before the first push
-        if weights is not None:
-            current.weights.copy_(weights)
-        self._state = PartitionState(partition, config, current)
+        sides: Sides = {}
+        self._versions = Versions(partition, config, sides, weights)
+        self._state = self._versions.state
         self._following: Following | None = None
         """The way to our primary, until we are it."""
-        self._private: list[Tensor] = []
-        """Where gradients are copied to that another process reads, too."""
         try:
             if follow is not None:
                 self._following = Following(follow, key=key, room=self._state.room())
                 restore = self._following.take_state()
+                first_update_at: Any = restore.meta.get("first_update_at")
+                self._versions.first_update_at = first_update_at
             if restore is not None:
                 self._state.load(restore.meta, restore.tensors)
         except BaseException:
-            self._published.close()
+            self._versions.close()
             if self._following is not None:
                 self._following.close()
             raise
-        self._published.publish(self._state.weights_version)
-        self._in_place = updates_in_place(partition.num_parameters)
-        self._slots = [
-            (as_bytes(v.weights), as_bytes(v.statistics)) for v in self._published.versions
-        ]
+        self._versions.open()
+        self._door = Door(self._why_ended)
         self._porter = None
         if network is not None:
             try:
                 self._porter = Porter(
-                    network, partition=partition, key=key, admit=self._admit, clock=clock
+                    network, partition=partition, key=key, admit=self._door.admit, clock=clock
                 )
             except BaseException:
-                self._published.close()
+                self._door.close()
+                self._versions.close()
                 raise
         self._listener = Listener()
         self.endpoint = Endpoint(
@@ -159,7 +141,6 @@ class PartitionServer:
             address=self._listener.address,
             network=self._porter.address if self._porter else None,
         )
-        self._sides: dict[int, ServerSide | NetworkSide] = {}
         policy = config.policy
         self._holding: Holding | None = None
         self._take, self._take_network = self._take_at_once, self._take_network_at_once
@@ -169,18 +150,8 @@ class PartitionServer:
             self._holding = Holding(Rounds(policy.round_steps or policy.round_pushes or 1))
         if self._holding is not None:
             self._take, self._take_network = self._holding.take, self._holding.take_network
-        self._next_sweep_s = -math.inf
-        self._admitted: queue.SimpleQueue[Admitted] = queue.SimpleQueue()
         self._scratch = torch.empty(0)
         """Where a gradient that came as 16 bits is float32 again."""
-        self._dropped: Counter[str] = Counter()
-        first_update_at: Any = restore.meta.get("first_update_at") if follow and restore else None
-        self.first_update_at: float | None = first_update_at
-        """Unix time of the first update since `start`; of a follower, since its primary's."""
-        self.last_update_at: float | None = None
-        """Unix time of the latest update since `start`."""
-        self._commands: queue.SimpleQueue[Command[Any]] = queue.SimpleQueue()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._lead: Lead[ServerSide] = Lead(
             partition.index,
@@ -189,9 +160,9 @@ class PartitionServer:
             clock=clock,
             deadline_s=follower_deadline_s,
         )
-        # Of `_commands`, `_admitted` and `_wake`, which end with the thread.
-        self._door = threading.Lock()
-        self._ended = False
+        self._connections = Connections(
+            partition, sides, epoll=self._epoll, clock=clock, gone=self._on_gone
+        )
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(
@@ -218,16 +189,11 @@ class PartitionServer:
         Raises what ended the serving thread, if anything did; `ConnectionLost` after `stop`; and
         `DeadlineExceeded`, in which case `function` may still run.
         """
-        command = Command(function)
-        with self._door:
-            if self._ended:
-                raise self._failure or self._stopped()
-            self._commands.put(command)
-            os.eventfd_write(self._wake, 1)
+        future = self._door.call(function)
         try:
-            return command.future.result(deadline_s)
+            return future.result(deadline_s)
         except FutureTimeoutError:
-            if command.future.done():
+            if future.done():
                 raise  # the function's own
             raise DeadlineExceeded(
                 f"partition {self.partition.index} has not answered for {deadline_s} s"
@@ -240,24 +206,33 @@ class PartitionServer:
 
     def dropped(self) -> dict[str, int]:
         """Connections closed by us, by reason; those that were refused at the greeting, too."""
+        dropped = self._connections.dropped
         if self._porter is None:
-            return dict(self._dropped)
-        return dict(Counter(dict(self._dropped)) + Counter(dict(self._porter.dropped)))
+            return dict(dropped)
+        return dict(Counter(dict(dropped)) + Counter(dict(self._porter.dropped)))
+
+    @property
+    def first_update_at(self) -> float | None:
+        """Unix time of the first update since `start`; of a follower, since its primary's."""
+        return self._versions.first_update_at
+
+    @property
+    def last_update_at(self) -> float | None:
+        """Unix time of the latest update since `start`."""
+        return self._versions.last_update_at
 
     @property
     def num_connections(self) -> int:
         """Open connections."""
-        return len(self._sides)
+        return len(self._connections.sides)
 
     def stop(self, deadline_s: float = 10.0) -> None:
         """Stop serving, and close every connection. Does nothing the second time."""
         if self._thread.ident is None:  # never started
             self._end()
             return
-        with self._door:
-            if not self._ended:
-                self._stopping = True
-                os.eventfd_write(self._wake, 1)
+        self._stopping = True
+        self._door.ring()
         self._thread.join(deadline_s)
         if self._thread.is_alive():
             raise DeadlineExceeded(
@@ -275,109 +250,58 @@ class PartitionServer:
             self._end()
 
     def _end(self) -> None:
-        with self._door:
-            if self._ended:
-                return
-            self._ended = True
-            os.close(self._wake)
+        if not self._door.close():
+            return
         if self._porter is not None:
             self._porter.stop()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._admitted.get_nowait().channel.socket.close()
-        for side in self._sides.values():
-            side.close()
-        self._sides.clear()
+        self._connections.close()
         self._lead.close()
         if self._following is not None:
             self._following.close()
         self._epoll.close()
         self._listener.close()
-        self._published.close()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._commands.get_nowait().future.set_exception(self._failure or self._stopped())
+        self._versions.close()
+        self._door.turn_away()
 
-    def _stopped(self) -> ConnectionLost:
-        return ConnectionLost(f"partition {self.partition.index} was stopped")
+    def _why_ended(self) -> BaseException:
+        return self._failure or ConnectionLost(f"partition {self.partition.index} was stopped")
 
     def _loop(self) -> None:
         patience, listening = Patience(), self._listener.socket.fileno()
         self._epoll.register(self._following or listening, select.EPOLLIN)
-        self._epoll.register(self._wake, select.EPOLLIN)
+        self._epoll.register(self._door.wake, select.EPOLLIN)
         while not self._stopping:
             for fd, _ in patience.wait(self._epoll, 1.0):
                 if fd == listening:
-                    self._accept()
-                elif fd == self._wake:
+                    self._connections.accept(self._listener)
+                elif fd == self._door.wake:
                     self._obey()
                 elif self._following is not None:
                     self._follow(self._following)
                 elif self._lead.is_follower(fd):
                     self._lead.hear()
-                elif fd in self._sides:  # it may have been dropped in this very turn
+                elif fd in self._connections.sides:  # it may have been dropped in this very turn
                     self._serve(fd)
             self._lead.check()
-            self._drop_silent()
+            self._connections.drop_silent()
             if self._holding is not None:
                 self._go_on(self._holding)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                peer = self._listener.accept()
-            except ServerError as error:
-                self._dropped[type(error).__name__] += 1
-                return  # whoever waits behind it wakes us again
-            if peer is None:
-                return
-            if len(self._sides) >= MAX_CONNECTIONS:
-                self._dropped["too many connections"] += 1
-                peer.close()
-                continue
-            self._sides[peer.fileno()] = ServerSide(peer, self._clock())
-            self._epoll.register(peer.fileno(), select.EPOLLIN)
-
-    def _admit(self, admitted: Admitted) -> None:
-        """Called by the porter, on its thread."""
-        with self._door:
-            if self._ended:
-                admitted.channel.socket.close()
-                return
-            self._admitted.put(admitted)
-            os.eventfd_write(self._wake, 1)
-
-    def _seat(self, admitted: Admitted) -> None:
-        peer = admitted.channel.socket
-        if len(self._sides) >= MAX_CONNECTIONS:
-            self._dropped["too many connections"] += 1
-            peer.close()
-            return
-        self._sides[peer.fileno()] = NetworkSide(admitted, self.partition, self._clock())
-        self._epoll.register(peer.fileno(), select.EPOLLIN)
-
     def _obey(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._seat(self._admitted.get_nowait())
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
+        for admitted in self._door.take_admitted():
+            self._connections.seat(admitted)
+        for command in self._door.take_commands():
             command.run(self._state)
             self._lead.raise_if_fenced()
 
     def _serve(self, fd: int) -> None:
-        side = self._sides[fd]
+        side = self._connections.sides[fd]
         try:
             if isinstance(side, NetworkSide):
                 self._serve_network(side)
                 return
             if not side.greeted:
-                if side.greet(self.partition, self._published, self._key):
+                if side.greet(self.partition, self._versions.published, self._key):
                     if side.follows:
                         self._receive_follower(fd)
                     else:
@@ -388,12 +312,12 @@ class PartitionServer:
                 if data is None:
                     return
                 self._take(side, data)
-        except ConnectionLost:
-            self._drop(fd, None)
         except (ServerError, OSError) as error:
-            # As text: a record that is kept would keep the error's frames, and all they map.
-            log.warning("partition %d closed a connection: %s", self.partition.index, str(error))
-            self._drop(fd, type(error).__name__)
+            if not isinstance(error, ConnectionLost):
+                # As text: a record that is kept would keep the error's frames, and all they map.
+                index, why = self.partition.index, str(error)
+                log.warning("partition %d closed a connection: %s", index, why)
+            self._connections.failed(fd, error)
 
     def _take_at_once(self, side: ServerSide, data: bytes) -> None:
         arrivals: list[Arrival] = []
@@ -405,7 +329,8 @@ class PartitionServer:
                 raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
             arrivals.append((push, views.gradients[box], views.moments[box][:count]))
         self._lead.forward(side.socket.fileno(), self._state.version, data)
-        at_once = 1 if self._in_place else len(arrivals)  # readers wait for what is written over
+        # Readers wait for what is written over.
+        at_once = 1 if self._versions.in_place else len(arrivals)
         answers: list[Answer] = []
         for first in range(0, len(arrivals), at_once):
             answers += self._apply_all(arrivals[first : first + at_once])
@@ -428,56 +353,20 @@ class PartitionServer:
     def _take_network_at_once(
         self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
     ) -> None:
-        side.answer(self._apply(push, gradient, moments))
+        side.answer(*self._apply_all([(push, gradient, moments)]))
 
     def _send(self, side: NetworkSide) -> None:
         while True:
             if side.pulls and not side.sending:
-                slot = self._published.current_slot
-                side.send_weights(slot, self._state.weights_version, *self._slots[slot])
+                self._versions.send(side)
             all_sent = side.flush()  # answers and weights at once: each call wakes the peer
             if not all_sent or not side.pulls:
                 break
-        if side.watches_writable == all_sent:
-            side.watches_writable = not all_sent
-            writable = 0 if all_sent else select.EPOLLOUT
-            self._epoll.modify(side.socket.fileno(), select.EPOLLIN | writable)
-
-    def _apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Answer:
-        return self._apply_all([(push, gradient, moments)])[0]
+        self._connections.watch_writable(side, not all_sent)
 
     def _apply_all(self, arrivals: Sequence[Arrival]) -> list[Answer]:
-        state, answers = self._state, []
-        if (self._lead.has_follower or self._following) and state.config.spoils_gradients:
-            arrivals = self._copied(arrivals)
-        version, before = state.version, state.weights_version
-        outcomes = state.apply_all(arrivals, self._room)
-        for (push, _, _), outcome in zip(arrivals, outcomes, strict=True):
-            version += outcome is Outcome.APPLIED
-            answers.append(Answer(mailbox=push.mailbox, outcome=outcome, version=version))
-        if state.weights_version > before:
-            self._published.commit(state.weights_version)
-            self.last_update_at = time.time()
-            if self.first_update_at is None:
-                self.first_update_at = self.last_update_at
-        return answers
-
-    def _copied(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
-        """These, with gradients that may be written over: the others are read by two."""
-        while len(self._private) < len(arrivals):
-            self._private.append(torch.empty(self.partition.num_parameters))
-        return [
-            (push, private.copy_(gradient), moments)
-            for (push, gradient, moments), private in zip(arrivals, self._private, strict=False)
-        ]
-
-    def _room(self) -> Version:
-        """Where the next version goes: where the latest one is, unless somebody is reading it."""
-        slot = self._published.begin([side.pinned for side in self._sides.values()])
-        for side in self._sides.values():
-            if isinstance(side, NetworkSide):
-                side.detach(slot)  # nothing to do, except where all slots are pinned
-        return self._published.versions[slot]
+        shared = self._lead.has_follower or self._following is not None
+        return self._versions.apply_all(arrivals, shared=shared)
 
     def _go_on(self, holding: Holding) -> None:
         """Apply every push whose turn it is, and give every permit that there is."""
@@ -491,7 +380,7 @@ class PartitionServer:
                 else:
                     held = due.push
                     self._lead.forward(fd, self._state.version, encode(held.push))
-                    answer = self._apply(*held)
+                    (answer,) = self._apply_all([held])
                 answers.setdefault(fd, []).append(answer)
             if not answers:
                 return
@@ -502,7 +391,7 @@ class PartitionServer:
         return holding.next(self._state.version, self._state.weights_version)
 
     def _tell(self, fd: int, answers: Sequence[Answer]) -> None:
-        side = self._sides.get(fd)
+        side = self._connections.sides.get(fd)
         if side is None:
             return
         try:
@@ -513,32 +402,9 @@ class PartitionServer:
                 side.answer(answer)
             self._send(side)
         except (ServerError, OSError) as error:
-            gone = isinstance(error, ConnectionLost)
-            self._drop(fd, None if gone else type(error).__name__)
+            self._connections.failed(fd, error)
 
-    def _drop_silent(self) -> None:
-        now_s = self._clock()
-        if now_s < self._next_sweep_s:
-            return
-        self._next_sweep_s = now_s + SWEEP_EVERY_S
-        late: list[tuple[int, str]] = []
-        for fd, side in self._sides.items():
-            if isinstance(side, NetworkSide):
-                if side.stalled_since(now_s) < now_s - STALL_DEADLINE_S:
-                    late.append((fd, "stalled"))
-            elif not side.greeted and side.since_s < now_s - GREETING_DEADLINE_S:
-                late.append((fd, "no hello"))
-        for fd, reason in late:
-            self._drop(fd, reason)
-
-    def _drop(self, fd: int, reason: str | None) -> None:
-        side = self._sides.pop(fd, None)
-        if side is None:
-            return
-        if reason is not None:
-            self._dropped[reason] += 1
-        self._epoll.unregister(fd)
-        side.close()
+    def _on_gone(self, fd: int) -> None:
         if self._holding is not None:
             self._holding.leave(fd)
         self._lead.closed(fd)
@@ -546,11 +412,11 @@ class PartitionServer:
     def _answer(self, side: ServerSide, answers: Sequence[Answer]) -> None:
         """Send answers that waited for the follower, if their connection is there yet."""
         fd = side.socket.fileno()
-        if self._sides.get(fd) is side:
+        if self._connections.sides.get(fd) is side:
             try:
                 side.answer(answers)
             except ServerError as error:
-                self._drop(fd, None if isinstance(error, ConnectionLost) else type(error).__name__)
+                self._connections.failed(fd, error)
 
     # Followers, and primaries that we follow
 
@@ -561,8 +427,7 @@ class PartitionServer:
 
     def _receive_follower(self, fd: int) -> None:
         """Somebody wants to follow: not a connection like the others."""
-        self._epoll.unregister(fd)
-        peer = self._sides.pop(fd).socket
+        peer = self._connections.hand_over(fd)
         if self._porter is not None:
             log.warning("partition %d takes no follower over a network", self.partition.index)
             peer.close()
@@ -578,7 +443,8 @@ class PartitionServer:
         self._lead.receive(peer, self._state.room(), join)
 
     def _sources(self) -> list[Source]:
-        return [_source(s) for s in self._sides.values() if isinstance(s, ServerSide) and s.views]
+        sides = self._connections.sides.values()
+        return [_source(s) for s in sides if isinstance(s, ServerSide) and s.views]
 
     def promote(self, deadline_s: float = 60.0) -> None:
         """Be the partition, with all that the primary has published or answered.

@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from paramserver.client import ParameterClient, Settled
+from paramserver.connections import GREETING_DEADLINE_S, STALL_DEADLINE_S
 from paramserver.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -46,7 +47,6 @@ from paramserver.messages import (
     encode,
 )
 from paramserver.rules import Momentum
-from paramserver.server import GREETING_DEADLINE_S, STALL_DEADLINE_S
 from paramserver.transport import greeting, network_client
 from paramserver.transport.access import Access
 from paramserver.transport.channel import BLOCK_BYTES, Channel, PlainChannel, SealedChannel
@@ -358,7 +358,7 @@ def test_weights_that_are_overtaken_while_they_are_sent_arrive_whole(
         assert settle(fast) == (Outcome.APPLIED,)
 
     def pinned() -> set[int]:
-        sides = large.servers[0]._sides.values()
+        sides = large.servers[0]._connections.sides.values()
         return {s.pinned for s in sides if isinstance(s, NetworkSide) and s.sending}
 
     pulls = []
@@ -637,7 +637,7 @@ def test_a_push_that_stops_halfway_is_given_up_in_time(keys: RunCredentials | No
         by_deadline(lambda: has_connections(one.servers[0], 2))
         by_deadline(
             lambda: one.servers[0].call(
-                lambda _: any(s._reader.midway for s in one.servers[0]._sides.values())  # type: ignore[union-attr]
+                lambda _: any(s._reader.midway for s in one.servers[0]._connections.sides.values())  # type: ignore[union-attr]
             )
         )
 

@@ -37,6 +37,7 @@ from models.flat import FlatModel
 from models.mlp import MnistNet
 from paramserver import actor, snapshot
 from paramserver.client import ParameterClient, Settled
+from paramserver.connections import GREETING_DEADLINE_S
 from paramserver.errors import (
     BadConfiguration,
     BadSnapshot,
@@ -62,7 +63,7 @@ from paramserver.messages import (
 from paramserver.partition import split
 from paramserver.rules import SGD, Adagrad, Momentum, Nesterov, Regulariser, Rule
 from paramserver.schedule import Schedule
-from paramserver.server import GREETING_DEADLINE_S, PUSHES_A_TURN, PartitionServer
+from paramserver.server import PUSHES_A_TURN, PartitionServer
 from paramserver.snapshot import Snapshot
 from paramserver.state import PartitionState, UpdateConfig
 from paramserver.transport.local import Endpoint
@@ -472,12 +473,17 @@ def test_pulls_are_of_the_latest_version_with_its_statistics(two: Cluster) -> No
 
 def test_a_partition_that_dies_over_an_update_leaves_no_reader_waiting(cluster: Cluster) -> None:
     client, server = cluster.client(), cluster.servers[0]
-    server._published._in_place = True  # as of large weights
-    server.call(lambda _: server._published.begin())  # void from here on
+    server._versions.published._in_place = True  # as of large weights
+    server.call(lambda _: server._versions.published.begin())  # void from here on
     weights, versions = np.empty(P, np.float32), [-1]
     with ThreadPoolExecutor() as pool:
         pull = pool.submit(client.pull, weights, versions)
-        by_deadline(lambda: server._sides and all(s.pinned == 0 for s in server._sides.values()))
+        by_deadline(
+            lambda: (
+                server._connections.sides
+                and all(s.pinned == 0 for s in server._connections.sides.values())
+            )
+        )
         assert not pull.done()
         server.stop()
         with pytest.raises(ConnectionLost, match="died over an update"):
@@ -1013,7 +1019,7 @@ def test_calls_that_wait_when_the_server_ends_are_told(cluster: Cluster) -> None
     callers[0].start()
     assert inside.wait(DEADLINE_S)
     callers[1].start()
-    by_deadline(lambda: not server._commands.empty())
+    by_deadline(lambda: not server._door._commands.empty())
     gate.set()
     for caller in callers:
         caller.join(DEADLINE_S)
@@ -1057,7 +1063,7 @@ def test_an_answer_that_nobody_awaits_is_malformed(cluster: Cluster) -> None:
     client, server = cluster.client(num_mailboxes=1), cluster.servers[0]
 
     def lie(_: object) -> None:
-        (side,) = server._sides.values()
+        (side,) = server._connections.sides.values()
         side.answer([Answer(mailbox=0, outcome=Outcome.APPLIED, version=1)])
 
     server.call(lie)
