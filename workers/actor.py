@@ -6,10 +6,11 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from models.flat import FlatModel
 from paramserver.client import ParameterClient
@@ -18,8 +19,11 @@ from paramserver.transport.local import Endpoint, machine
 from shuffler.decode import Decoder
 from shuffler.delivery import Part, join
 from shuffler.keys import stream_key
+from workers.device import Lock, find_device
+from workers.device_slot import DeviceSlot, DeviceWorkshop
 from workers.evaluator import Evaluator, Score
 from workers.replica import (
+    AnySlot,
     ReplicaFailed,
     Replicas,
     WindowReport,
@@ -62,8 +66,13 @@ class ReplicasActor:
         `decoder` says how rows become inputs; without one, as the model's spec says, not varied.
         """
         torch.set_num_threads(num_threads)
+        self._device = find_device(config.device)
+        self._lock: Lock | None = None
         # Dropout draws from the process's generator, which starts alike everywhere.
-        torch.default_generator.manual_seed(stream_key(spec.seed, "dropout", *replicas))
+        stream = stream_key(spec.seed, "dropout", *replicas)
+        torch.default_generator.manual_seed(stream)
+        if self._device is not None:
+            self._device.seed(stream)
         self._spec = spec
         self._config = config
         self._ids = tuple(replicas)
@@ -100,21 +109,32 @@ class ReplicasActor:
             depth=self._config.n_push,
             bell_every=turns_together(self._num_slots),
         )
-        layout, models = self._models[0].layout, self._all_models()
-        choice = self._config.record_steps
-        recorded = choice == "on" or (choice == "auto" and self._spec.is_ours)
-        workshop = Workshop(layout, loss=self._spec.build_loss(), recorded=recorded)
+        layout = self._models[0].layout
         pairs = zip(client.mailboxes.gradients, client.mailboxes.moments, strict=True)
         self._replicas = Replicas(
             replicas=self._ids,
             config=self._config,
             client=client,
             mailboxes=[Mailbox(i, layout, g, m) for i, (g, m) in enumerate(pairs)],
-            make_slot=lambda: Slot(next(models), workshop),
+            make_slot=self._slot_maker(client.mailboxes.memory),
+            ahead=0 if self._device is None else self._device.ahead,
         )
         self._thread = threading.Thread(target=self._replicas.run, name="steps", daemon=True)
         self._thread.start()
         return os.getpid()
+
+    def _slot_maker(self, mailboxes: Tensor) -> Callable[[], AnySlot]:
+        """What makes slots that share a workshop; `mailboxes` is the memory of all mailboxes."""
+        layout, loss, models = self._models[0].layout, self._spec.build_loss(), self._all_models()
+        if self._device is None:
+            choice = self._config.record_steps
+            recorded = choice == "on" or (choice == "auto" and self._spec.is_ours)
+            workshop = Workshop(layout, loss=loss, recorded=recorded)
+            return lambda: Slot(next(models), workshop)
+        self._lock = self._device.lock(mailboxes)
+        direct = self._lock is not None
+        shared = DeviceWorkshop(layout, self._device, loss=loss, direct=direct)
+        return lambda: DeviceSlot(next(models), shared)
 
     def _all_models(self) -> Iterator[FlatModel]:
         """The models that have been built, then new ones."""
@@ -148,6 +168,9 @@ class ReplicasActor:
             self._thread.join(STOP_DEADLINE_S)
             if self._thread.is_alive():
                 raise ReplicaFailed(f"a step has not ended for {STOP_DEADLINE_S:.0f} s")
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
             client.close()
 
 

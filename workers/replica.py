@@ -23,12 +23,17 @@ Where staleness is bounded (`by_permit`), a slot asks for a permit before it pul
 over in the rotation until it has it, and again until its push is answered; nothing is waited for
 while another slot of the process could go on.
 
+Where a device computes, a step's result is read when the next step has been begun (`ahead`), so the
+device goes on while this thread pushes and pulls. Nothing is waited for before every step that was
+begun has been pushed.
+
 Windows of mini-batches come in from other threads (`assign`), and their completion is told by a
 future once every partition has answered every push.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -43,15 +48,17 @@ from paramserver.client import ParameterClient, Settled
 from paramserver.messages import Outcome
 from paramserver.transport.link import Pull
 from shuffler.delivery import Reading
+from workers.device_slot import DeviceSlot, Late
 from workers.spec import StepConfig
 from workers.spent import Meter, Spent
-from workers.step import Mailbox, Slot
+from workers.step import Mailbox, Slot, StepResult
 
 IDLE_WAIT_S = 1.0
 PERMIT_WAIT_S = 0.1
 NEARBY_MAILBOXES = 12
 BELL_EVERY = 4
 """Turns that share a pull, and pushes for which a partition next door is woken at a time."""
+AnySlot = Slot | DeviceSlot
 log = logging.getLogger(__name__)
 
 
@@ -139,7 +146,7 @@ class _Task:
 class _Fetched:
     """Weights that were pulled for some turns, and the slot that has them."""
 
-    def __init__(self, slot: Slot, num_partitions: int, turn: int) -> None:
+    def __init__(self, slot: AnySlot, num_partitions: int, turn: int) -> None:
         self.slot = slot
         self.turn = turn
         """Turns that the process had taken when they were pulled."""
@@ -158,6 +165,8 @@ class _Turn:
         """Whether the push from `mailbox` has still to be answered."""
         self.since_fetch = 0
         self.fetched: _Fetched | None = None
+        self.begun = False
+        """Whether a step of it is begun and its result not read yet."""
         self.asked = False
         """Whether a permit has been asked for, or is there (`by_permit`)."""
         self.task: _Task | None = None
@@ -179,12 +188,15 @@ class Replicas:
         config: StepConfig,
         client: ParameterClient,
         mailboxes: Sequence[Mailbox],
-        make_slot: Callable[[], Slot],
+        make_slot: Callable[[], AnySlot],
+        ahead: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`mailboxes` are the client's, at least as many as `num_mailboxes` says.
 
-        A slot is made when one is wanted and none is free.
+        A slot is made when one is wanted and none is free. `ahead` is how many steps may be begun
+        before the result of one is read: where a device computes them, it has something to do while
+        a step is pushed and weights are pulled.
         """
         self._config = config
         self._client = client
@@ -193,10 +205,13 @@ class Replicas:
             _Turn(replica) for _ in range(config.concurrent_steps) for replica in replicas
         ]
         self._make_slot = make_slot
-        self._slots: list[Slot] = []
+        self._slots: list[AnySlot] = []
         """Those that nobody uses."""
         # A permit is for a version that is pulled after it was given.
         self._together = 1 if config.by_permit else turns_together(len(self._turns))
+        self._ahead = ahead if len(self._turns) > 1 else 0
+        self._begun: deque[tuple[_Turn, StepResult | Late, int]] = deque()
+        """Steps whose results are still to be read, with their numbers of examples."""
         self._latest: _Fetched | None = None
         self._taken = 0
         """Turns that had something to do, until now."""
@@ -235,7 +250,15 @@ class Replicas:
         except Exception as error:
             log.exception("the replicas of this process have stopped")
             failure = error
+        self._abandon()
         self._fail(failure)
+
+    def _abandon(self) -> None:
+        """Wait for steps that will not be pushed: their copies write to mailboxes."""
+        for _, result, _ in self._begun:
+            with contextlib.suppress(Exception):  # the device's, which the process does not survive
+                _ = result.loss
+        self._begun.clear()
 
     def _fail(self, error: Exception) -> None:
         with self._wake:
@@ -251,6 +274,8 @@ class Replicas:
         while not self._stopping:
             worked = False
             for turn in self._turns:
+                if turn.begun:
+                    self._conclude(0)  # it may go on only then
                 if turn.in_flight:
                     if self._config.by_permit:
                         continue  # it waits for others, maybe for some of this process
@@ -259,6 +284,7 @@ class Replicas:
                 self._settle(client.collect())
             if worked:
                 continue
+            self._conclude(0)
             if self._config.by_permit and (self._pushed or client.num_asking):
                 client.flush()
                 # For another process's step, however long that takes: no deadline.
@@ -299,14 +325,31 @@ class Replicas:
         result = fetched.slot.step(inputs, targets, mailbox, turn.done)
         self._taken += 1
         self.steps[turn.replica] += 1
+        turn.begun = True
+        self._begun.append((turn, result, len(targets)))
+        self._conclude(self._ahead)
+        return True
+
+    def _conclude(self, ahead: int) -> None:
+        """Read results until those of at most `ahead` steps are left, in their order."""
+        while len(self._begun) > ahead:
+            turn, result, num_examples = self._begun[0]
+            loss, gradient_norm = result.loss, result.gradient_norm  # may wait, and fail
+            self._begun.popleft()
+            turn.begun = False
+            self._stepped(turn, loss, gradient_norm, num_examples)
+
+    def _stepped(self, turn: _Turn, loss: float, gradient_norm: float, num_examples: int) -> None:
+        """What a step leads to: a push, once there are enough of them, and other weights."""
+        assert turn.task is not None
         turn.done += 1
         turn.since_fetch += 1
-        turn.examples += len(targets)
-        turn.loss += result.loss * len(targets)
-        task.examples += len(targets)
+        turn.examples += num_examples
+        turn.loss += loss * num_examples
+        turn.task.examples += num_examples
         by_permit, pushed = self._config.by_permit, turn.done == len(turn.batches)
         if pushed:
-            self._push(turn, result.gradient_norm)
+            self._push(turn, gradient_norm)
             if by_permit:
                 self._let_go(turn)
                 turn.asked = False
@@ -315,7 +358,6 @@ class Replicas:
         due = pushed if self._config.by_push else turn.since_fetch >= self._config.n_fetch
         if due and not by_permit:
             self._fetch(turn)
-        return True
 
     def _permitted(self, turn: _Turn) -> bool:
         """Whether the step may begin; asks for it the first time."""
@@ -330,6 +372,7 @@ class Replicas:
         if not queue:
             return False
         while not self._free:
+            self._conclude(0)
             self._settle(self._client.wait())
         turn.mailbox = self._free.pop()
         task, depth = queue[0], self._config.n_push

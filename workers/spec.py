@@ -68,6 +68,7 @@ class ModelSpec:
 
 
 Recorded = Literal["auto", "on", "off"]
+DeviceName = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,10 @@ class StepConfig:
     """Whether a step is recorded and its kernels run without autograd. `auto`: for the models that
     come with this package. `on`: for your own, if it decides nothing anew (say by Python's random
     numbers) from one mini-batch to the next."""
+
+    device: DeviceName = field(default="cpu", metadata={"cli": "replica-device"})
+    """What replicas compute on: processors, or a GPU for each process of replicas. Steps on a GPU
+    are not recorded."""
 
     by_permit: bool = field(default=False, metadata={"cli": False})
     """Whether a step asks for a permit before it pulls, as the staleness policies `bounded`

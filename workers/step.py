@@ -25,6 +25,7 @@ from torch.nn import functional
 from models.flat import FlatModel
 from models.layout import Layout
 from models.registry import Loss
+from workers.eager import differentiate
 from workers.recording import CannotRecord, Recording, record
 
 log = logging.getLogger(__name__)
@@ -143,18 +144,15 @@ class Slot:
         return recording.run(inputs, targets, statics, self._places(mailbox))
 
     def _compute_eagerly(self, inputs: Tensor, targets: Tensor, mailbox: Mailbox) -> Tensor:
-        loss = self._workshop.loss(self._module(inputs), targets)
-        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        with torch.no_grad():
-            pairs = [
-                (place, gradient)
-                for place, gradient in zip(self._places(mailbox), found, strict=True)
-                if gradient is not None  # type: ignore[redundant-expr]
-            ]
-            if len(pairs) < len(found):
-                mailbox.gradient.zero_()  # what had no part in this step
-            torch._foreach_copy_([place for place, _ in pairs], [g for _, g in pairs])
-        return loss.detach()
+        return differentiate(
+            self._workshop.loss,
+            self._module,
+            inputs,
+            targets,
+            self._parameters,
+            self._places(mailbox),
+            mailbox.gradient,
+        )
 
     def _places(self, mailbox: Mailbox) -> tuple[Tensor, ...]:
         if len(self._trained) == len(mailbox.views):

@@ -350,6 +350,8 @@ class Mailboxes:
         self.num, self.depth = num, depth
         self.fd = create_memory("downpour-mailboxes", boxes.size)
         memory = mmap.mmap(self.fd, boxes.size)
+        self.memory = torch.frombuffer(memory, dtype=torch.uint8)
+        """All of it, for whoever wants it page-locked."""
         self.gradients = [floats(memory, boxes.gradient_at(i), num_parameters) for i in range(num)]
         """Flat gradients, float32 [P] each."""
         self.moments = [
