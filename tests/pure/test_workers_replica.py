@@ -130,3 +130,93 @@ def test_weights_are_kept_as_long_as_a_turn_needs_them(n_fetch: int) -> None:
     config = StepConfig(concurrent_steps=5, n_fetch=n_fetch, n_push=2)
     server, _ = train(3, config, 60)
     assert server.told == [computed for computed, _ in server.pushes]
+
+
+class Story:
+    """What happened, in order: a step was begun, its result read, and pushed."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int]] = []
+        self.begun = 0
+
+    def tell(self, what: str, step: int) -> None:
+        self.lines.append((what, step))
+
+
+class LateResult:
+    gradient_norm = 1.0
+
+    def __init__(self, story: Story, step: int) -> None:
+        self._story, self._step = story, step
+
+    @property
+    def loss(self) -> float:
+        self._story.tell("read", self._step)
+        return float(self._step)
+
+
+class LateSlot:
+    def __init__(self, story: Story) -> None:
+        self.weights = np.zeros(1, np.float32)
+        self._story = story
+
+    def step(self, *_: Any) -> LateResult:
+        story = self._story
+        story.begun += 1
+        story.tell("begun", story.begun - 1)
+        return LateResult(story, story.begun - 1)
+
+
+class TellingServer(CountingServer):
+    """Tells of a push, by the loss that it bears, and answers as late as it may."""
+
+    def __init__(self, story: Story) -> None:
+        super().__init__()
+        self._story = story
+
+    def push(self, *, mailbox: int, versions: Sequence[int], **about: Any) -> None:
+        self._story.tell("pushed", int(about["loss"]))
+        self._answers.append(Settled(mailbox=mailbox, outcomes=(Outcome.APPLIED,)))
+
+    def collect(self, wait_s: float = 0.0) -> list[Settled]:
+        return []
+
+    def wait(self) -> list[Settled]:
+        assert self._answers, "waits for an answer to a push that it keeps back"
+        return super().collect()
+
+
+@pytest.mark.parametrize(
+    ("slots", "mailboxes", "ahead"), [(1, 1, 1), (2, 2, 1), (5, 5, 1), (5, 2, 1), (5, 3, 2)]
+)
+def test_a_step_is_begun_before_the_last_ones_are_read(
+    slots: int, mailboxes: int, ahead: int
+) -> None:
+    story, batches = Story(), 23
+    server = TellingServer(story)
+    steps = Replicas(
+        replicas=(0,),
+        config=StepConfig(concurrent_steps=slots),
+        client=server,  # type: ignore[arg-type]
+        mailboxes=[FakeMailbox(i) for i in range(mailboxes)],  # type: ignore[misc]
+        make_slot=lambda: LateSlot(story),  # type: ignore[arg-type,return-value]
+        ahead=ahead,
+    )
+    one = torch.zeros(1, 1), torch.zeros(1)
+    window = Window(epoch=0, batches=tuple(range(batches)), load=lambda _: one)
+    report = steps.assign(0, window)
+    thread = threading.Thread(target=steps.run, daemon=True)
+    thread.start()
+    assert report.result(DEADLINE_S).mean_loss == pytest.approx((batches - 1) / 2)
+    steps.stop()
+    thread.join(DEADLINE_S)
+    for step in range(batches):
+        begun, read, pushed = (story.lines.index((w, step)) for w in ("begun", "read", "pushed"))
+        assert begun < read < pushed
+    for what in ("begun", "read", "pushed"):
+        assert [step for w, step in story.lines if w == what] == list(range(batches)), "in order"
+    most = now = 0
+    for what, _ in story.lines:
+        now += (what == "begun") - (what == "pushed")
+        most = max(most, now)
+    assert most == (1 if slots == 1 else min(ahead + 1, mailboxes))
