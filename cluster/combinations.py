@@ -25,6 +25,8 @@ def check(config: RunConfig) -> None:
         _check_rounds(config)
     if config.policy.record_pushes:
         _check_record(config)
+    if steps.device != "cpu":
+        _check_device(config)
 
 
 def _check_record(config: RunConfig) -> None:
@@ -35,6 +37,25 @@ def _check_record(config: RunConfig) -> None:
         raise ValueError(
             f"record pushes is on, and wire dtype is {wire}, which adds what earlier "
             "rounding left out: give wire dtype float32"
+        )
+
+
+def _check_device(config: RunConfig) -> None:
+    steps, spares = config.replicas.steps, config.replicas.spares
+    if config.policy.record_pushes:
+        raise ValueError(
+            f"record pushes is on, and replica device is {steps.device}, which does not round the "
+            "same way each time, so that a replay would find other bits: give replica device cpu"
+        )
+    if steps.record_steps == "on":
+        raise ValueError(
+            f"record steps is on, and replica device is {steps.device}, where steps are not "
+            "recorded: give record steps auto, or replica device cpu"
+        )
+    if spares != "none":
+        raise ValueError(
+            f"spares is {spares}, and replica device is {steps.device}, of which a spare would "
+            "hold a share: give spares none"
         )
 
 

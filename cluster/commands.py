@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -26,6 +26,7 @@ from cluster.run_folder import CONFIG, MAX_REPLICAS, RESULT, STATUS, RunFolder
 from cluster.serving import ServeConfig
 from cluster.simulate.commands import simulate
 from shuffler.ingest import IngestConfig
+from workers.spec import DeviceName
 
 RUNS = Path("runs")
 BENCHMARKS = (
@@ -128,16 +129,24 @@ def train(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--replicas", type=click.IntRange(1, MAX_REPLICAS), help="Another number of them.")
 @click.option("--partitions", type=click.IntRange(1), help="Another number of them.")
+@click.option(
+    "--replica-device", type=click.Choice(get_args(DeviceName)), help="Another one to compute on."
+)
 @with_ray_options
 def resume(
-    run: Path, replicas: int | None, partitions: int | None, address: str | None, dashboard: bool
+    run: Path,
+    replicas: int | None,
+    partitions: int | None,
+    replica_device: DeviceName | None,
+    address: str | None,
+    dashboard: bool,
 ) -> int:
     """Go on with RUN, the folder of a run that was stopped or died."""
     from cluster import launch
 
     folder = RunFolder.open(run)
     data = launch.check_data(recipes.admit(folder.config()))
-    launch.change(folder, data, replicas=replicas, partitions=partitions)
+    launch.change(folder, data, replicas=replicas, partitions=partitions, device=replica_device)
     return launch.train(
         folder,
         data,

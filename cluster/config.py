@@ -234,6 +234,9 @@ class ReplicaConfig:
     """How each runs its steps."""
     replicas_per_process: int | None = None
     """Replicas that share a process; none spreads them over a process for each processor."""
+    gpus_per_process: float = 1.0
+    """Share of a GPU that a process of replicas is given, with `--replica-device cuda`: as many
+    processes share one as it has room for."""
     warm_start_epochs: float = 0.0
     """Epochs that one replica trains alone before others join (Dean et al. 2012, section 4.1)."""
     ramp_epochs: float = 0.0
@@ -259,6 +262,11 @@ class ReplicaConfig:
         """Steps in flight, over all replicas."""
         return self.replicas * self.steps.concurrent_steps
 
+    @property
+    def gpu_share(self) -> float | None:
+        """Of a GPU, for each process; None where replicas compute on processors."""
+        return None if self.steps.device == "cpu" else self.gpus_per_process
+
     def __post_init__(self) -> None:
         for name in ("replicas", "queued_windows"):
             if getattr(self, name) < 1:
@@ -269,6 +277,11 @@ class ReplicaConfig:
         if self.replicas_per_process is not None and self.replicas_per_process < 1:
             raise ValueError(
                 f"replicas per process is {self.replicas_per_process}: give at least 1, or none"
+            )
+        if not 0 < self.gpus_per_process <= 1:
+            raise ValueError(
+                f"gpus per process is {self.gpus_per_process:g}: give more than 0 and at most 1, "
+                "since a process computes on one GPU"
             )
         if self.ramp_guard is not None and not 1 < self.ramp_guard < math.inf:
             raise ValueError(f"ramp guard is {self.ramp_guard}: give more than 1, or none")
@@ -426,7 +439,7 @@ class RunConfig:
 
 
 def num_processes(config: ReplicaConfig, num_processors: int) -> int:
-    """How many processes the replicas are spread over.
+    """How many processes the replicas are spread over; on GPUs, `num_processors` is their room.
 
     Steps of small nets are bound by the processor, so more processes than processors only add
     context switches, memory and time to start.

@@ -36,6 +36,7 @@ from shuffler.plan import Plan
 from shuffler.processors import processors
 from shuffler.reader import RowReader
 from shuffler.records import Dataset
+from workers.spec import DeviceName
 
 SKIPPED_SHOWN = 5
 
@@ -125,6 +126,7 @@ def train(
     age_s = process_age_s() if age_s is None else age_s
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     config = folder.config()
+    _check_device(config, address)
     with folder.locked():
         check_data_unchanged(folder, data)
         folder.clear_stop()  # of an earlier session
@@ -175,6 +177,15 @@ def train(
         return _stopped(folder, controller.stop_reason or "stopped", outcome, console)
 
 
+def _check_device(config: RunConfig, address: str | None) -> None:
+    """Look for the replicas' device, where they will be on this machine alone."""
+    if config.replicas.steps.device == "cpu" or ray_address(address) != "local":
+        return
+    from workers.device import check_device
+
+    check_device(config.replicas.steps.device)
+
+
 def _sinks(folder: RunFolder, config: RunConfig, model: _Model) -> list[Sink]:
     """Who is told the figures of the run."""
     from cluster.metrics import PrometheusSink
@@ -203,23 +214,39 @@ def _nodes(
     """The nodes of the cluster, once all are there that the run is to wait for."""
     from cluster.ray_nodes import Nodes
 
-    nodes = Nodes(config.placement)
+    nodes = Nodes(config.placement, config.replicas.gpu_share)
     nodes.await_all(
         config.replicas,
         num_partitions,
         config.data.shufflers,
         lambda phase: show(Progress(elapsed_s=time.time() - began_at, phase=phase)),
     )
+    nodes.replica_processes(config.replicas, processors())  # there is room for them
     nodes.check_folder(folder.path)
     return nodes
 
 
-def change(folder: RunFolder, data: Data, *, replicas: int | None, partitions: int | None) -> None:
-    """Have the run go on with other numbers of these, where they are given."""
+def change(
+    folder: RunFolder,
+    data: Data,
+    *,
+    replicas: int | None = None,
+    partitions: int | None = None,
+    device: DeviceName | None = None,
+) -> None:
+    """Have the run go on with other numbers of these, or on another device, where given."""
     config = recipes.admit(folder.config())
+    members = config.replicas
     if replicas is not None:
-        members = dataclasses.replace(config.replicas, replicas=replicas)
+        members = dataclasses.replace(members, replicas=replicas)
+    if device is not None:
+        members = dataclasses.replace(
+            members, steps=dataclasses.replace(members.steps, device=device)
+        )
+    try:
         config = dataclasses.replace(config, replicas=members)
+    except ValueError as error:
+        raise UserError(f"{folder.path} cannot go on so: {error}") from None
     with folder.locked():
         if partitions not in (None, config.server.partitions):
             config = _cut_anew(folder, config, data, partitions)
@@ -315,6 +342,11 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
     return checkpoint
 
 
+def ray_address(given: str | None) -> str:
+    """The Ray cluster to run on; `local` is one of our own on this machine."""
+    return given or os.environ.get("RAY_ADDRESS") or "local"
+
+
 @contextlib.contextmanager
 def on_ray(
     *,
@@ -329,7 +361,7 @@ def on_ray(
     all of it. `environment` is that of the processes started there. `meanwhile` is called when
     Ray has been imported, and before it starts.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = ray_address(address)
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         # As on a Mac, where clusters are off: what Ray listens on is loopback then.

@@ -8,6 +8,7 @@
 
 That is what `auto` means; the configuration may name another label, a custom resource, `driver`
 or `any` for each. A node that dies drops out, and what ran there is placed anew on those left.
+Replicas that compute on GPUs are where Ray finds the share of one that each process is to have.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Node:
     id: str
     address: str
     cpus: float = 0.0
+    gpus: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
     resources: Collection[str] = ()
 
@@ -135,6 +137,41 @@ def candidates(
     return found
 
 
+def with_gpus(config: PlacementConfig, nodes: Sequence[Node], driver: str) -> list[Node]:
+    """The nodes whose GPUs replicas may compute on; without a place named, all that have one.
+
+    Raises `NoPlace` where there is none.
+    """
+    place = config.place("replicas")
+    if place.where == "auto":
+        config = dataclasses.replace(config, replicas_on="any")
+    found = [node for node in candidates("replicas", config, nodes, driver) if node.gpus > 0]
+    if not found:
+        having = "" if place.where in ("auto", "any") else f" with {place}"
+        raise NoPlace(
+            f"replica device is cuda, and no node{having} has a GPU that Ray knows of: give "
+            "--replica-device cpu, another --replicas-on, or time for nodes to come with "
+            "--wait-for-nodes-s"
+        )
+    return found
+
+
+def gpu_room(nodes: Sequence[Node], share: float) -> int:
+    """Processes that the GPUs of these nodes have room for, each with such a share of one."""
+    return sum(int(node.gpus) * int(1 / share + 1e-9) for node in nodes)
+
+
+def check_gpu_room(num_processes: int, nodes: Sequence[Node], share: float) -> None:
+    """Raise `NoPlace` where there is no room for so many processes of replicas."""
+    room = gpu_room(nodes, share)
+    if num_processes > room:
+        raise NoPlace(
+            f"{num_processes} processes of replicas with {share:g} of a GPU each, and there is "
+            f"room for {room}: give more --replicas-per-process (none spreads replicas over what "
+            "there is), or smaller --gpus-per-process"
+        )
+
+
 def disks(config: PlacementConfig, nodes: Sequence[Node], driver: str) -> list[Node]:
     """The nodes on whose disks shards are looked for: those for shufflers, without labels any.
 
@@ -168,11 +205,18 @@ def num_cpus(nodes: Sequence[Node]) -> int:
     return max(1, int(sum(node.cpus for node in nodes)))
 
 
-def demand(config: PlacementConfig, counts: Mapping[Role, int]) -> list[tuple[Place, int]]:
-    """Processors to ask an autoscaler for, by what their node must have."""
+def demand(
+    config: PlacementConfig, counts: Mapping[Role, int], *, on_gpus: bool = False
+) -> list[tuple[Place, int]]:
+    """Processors to ask an autoscaler for, by what their node must have.
+
+    For replicas `on_gpus` a share of a GPU goes with each, which says enough of their node.
+    """
     wanted = []
     for role, count in counts.items():
         place = config.place(role)
+        if place.where == "auto" and role == "replicas" and on_gpus:
+            place = Place(where="any")
         if place.where == "auto" and role != "evaluator":
             place = Place(where="marked", label=(LABEL, role))
         if place.where != "driver" and (place.where, role) != ("auto", "evaluator"):

@@ -10,14 +10,16 @@ import ray
 from cluster.leash import leashed
 
 
-def start(actor: type, max_concurrency: int, *arguments: Any, scheduling: Any) -> Any:
-    """Start an actor of this class; does not wait for it."""
+def start(
+    actor: type, max_concurrency: int, *arguments: Any, scheduling: Any, **options: Any
+) -> Any:
+    """Start an actor of this class; does not wait for it. `options` are further ones of Ray's."""
     # Ray's overloads know neither the options of actors nor a class that is not spelled out.
     remote: Any = ray.remote
-    options = remote(leashed(actor)).options(
-        num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling
+    made = remote(leashed(actor)).options(
+        num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling, **options
     )
-    return options.remote(*arguments)
+    return made.remote(*arguments)
 
 
 def kill(actor: Any) -> None:

@@ -36,7 +36,7 @@ from cluster.backend import (
     WriteFailed,
 )
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.config import NetworkConfig, RunConfig, num_processes, num_threads
+from cluster.config import NetworkConfig, RunConfig, num_threads
 from cluster.errors import one_line, user_message
 from cluster.ray_actors import kill, start
 from cluster.ray_nodes import Nodes
@@ -106,9 +106,9 @@ class RayBackend:
         self._spec = config.model_spec()
         self.num_partitions = len(partitions)
         self._nodes = nodes
+        count = nodes.replica_processes(config.replicas, num_processors)
         num_processors = nodes.processors(num_processors)
         self._access, listen = _network(config.server.network, nodes.count)
-        count = num_processes(config.replicas, num_processors)
         # Replica r is in process r mod count, so that a warm start spreads over all processes.
         self.processes = tuple(
             tuple(range(i, config.replicas.replicas, count)) for i in range(count)
@@ -217,12 +217,12 @@ class RayBackend:
             )
 
     def _start_soon(
-        self, actor: type, max_concurrency: int, *arguments: Any, scheduling: Any
+        self, actor: type, max_concurrency: int, *arguments: Any, **options: Any
     ) -> Any:
         """Have a spare become this actor, or start a new one."""
         spare = None if self._nodes.several else self._spares.pop(actor, None)
         if spare is None:
-            return start(actor, max_concurrency, *arguments, scheduling=scheduling)
+            return start(actor, max_concurrency, *arguments, **options)
         spare.assume.remote(*arguments)
         return spare
 
@@ -339,7 +339,7 @@ class RayBackend:
             self._calls_of_replicas(),
             *(members, self._spec, steps, self._threads),
             *(self._config.decoder(), self._config.replicas.queued_windows),
-            scheduling=self._nodes.scheduling("replicas", index),
+            **self._nodes.options("replicas", index),
         )
 
     def _names(self, index: int) -> str:

@@ -14,29 +14,37 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.backend import RunFailed
-from cluster.config import ReplicaConfig
+from cluster.config import ReplicaConfig, num_processes
 from cluster.placement import (
     Node,
     NoPlace,
+    Place,
     PlacementConfig,
     Role,
     candidates,
+    check_gpu_room,
     demand,
     disks,
+    gpu_room,
     num_cpus,
     spread,
+    with_gpus,
 )
 
 NODES_EVERY_S = 1.0
 """How often nodes are looked for that are to come."""
 SEE_DEADLINE_S = 60.0
+RESOURCE_SHARE = 0.001
+"""Of a custom resource that only marks nodes."""
 
 
 class Nodes:
     """Where actors of each role go. With a single node in the cluster, wherever Ray likes."""
 
-    def __init__(self, config: PlacementConfig) -> None:
+    def __init__(self, config: PlacementConfig, gpu_share: float | None = None) -> None:
+        """`gpu_share` is of a GPU, for each process of replicas; None where they need none."""
         self._config = config
+        self._gpu_share = gpu_share
         self.driver: str = ray.get_runtime_context().get_node_id()
 
     @property
@@ -51,6 +59,8 @@ class Nodes:
 
     def on(self, role: Role) -> list[Node]:
         """The nodes for a role. Raises `NoPlace`."""
+        if role == "replicas" and self._gpu_share is not None:
+            return with_gpus(self._config, alive(), self.driver)
         return candidates(role, self._config, alive(), self.driver)
 
     def disks(self) -> list[Node]:
@@ -69,6 +79,37 @@ class Nodes:
         except NoPlace:
             return "SPREAD"
         return NodeAffinitySchedulingStrategy(node.id, soft=False)
+
+    def options(self, role: Role, index: int) -> dict[str, Any]:
+        """Ray's options for actor `index` of a role: where it goes, and what it holds there.
+
+        A share of a GPU is Ray's to find: it knows which are taken, and has an actor wait for one
+        that is not free yet.
+        """
+        if role != "replicas" or self._gpu_share is None:
+            return {"scheduling": self.scheduling(role, index)}
+        place = self._config.place(role)
+        options: dict[str, Any] = {"scheduling": "DEFAULT", "num_gpus": self._gpu_share}
+        if place.where == "driver":
+            options["scheduling"] = NodeAffinitySchedulingStrategy(self.driver, soft=False)
+        if place.label:
+            options["label_selector"] = dict([place.label])
+        if place.resource:
+            options["resources"] = {place.resource: RESOURCE_SHARE}
+        return options
+
+    def replica_processes(self, replicas: ReplicaConfig, here: int) -> int:
+        """Processes that the replicas are spread over; `here` as in `processors`.
+
+        Raises `NoPlace` where they are to have GPUs, and there is no room for them.
+        """
+        share = self._gpu_share
+        if share is None:
+            return num_processes(replicas, self.processors(here))
+        nodes = self.on("replicas")
+        count = num_processes(replicas, gpu_room(nodes, share))
+        check_gpu_room(count, nodes, share)
+        return count
 
     def processors(self, here: int) -> int:
         """Processors for replicas; `here` are those of this machine, if it is the only one."""
@@ -90,7 +131,7 @@ class Nodes:
             "shufflers": num_shufflers,
             "replicas": -(-replicas.replicas // (replicas.replicas_per_process or 1)),
         }
-        wanted = demand(self._config, counts)
+        wanted = self._wanted(counts)
         if not self._config.wait_for_nodes_s:
             if self.several:
                 for role in (*counts, "evaluator"):
@@ -98,9 +139,10 @@ class Nodes:
             return
         bundles: list[dict[str, float]] = []
         selectors: list[dict[str, str]] = []
-        for place, count in wanted:
-            resource = {place.resource: 0.001} if place.resource else {}
-            bundles += [{"CPU": 1.0, **resource}] * count
+        for place, count, share in wanted:
+            resource = {place.resource: RESOURCE_SHARE} if place.resource else {}
+            gpu = {"GPU": share} if share else {}
+            bundles += [{"CPU": 1.0, **resource, **gpu}] * count
             selectors += [dict([place.label]) if place.label else {}] * count
         request(bundles, selectors)
         give_up_s = time.monotonic() + self._config.wait_for_nodes_s
@@ -114,10 +156,19 @@ class Nodes:
                 )
             time.sleep(NODES_EVERY_S)
 
+    def _wanted(self, counts: Mapping[Role, int]) -> list[tuple[Place, int, float]]:
+        """Processors by what their node must have, with the share of a GPU that goes with each."""
+        share, found = self._gpu_share or 0.0, []
+        for role, count in counts.items():
+            of_gpu = share if role == "replicas" else 0.0
+            asked = demand(self._config, {role: count}, on_gpus=bool(share))
+            found += [(place, number, of_gpu) for place, number in asked]
+        return found
+
     def _missing(self, counts: Mapping[Role, int]) -> str:
         """What is not there yet, in words; empty when all is."""
         nodes, words = alive(), []
-        for place, count in demand(self._config, counts):
+        for place, count, share in self._wanted(counts):
             if place.label:
                 key, value = place.label
                 found = [node for node in nodes if node.labels.get(key) == value]
@@ -125,9 +176,12 @@ class Nodes:
                 found = [node for node in nodes if place.resource in node.resources]
             else:
                 found = nodes
-            have = sum(int(node.cpus) for node in found)
+            if share:
+                have, what = gpu_room(found, share), f"places with {share:g} of a GPU"
+            else:
+                have, what = sum(int(node.cpus) for node in found), "processors"
             if have < count:
-                words.append(f"{have} of {count} processors with {place}")
+                words.append(f"{have} of {count} {what} with {place}")
         return ", ".join(words)
 
     def check_folder(self, folder: Path) -> None:
@@ -164,6 +218,7 @@ def alive() -> list[Node]:
             id=entry["NodeID"],
             address=entry["NodeManagerAddress"],
             cpus=entry["Resources"].get("CPU", 0.0),
+            gpus=entry["Resources"].get("GPU", 0.0),
             labels=entry.get("Labels") or {},
             resources=frozenset(entry["Resources"]),
         )

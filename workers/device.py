@@ -221,20 +221,20 @@ class CudaDevice:
         cuda.synchronize(self.where)
 
 
-def cuda_problem() -> str | None:
+def cuda_problem(where: str = "here") -> str | None:
     """Why this process cannot compute on a GPU; None if it can."""
     if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} is built without CUDA"
+        return f"PyTorch {torch.__version__} {where} is built without CUDA"
     if not cuda.is_available():
-        return "PyTorch finds no GPU that it can use"
+        return f"PyTorch {where} finds no GPU that it can use"
     return None
 
 
 def check_device(name: DeviceName, where: str = "here") -> None:
     """Raise `DeviceMissing` where this process cannot compute on such a device."""
-    if name == "cuda" and (problem := cuda_problem()) is not None:
+    if name == "cuda" and (problem := cuda_problem(where)) is not None:
         raise DeviceMissing(
-            f"replica device is cuda, and {problem} {where}: give --replica-device cpu, or train "
+            f"replica device is cuda, and {problem}: give --replica-device cpu, or train "
             "where there is a GPU and PyTorch's CUDA build"
         )
 

@@ -52,6 +52,11 @@ def likeness(folder: RunFolder, num_partitions: int, num_processors: int) -> Lik
     A one-line error where they do not say enough.
     """
     config = folder.config()
+    if config.replicas.steps.device != "cpu":
+        raise UserError(
+            f"{folder.path} was trained with replica device {config.replicas.steps.device}, whose "
+            "time its metrics do not tell: name a run on processors"
+        )
     stretch = longest(read_metrics(folder.path / METRICS), config)
     if not stretch or stretch[-1]["time"] - stretch[0]["time"] < FEWEST_S:
         raise UserError(

@@ -18,7 +18,7 @@ import yaml
 
 from cluster.cluster_file import flags, pinned, problems, starts
 from cluster.config import ROOT
-from cluster.placement import PlacementConfig, demand
+from cluster.placement import PlacementConfig, Role, demand
 
 PROVIDERS = ROOT / "cluster" / "providers"
 AWS, GCP, ONPREM = ROOT / "ray_cluster.yaml", PROVIDERS / "gcp.yaml", PROVIDERS / "onprem.yaml"
@@ -388,8 +388,28 @@ def test_the_cluster_grows_from_nothing_and_falls_back(path: Path) -> None:
     assert launches(path, monitor) == {"partitions": 1, "shufflers": 1, "replicas_on_demand": 2}
 
 
-def launches(path: Path, monitor: Any) -> dict[str, int]:
-    """Nodes by type, for two partitions, a shuffler and ten processes of replicas."""
+@pytest.mark.parametrize("path", [AWS, GCP], ids=lambda p: p.name)
+def test_a_run_on_gpus_starts_gpu_nodes_and_no_other_run_does(path: Path) -> None:
+    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import (
+        CloudResourceMonitor,
+    )
+    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+
+    monitor = CloudResourceMonitor()
+    beside = {"partitions": 1, "shufflers": 1}
+    assert launches(path, monitor, 3, gpu_share=1.0) == {**beside, "gpu_spot": 3}
+    assert launches(path, monitor, 6, gpu_share=0.5) == {**beside, "gpu_spot": 3}
+    failed = InstanceUpdateEvent(
+        instance_type="gpu_spot", new_instance_status=Instance.ALLOCATION_TIMEOUT
+    )
+    monitor.notify([failed])
+    assert launches(path, monitor, 1, gpu_share=1.0) == {**beside, "gpu_on_demand": 1}
+
+
+def launches(
+    path: Path, monitor: Any, processes: int = 10, gpu_share: float = 0.0
+) -> dict[str, int]:
+    """Nodes by type, for two partitions, a shuffler and so many processes of replicas."""
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -400,11 +420,13 @@ def launches(path: Path, monitor: Any) -> dict[str, int]:
     assert all(t.get("min_workers", 0) == 0 for t in document["available_node_types"].values())
     config = AutoscalingConfig(document, skip_content_hash=True)
     equals = LabelSelectorOperator.Value("LABEL_OPERATOR_IN")
-    bundles = []
-    for place, count in demand(
-        PlacementConfig(), {"partitions": 2, "shufflers": 1, "replicas": 10}
-    ):
-        assert place.label is not None
+    bundles: list[Any] = []
+    counts: dict[Role, int] = {"partitions": 2, "shufflers": 1, "replicas": processes}
+    for place, count in demand(PlacementConfig(), counts, on_gpus=bool(gpu_share)):
+        if place.label is None:
+            resources = {"CPU": 1.0, "GPU": gpu_share}
+            bundles += [ResourceRequestUtil.make(resources)] * count
+            continue
         selector = [(place.label[0], equals, [place.label[1]])]
         bundles += [ResourceRequestUtil.make({"CPU": 1.0}, label_selectors=[selector])] * count
     wanted = ClusterResourceConstraint(

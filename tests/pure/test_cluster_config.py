@@ -201,3 +201,29 @@ def test_rounds_are_configured_and_survive_json(pushes: int | None, expected: in
     assert (update.policy.round_pushes, update.policy.round_steps) == (expected, 50)
     assert update.epochs == config.policy.epochs
     assert config.step_config().by_permit
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"record_pushes": True}, "record pushes is on, and replica device is cuda, .*: give repl"),
+        ({"record_steps": "on"}, "record steps is on, and replica device is cuda, .*: give record"),
+        ({"spares": "replicas"}, "spares is replicas, and replica device is cuda, .*: give spares"),
+        ({"spares": "all"}, "spares is all, and replica device is cuda, .*: give spares none"),
+        ({"gpus_per_process": 2.0}, "gpus per process is 2: give more than 0 and at most 1"),
+        ({"gpus_per_process": 0.0}, "gpus per process is 0: give more than 0 and at most 1"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused_in_a_line(given: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        apply(recipes.find("mnist-bn"), {"replica_device": "cuda", **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_is_told_to_the_replicas_and_survives_json() -> None:
+    given = {"replica_device": "cuda", "gpus_per_process": 0.25}
+    config = apply(recipes.find("mnist-bn"), given)
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    assert config.step_config().device == "cuda"
+    assert config.replicas.gpu_share == 0.25
+    assert recipes.find("mnist-bn").replicas.gpu_share is None

@@ -10,10 +10,13 @@ from cluster.placement import (
     PlacementConfig,
     Role,
     candidates,
+    check_gpu_room,
     demand,
     disk_of,
     disks,
+    gpu_room,
     spread,
+    with_gpus,
 )
 
 HEAD = Node(id="h", address="10.0.0.1", cpus=0)
@@ -91,3 +94,54 @@ def test_an_autoscaler_is_asked_for_what_is_not_beside_the_driver() -> None:
         ("label downpour=partitions", 2),
         ("any", 10),
     ]
+
+
+ONE_GPU = Node(id="1", address="10.0.0.5", cpus=8, gpus=1, labels={"downpour": "gpu"})
+FOUR_GPUS = Node(id="4", address="10.0.0.6", cpus=64, gpus=4, labels={"downpour": "replicas"})
+
+
+def gpu_ids(config: PlacementConfig, *nodes: Node) -> str:
+    return "".join(n.id for n in with_gpus(config, nodes, "h"))
+
+
+def test_replicas_on_gpus_go_where_there_are_some() -> None:
+    nodes = (*NODES, FOUR_GPUS, ONE_GPU)
+    assert gpu_ids(PlacementConfig(), *nodes) == "14", "whatever the label says"
+    assert gpu_ids(PlacementConfig(replicas_on="downpour=gpu"), *nodes) == "1"
+    assert ids("replicas", nodes=nodes) == "ba4", "on processors, labels say it"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("auto", "replica device is cuda, and no node has a GPU .*: give --replica-device cpu"),
+        ("downpour=replicas", "no node with label downpour=replicas has a GPU"),
+        ("downpour=gpu", "no node for replicas has label downpour=gpu"),
+    ],
+)
+def test_without_gpus_that_is_a_line(place: str, words: str) -> None:
+    with pytest.raises(NoPlace, match=words) as caught:
+        gpu_ids(PlacementConfig(replicas_on=place), *NODES)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("share", "room"), [(1.0, 5), (0.6, 5), (0.5, 10), (1 / 3, 15), (0.3, 15), (0.25, 20)]
+)
+def test_a_gpu_is_shared_by_as_many_processes_as_it_has_room_for(share: float, room: int) -> None:
+    assert gpu_room([ONE_GPU, FOUR_GPUS], share) == room
+    check_gpu_room(room, [ONE_GPU, FOUR_GPUS], share)
+    words = rf"{room + 1} processes .* room for {room}: give more --replicas-per-process"
+    with pytest.raises(NoPlace, match=words):
+        check_gpu_room(room + 1, [ONE_GPU, FOUR_GPUS], share)
+
+
+def test_a_gpu_says_enough_of_the_nodes_that_an_autoscaler_is_asked_for() -> None:
+    counts: dict[Role, int] = {"partitions": 2, "replicas": 3}
+    wanted = demand(PlacementConfig(), counts, on_gpus=True)
+    assert [(str(place), count) for place, count in wanted] == [
+        ("label downpour=partitions", 2),
+        ("any", 3),
+    ]
+    named = demand(PlacementConfig(replicas_on="downpour=gpu"), {"replicas": 3}, on_gpus=True)
+    assert [(str(place), count) for place, count in named] == [("label downpour=gpu", 3)]
