@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from cluster.config import NetworkConfig, RunConfig
+from cluster.errors import UserError
+from cluster.launch import change, check_data, check_data_unchanged, train
+from cluster.run_folder import RunFolder
+from cluster.simulate.likeness import likeness
 from paramserver.policy import StalenessPolicy
 from shuffler.lease import Lease
 from tests.inprocess import tiny
@@ -18,6 +22,7 @@ from tests.inprocess.runs import Run, assert_replays_to_the_bit, recorded
 from tests.inprocess.thread_backend import ThreadBackend
 from workers import actor
 from workers.device import Device, HostDevice
+from workers.errors import DeviceMissing
 
 Make = Callable[[], Device]
 
@@ -143,3 +148,36 @@ def test_a_push_before_its_copy_has_ended_would_be_refused(
     outcome = run.go()
     # All but those that were under way when another slot was made, which waits for everything.
     assert outcome.refused >= run.plan.num_batches - run.config.replicas.slots
+
+
+def test_a_run_goes_on_on_another_device_if_that_can_be(tmp_path: Path, data: str) -> None:
+    config = tiny.config(data)
+    folder = RunFolder.create(tmp_path / "run", config)
+    found = check_data(config)
+    check_data_unchanged(folder, found)
+    change(folder, found, device="cuda")
+    assert folder.config().replicas.steps.device == "cuda"
+    with pytest.raises(UserError, match="replica device cuda, whose time its metrics do not tell"):
+        likeness(folder, 1, 2)
+    change(folder, found, device="cpu")
+    assert folder.config() == config
+    with_record = recorded(tmp_path / "recorded", config).folder
+    with pytest.raises(UserError, match="cannot go on so: record pushes is on, and replica device"):
+        change(with_record, found, device="cuda")
+    assert with_record.config().replicas.steps.device == "cpu"
+
+
+def test_without_a_gpu_nothing_is_started(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("workers.device.cuda_problem", lambda where: f"there is no GPU {where}")
+    config = tiny.config(data)
+    folder = RunFolder.create(tmp_path / "run", config)
+    found = check_data(config)
+    check_data_unchanged(folder, found)
+    change(folder, found, device="cuda")
+    with pytest.raises(DeviceMissing, match="there is no GPU here: give --replica-device cpu"):
+        train(folder, found, resume=False, address=None, dashboard=False, console=None)
+    with pytest.raises(DeviceMissing, match="there is no GPU in a process of replicas: give"):
+        actor.ReplicasActor((0,), config.model_spec(), folder.config().step_config(), 1)
