@@ -5,8 +5,9 @@ process that applies momentum SGD. Beside it, in turns: a memcpy of the same byt
 gradient and once for the weights; and an echo of the same bytes over raw TCP on loopback, into
 fixed buffers on both sides. A second echo seals what it sends and opens what it gets, block by
 block with the same cipher, and does nothing else: what is left to be had once the bytes are to be
-kept from others. Over the network push + pull is also timed without the update, by pushing a
-mini-batch that has been applied: that is the transport alone, as the echo is.
+kept from others. A third takes what has come and then waits for a poll, as whoever serves many
+peers has to. Over the network push + pull is also timed without the update, by pushing a mini-batch
+that has been applied: that is the transport alone, as the echo is.
 
 All are timed in turns, so that each finds its memory as the others leave it, which is out of the
 caches, and every process asleep. Then each is timed once more, one round trip after the other
@@ -23,6 +24,7 @@ import dataclasses
 import json
 import multiprocessing
 import secrets
+import select
 import socket
 import sys
 import time
@@ -57,12 +59,14 @@ DEADLINE_S = 60.0
 BATCHES = 1 << 20
 _TAG_BYTES = 16
 
-MEMCPY, ECHO, SEALED, SHARED = "memcpy", "echo", "sealed-echo", "shared"
+MEMCPY, SHARED = "memcpy", "shared"
+ECHO, SEALED, POLLED = ECHOES = ("echo", "sealed-echo", "polled-echo")
 _IN_TURNS = {
     MEMCPY: "memcpy of the same bytes",
     SHARED: "push + pull, shared memory, momentum SGD",
     ECHO: "raw TCP echo of the same bytes",
     SEALED: "the same, sealed and opened",
+    POLLED: "the same as a server and its client wait: non-blocking, polled",
     "encrypted": "push + pull, network, momentum SGD",
     "encrypted-alone": "push + pull, network, without the update",
     "plain": "push + pull, network not encrypted, momentum SGD",
@@ -99,22 +103,66 @@ class _Sealed:
             self._open(number.to_bytes(12, "little"), sealed, None, into[block])
 
 
-def _echo(wire: Wire, num_bytes: int, sealed: bool) -> None:
+class _Polled:
+    """Sends and receives on a non-blocking socket, and waits for it as for one of many."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+        self._readable, self._writable = select.epoll(), select.epoll()
+        self._readable.register(peer, select.EPOLLIN)
+        self._writable.register(peer, select.EPOLLOUT)
+
+    def send(self, data: memoryview) -> None:
+        while len(data):
+            try:
+                data = data[self._peer.send(data) :]
+            except BlockingIOError:
+                self._writable.poll(DEADLINE_S)
+
+    def receive(self, into: memoryview) -> None:
+        while len(into):
+            try:
+                num = self._peer.recv_into(into)
+            except BlockingIOError:
+                self._readable.poll(DEADLINE_S)
+                continue
+            if not num:
+                raise EOFError
+            into = into[num:]
+
+
+class _Plain:
+    """Sends and receives on a socket of its own, and waits in the kernel."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+
+    def send(self, data: memoryview) -> None:
+        self._peer.sendall(data)
+
+    def receive(self, into: memoryview) -> None:
+        _fill(self._peer, into)
+
+
+def _end_of(kind: str, peer: socket.socket, num_bytes: int) -> _Plain | _Sealed | _Polled:
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer.setblocking(kind != POLLED)
+    if kind == SEALED:
+        return _Sealed(peer, num_bytes)
+    return _Polled(peer) if kind == POLLED else _Plain(peer)
+
+
+def _echo(wire: Wire, num_bytes: int, kind: str) -> None:
     """A child: echoes `num_bytes` at a time."""
     buffer = memoryview(bytearray(num_bytes))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         wire.send(listening.getsockname()[1])
         peer, _ = listening.accept()
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        ends = _Sealed(peer, num_bytes)
+        end = _end_of(kind, peer, num_bytes)
         with peer, contextlib.suppress(EOFError, ConnectionError):
             while True:
-                if sealed:
-                    ends.receive(buffer)
-                    ends.send(buffer)
-                else:
-                    _fill(peer, buffer)
-                    peer.sendall(buffer)
+                end.receive(buffer)
+                end.send(buffer)
 
 
 def _fill(peer: socket.socket, buffer: memoryview) -> None:
@@ -240,33 +288,25 @@ def _memcpy(num_bytes: int) -> Callable[[], None]:
     return copy
 
 
-def _echoing(peer: socket.socket, num_bytes: int, sealed: bool) -> Callable[[], None]:
-    peer.settimeout(DEADLINE_S)
-    peer.setblocking(True)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _echoing(kind: str, peer: socket.socket, num_bytes: int) -> Callable[[], None]:
+    end = _end_of(kind, peer, num_bytes)
     out, back = (memoryview(bytearray(num_bytes)) for _ in "ab")
     out[:] = secrets.token_bytes(num_bytes)
 
-    ends = _Sealed(peer, num_bytes)
-
     def echo() -> None:
-        peer.sendall(out)
-        _fill(peer, back)
+        end.send(out)
+        end.receive(back)
 
-    def sealed_echo() -> None:
-        ends.send(out)
-        ends.receive(back)
-
-    return sealed_echo if sealed else echo
+    return echo
 
 
 def _candidates(children: _Children, num_bytes: int) -> dict[str, Callable[[], None]]:
     key, keys = secrets.token_bytes(KEY_BYTES), issue()
     found = {MEMCPY: _memcpy(num_bytes)}
-    for name, sealed in ((ECHO, False), (SEALED, True)):
-        port = children.start(_echo, num_bytes, sealed)
+    for kind in ECHOES:
+        port = children.start(_echo, num_bytes, kind)
         peer = children.closing(socket.create_connection(("127.0.0.1", port), DEADLINE_S))
-        found[name] = _echoing(peer, num_bytes, sealed)
+        found[kind] = _echoing(kind, peer, num_bytes)
 
     def round_trip(endpoint: Endpoint, access: Access, epoch: int, update: bool) -> _RoundTrip:
         trip = _RoundTrip(endpoint, key, access, epoch=epoch, update=update)

@@ -70,7 +70,7 @@ def run(settings: Settings, say: Say) -> Report:
             dataclasses.asdict(setup),
             START_DEADLINE_S,
         )
-        found: dict[str, Any] = {"actor_s": start["actor_s"]}
+        found: dict[str, Any] = {"actor_s": start["actors_s"]}
         for spares in wanted:
             say(f"{prefix}: deaths, spares {spares}")
             found[spares] = _deaths(_with_spares(config, spares), settings)

@@ -290,22 +290,28 @@ class ThreadBackend:
         return Done(ticket=future, error=error)
 
     def stop(self) -> None:
-        for actor in [*self.actors, *self.corpses, self.evaluator]:
-            if actor is not None:
-                actor.stop()
+        self._stop_clients()
         for partition in self.partitions:
             if partition is None:
                 continue
             partition._server.call(lambda state: state.check())
             partition.stop()
+        self._stop_followers()
+        self.pool.shutdown(cancel_futures=True)
+        self._stop_clients()  # those that were just being started
+        self._stop_followers()
+
+    def _stop_clients(self) -> None:
+        evaluator, self.evaluator = self.evaluator, None
+        for actor in [*self.actors, *self.corpses, evaluator]:
+            if actor is not None:
+                actor.stop()
+
+    def _stop_followers(self) -> None:
         for index in range(self.num_partitions):
             self.stop_follower(index)
         for partition in self.corpses_of_partitions:
             partition.stop()
-        self.pool.shutdown(cancel_futures=True)
-        for actor in self.actors:  # one that was just being started
-            if actor is not None:
-                actor.stop()
 
     def flags_of(self, partition: int) -> np.ndarray[Any, Any]:
         """Flags of every epoch, uint8 [epochs, q]."""
