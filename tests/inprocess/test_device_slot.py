@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from models.flat import FlatModel
-from models.layers import ConvBN, LinearBN
-from models.mlp import MnistNet
 from tests.inprocess.late import LateDevice, Wait
+from tests.networks import NAMES, batches, build, mailboxes
 from workers.device import CudaDevice, Device, HostDevice, cuda_problem
 from workers.device_slot import DeviceSlot, DeviceWorkshop
 from workers.step import Mailbox, Slot, Workshop
@@ -20,68 +18,11 @@ from workers.step import Mailbox, Slot, Workshop
 torch.set_num_threads(1)
 
 
-class Frozen(nn.Module):
-    """With a parameter that is not trained, one without a part in the loss, and a buffer."""
-
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = LinearBN(6, 5)
-        self.second = nn.Linear(5, 3)
-        self.second.bias.requires_grad_(False)
-        self.unused = nn.Parameter(torch.ones(4))
-        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x)) * self.scale
-
-
-class Images(nn.Module):
-    """Convolutions and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = ConvBN(3, 8, 3, stride=2)
-        self.output = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.stem(x).mean((2, 3))
-        return self.output(functional.dropout(y, 0.4, self.training))
-
-
-def build(name: str) -> nn.Module:
-    torch.manual_seed(4)
-    if name in ("mnist-bn", "mnist"):
-        return MnistNet(batch_norm=name == "mnist-bn", seed=1, inputs=6, hidden=(7, 5), classes=3)
-    return {"frozen": Frozen, "images": Images}[name]()
-
-
-NAMES = ["mnist-bn", "mnist", "frozen", "images"]
-NUM_SLOTS, NUM_BOXES, DEPTH = 2, 4, 3
+NUM_SLOTS, NUM_BOXES = 2, 4
+SIZES = (4, 4, 3, 5, 4, 2, 5, 4, 4, 3, 4, 4)
+"""Several, so that one is smaller than the room that it is sent to."""
 
 Found = tuple[float, float, Tensor, Tensor]
-
-
-def boxes_for(model: FlatModel) -> list[Mailbox]:
-    layout = model.layout
-    return [
-        Mailbox(
-            i,
-            layout,
-            torch.full((layout.num_parameters,), 9.0),
-            torch.full((DEPTH, 3, layout.num_features), 9.0),
-        )
-        for i in range(NUM_BOXES)
-    ]
-
-
-def steps(name: str) -> list[tuple[Tensor, Tensor]]:
-    """Mini-batches of several sizes, so that one is smaller than the room that it is sent to."""
-    torch.manual_seed(11)
-    shape = (3, 9, 9) if name == "images" else (6,)
-    sizes = (4, 4, 3, 5, 4, 2, 5, 4, 4, 3, 4, 4)
-    return [(torch.randn(n, *shape), torch.randint(0, 3, (n,))) for n in sizes]
 
 
 def story(name: str, slots: list[Any], boxes: list[Mailbox], *, ahead: int) -> list[Found]:
@@ -91,7 +32,7 @@ def story(name: str, slots: list[Any], boxes: list[Mailbox], *, ahead: int) -> l
     mailbox is added to.
     """
     torch.manual_seed(7)
-    data, found, begun = steps(name), [], []
+    data, found, begun = batches(name, SIZES), [], []
     weights = FlatModel(build(name)).weights.numpy()
     plan = [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (0, 0), (2, 1), (1, 0), (2, 2), (3, 0)]
 
@@ -121,14 +62,16 @@ def oracle(name: str) -> list[Found]:
     """The same on processors, one step after the other."""
     models = [FlatModel(build(name)) for _ in range(NUM_SLOTS)]
     workshop = Workshop(models[0].layout, recorded=False)
-    return story(name, [Slot(m, workshop) for m in models], boxes_for(models[0]), ahead=0)
+    return story(
+        name, [Slot(m, workshop) for m in models], mailboxes(models[0].layout, NUM_BOXES), ahead=0
+    )
 
 
 def on(device: Device, name: str, *, direct: bool = True, ahead: int = 1) -> list[Found]:
     models = [FlatModel(build(name)) for _ in range(NUM_SLOTS)]
     workshop = DeviceWorkshop(models[0].layout, device, direct=direct)
     slots = [DeviceSlot(m, workshop) for m in models]
-    return story(name, slots, boxes_for(models[0]), ahead=ahead)
+    return story(name, slots, mailboxes(models[0].layout, NUM_BOXES), ahead=ahead)
 
 
 def same(a: list[Found], b: list[Found]) -> bool:
@@ -159,16 +102,15 @@ def test_a_result_may_be_left_unread() -> None:
     """Berths are few: the third step waits for the first, whoever reads what it found."""
     model = FlatModel(build("mnist-bn"))
     workshop = DeviceWorkshop(model.layout, LateDevice())
-    slot, boxes = DeviceSlot(model, workshop), boxes_for(model)
+    slot, boxes = DeviceSlot(model, workshop), mailboxes(model.layout, NUM_BOXES)
     slot.weights[:] = FlatModel(build("mnist-bn")).weights.numpy()
-    results = [
-        slot.step(x, y, boxes[i], 0) for i, (x, y) in enumerate(steps("mnist-bn")[:NUM_BOXES])
-    ]
+    data = batches("mnist-bn", SIZES[:NUM_BOXES])
+    results = [slot.step(x, y, boxes[i], 0) for i, (x, y) in enumerate(data)]
     plain = FlatModel(build("mnist-bn"))
     direct = Slot(plain, Workshop(plain.layout, recorded=False))
     direct.weights[:] = FlatModel(build("mnist-bn")).weights.numpy()
-    others = boxes_for(plain)
-    for i, (x, y) in enumerate(steps("mnist-bn")[:NUM_BOXES]):
+    others = mailboxes(plain.layout, NUM_BOXES)
+    for i, (x, y) in enumerate(data):
         assert direct.step(x, y, others[i], 0) == results[i].wait()
         assert torch.equal(others[i].gradient, boxes[i].gradient)
 

@@ -10,46 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from models.flat import FlatModel
-from models.layers import ConvBN, LinearBN
-from models.mlp import MnistNet
+from tests.networks import NAMES, batches, build, mailboxes
 from workers.interpreter import CannotInterpret
 from workers.step import Mailbox, Slot, Workshop
-
-
-class Frozen(nn.Module):
-    """With a parameter that is not trained, and one that has no part in the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = LinearBN(6, 5)
-        self.second = nn.Linear(5, 3)
-        self.second.bias.requires_grad_(False)
-        self.unused = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
-
-
-class Images(nn.Module):
-    """Convolutions, pooling, a branch that is used twice, and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = ConvBN(3, 8, 3, stride=2)
-        self.branches = nn.ModuleList([ConvBN(8, 4, 1), ConvBN(8, 4, 3)])
-        self.output = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = functional.max_pool2d(self.stem(x), 2)
-        y = torch.cat([branch(y) for branch in self.branches], 1)
-        return self.output(functional.dropout(y.mean((2, 3)), 0.4, self.training))
-
-
-def build(name: str) -> nn.Module:
-    torch.manual_seed(4)
-    if name in ("mnist-bn", "mnist"):
-        return MnistNet(batch_norm=name == "mnist-bn", seed=1, inputs=6, hidden=(7, 5), classes=3)
-    return {"frozen": Frozen, "images": Images}[name]()
 
 
 def make(module: nn.Module, **options: object) -> tuple[Slot, Workshop, list[Mailbox]]:
@@ -58,26 +21,7 @@ def make(module: nn.Module, **options: object) -> tuple[Slot, Workshop, list[Mai
     workshop = Workshop(flat.layout, **options)  # type: ignore[arg-type]
     slot = Slot(flat, workshop)
     slot.weights[:] = initial.numpy()
-    layout = flat.layout
-    boxes = [
-        Mailbox(
-            i,
-            layout,
-            torch.full((layout.num_parameters,), 9.0),
-            torch.full((3, 3, layout.num_features), 9.0),
-        )
-        for i in range(2)
-    ]
-    return slot, workshop, boxes
-
-
-def batches(name: str, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    torch.manual_seed(11)
-    shape = (3, 9, 9) if name == "images" else (6,)
-    return [(torch.randn(n, *shape), torch.randint(0, 3, (n,))) for n in sizes]
-
-
-NAMES = ["mnist-bn", "mnist", "frozen", "images"]
+    return slot, workshop, mailboxes(flat.layout, 2)
 
 
 def refuse(graph: fx.Graph) -> Callable[..., Tensor]:
