@@ -46,7 +46,7 @@ from paramserver.schedule import Schedule
 from paramserver.server import PartitionServer
 from paramserver.state import UpdateConfig
 from paramserver.transport.access import Access
-from paramserver.transport.channel import BLOCK_BYTES
+from paramserver.transport.channel import BLOCK_BYTES, TAG_BYTES
 from paramserver.transport.greeting import NetworkListen
 from paramserver.transport.local import Endpoint
 from paramserver.transport.security import Credentials, issue
@@ -57,7 +57,6 @@ ROUND_TRIPS = {"0.4": 100, "4": 20, "45": 5}
 """How many make up one round."""
 DEADLINE_S = 60.0
 BATCHES = 1 << 20
-_TAG_BYTES = 16
 
 MEMCPY, SHARED = "memcpy", "shared"
 ECHO, SEALED, POLLED = ECHOES = ("echo", "sealed-echo", "polled-echo")
@@ -88,17 +87,17 @@ class _Sealed:
             slice(start, min(start + BLOCK_BYTES, num_bytes))
             for start in range(0, num_bytes, BLOCK_BYTES)
         ]
-        self._stage = memoryview(bytearray(BLOCK_BYTES + _TAG_BYTES))
+        self._stage = memoryview(bytearray(BLOCK_BYTES + TAG_BYTES))
 
     def send(self, data: memoryview) -> None:
         for number, block in enumerate(self._blocks):
-            sealed = self._stage[: block.stop - block.start + _TAG_BYTES]
+            sealed = self._stage[: block.stop - block.start + TAG_BYTES]
             self._seal(number.to_bytes(12, "little"), data[block], None, sealed)
             self._peer.sendall(sealed)
 
     def receive(self, into: memoryview) -> None:
         for number, block in enumerate(self._blocks):
-            sealed = self._stage[: block.stop - block.start + _TAG_BYTES]
+            sealed = self._stage[: block.stop - block.start + TAG_BYTES]
             _fill(self._peer, sealed)
             self._open(number.to_bytes(12, "little"), sealed, None, into[block])
 

@@ -221,7 +221,6 @@ def _nodes(
         config.data.shufflers,
         lambda phase: show(Progress(elapsed_s=time.time() - began_at, phase=phase)),
     )
-    nodes.replica_processes(config.replicas, processors())  # there is room for them
     nodes.check_folder(folder.path)
     return nodes
 

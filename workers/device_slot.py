@@ -10,7 +10,6 @@ Why no copy meets another's, or a kernel's, is in docs/architecture.md ("Replica
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -24,7 +23,7 @@ from models.layout import Layout
 from models.registry import Loss
 from workers.device import Device, Stream
 from workers.eager import differentiate
-from workers.step import Mailbox, StepResult
+from workers.step import Mailbox, StepResult, norm, root
 
 
 class Late:
@@ -196,11 +195,10 @@ class DeviceSlot:
                 mailbox.moments[index].copy_(moments)
             if not first:
                 mailbox.gradient.add_(gradient)
-                square = torch.dot(mailbox.gradient, mailbox.gradient).item()
-            elif not direct:
+                return StepResult(loss=loss, gradient_norm=norm(mailbox.gradient))
+            if not direct:
                 mailbox.gradient.copy_(gradient)
-            norm = math.sqrt(square) if square >= 0 else math.nan
-            return StepResult(loss=loss, gradient_norm=norm)
+            return StepResult(loss=loss, gradient_norm=root(square))
 
         berth.result = Late(finish)
         return berth.result

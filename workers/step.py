@@ -127,7 +127,7 @@ class Slot:
         if target is not mailbox:
             mailbox.gradient.add_(target.gradient)
         mailbox.moments[index].copy_(self._workshop.moments)
-        return StepResult(loss=loss.item(), gradient_norm=_norm(mailbox.gradient))
+        return StepResult(loss=loss.item(), gradient_norm=norm(mailbox.gradient))
 
     def _compute(
         self, shape: tuple[object, ...], inputs: Tensor, targets: Tensor, mailbox: Mailbox
@@ -198,6 +198,11 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def _norm(gradient: Tensor) -> float:
-    square = torch.dot(gradient, gradient).item()
+def norm(gradient: Tensor) -> float:
+    """Euclidean norm of a gradient [P]; NaN where it has no norm."""
+    return root(torch.dot(gradient, gradient).item())
+
+
+def root(square: float) -> float:
+    """The norm of which this is the square."""
     return math.sqrt(square) if square >= 0 else math.nan

@@ -24,8 +24,9 @@ BLOCK_BYTES = 1 << 17
 SLICE_BYTES = 1 << 22
 """What one `write`, or all of `read_into` since `allow`, moves at most."""
 _LENGTH = struct.Struct("<I")
-_TAG_BYTES = 16
-_BLOCK_OVERHEAD = _LENGTH.size + _TAG_BYTES
+TAG_BYTES = 16
+"""What sealing adds to a block."""
+_BLOCK_OVERHEAD = _LENGTH.size + TAG_BYTES
 _STAGE_BYTES = 2 * (BLOCK_BYTES + _BLOCK_OVERHEAD)
 _GATHER = 8
 _READ_AHEAD_BYTES = 4096
@@ -169,7 +170,7 @@ class SealedChannel:
     def _open_block(self, length: int, into: memoryview) -> None:
         start = self._in_start
         body = start + _LENGTH.size
-        stop = body + length + _TAG_BYTES
+        stop = body + length + TAG_BYTES
         nonce = self._num_opened.to_bytes(12, "little")
         try:
             self._open(nonce, self._in[body:stop], self._in[start:body], into)
@@ -216,7 +217,7 @@ class SealedChannel:
             body = stop + _LENGTH.size
             _LENGTH.pack_into(self._out, stop, length)
             nonce = self._num_sealed.to_bytes(12, "little")
-            end = body + length + _TAG_BYTES
+            end = body + length + TAG_BYTES
             self._seal(nonce, view[:length], self._out[stop:body], self._out[body:end])
             self._num_sealed += 1
             stop = end
