@@ -4,7 +4,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.downpour-stamp
-SOURCE := cluster models paramserver shuffler workers tests benchmarks examples
+SOURCE := downpour cluster models paramserver shuffler workers tests benchmarks examples
 
 # `make PYTHON=/path/to/python3.12 demo` picks the interpreter; empty means the first that fits.
 PYTHON ?=
@@ -54,7 +54,7 @@ check:
 	@$(MAKE) --no-print-directory test
 
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m downpour.benchmarks
 
 lock:
 	@sh .ci/lock

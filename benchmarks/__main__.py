@@ -1,8 +1,8 @@
-"""`python -m benchmarks [NAME] [OPTIONS]` is `downpour bench`; without a name it runs all."""
+"""`python -m downpour.benchmarks [NAME] [OPTIONS]` is `downpour bench`; all without a name."""
 
 import sys
 
-from cluster.cli import main
+from downpour.cluster.cli.main import main
 
 if __name__ == "__main__":
     words = sys.argv[1:]

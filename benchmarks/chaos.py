@@ -7,7 +7,7 @@ from the last checkpoint's applied sets, and not from anything that the run says
 A hundred faults take a quarter of an hour; they may as well be gathered run by run, each with a
 seed of its own (without faults: a run that nobody disturbs), in one record:
 
-    python -m benchmarks.chaos --seed 3 --faults 25 --into chaos.json
+    python -m downpour.benchmarks.chaos --seed 3 --faults 25 --into chaos.json
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from typing import Any
 import pyarrow.fs
 from rich.console import Console
 
-from benchmarks.harness import BadSettings, Report, Say, Settings, machine, record, show
-from benchmarks.processes import BenchmarkFailed, alone, descendants
-from cluster.checkpoint import CheckpointStore
-from cluster.config import ROOT
-from cluster.run_folder import RESULT, RunFolder
-from paramserver import snapshot
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, machine, record, show
+from downpour.benchmarks.processes import BenchmarkFailed, alone, descendants
+from downpour.cluster.config.paths import ROOT
+from downpour.cluster.run.checkpoint import CheckpointStore
+from downpour.cluster.run.folder import RESULT, RunFolder
+from downpour.paramserver.partition import snapshot
 
 DEADLINE_S = 240.0
 END_DEADLINE_S = 15.0
@@ -207,7 +207,7 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster", *arguments],
+            [sys.executable, "-m", "downpour", *arguments],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -281,7 +281,9 @@ def _started(pid: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """One run, added to a record of others."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m downpour.benchmarks.chaos", description=__doc__
+    )
     parser.add_argument("--seed", type=int, required=True, help="what the faults are drawn from")
     parser.add_argument("--faults", type=int, default=FAULTS_A_RUN, help="most in this run")
     parser.add_argument("--into", type=Path, required=True, help="record that the run is added to")
@@ -320,7 +322,10 @@ def add(found: Disturbed, arguments: Sequence[str], into: Path, about: dict[str,
         partial = into.with_suffix(".partial")
         about_all = record(report, Settings(), about)
         del about_all["settings"]
-        words = ("python -m benchmarks.chaos --seed SEED --faults FAULTS --into FILE", *arguments)
+        words = (
+            "python -m downpour.benchmarks.chaos --seed SEED --faults FAULTS --into FILE",
+            *arguments,
+        )
         about_all["command"] = " ".join(words)
         partial.write_text(json.dumps(about_all, indent=2) + "\n")
         partial.rename(into)

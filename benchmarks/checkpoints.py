@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks import system
-from benchmarks.harness import BadSettings, Report, Say, Settings, median
-from cluster.config import RunConfig
+from downpour.benchmarks import system
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, median
+from downpour.cluster.config.run import RunConfig
 
 EVERY_S = 10.0
 NEVER_S = 3600.0

@@ -26,10 +26,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.baselines.common import INPUTS, LABELS
-from cluster.config import BUNDLED_MNIST, ROOT
-from cluster.errors import UserError
-from shuffler.processors import processors
+from downpour.benchmarks.baselines.common import INPUTS, LABELS
+from downpour.cluster.config.paths import ROOT
+from downpour.cluster.errors import UserError
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from downpour.shuffler.processors import processors
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -184,10 +185,10 @@ def show(report: Report, console: Console) -> None:
 @contextlib.contextmanager
 def decoded_mnist(quick: bool) -> Iterator[str]:
     """A folder with the bundled training split, decoded once for all plain loops."""
-    from cluster.recipes import BINARY_MNIST
-    from shuffler.decode import decode
-    from shuffler.reader import RowReader
-    from shuffler.records import Dataset
+    from downpour.cluster.config.recipes import BINARY_MNIST
+    from downpour.shuffler.dataset.reader import RowReader
+    from downpour.shuffler.dataset.records import Dataset
+    from downpour.shuffler.images.decode import decode
 
     dataset = Dataset.open(BUNDLED_MNIST, "train")
     rows = np.arange(min(dataset.num_rows, 4096 if quick else dataset.num_rows), dtype=np.int64)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.layers import ConvBN
+from downpour.models.layers import ConvBN
 
 SIDE, CLASSES = 28, 10
 

@@ -12,11 +12,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import system
-from benchmarks.baselines.common import START_DEADLINE_S, Setup
-from benchmarks.harness import BadSettings, Report, Say, Settings, decoded_mnist, median
-from benchmarks.processes import measure_in_child
-from shuffler.processors import processors
+from downpour.benchmarks import system
+from downpour.benchmarks.baselines.common import START_DEADLINE_S, Setup
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, decoded_mnist, median
+from downpour.benchmarks.processes import measure_in_child
+from downpour.shuffler.processors import processors
 
 LIMIT = "plain"
 TITLES = {
@@ -61,7 +61,7 @@ def _measure(name: str, settings: Settings, data: str, workers: int) -> dict[str
     module = {"ray": "ray_server", "rpc": "rpc_server", "ddp": "ddp"}.get(name, "plain")
     return measure_in_child(
         f"{name} among the peers",
-        f"benchmarks.baselines.{module}",
+        f"downpour.benchmarks.baselines.{module}",
         dataclasses.asdict(setup),
         2 * START_DEADLINE_S + 3 * (settings.seconds + settings.warmup_s),
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.harness import BadSettings, Report, Say, Settings, median
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, median
 
 SIZES = {"0.4": 100_000, "45": 11_000_000}
 """Megabytes of weights -> parameters."""
@@ -87,12 +87,12 @@ def _mean_of_rounds(taken: list[float]) -> float:
 def _pushes(num_parameters: int, policy: dict[str, Any]) -> Iterator[float]:
     import torch
 
-    from paramserver.messages import Push
-    from paramserver.partition import split
-    from paramserver.policy import StalenessPolicy
-    from paramserver.rules import Momentum
-    from paramserver.state import PartitionState, UpdateConfig
-    from paramserver.transport.memory import PublishedWeights
+    from downpour.paramserver.messages import Push
+    from downpour.paramserver.partition.ranges import split
+    from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+    from downpour.paramserver.rules.policy import StalenessPolicy
+    from downpour.paramserver.rules.update import Momentum
+    from downpour.paramserver.transport.memory import PublishedWeights
 
     torch.set_num_threads(1)
     (part,) = split(num_parameters=num_parameters, num_features=0, num_decayed=0, num_partitions=1)

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.config import ROOT
-from cluster.errors import UserError
+from downpour.cluster.config.paths import ROOT
+from downpour.cluster.errors import UserError
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None)

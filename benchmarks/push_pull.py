@@ -13,7 +13,7 @@ All are timed in turns, so that each finds its memory as the others leave it, wh
 caches, and every process asleep. Then each is timed once more, one round trip after the other
 without the others in between: its throughput.
 
-    python -m benchmarks.push_pull [--json] [--repeat N] [--only SIZE]
+    python -m downpour.benchmarks.push_pull [--json] [--repeat N] [--only SIZE]
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from rich.console import Console
 
-from benchmarks.harness import BadSettings, Report, Say, Settings, machine, median, show
-from paramserver.client import ParameterClient
-from paramserver.messages import KEY_BYTES, Outcome
-from paramserver.partition import split
-from paramserver.rules import Momentum
-from paramserver.schedule import Schedule
-from paramserver.server import PartitionServer
-from paramserver.state import UpdateConfig
-from paramserver.transport.access import Access
-from paramserver.transport.channel import BLOCK_BYTES, TAG_BYTES
-from paramserver.transport.greeting import NetworkListen
-from paramserver.transport.local import Endpoint
-from paramserver.transport.security import Credentials, issue
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, machine, median, show
+from downpour.paramserver.client import ParameterClient
+from downpour.paramserver.messages import KEY_BYTES, Outcome
+from downpour.paramserver.partition.ranges import split
+from downpour.paramserver.partition.state import UpdateConfig
+from downpour.paramserver.rules.schedule import Schedule
+from downpour.paramserver.rules.update import Momentum
+from downpour.paramserver.server.server import PartitionServer
+from downpour.paramserver.transport.access import Access
+from downpour.paramserver.transport.channel import BLOCK_BYTES, TAG_BYTES
+from downpour.paramserver.transport.handshake import NetworkListen
+from downpour.paramserver.transport.local import Endpoint
+from downpour.paramserver.transport.security import Credentials, issue
 
 SIZES = {"0.4": 400_000, "4": 4_000_000, "45": 45_000_000}
 """Megabytes of weights -> bytes."""
@@ -400,7 +400,9 @@ def _shown(ms: dict[str, float], name: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Measure, and print a table or, with `--json`, raw numbers."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.push_pull", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m downpour.benchmarks.push_pull", description=__doc__
+    )
     parser.add_argument("--json", action="store_true", help="print raw numbers as JSON")
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
     parser.add_argument("--quick", action="store_true", help="only show that it works")

@@ -7,7 +7,7 @@ dead process of replicas is what the others do. The yardstick is an actor that i
 started on a Ray that does nothing else, in the same round. All of that without spares, with, and
 with a follower for the partition (`--hot-standby`), whose death is to take no update back.
 
-As a main module (`python -m benchmarks.recovery RUN`) it is the process that trains.
+As a main module (`python -m downpour.benchmarks.recovery RUN`) it is the process that trains.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks import system
-from benchmarks.baselines.common import START_DEADLINE_S, Setup
-from benchmarks.chaos import TITLES
-from benchmarks.harness import BadSettings, Report, Say, Settings, median
-from benchmarks.processes import BenchmarkFailed, Child, descendants, measure_in_child
-from cluster.config import RunConfig
-from cluster.losses import SPARES_AFTER_S
-from cluster.report import Metrics, read_metrics
-from cluster.run_folder import EVENTS, METRICS, RunFolder
+from downpour.benchmarks import system
+from downpour.benchmarks.baselines.common import START_DEADLINE_S, Setup
+from downpour.benchmarks.chaos import TITLES
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, median
+from downpour.benchmarks.processes import BenchmarkFailed, Child, descendants, measure_in_child
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.failures import SPARES_AFTER_S
+from downpour.cluster.monitoring.plots import Metrics, read_metrics
+from downpour.cluster.run.folder import EVENTS, METRICS, RunFolder
 
 REPORT_EVERY_S = 0.1
 BEFORE_S = 4.0
@@ -66,7 +66,7 @@ def run(settings: Settings, say: Say) -> Report:
         setup = Setup(data="", workers=1, seconds=0, warmup_s=0, dashboard=False)
         start = measure_in_child(
             "starting an actor",
-            "benchmarks.baselines.ray_start",
+            "downpour.benchmarks.baselines.ray_start",
             dataclasses.asdict(setup),
             START_DEADLINE_S,
         )
@@ -90,7 +90,9 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
     killed_s: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
         folder = RunFolder.create(Path(scratch) / "run", config)
-        with Child("a run with deaths", ["-m", "benchmarks.recovery", folder.path]) as child:
+        with Child(
+            "a run with deaths", ["-m", "downpour.benchmarks.recovery", folder.path]
+        ) as child:
             follower = system.Follower(child, folder.path / METRICS)
             # The evaluator is the last to come up, after all replicas train.
             line = follower.next(lambda line: line.get("accuracy") is not None, START_DEADLINE_S)
@@ -265,7 +267,7 @@ def _shown(value: float | None) -> str:
 
 def main() -> int:
     """Train the run whose folder is given, and report often."""
-    from cluster import partitions
+    from downpour.cluster.controller import partitions
 
     partitions.REPORT_EVERY_S = REPORT_EVERY_S
     return system.main()

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks import system
-from benchmarks.baselines.common import START_DEADLINE_S, Setup
-from benchmarks.harness import BadSettings, Report, Say, Settings, decoded_mnist, median
-from benchmarks.processes import measure_in_child
-from cluster.config import RunConfig
-from shuffler.processors import processors
+from downpour.benchmarks import system
+from downpour.benchmarks.baselines.common import START_DEADLINE_S, Setup
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, decoded_mnist, median
+from downpour.benchmarks.processes import measure_in_child
+from downpour.cluster.config.run import RunConfig
+from downpour.shuffler.processors import processors
 
 SIZES = (1, 2, 5, 10, 50)
 CONVNET = "convnet"
@@ -69,7 +69,7 @@ def _plain_convnet(settings: Settings, data: str) -> dict[str, Any]:
     )
     return measure_in_child(
         "plain loops of the convolutional net",
-        "benchmarks.baselines.plain",
+        "downpour.benchmarks.baselines.plain",
         dataclasses.asdict(setup),
         2 * START_DEADLINE_S + 3 * (settings.seconds + settings.warmup_s),
     )

@@ -17,16 +17,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.baselines.shuffling import make_rows
-from benchmarks.harness import BadSettings, Report, Say, Settings, median
-from benchmarks.processes import measure_in_child
-from cluster.config import ROOT
-from shuffler.processors import processors
+from downpour.benchmarks.baselines.shuffling import make_rows
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, median
+from downpour.benchmarks.processes import measure_in_child
+from downpour.cluster.config.paths import ROOT
+from downpour.shuffler.processors import processors
 
 PARTS = ("rows", "images", "small", "pairs", "memory")
 CIFAR10 = ROOT / "data" / "cifar10"
 DEADLINE_S = 900.0
-_MODULE = "benchmarks.baselines.shuffling"
+_MODULE = "downpour.benchmarks.baselines.shuffling"
 
 
 def run(settings: Settings, say: Say) -> Report:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks import system
-from benchmarks.harness import BadSettings, Report, Say, Settings, median
-from cluster.run_folder import RunFolder
-from cluster.simulate.commands import partitions_of, predict
-from cluster.simulate.likeness import FEWEST_S, LEFT_OUT_S, Likeness, likeness
-from cluster.simulate.options import SimulateConfig
-from shuffler.processors import processors
+from downpour.benchmarks import system
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, median
+from downpour.cluster.run.folder import RunFolder
+from downpour.cluster.simulate.commands import partitions_of, predict
+from downpour.cluster.simulate.likeness import FEWEST_S, LEFT_OUT_S, Likeness, likeness
+from downpour.cluster.simulate.options import SimulateConfig
+from downpour.shuffler.processors import processors
 
 SIZES, QUICK_SIZES = (1, 5, 10), (2,)
 

@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.baselines.common import START_DEADLINE_S, Setup
-from benchmarks.harness import BadSettings, Report, Say, Settings, median
-from benchmarks.processes import Child, measure_in_child
-from cluster import recipes
-from cluster.config import num_processes, processors
-from cluster.run_folder import RESULT, RunFolder
+from downpour.benchmarks.baselines.common import START_DEADLINE_S, Setup
+from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, median
+from downpour.benchmarks.processes import Child, measure_in_child
+from downpour.cluster.config import recipes
+from downpour.cluster.config.resolve import num_processes
+from downpour.cluster.config.run import processors
+from downpour.cluster.run.folder import RESULT, RunFolder
 
 FIRST, ALL = "time_to_first_update_s", "time_to_all_replicas_s"
 
@@ -51,7 +52,7 @@ def _start_ray(actors: int, *, dashboard: bool) -> dict[str, Any]:
     setup = Setup(data="", workers=actors, seconds=0, warmup_s=0, dashboard=dashboard)
     return measure_in_child(
         "starting Ray",
-        "benchmarks.baselines.ray_start",
+        "downpour.benchmarks.baselines.ray_start",
         dataclasses.asdict(setup),
         START_DEADLINE_S,
     )
@@ -61,7 +62,7 @@ def _train(replicas: int, *, dashboard: bool) -> dict[str, Any]:
     """One epoch by the command itself; what its result says of its start."""
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
         arguments = [
-            *("-m", "cluster", "train", "mnist-bn", "--runs", scratch, "--name", "startup"),
+            *("-m", "downpour", "train", "mnist-bn", "--runs", scratch, "--name", "startup"),
             *("--replicas", str(replicas), "--warm-start-epochs", "0", "--ramp-epochs", "0"),
             *("--epochs", "1", "--learning-rate", "0.002"),
             "--dashboard" if dashboard else "--no-dashboard",

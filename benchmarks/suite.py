@@ -9,21 +9,21 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import harness
-from benchmarks.harness import Report, Say, Settings
-from benchmarks.processes import alone
+from downpour.benchmarks import harness
+from downpour.benchmarks.harness import Report, Say, Settings
+from downpour.benchmarks.processes import alone
 
 MODULES = {
-    "push-pull": "benchmarks.push_pull",
-    "peers": "benchmarks.peers",
-    "replicas": "benchmarks.replicas",
-    "simulate": "benchmarks.simulate",
-    "startup": "benchmarks.startup",
-    "checkpoints": "benchmarks.checkpoints",
-    "chaos": "benchmarks.chaos",
-    "recovery": "benchmarks.recovery",
-    "shuffle": "benchmarks.shuffle",
-    "policies": "benchmarks.policies",
+    "push-pull": "downpour.benchmarks.push_pull",
+    "peers": "downpour.benchmarks.peers",
+    "replicas": "downpour.benchmarks.replicas",
+    "simulate": "downpour.benchmarks.simulate",
+    "startup": "downpour.benchmarks.startup",
+    "checkpoints": "downpour.benchmarks.checkpoints",
+    "chaos": "downpour.benchmarks.chaos",
+    "recovery": "downpour.benchmarks.recovery",
+    "shuffle": "downpour.benchmarks.shuffle",
+    "policies": "downpour.benchmarks.policies",
 }
 """Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them."""
 

@@ -2,8 +2,8 @@
 
 A run is started in a process of its own, on a Ray of its own, with everything on. Once all
 replicas train and the warm-up is over, its own metrics and the kernel's processor times are read
-for some seconds; then it is asked to stop. As a main module (`python -m benchmarks.system RUN`) it
-is that process.
+for some seconds; then it is asked to stop. As a main module (`python -m downpour.benchmarks.system
+RUN`) it is that process.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Settings
-from benchmarks.processes import BenchmarkFailed, Child, descendants
-from cluster import recipes
-from cluster.config import ROOT, ModelConfig, RunConfig, to_plain
-from cluster.run_folder import METRICS, STATUS, RunFolder
-from paramserver.schedule import Schedule
+from downpour.benchmarks.harness import Settings
+from downpour.benchmarks.processes import BenchmarkFailed, Child, descendants
+from downpour.cluster.config import recipes
+from downpour.cluster.config.paths import ROOT
+from downpour.cluster.config.plain import to_plain
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.run.folder import METRICS, STATUS, RunFolder
+from downpour.paramserver.rules.schedule import Schedule
+from downpour.workers.config import ModelConfig
 
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
@@ -37,7 +40,7 @@ ROLES = {
     "ray::Partition": "partitions",
     "ray::Shuffler": "shufflers",
     "ray::Evaluator": "evaluator",
-    "benchmarks.system": "driver",
+    "downpour.benchmarks.system": "driver",
 }
 """What a command line begins with or has in it -> the role of that process; others are Ray's."""
 
@@ -103,7 +106,7 @@ def convnet(*, replicas: int, concurrent_steps: int = 5) -> RunConfig:
     return dataclasses.replace(
         config,
         recipe="bench-convnet",
-        model=ModelConfig(model="benchmarks.models:convnet", image=image),
+        model=ModelConfig(model="downpour.benchmarks.models:convnet", image=image),
         replicas=dataclasses.replace(
             config.replicas, steps=dataclasses.replace(config.replicas.steps, record_steps="on")
         ),
@@ -130,7 +133,7 @@ def measure(
         folder = RunFolder.create(Path(scratch) / "run", config)
         what = f"the run of {config.recipe} with {config.replicas.replicas} replicas"
         flag = "--no-dashboard" if settings.quick else "--dashboard"
-        with Child(what, ["-m", "benchmarks.system", folder.path, flag]) as child:
+        with Child(what, ["-m", "downpour.benchmarks.system", folder.path, flag]) as child:
             follower = Follower(child, folder.path / METRICS)
             # The evaluator is the last to come up, after all replicas train.
             sign = "updates_per_s" if settings.quick else "accuracy"
@@ -235,11 +238,11 @@ def main() -> int:
     """Train the run whose folder is given, as `downpour train` does."""
     from rich.console import Console
 
-    from cluster import launch
+    from downpour.cluster.training import inputs, launch
 
     folder = RunFolder.open(Path(sys.argv[1]))
     dashboard = "--dashboard" in sys.argv
-    data = launch.check_data(folder.config())
+    data = inputs.check_data(folder.config())
     return launch.train(
         folder, data, resume=False, address=None, dashboard=dashboard, console=Console(stderr=True)
     )

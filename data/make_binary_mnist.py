@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shuffler.errors import ShufflerError
-from shuffler.ingest import IngestConfig, ingest
+from downpour.shuffler.errors import ShufflerError
+from downpour.shuffler.ingest.ingest import IngestConfig, ingest
 
 THRESHOLD = 127
 SEED = 20150211

@@ -4,7 +4,7 @@ From the folder that holds this file's folder:
 
     downpour train examples.own_model:recipe
 
-The network is any `torch.nn.Module`; batch normalization is `models.batchnorm.BatchNorm`, whose
+The network is any `torch.nn.Module`; batch normalization is `downpour.BatchNorm`, whose
 statistics the parameter server keeps. A factory may take `seed`, `num_classes` and `image_size`;
 what else it takes stands in the recipe's `arguments`. A loss takes the network's outputs and the
 labels of a mini-batch and returns their mean.
@@ -14,28 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cluster.config import (
-    DataConfig,
-    ModelConfig,
-    PolicyConfig,
-    ReplicaConfig,
-    RunConfig,
-    ServerConfig,
-)
-from models.batchnorm import BatchNorm
-from paramserver.schedule import Schedule
-from shuffler.decode import ImageSpec
-from workers.spec import StepConfig
+import downpour
 
 
 def network(num_classes: int, channels: int = 8) -> nn.Module:
     """A small convolutional network for 28x28 grey images: `[m, 1, 28, 28] -> [m, classes]`."""
     return nn.Sequential(
         nn.Conv2d(1, channels, 5, stride=2, padding=2, bias=False),
-        BatchNorm(channels),
+        downpour.BatchNorm(channels),
         nn.ReLU(),
         nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False),
-        BatchNorm(2 * channels),
+        downpour.BatchNorm(2 * channels),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(2 * channels * 7 * 7, num_classes),
@@ -47,24 +36,24 @@ def smoothed_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, targets, label_smoothing=0.1)
 
 
-def recipe() -> RunConfig:
+def recipe() -> downpour.RunConfig:
     """Three epochs on the bundled digits."""
-    return RunConfig(
+    return downpour.RunConfig(
         recipe="own-model",
-        model=ModelConfig(
+        model=downpour.ModelConfig(
             model="examples.own_model:network",
             arguments={"channels": 8},
             loss="examples.own_model:smoothed_cross_entropy",
-            image=ImageSpec(height=28, width=28, channels=1, binary_threshold=127),
+            image=downpour.ImageSpec(height=28, width=28, channels=1, binary_threshold=127),
             num_classes=10,
         ),
-        data=DataConfig(batch_size=32),
-        server=ServerConfig(schedule=Schedule(learning_rate=0.01)),
+        data=downpour.DataConfig(batch_size=32),
+        server=downpour.ServerConfig(schedule=downpour.Schedule(learning_rate=0.01)),
         # With few steps in flight no long warm start is needed.
-        replicas=ReplicaConfig(
-            replicas=4, steps=StepConfig(concurrent_steps=2), warm_start_epochs=0.1
+        replicas=downpour.ReplicaConfig(
+            replicas=4, steps=downpour.StepConfig(concurrent_steps=2), warm_start_epochs=0.1
         ),
-        policy=PolicyConfig(epochs=3),
+        policy=downpour.PolicyConfig(epochs=3),
     )
 
 

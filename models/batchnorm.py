@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.errors import BatchError, LayoutError, ModelError
+from downpour.models.errors import BatchError, LayoutError, ModelError
 
 DEFAULT_EPS = 1e-5
 """Added to the variance. The paper leaves its value open; this is the customary one."""

@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from models.batchnorm import BatchNorm
-from models.errors import LayoutError
-from models.layout import FeatureEntry, Layout, ParameterEntry, check_buffer, flatten, state_dict
+from downpour.models.batchnorm import BatchNorm
+from downpour.models.errors import LayoutError
+from downpour.models.layout import (
+    FeatureEntry,
+    Layout,
+    ParameterEntry,
+    check_buffer,
+    flatten,
+    state_dict,
+)
 
 __all__ = [
     "DecayPredicate",
@@ -99,7 +106,7 @@ def _norm_layers(module: nn.Module) -> list[tuple[str, BatchNorm]]:
         elif isinstance(layer, _NormBase) and layer.track_running_stats:
             raise LayoutError(
                 f"layer '{name}' is {type(layer).__name__}, which keeps running averages of its "
-                "own: use models.batchnorm.BatchNorm, whose statistics the server keeps"
+                "own: use downpour.models.batchnorm.BatchNorm, whose statistics the server keeps"
             )
     return layers
 

@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.batchnorm import BatchNorm, inference_map
-from models.errors import FoldError
-from models.layers import ActivationBatchNorm, NormalizedBlock
+from downpour.models.batchnorm import BatchNorm, inference_map
+from downpour.models.errors import FoldError
+from downpour.models.layers import ActivationBatchNorm, NormalizedBlock
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.batchnorm import DEFAULT_EPS
-from models.errors import BatchError, ModelError
-from models.layers import Activation, ActivationBatchNorm, ConvBN
+from downpour.models.batchnorm import DEFAULT_EPS
+from downpour.models.errors import BatchError, ModelError
+from downpour.models.layers import Activation, ActivationBatchNorm, ConvBN
 
 ACTIVATIONS: dict[str, Activation] = {"relu": torch.relu, "sigmoid": torch.sigmoid}
 DEPTH_MULTIPLIER = 8

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from models.batchnorm import DEFAULT_EPS, BatchNorm
+from downpour.models.batchnorm import DEFAULT_EPS, BatchNorm
 
 Activation = Callable[[Tensor], Tensor]
 """An elementwise nonlinearity, such as `torch.relu` or `torch.sigmoid`."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from models.errors import LayoutError
+from downpour.models.errors import LayoutError
 
 
 @dataclass(frozen=True, kw_only=True)

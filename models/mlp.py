@@ -12,9 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from models.batchnorm import DEFAULT_EPS
-from models.errors import BatchError, ModelError
-from models.layers import LinearBN
+from downpour.models.batchnorm import DEFAULT_EPS
+from downpour.models.errors import BatchError, ModelError
+from downpour.models.layers import LinearBN
 
 
 class MnistNet(nn.Module):

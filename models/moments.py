@@ -25,7 +25,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.errors import MomentsError
+from downpour.models.errors import MomentsError
 
 
 def _row(values: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.errors import ModelError, RegistryError
+from downpour.models.errors import ModelError, RegistryError
 
 KNOWN = {
-    "inception": "models.inception:Inception",
-    "mnist": "models.mlp:MnistNet",
+    "inception": "downpour.models.inception:Inception",
+    "mnist": "downpour.models.mlp:MnistNet",
 }
 """Name -> where its factory is. Imported when asked for."""
 

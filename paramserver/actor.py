@@ -1,4 +1,6 @@
-"""The Ray actor around a partition. Plain Python: `cluster.launch` wraps it with `ray.remote`."""
+"""The Ray actor around a partition. Plain Python: `cluster.training.launch` wraps it with
+`ray.remote`.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,14 @@ import numpy.typing as npt
 import pyarrow.fs
 import torch
 
-from paramserver import snapshot
-from paramserver.partition import Partition
-from paramserver.server import PartitionServer
-from paramserver.snapshot import Snapshot, SnapshotFile
-from paramserver.state import PartitionState, UpdateConfig
-from paramserver.transport.greeting import NetworkListen
-from paramserver.transport.local import Endpoint
-from paramserver.transport.names import NODE
+from downpour.paramserver.partition import snapshot
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
+from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+from downpour.paramserver.server.server import PartitionServer
+from downpour.paramserver.transport.handshake import NetworkListen
+from downpour.paramserver.transport.local import Endpoint
+from downpour.paramserver.transport.names import NODE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
-from paramserver.messages import MAX_BATCHES, MAX_MAILBOXES, Outcome, Push
-from paramserver.transport.access import Access, connect
-from paramserver.transport.link import Link, Pull, Weights
-from paramserver.transport.local import Connection, Endpoint
-from paramserver.transport.memory import Mailboxes
-from paramserver.transport.patience import Patience
+from downpour.paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
+from downpour.paramserver.messages import MAX_BATCHES, MAX_MAILBOXES, Outcome, Push
+from downpour.paramserver.transport.access import Access, connect
+from downpour.paramserver.transport.link import Link, Pull, Weights
+from downpour.paramserver.transport.local import Connection, Endpoint
+from downpour.paramserver.transport.memory import Mailboxes
+from downpour.paramserver.transport.patience import Patience
 
 DEFAULT_ACCESS = Access()
 

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from paramserver.errors import MalformedMessage
+from downpour.paramserver.errors import MalformedMessage
 
 MAGIC = b"DPR1"
 KEY_BYTES = 32

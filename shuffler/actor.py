@@ -1,4 +1,6 @@
-"""The Ray actor of the shuffler. Plain Python: `cluster.launch` wraps it with `ray.remote`."""
+"""The Ray actor of the shuffler. Plain Python: `cluster.training.launch` wraps it with
+`ray.remote`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ import time
 import numpy as np
 import pyarrow as pa
 
-from shuffler.delivery import Part, Reading
-from shuffler.holdings import Holding, Ranges
-from shuffler.plan import Plan
-from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
-from shuffler.records import Dataset
+from downpour.shuffler.dataset.reader import DEFAULT_CACHE_BYTES, RowReader
+from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.delivery import Part, Reading
+from downpour.shuffler.holdings import Holding, Ranges
+from downpour.shuffler.plan.plan import Plan
 
 _LARGE_BYTES = 4 << 20
 """From here on a window's memory is given back at once, which takes less than a millisecond."""

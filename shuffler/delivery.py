@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shuffler.encoding import indices
-from shuffler.errors import DatasetError
+from downpour.shuffler.dataset.encoding import indices
+from downpour.shuffler.errors import DatasetError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from shuffler.ahead import map_ahead
-from shuffler.augment import AugmentConfig
-from shuffler.decode import BadImage, Decoder, ImageSpec
-from shuffler.delivery import Delivery
-from shuffler.errors import PlanError
-from shuffler.plan import PastBound, Plan, Strategy
-from shuffler.processors import processors
-from shuffler.reader import DEFAULT_CACHE_BYTES, RowReader
-from shuffler.records import Dataset
+from downpour.shuffler.ahead import map_ahead
+from downpour.shuffler.dataset.reader import DEFAULT_CACHE_BYTES, RowReader
+from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.delivery import Delivery
+from downpour.shuffler.errors import PlanError
+from downpour.shuffler.images.augment import AugmentConfig
+from downpour.shuffler.images.decode import BadImage, Decoder, ImageSpec
+from downpour.shuffler.plan.plan import PastBound, Plan, Strategy
+from downpour.shuffler.processors import processors
 
 _At = tuple[int, int]
 """Epoch, and place in it."""

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from shuffler import files
-from shuffler.decode import Decoder
-from shuffler.errors import DatasetError
-from shuffler.manifest import MANIFEST_NAME, ShardEntry, SplitEntry, read_manifest
-from shuffler.reader import RowReader
-from shuffler.records import Dataset, fingerprint_of
+from downpour.shuffler.dataset import files
+from downpour.shuffler.dataset.manifest import MANIFEST_NAME, ShardEntry, SplitEntry, read_manifest
+from downpour.shuffler.dataset.reader import RowReader
+from downpour.shuffler.dataset.records import Dataset, fingerprint_of
+from downpour.shuffler.errors import DatasetError
+from downpour.shuffler.images.decode import Decoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,4 +8,4 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Helpers that assert: a failure is to say with what values.
-pytest.register_assert_rewrite("tests.inprocess.runs")
+pytest.register_assert_rewrite("tests.helpers.runs")

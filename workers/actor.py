@@ -1,4 +1,6 @@
-"""The Ray actors of the workers. Plain Python: `cluster.launch` wraps them with `ray.remote`."""
+"""The Ray actors of the workers. Plain Python: `cluster.training.launch` wraps them with
+`ray.remote`.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.flat import FlatModel
-from paramserver.client import ParameterClient
-from paramserver.transport.access import Access, way
-from paramserver.transport.local import Endpoint, machine
-from shuffler.decode import Decoder
-from shuffler.delivery import Part, join
-from shuffler.keys import stream_key
-from workers.device import Lock, find_device
-from workers.device_slot import DeviceSlot, DeviceWorkshop
-from workers.evaluator import Evaluator, Score
-from workers.replica import (
+from downpour.models.flat import FlatModel
+from downpour.paramserver.client import ParameterClient
+from downpour.paramserver.transport.access import Access, way
+from downpour.paramserver.transport.local import Endpoint, machine
+from downpour.shuffler.delivery import Part, join
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.plan.keys import stream_key
+from downpour.workers.evaluation.evaluator import Evaluator, Score
+from downpour.workers.evaluation.split import SplitBatches
+from downpour.workers.replica.replicas import (
     AnySlot,
     ReplicaFailed,
     Replicas,
@@ -30,10 +31,11 @@ from workers.replica import (
     num_mailboxes,
     turns_together,
 )
-from workers.spec import ModelSpec, StepConfig
-from workers.split import SplitBatches
-from workers.step import Mailbox, Slot, Workshop
-from workers.windows import WindowDecoder
+from downpour.workers.replica.windows import WindowDecoder
+from downpour.workers.spec import ModelSpec, StepConfig
+from downpour.workers.step.device import Lock, find_device
+from downpour.workers.step.device_slot import DeviceSlot, DeviceWorkshop
+from downpour.workers.step.slot import Mailbox, Slot, Workshop
 
 STOP_DEADLINE_S = 10.0
 ANY_WAY = Access()

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from workers.spec import ModelSpec
-from workers.step import Mailbox, Slot, Workshop
+from downpour.workers.spec import ModelSpec
+from downpour.workers.step.slot import Mailbox, Slot, Workshop
 
 
 @dataclass(frozen=True, kw_only=True)

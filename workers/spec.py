@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from shuffler.decode import ImageSpec
+from downpour.shuffler.images.decode import ImageSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from models.flat import FlatModel
-    from models.registry import Loss
+    from downpour.models.flat import FlatModel
+    from downpour.models.registry import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ModelSpec:
 
         A factory that takes `num_classes` or `image_size` is given them where the arguments do not.
         """
-        from models.registry import build
+        from downpour.models.registry import build
 
         offered = {"num_classes": self.num_classes}
         if self.image.height == self.image.width:
@@ -51,16 +51,16 @@ class ModelSpec:
 
     def build_loss(self) -> Loss:
         """The function `(outputs, targets) -> mean loss`."""
-        from models.registry import find_loss
+        from downpour.models.registry import find_loss
 
         return find_loss(self.loss)
 
     def build_flat(self, device: str = "meta") -> FlatModel:
         """The model over flat buffers; on `meta` it has no weights until it is bound."""
-        from models.flat import FlatModel
+        from downpour.models.flat import FlatModel
 
         if device == "meta":
-            from models.shapes_only import shapes_only
+            from downpour.models.shapes_only import shapes_only
 
             with shapes_only():
                 return FlatModel(self.build())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from shuffler.feed import Feed
+from downpour.shuffler.feed import Feed
 
 
 class TorchFeed(IterableDataset[tuple[Tensor, Tensor]]):

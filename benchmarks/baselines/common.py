@@ -1,7 +1,7 @@
 """What all baselines share: their setup, the data, one training step, and when to count.
 
-A baseline is run as `python -m benchmarks.baselines.NAME SETUP RESULT`, with a `Setup` as JSON
-and the path that its measurements are written to as JSON.
+A baseline is run as `python -m downpour.benchmarks.baselines.NAME SETUP RESULT`, with a `Setup` as
+JSON and the path that its measurements are written to as JSON.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.models import FACTORIES
-from benchmarks.processes import die_with_parent
+from downpour.benchmarks.models import FACTORIES
+from downpour.benchmarks.processes import die_with_parent
 
 CONTEXT = multiprocessing.get_context("fork")
 """A baseline's module forks its processes before anything has started a thread: ten imports of

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines.common import (
+from downpour.benchmarks.baselines.common import (
     CONTEXT,
     START_DEADLINE_S,
     Setup,

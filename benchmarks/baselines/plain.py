@@ -9,7 +9,7 @@ import time
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
-from benchmarks.baselines.common import (
+from downpour.benchmarks.baselines.common import (
     CONTEXT,
     START_DEADLINE_S,
     Barrier,

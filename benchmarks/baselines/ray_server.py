@@ -17,7 +17,7 @@ import numpy.typing as npt
 import ray
 import torch
 
-from benchmarks.baselines.common import Setup, child_main, gradient_of
+from downpour.benchmarks.baselines.common import Setup, child_main, gradient_of
 
 Arrays = list[npt.NDArray[np.float32]]
 

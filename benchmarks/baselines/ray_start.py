@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from benchmarks.baselines.common import Setup, child_main
+from downpour.benchmarks.baselines.common import Setup, child_main
 
 
 class Importer:

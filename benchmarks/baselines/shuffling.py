@@ -23,14 +23,14 @@ import pyarrow.parquet as pq
 import simplejpeg
 from numpy.typing import NDArray
 
-from benchmarks.processes import die_with_parent
-from shuffler.actor import ShufflerActor
-from shuffler.augment import AugmentConfig
-from shuffler.decode import ImageSpec, image_buffers
-from shuffler.feed import Feed
-from shuffler.pairs import count_pairs
-from shuffler.plan import Plan
-from shuffler.records import Dataset
+from downpour.benchmarks.processes import die_with_parent
+from downpour.shuffler.actor import ShufflerActor
+from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.feed import Feed
+from downpour.shuffler.images.augment import AugmentConfig
+from downpour.shuffler.images.decode import ImageSpec, image_buffers
+from downpour.shuffler.plan.pairs import count_pairs
+from downpour.shuffler.plan.plan import Plan
 
 SIZE = 224
 ALL = AugmentConfig(random_crop=True, mirror=True, distortion="full")
@@ -117,7 +117,7 @@ def ours_loader(data: str, workers: int, seconds: float, size: int, **_: Any) ->
     """The same with the feed in the worker processes of a `DataLoader`."""
     from torch.utils.data import DataLoader
 
-    from workers.torch_feed import TorchFeed
+    from downpour.workers.torch_feed import TorchFeed
 
     feed = TorchFeed(data, **_options(size))
     return _rate(iter(DataLoader(feed, None, num_workers=workers)), seconds)

@@ -2,10 +2,10 @@
 
 The paper says that moving averages track a network's accuracy while it trains, and not whose they
 are where 50 steps are in flight on 10 replicas. Runs of the MNIST net are recorded push by push,
-and computed again to the bit (`cluster.replay`); at some versions on the way the same weights are
-scored with the statistics that one replica keeps, with their average over replicas, with the
-server's, and with Algorithm 2's. The second half is section 4.2.1's shuffling: the same training
-under several strategies.
+and computed again to the bit (`cluster.replay.replay`); at some versions on the way the same
+weights are scored with the statistics that one replica keeps, with their average over replicas,
+with the server's, and with Algorithm 2's. The second half is section 4.2.1's shuffling: the same
+training under several strategies.
 
 Here: which runs those are and what is measured on them. Not here: the report.
 """
@@ -18,19 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import RunConfig
-from cluster.errors import UserError
-from cluster.options import apply
-from cluster.reproduce.keepers import Keepers
-from cluster.reproduce.runs import fitted
-from cluster.run_folder import RESULT, RunFolder
+from downpour.cluster.config.options import apply
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.reproduce.keepers import Keepers
+from downpour.cluster.reproduce.runs import fitted
+from downpour.cluster.run.folder import RESULT, RunFolder
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from paramserver.messages import Push
-    from paramserver.state import PartitionState
+    from downpour.paramserver.messages import Push
+    from downpour.paramserver.partition.state import PartitionState
 
 FLIGHTS: Mapping[int, tuple[int, int]] = {1: (1, 1), 10: (10, 1), 50: (10, 5)}
 """Replicas and concurrent steps of each, by steps in flight."""
@@ -99,7 +99,7 @@ def shuffle_runs(
 
 
 def _base(given: Mapping[str, object]) -> RunConfig:
-    from cluster import recipes
+    from downpour.cluster.config import recipes
 
     taken = [name for name in RESERVED if name in given]
     if taken:
@@ -120,9 +120,9 @@ def write_shards(
     """
     import numpy as np
 
-    from shuffler.encoding import label_values
-    from shuffler.reader import RowReader
-    from shuffler.records import Dataset
+    from downpour.shuffler.dataset.encoding import label_values
+    from downpour.shuffler.dataset.reader import RowReader
+    from downpour.shuffler.dataset.records import Dataset
 
     if folder.exists():
         return folder
@@ -142,7 +142,7 @@ def write_shards(
 
 
 def _indices(rows: Any) -> Any:
-    from shuffler.encoding import indices
+    from downpour.shuffler.dataset.encoding import indices
 
     return indices(rows)
 
@@ -170,7 +170,7 @@ def measure(
     Raises:
         UserError: the replay did not come out as the run did.
     """
-    from cluster.replay import replay_run
+    from downpour.cluster.replay.run import replay_run
 
     folder = RunFolder.open(path)
     if (path / STATISTICS).exists():
@@ -197,10 +197,9 @@ class _Scorer:
     """Takes the pushes of a replay, and scores the weights now and then."""
 
     def __init__(self, config: RunConfig, *, looks: int) -> None:
-        from cluster.launch import check_data
-        from cluster.replay import loader
-        from workers.evaluator import Evaluator
-        from workers.split import SplitBatches
+        from downpour.cluster.training.inputs import check_data, loader
+        from downpour.workers.evaluation.evaluator import Evaluator
+        from downpour.workers.evaluation.split import SplitBatches
 
         plan, spec = check_data(config).plan, config.model_spec()
         self.looks: list[dict[str, Any]] = []
@@ -226,7 +225,7 @@ class _Scorer:
             self._look(state)
 
     def _look(self, state: PartitionState) -> None:
-        from workers.evaluator import population_statistics
+        from downpour.workers.evaluation.evaluator import population_statistics
 
         self._evaluator.weights.copy_(state.current.weights)
         self._frozen.weights.copy_(state.current.weights)
@@ -244,7 +243,7 @@ class _Scorer:
         )
 
     def _score(self, statistics: Tensor, exact: Tensor) -> dict[str, float]:
-        from workers.disagreement import disagreement
+        from downpour.workers.evaluation.disagreement import disagreement
 
         self._evaluator.statistics.copy_(statistics)
         score = self._evaluator.score()

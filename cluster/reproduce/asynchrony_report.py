@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig, to_plain
-from cluster.reproduce.asynchrony import (
+from downpour.cluster.config.plain import to_plain
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.reproduce.asynchrony import (
     AVERAGED,
     BATCHES,
     FLIGHTS,
@@ -21,7 +22,7 @@ from cluster.reproduce.asynchrony import (
     shuffle_run,
     summary,
 )
-from cluster.reproduce.report import (
+from downpour.cluster.reproduce.report import (
     heading,
     new_figure,
     paragraph,
@@ -30,7 +31,7 @@ from cluster.reproduce.report import (
     table,
     write_report,
 )
-from cluster.reproduce.runs import Curve, curve_as_data
+from downpour.cluster.reproduce.runs import Curve, curve_as_data
 
 KEEPERS = (ONE, AVERAGED, SERVER, RECOMPUTED)
 _COLOURS = {ONE: "#d1495b", AVERAGED: "#edae49", SERVER: "#2a9d5c", RECOMPUTED: "#8a8f98"}

@@ -12,10 +12,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from cluster import inception_recipes
-from cluster.config import RunConfig
-from cluster.errors import UserError
-from cluster.options import ConfigCommand, TupleValue, config_options
+from downpour.cluster.config import inception_recipes
+from downpour.cluster.config.options import ConfigCommand, TupleValue, config_options
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
 
 output_option = click.option(
     "--output",
@@ -50,8 +50,8 @@ def mnist(output: Path | None, as_json: bool, **given: Any) -> None:
 
     import torch
 
-    from cluster.reproduce.mnist import MnistConfig, summary, train
-    from cluster.reproduce.mnist_report import make_report
+    from downpour.cluster.reproduce.mnist import MnistConfig, summary, train
+    from downpour.cluster.reproduce.mnist_report import make_report
 
     values = {name: value for name, value in given.items() if value is not None}
     try:
@@ -117,8 +117,8 @@ def inception(
     follow in the paper's proportions. All other options are the same for all runs:
     `--width 0.25 --image-size 32 --epochs 10` is for a small machine.
     """
-    from cluster.reproduce.family import best_rate, family, make_report, trials
-    from cluster.reproduce.runs import curve_of, train_all
+    from downpour.cluster.reproduce.family import best_rate, family, make_report, trials
+    from downpour.cluster.reproduce.runs import curve_of, train_all
 
     if search_rates and "learning_rate" in given:
         raise UserError("--learning-rate and --search-rates: give one of the two")
@@ -164,8 +164,8 @@ def ensemble(
     given: dict[str, object],
 ) -> int:
     """Section 4.2.3: one crop, 10 and 144, and the average of six networks; Figure 4."""
-    from cluster.reproduce.ensemble import errors, make_report, members
-    from cluster.reproduce.runs import train_all
+    from downpour.cluster.reproduce.ensemble import errors, make_report, members
+    from downpour.cluster.reproduce.runs import train_all
 
     folder = output or Path("runs", "reproduce", "ensemble")
     runs, console = members(given), Console(stderr=True)
@@ -201,9 +201,9 @@ def asynchrony(
     The MNIST net with 1, 10 and 50 steps in flight, scored with the statistics of one replica, of
     all, of the server and of Algorithm 2; and under several ways of shuffling.
     """
-    from cluster.reproduce import asynchrony as experiment
-    from cluster.reproduce.asynchrony_report import make_report
-    from cluster.reproduce.runs import curve_of, train_all
+    from downpour.cluster.reproduce import asynchrony as experiment
+    from downpour.cluster.reproduce.asynchrony_report import make_report
+    from downpour.cluster.reproduce.runs import curve_of, train_all
 
     folder, console = output or Path("runs", "reproduce", "asynchrony"), Console(stderr=True)
     flights = experiment.flight_runs(given, range(seeds))

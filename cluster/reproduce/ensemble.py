@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import inference, recipes
-from cluster.config import RunConfig, to_plain
-from cluster.reproduce.report import paragraph, table, write_report
-from cluster.reproduce.runs import fitted
+from downpour.cluster.config import recipes
+from downpour.cluster.config.plain import to_plain
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.reproduce.report import paragraph, table, write_report
+from downpour.cluster.reproduce.runs import fitted
+from downpour.cluster.serving import inference
 
 PAPER = {("one network", 1): (0.252, 0.0782), ("one network", 144): (0.2199, 0.0582)}
 PAPER_ENSEMBLE = {("six networks", 144): (0.201, 0.049)}

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import inception_recipes, recipes
-from cluster.config import RunConfig, to_plain
-from cluster.errors import UserError
-from cluster.options import apply
-from cluster.reproduce.report import (
+from downpour.cluster.config import inception_recipes, recipes
+from downpour.cluster.config.options import apply
+from downpour.cluster.config.plain import to_plain
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.reproduce.report import (
     heading,
     new_figure,
     paragraph,
@@ -24,7 +25,7 @@ from cluster.reproduce.report import (
     table,
     write_report,
 )
-from cluster.reproduce.runs import Curve, curve_as_data, fitted, with_network
+from downpour.cluster.reproduce.runs import Curve, curve_as_data, fitted, with_network
 
 PAPER: dict[str, tuple[float | None, float | None]] = {
     "inception": (31.0e6, 0.722),

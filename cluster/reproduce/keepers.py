@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paramserver.statistics import BatchStatistics, StatisticsRule
+from downpour.paramserver.rules.statistics import BatchStatistics, StatisticsRule
 
 
 class Keepers:

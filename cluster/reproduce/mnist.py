@@ -27,16 +27,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cluster.config import BUNDLED_MNIST
-from cluster.errors import UserError
-from cluster.recipes import BINARY_MNIST
-from models.flat import FlatModel
-from models.mlp import MnistNet
-from shuffler.decode import decode
-from shuffler.keys import stream_key
-from shuffler.plan import Plan
-from shuffler.reader import RowReader
-from shuffler.records import Dataset
+from downpour.cluster.config.recipes import BINARY_MNIST
+from downpour.cluster.errors import UserError
+from downpour.models.flat import FlatModel
+from downpour.models.mlp import MnistNet
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from downpour.shuffler.dataset.reader import RowReader
+from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.images.decode import decode
+from downpour.shuffler.plan.keys import stream_key
+from downpour.shuffler.plan.plan import Plan
 
 VARIANTS = {"with BN": True, "without BN": False}
 PERCENTILES = (15, 50, 85)

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.config import BUNDLED_MNIST
-from cluster.reproduce.mnist import PERCENTILES, Curves, MnistConfig, summary, typical_unit
-from cluster.reproduce.report import (
+from downpour.cluster.reproduce.mnist import PERCENTILES, Curves, MnistConfig, summary, typical_unit
+from downpour.cluster.reproduce.report import (
     new_figure,
     paragraph,
     picture,
@@ -17,6 +16,7 @@ from cluster.reproduce.report import (
     table,
     write_report,
 )
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 
 _COLOURS = {"with BN": "#2a9d5c", "without BN": "#3b6fb6"}
 

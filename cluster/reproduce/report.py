@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shuffler.processors import processors
+from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import launch
-from cluster.backend import RunFailed
-from cluster.config import RunConfig, to_plain
-from cluster.errors import UserError
-from cluster.options import apply
-from cluster.report import read_metrics, series
-from cluster.run_folder import METRICS, RESULT, RunFolder
-from shuffler.records import Dataset, split_names
+from downpour.cluster.config.options import apply
+from downpour.cluster.config.plain import to_plain
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.errors import UserError
+from downpour.cluster.monitoring.plots import read_metrics, series
+from downpour.cluster.run.folder import METRICS, RESULT, RunFolder
+from downpour.cluster.training import inputs, launch, session
+from downpour.shuffler.dataset.records import Dataset, split_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,9 +122,9 @@ def _train_all(
             console.print(f"{name}: finished ({number} of {len(runs)})")
             continue
         console.print(f"{name}: run {number} of {len(runs)}")
-        data = launch.check_data(config)
+        data = inputs.check_data(config)
         if not started:
-            ray.enter_context(launch.on_ray(address=address, dashboard=False))
+            ray.enter_context(session.on_ray(address=address, dashboard=False))
             started = True
         if run is None:
             run = RunFolder.create(path, config)

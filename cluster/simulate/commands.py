@@ -11,17 +11,17 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from cluster import recipes
-from cluster.config import RunConfig
-from cluster.errors import UserError
-from cluster.options import ConfigCommand, apply, config_options
-from cluster.run_folder import RunFolder
-from cluster.simulate.likeness import Likeness, likeness
-from cluster.simulate.options import SimulateConfig, configured, make_inputs
-from shuffler.processors import processors
+from downpour.cluster.config import recipes
+from downpour.cluster.config.options import ConfigCommand, apply, config_options
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.folder import RunFolder
+from downpour.cluster.simulate.likeness import Likeness, likeness
+from downpour.cluster.simulate.options import SimulateConfig, configured, make_inputs
+from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
-    from cluster.simulate.run import Forecast
+    from downpour.cluster.simulate.run import Forecast
 
 
 @click.command(cls=ConfigCommand)
@@ -60,7 +60,7 @@ def simulate(
     measured = None if folder is None else likeness(folder, partitions_of(config), processors())
     forecast = predict(config, options, measured, show_progress=not as_json)
     if plot is not None:
-        from cluster.report import plot_histogram
+        from downpour.cluster.monitoring.plots import plot_histogram
 
         plot_histogram(plot, list(enumerate(forecast.staleness.counts.tolist())), title(forecast))
     if as_json:
@@ -79,7 +79,7 @@ def predict(
     """What a run of `config` would show."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from cluster.launch import check_data
+    from downpour.cluster.training.inputs import check_data
 
     simulated = configured(config, options)
     inputs = make_inputs(
@@ -94,7 +94,7 @@ def predict(
     shown = show_progress and console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("updates", total=None)
-        from cluster.simulate.run import Simulation
+        from downpour.cluster.simulate.run import Simulation
 
         return Simulation(inputs).forecast(
             seconds=options.seconds,
@@ -104,7 +104,8 @@ def predict(
 
 def partitions_of(config: RunConfig) -> int:
     """How many partitions a run of `config` has on this machine."""
-    return config.server.num_partitions(config.model_spec().build_flat().layout.num_parameters)
+    layout = config.model_spec().build_flat().layout
+    return config.server.num_partitions(layout.num_parameters, processors())
 
 
 def _of(folder: RunFolder | None) -> RunConfig:

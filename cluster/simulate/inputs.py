@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from cluster.config import RunConfig
+from downpour.cluster.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

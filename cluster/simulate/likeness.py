@@ -1,7 +1,7 @@
 """What a measured run's folder says of its costs, as the inputs of a simulation.
 
-`metrics.jsonl` has cumulative processor seconds (`cluster.costs`); two of its lines, between which
-everybody trained and nobody died, give what a step and a push cost.
+`metrics.jsonl` has cumulative processor seconds (`cluster.monitoring.costs`); two of its lines,
+between which everybody trained and nobody died, give what a step and a push cost.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config import RunConfig, num_processes, num_threads
-from cluster.errors import UserError
-from cluster.report import Metrics, read_metrics
-from cluster.run_folder import METRICS, RunFolder
+from downpour.cluster.config.resolve import num_processes, num_threads
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.monitoring.plots import Metrics, read_metrics
+from downpour.cluster.run.folder import METRICS, RunFolder
 
 COUNTERS = ("steps", "steps_cpu_s", "replicas_cpu_s", "partitions_cpu_s", "updates")
 FEWEST_S = 3.0

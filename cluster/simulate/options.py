@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cluster.config import RunConfig
-from cluster.errors import UserError
-from cluster.simulate.inputs import Costs, Faults, Inputs, Machines, Spread
-from cluster.simulate.likeness import Likeness
-from paramserver.policy import PolicyName
-from shuffler.processors import processors
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.simulate.inputs import Costs, Faults, Inputs, Machines, Spread
+from downpour.cluster.simulate.likeness import Likeness
+from downpour.paramserver.rules.policy import PolicyName
+from downpour.shuffler.processors import processors
 
 ConfigT = TypeVar("ConfigT")
 MB = 1e6
@@ -158,7 +158,7 @@ def make_inputs(
     return Inputs(
         config=config,
         num_rows=num_rows,
-        num_partitions=config.server.num_partitions(num_parameters),
+        num_partitions=config.server.num_partitions(num_parameters, processors()),
         costs=Costs(
             step=Spread(mean_s=step_s, spread=given.step_spread),
             slow_share=given.slow_share,

@@ -1,9 +1,9 @@
 """A partition on the virtual clock: the server's own decisions, without weights.
 
 What becomes of a push is decided by `PartitionState`, and who may begin a step by `Admission` or
-`Rounds`, as on a real partition. The loop around them is modelled after `paramserver.server`:
-connections that have something are served in turn, a packet at a time, and a packet is answered
-when all of it has been taken.
+`Rounds`, as on a real partition. The loop around them is modelled after
+`paramserver.server.server`: connections that have something are served in turn, a packet at a time,
+and a packet is answered when all of it has been taken.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.simulate.clock import Body, Clock, Processors, Thread
-from cluster.simulate.inputs import Costs
-from paramserver.bounded import Admission
-from paramserver.messages import Outcome, PermitRequest, Push
-from paramserver.partition import split
-from paramserver.permits import Permit, Permits
-from paramserver.rounds import Rounds
-from paramserver.rules import updates_in_place
-from paramserver.server import PUSHES_A_TURN
-from paramserver.staleness import Histogram, StalenessRecord
-from paramserver.state import PartitionState, UpdateConfig, Version
+from downpour.cluster.simulate.clock import Body, Clock, Processors, Thread
+from downpour.cluster.simulate.inputs import Costs
+from downpour.paramserver.admission.bounded import Admission
+from downpour.paramserver.admission.permits import Permit, Permits
+from downpour.paramserver.admission.rounds import Rounds
+from downpour.paramserver.messages import Outcome, PermitRequest, Push
+from downpour.paramserver.partition.ranges import split
+from downpour.paramserver.partition.staleness import Histogram, StalenessRecord
+from downpour.paramserver.partition.state import PartitionState, UpdateConfig, Version
+from downpour.paramserver.rules.update import updates_in_place
+from downpour.paramserver.server.server import PUSHES_A_TURN
 
 Message = Push | PermitRequest
 NOTHING = torch.zeros(1)
@@ -117,7 +117,8 @@ class VirtualPartition:
         self._rng = rng
         share = round(costs.weights_bytes / 4 / num_partitions)
         self._push_by_push = updates_in_place(share)
-        """Whether each version of a packet can be pulled, as `paramserver.server` does it."""
+        """Whether each version of a packet can be pulled, as `paramserver.server.server` does it.
+        """
         self.state = Weightless(config)
         self.seen = Histogram()
         """Staleness of what was applied since somebody last emptied this."""

@@ -1,10 +1,10 @@
 """A process of replicas on the virtual clock: slots that take turns on one thread.
 
-Modelled after `workers.replica.Replicas` and the client below it, branch by branch, with the same
-constants: slots take turns, replica by replica within each round of slots; a slot computes, pushes
-and pulls again; pushes are kept back until the doorbell is worth ringing, or until an answer is
-waited for; mailboxes are free again when every partition has answered.
-`tests/pure/test_simulate_process.py` runs both through the same story and compares.
+Modelled after `workers.replica.replicas.Replicas` and the client below it, branch by branch, with
+the same constants: slots take turns, replica by replica within each round of slots; a slot
+computes, pushes and pulls again; pushes are kept back until the doorbell is worth ringing, or until
+an answer is waited for; mailboxes are free again when every partition has answered.
+`tests/pure/cluster/simulate/test_process.py` runs both through the same story and compares.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.simulate.clock import Body, Clock, Processors, Thread
-from cluster.simulate.inputs import Costs
-from cluster.simulate.partition import Message
-from paramserver.messages import Outcome, PermitRequest, Push
-from shuffler.lease import Lease
-from workers.replica import num_mailboxes, turns_together
-from workers.spec import StepConfig
+from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.simulate.clock import Body, Clock, Processors, Thread
+from downpour.cluster.simulate.inputs import Costs
+from downpour.cluster.simulate.partition import Message
+from downpour.paramserver.messages import Outcome, PermitRequest, Push
+from downpour.workers.replica.replicas import num_mailboxes, turns_together
+from downpour.workers.spec import StepConfig
 
 Waiting = Generator[float | None, None, bool]
 
@@ -68,7 +68,7 @@ class Fetched:
 
 @dataclass(eq=False)
 class Turn:
-    """One slot in the rotation. Fields as in `workers.replica`."""
+    """One slot in the rotation. Fields as in `workers.replica.replicas`."""
 
     replica: int
     mailbox: int | None = None

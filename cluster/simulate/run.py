@@ -15,18 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cluster.config import next_evaluation_s, num_processes, num_threads
-from cluster.errors import UserError
-from cluster.simulate.clock import Clock, Processors, Wire
-from cluster.simulate.inputs import Inputs
-from cluster.simulate.partition import Line, VirtualPartition
-from cluster.simulate.process import Counts, Task, VirtualProcess
-from cluster.simulate.ways import Local, Queue, Remote
-from paramserver.applied import WAITING
-from paramserver.messages import Outcome
-from paramserver.staleness import Histogram
-from shuffler.keys import stream_key
-from shuffler.lease import Lease, LeaseBook
+from downpour.cluster.config.resolve import next_evaluation_s, num_processes, num_threads
+from downpour.cluster.controller.lease_book import Lease, LeaseBook
+from downpour.cluster.errors import UserError
+from downpour.cluster.simulate.clock import Clock, Processors, Wire
+from downpour.cluster.simulate.inputs import Inputs
+from downpour.cluster.simulate.partition import Line, VirtualPartition
+from downpour.cluster.simulate.process import Counts, Task, VirtualProcess
+from downpour.cluster.simulate.ways import Local, Queue, Remote
+from downpour.paramserver.messages import Outcome
+from downpour.paramserver.partition.applied_set import WAITING
+from downpour.paramserver.partition.staleness import Histogram
+from downpour.shuffler.plan.keys import stream_key
 
 TURNS_BEFORE = 3
 """Turns of every slot that are simulated before anything is counted."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from cluster.simulate.clock import Body, Processors, Thread, Wire
-from cluster.simulate.partition import Message, VirtualPartition
-from cluster.simulate.process import Fetched, VirtualProcess
-from paramserver.messages import Outcome
+from downpour.cluster.simulate.clock import Body, Processors, Thread, Wire
+from downpour.cluster.simulate.partition import Message, VirtualPartition
+from downpour.cluster.simulate.process import Fetched, VirtualProcess
+from downpour.paramserver.messages import Outcome
 
 
 class Local:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from paramserver.errors import NotColocated
-from paramserver.transport.compress import wire_dtype
-from paramserver.transport.link import Link
-from paramserver.transport.local import Connection, Endpoint, machine
-from paramserver.transport.memory import Mailboxes
-from paramserver.transport.names import TransportName, WireDtypeName
-from paramserver.transport.network_client import NetworkConnection
-from paramserver.transport.security import Credentials
+from downpour.paramserver.errors import NotColocated
+from downpour.paramserver.transport.compress import wire_dtype
+from downpour.paramserver.transport.link import Link
+from downpour.paramserver.transport.local import Connection, Endpoint, machine
+from downpour.paramserver.transport.memory import Mailboxes
+from downpour.paramserver.transport.names import TransportName, WireDtypeName
+from downpour.paramserver.transport.network_client import NetworkConnection
+from downpour.paramserver.transport.security import Credentials
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import struct
 from collections import deque
 from typing import Protocol
 
-from paramserver.errors import ConnectionLost, MalformedMessage
+from downpour.paramserver.errors import ConnectionLost, MalformedMessage
 
 BLOCK_BYTES = 1 << 17
 SLICE_BYTES = 1 << 22

@@ -21,10 +21,10 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from paramserver.messages import WireDtype
-from paramserver.transport.channel import SLICE_BYTES
-from paramserver.transport.frames import as_bytes
-from paramserver.transport.names import WireDtypeName
+from downpour.paramserver.messages import WireDtype
+from downpour.paramserver.transport.channel import SLICE_BYTES
+from downpour.paramserver.transport.frames import as_bytes
+from downpour.paramserver.transport.names import WireDtypeName
 
 TORCH_DTYPES = {
     WireDtype.FLOAT32: torch.float32,

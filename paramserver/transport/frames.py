@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from paramserver.errors import MalformedMessage
-from paramserver.messages import Message, decode, encode
-from paramserver.transport.channel import Channel
-from paramserver.transport.local import MAX_MESSAGE
+from downpour.paramserver.errors import MalformedMessage
+from downpour.paramserver.messages import Message, decode, encode
+from downpour.paramserver.transport.channel import Channel
+from downpour.paramserver.transport.local import MAX_MESSAGE
 
 _PREFIX = struct.Struct("<IQ")
 if TYPE_CHECKING:

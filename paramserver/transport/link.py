@@ -7,8 +7,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from paramserver.messages import Answer, Push
-from paramserver.partition import Partition
+from downpour.paramserver.messages import Answer, Push
+from downpour.paramserver.partition.ranges import Partition
 
 Weights = npt.NDArray[np.float32]
 

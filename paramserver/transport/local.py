@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paramserver.errors import (
+from downpour.paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
     DeadlineExceeded,
@@ -30,7 +30,7 @@ from paramserver.errors import (
     NotColocated,
     ServerError,
 )
-from paramserver.messages import (
+from downpour.paramserver.messages import (
     KEY_BYTES,
     MAX_BATCHES,
     MAX_MAILBOXES,
@@ -44,11 +44,11 @@ from paramserver.messages import (
     encode,
     encode_all,
 )
-from paramserver.partition import Partition
-from paramserver.transport import replication
-from paramserver.transport.door import Door
-from paramserver.transport.link import Pull, Weights
-from paramserver.transport.memory import (
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.transport import replication
+from downpour.paramserver.transport.acceptor import Door
+from downpour.paramserver.transport.link import Pull, Weights
+from downpour.paramserver.transport.memory import (
     PAUSE_S,
     SPINS,
     Mailboxes,

@@ -40,10 +40,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
-from paramserver.partition import Partition
-from paramserver.rules import updates_in_place
-from paramserver.state import Version
+from downpour.paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.partition.state import Version
+from downpour.paramserver.rules.update import updates_in_place
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # fcntl.h; Python has no name for it yet
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW if hasattr(fcntl, "F_SEAL_SHRINK") else 0

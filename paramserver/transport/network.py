@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paramserver.errors import DeadlineExceeded, MalformedMessage
-from paramserver.messages import (
+from downpour.paramserver.errors import DeadlineExceeded, MalformedMessage
+from downpour.paramserver.messages import (
     MAX_MAILBOXES,
     Answer,
     Message,
@@ -26,11 +26,11 @@ from paramserver.messages import (
     Weights,
     WireDtype,
 )
-from paramserver.partition import Partition
-from paramserver.transport.channel import SLICE_BYTES
-from paramserver.transport.compress import TORCH_DTYPES
-from paramserver.transport.frames import FrameReader, Outbox, as_bytes, frame
-from paramserver.transport.greeting import Admitted
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.transport.channel import SLICE_BYTES
+from downpour.paramserver.transport.compress import TORCH_DTYPES
+from downpour.paramserver.transport.frames import FrameReader, Outbox, as_bytes, frame
+from downpour.paramserver.transport.handshake import Admitted
 
 _MAX_QUEUED = 2 * MAX_MAILBOXES
 UNPINNED = -1

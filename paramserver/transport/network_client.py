@@ -22,8 +22,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from paramserver.errors import BadConfiguration, ConnectionLost, MalformedMessage
-from paramserver.messages import (
+from downpour.paramserver.errors import BadConfiguration, ConnectionLost, MalformedMessage
+from downpour.paramserver.messages import (
     KEY_BYTES,
     NONCE_BYTES,
     PROOF_BYTES,
@@ -37,15 +37,15 @@ from paramserver.messages import (
     Weights,
     WireDtype,
 )
-from paramserver.transport import greeting
-from paramserver.transport.channel import SLICE_BYTES, Channel
-from paramserver.transport.compress import TORCH_DTYPES, encoder
-from paramserver.transport.frames import FrameReader, Outbox, as_bytes, head, memory_of
-from paramserver.transport.link import Pull
-from paramserver.transport.link import Weights as Array
-from paramserver.transport.local import Endpoint
-from paramserver.transport.memory import Mailboxes
-from paramserver.transport.security import Credentials
+from downpour.paramserver.transport import handshake
+from downpour.paramserver.transport.channel import SLICE_BYTES, Channel
+from downpour.paramserver.transport.compress import TORCH_DTYPES, encoder
+from downpour.paramserver.transport.frames import FrameReader, Outbox, as_bytes, head, memory_of
+from downpour.paramserver.transport.link import Pull
+from downpour.paramserver.transport.link import Weights as Array
+from downpour.paramserver.transport.local import Endpoint
+from downpour.paramserver.transport.memory import Mailboxes
+from downpour.paramserver.transport.security import Credentials
 
 THREAD_BYTES = 1 << 19
 """Slices of the weights of this size and more get a thread."""
@@ -216,7 +216,7 @@ class NetworkConnection:
         self._sent_bytes = [as_bytes(m) for m in self._sent_moments]
         self._gradient_bytes = TORCH_DTYPES[wire].itemsize * partition.num_parameters
         self._set_bytes = 12 * partition.num_features
-        channel = greeting.connect(
+        channel = handshake.connect(
             endpoint.network,
             partition=partition,
             key=key,

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from paramserver import snapshot
-from paramserver.errors import ConnectionLost, MalformedMessage, NotAuthenticated
-from paramserver.messages import KEY_BYTES
-from paramserver.partition import Partition
-from paramserver.snapshot import Snapshot
-from paramserver.transport.memory import check_memory, create_memory, floats
+from downpour.paramserver.errors import ConnectionLost, MalformedMessage, NotAuthenticated
+from downpour.paramserver.messages import KEY_BYTES
+from downpour.paramserver.partition import snapshot
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.partition.snapshot import Snapshot
+from downpour.paramserver.transport.memory import check_memory, create_memory, floats
 
 MAGIC = b"DPRF"
 FOLLOW, JOINED, MAILBOXES, GONE, PUSHES = range(1, 6)

@@ -50,7 +50,7 @@ class Cluster:
     def start(self, *arguments: str) -> str:
         """Submit `downpour ...` as a job by Ray's own command, and do not wait; gives its id."""
         submit = ("ray", "job", "submit", "--no-wait", "--working-dir", ".", "--")
-        output = self.run(*submit, "python", "-m", "cluster", *arguments)
+        output = self.run(*submit, "python", "-m", "downpour", *arguments)
         found = re.search(r"raysubmit_\w+", output)
         assert found is not None, output
         return found[0]
@@ -145,9 +145,9 @@ def launched(num_hosts: int, workers: Mapping[str, int]) -> Iterator[Cluster]:
     with Bed(num_hosts) as bed:
         cluster = Cluster(bed, hosts.checkout(bed.laptop / "checkout"))
         cluster.run("ray", "get-auth-token", "--generate")
-        template = (cluster.checkout / "cluster" / "providers" / FILE).read_text()
+        template = (cluster.checkout / "cluster" / "deploy" / "providers" / FILE).read_text()
         (cluster.checkout / FILE).write_text(bed.cluster_file(template, workers))
-        cluster.run("python", "-m", "cluster", "check", FILE)
+        cluster.run("python", "-m", "downpour", "check", FILE)
         cluster.run("ray", "up", "--yes", FILE)
         tunnel = ("ray", "dashboard", FILE, "--port", str(PORT))
         log = bed.folder / "tunnel.log"

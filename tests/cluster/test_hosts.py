@@ -14,7 +14,7 @@ import pytest
 from tests.cluster import bed as hosts
 from tests.cluster.bed import Bed
 from tests.cluster.launched import RUNS, Cluster, about, events, launched, updates, wait_for
-from tests.strangers import asked_without_token, kind_of_refusal
+from tests.helpers.strangers import asked_without_token, kind_of_refusal
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 HEAD, PARTITIONS, SHUFFLERS, REPLICAS = 0, 1, 2, (3, 4)
@@ -46,7 +46,7 @@ def test_strangers_are_refused_and_secrets_kept(cluster: Cluster) -> None:
     bed, run = cluster.bed, cluster.bed.shared / "runs" / "open"
     job = "open-doors"
     output = cluster.run(
-        *("python", "-m", "cluster", "submit", "--no-wait", "--id", job, "train", "mnist-bn"),
+        *("python", "-m", "downpour", "submit", "--no-wait", "--id", job, "train", "mnist-bn"),
         *("--runs", RUNS, "--name", "open", "--epochs", "75", "--warm-start-epochs", "0"),
         *("--partitions", "2"),
     )
@@ -69,8 +69,8 @@ def test_strangers_are_refused_and_secrets_kept(cluster: Cluster) -> None:
             assert [place for place, text in texts.items() if secret.encode() in text] == []
 
         # Through the folder, from where nothing else is known of the run.
-        assert "training" in cluster.run("python", "-m", "cluster", "watch", "--once", str(run))
-        assert "stopped" in cluster.run("python", "-m", "cluster", "stop", str(run))
+        assert "training" in cluster.run("python", "-m", "downpour", "watch", "--once", str(run))
+        assert "stopped" in cluster.run("python", "-m", "downpour", "stop", str(run))
         assert wait_for(lambda: cluster.status(job) == "SUCCEEDED", "the job's end")
         assert (run / "checkpoints").is_dir()
     finally:
@@ -98,7 +98,7 @@ def job_api_and_control_plane_refuse(cluster: Cluster) -> None:
     (stranger / ".ray").mkdir()
     (stranger / ".ray" / "auth_token").write_text("f" * 64)
     refused = subprocess.run(
-        ["python", "-m", "cluster", "submit", "train", "mnist-bn", "--runs", RUNS],
+        ["python", "-m", "downpour", "submit", "train", "mnist-bn", "--runs", RUNS],
         cwd=cluster.checkout,
         env=nobody,
         capture_output=True,

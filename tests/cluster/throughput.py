@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import machine, save
-from cluster.config import RunConfig
-from cluster.recipes import find
+from downpour.benchmarks.harness import machine, save
+from downpour.cluster.config.recipes import find
+from downpour.cluster.config.run import RunConfig
 from tests.cluster import bed as hosts
 from tests.cluster.launched import RUNS, Cluster, about, launched, wait_for
 

@@ -1,7 +1,11 @@
-"""The one-way rule of imports, checked over the sources and proved to notice a violation."""
+"""The rules of imports, checked over the sources, and proved to notice a violation.
+
+Packages import one way; no two modules and no two rooms import each other in a circle; Ray is
+imported at the edges only; no room has more modules than one can see at a glance.
+"""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,30 +21,53 @@ ALLOWED = {
     "models": set(),
 }
 OURS = {*ALLOWED, "benchmarks", "tests"}
+MAX_MODULES = 16
+"""Of one room, `__init__` included."""
+BASES = {"errors", "messages", "spec", "processors", "paths"}
+"""Modules of a package's own folder that its rooms rest on; the others there rest on the rooms."""
+
+
+def module_of(root: Path, file: Path) -> str:
+    """The name of a source, below `downpour`."""
+    return ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported_modules(source: str, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Yields (line, absolute dotted name) of every import, wherever in the file it stands.
+    """Yields (line, name below `downpour` or absolute) of every import, wherever it stands.
 
     Imports for type checking count: they couple two packages as much as any other. So do those
     through `import_module` and `__import__` with a literal name.
     """
     for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            names = (*base, *(node.module.split(".") if node.module else ()))
-            for alias in node.names:
-                # `from . import x` names a module; so may `from package import x`.
-                yield node.lineno, ".".join((*names, alias.name))
+            base = ("downpour", *package)[: len(package) + 2 - node.level] if node.level else ()
+            start = (*base, *(node.module.split(".") if node.module else ()))
+            # `from . import x` names a module; so may `from package import x`.
+            names = [".".join((*start, alias.name)) for alias in node.names]
         elif isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
             name = node.func.id if isinstance(node.func, ast.Name) else name
             literal = node.args[0] if node.args else None
             if name in ("import_module", "__import__") and isinstance(literal, ast.Constant):
-                yield node.lineno, str(literal.value)
+                names = [str(literal.value)]
+        for name in names:
+            yield node.lineno, name.removeprefix("downpour.")
+
+
+def bare(source: str) -> Iterator[tuple[int, str]]:
+    """Yields imports of our packages by names that a user's own packages may bear."""
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names = [node.module]
+        for name in names:
+            if name.split(".")[0] in OURS - {"tests"}:
+                yield node.lineno, name
 
 
 def violations(root: Path) -> list[str]:
@@ -52,7 +79,10 @@ def violations(root: Path) -> list[str]:
             found.append(f"{package}/: no sources; was the package renamed?")
         for file in files:
             parts = file.relative_to(root).with_suffix("").parts
-            for line, module in imported_modules(file.read_text(encoding="utf-8"), parts[:-1]):
+            source = file.read_text(encoding="utf-8")
+            for line, name in bare(source):
+                found.append(f"{file.relative_to(root)}:{line}: write downpour.{name}")
+            for line, module in imported_modules(source, parts[:-1]):
                 top = module.split(".")[0]
                 where = f"{file.relative_to(root)}:{line}"
                 if top in OURS and top != package and top not in allowed:
@@ -64,28 +94,88 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Which modules of the product each of its modules imports."""
+    files = {module_of(root, f): f for package in ALLOWED for f in (root / package).rglob("*.py")}
+
+    def known(name: str) -> str | None:
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    graph = {}
+    for module, file in files.items():
+        package = file.parent.relative_to(root).parts
+        names = {known(n) for _, n in imported_modules(file.read_text(encoding="utf-8"), package)}
+        graph[module] = {name for name in names if name not in (None, module)}
+    return graph
+
+
+def room_of(root: Path, module: str) -> str:
+    """The room of a module; in a package's own folder, its base or its front."""
+    path = root.joinpath(*module.split("."))
+    if path.is_dir():
+        return module if "." in module else f"{module} (base)"
+    room, _, leaf = module.rpartition(".")
+    return room if "." in room else f"{room} ({'base' if leaf in BASES else leaf})"
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    """The groups of nodes that can all reach each other."""
+    reach = {node: set(imports) for node, imports in graph.items()}
+    while more := {n: set().union(*(reach[m] for m in reach[n])) - reach[n] for n in reach}:
+        if not any(more.values()):
+            break
+        reach = {node: found | more[node] for node, found in reach.items()}
+    groups = {frozenset(n for n in reach[node] if node in reach[n]) for node in graph}
+    return [set(group) for group in groups if len(group) > 1]
+
+
 def test_imports_run_one_way():
     assert violations(ROOT) == []
 
 
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles(import_graph(ROOT)) == []
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    rooms: dict[str, set[str]] = {}
+    for module, imports in import_graph(ROOT).items():
+        room = room_of(ROOT, module)
+        rooms.setdefault(room, set()).update(room_of(ROOT, m) for m in imports)
+        rooms[room].discard(room)
+    assert circles(rooms) == []
+
+
+def test_a_room_can_be_seen_at_a_glance():
+    counts: dict[str, int] = {}
+    for module in import_graph(ROOT):
+        path = ROOT.joinpath(*module.split("."))
+        room = module if path.is_dir() else module.rpartition(".")[0]
+        counts[room] = counts.get(room, 0) + 1
+    assert {room: n for room, n in counts.items() if n > MAX_MODULES} == {}
+
+
 CONTROLLER = (
     {"controller"},
-    {"checkpointing", "processes", "evaluating"},
+    {"checkpointing", "replica_processes", "evaluation"},
     {"partitions"},
-    {"followers", "lending", "losses"},
-    {"recovery", "telemetry", "tickets", "members", "settled", "ramp"},
+    {"followers", "lease_manager", "failures"},
+    {"failure_policy", "pending_calls", "members", "coverage", "warm_start"},
     {"backend"},
 )
-"""Parts of `cluster/`, in the order of docs/architecture.md: each knows only those further down."""
+"""Parts of the controller, in the order of its docs: each knows only those further down."""
 
 
 @pytest.mark.parametrize("rank", range(len(CONTROLLER)))
 def test_the_controllers_parts_know_only_those_below_them(rank):
     not_below = set().union(*CONTROLLER[: rank + 1])
     for name in CONTROLLER[rank]:
-        source = (ROOT / "cluster" / f"{name}.py").read_text(encoding="utf-8")
-        known = {module for _, module in imported_modules(source, ("cluster",))}
-        assert not {of for of in not_below if any(f"cluster.{of}." in f"{m}." for m in known)}
+        source = (ROOT / "cluster" / "controller" / f"{name}.py").read_text(encoding="utf-8")
+        known = {module for _, module in imported_modules(source, ("cluster", "controller"))}
+        forbidden = {f"cluster.controller.{of}" for of in not_below}
+        assert not {m for m in known if any(f"{m}.".startswith(f"{of}.") for of in forbidden)}
 
 
 @pytest.fixture
@@ -106,12 +196,12 @@ def planted(tmp_path):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("cluster/a.py", "import ray, torch, workers.step, models\nfrom shuffler import plan\n"),
-        ("workers/a.py", "from paramserver.client import Client\nimport torch\n"),
+        ("cluster/a.py", "import ray, torch, downpour.workers.step\nimport downpour.models\n"),
+        ("workers/a.py", "from downpour.paramserver.client import Client\nimport torch\n"),
         ("workers/a.py", "from . import step\nfrom .step import run\n"),
         ("paramserver/actor.py", "import ray\n"),
         ("paramserver/transport/a.py", "from ..messages import Push\nfrom .. import state\n"),
-        ("shuffler/a.py", "import numpy\nfrom shuffler.plan import Plan\n"),
+        ("shuffler/a.py", "import numpy\nfrom downpour.shuffler.plan import Plan\n"),
         ("models/a.py", "import raymond\nimport workerspace\n"),
     ],
 )
@@ -122,18 +212,18 @@ def test_what_is_allowed_passes(planted, path, source):
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        ("workers/a.py", "import cluster.config\n", "workers must not import cluster.config"),
-        ("models/a.py", "from paramserver import rules\n", "models must not import paramserver"),
-        ("models/a.py", "import workers\n", "models must not import workers"),
-        ("paramserver/a.py", "import shuffler\n", "paramserver must not import shuffler"),
-        ("shuffler/a.py", "from models.mlp import Mlp\n", "shuffler must not import models.mlp"),
-        ("paramserver/a.py", "def f():\n    import models\n", "a.py:2: paramserver must not"),
+        ("workers/a.py", "import downpour.cluster.run\n", "workers must not import cluster.run"),
+        ("models/a.py", "from downpour.paramserver import rules\n", "must not import paramserver"),
+        ("models/a.py", "import downpour.workers\n", "models must not import workers"),
+        ("paramserver/a.py", "import downpour.shuffler\n", "paramserver must not import shuffler"),
+        ("shuffler/a.py", "from downpour.models.mlp import A\n", "must not import models.mlp"),
+        ("paramserver/a.py", "def f():\n    import downpour.models\n", "a.py:2: paramserver must"),
         (
             "paramserver/a.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import models\n",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import downpour.models\n",
             "a.py:3: paramserver must not",
         ),
-        ("models/a.py", "import importlib\nimportlib.import_module('cluster.x')\n", "cluster.x"),
+        ("models/a.py", "import importlib\nimportlib.import_module('downpour.cluster')\n", "clus"),
         ("models/a.py", "from .. import cluster\n", "models must not import cluster"),
         ("cluster/a.py", "import tests.fakes\n", "cluster must not import tests.fakes"),
         ("workers/step.py", "import ray.util\n", "ray belongs in actor.py"),
@@ -141,6 +231,7 @@ def test_what_is_allowed_passes(planted, path, source):
         ("shuffler/decode.py", "import torch.nn\n", "without torch"),
         ("shuffler/actor.py", "from torch import nn\n", "without torch"),
         ("paramserver/transport/a.py", "from ...workers import step\n", "must not import workers"),
+        ("workers/a.py", "if True:\n    from workers import step\n", "write downpour.workers"),
     ],
 )
 def test_a_violation_is_noticed(planted, path, source, complaint):
@@ -150,3 +241,8 @@ def test_a_violation_is_noticed(planted, path, source, complaint):
 
 def test_a_missing_package_is_noticed(tmp_path):
     assert len(violations(tmp_path)) == len(ALLOWED)
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
+    assert circles(graph) == [{"b", "c"}]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.policies import POLICIES
-from tests.ray import commands
+from downpour.benchmarks.policies import POLICIES
+from tests.helpers import commands
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -19,7 +19,7 @@ def bench(*arguments: str, tmp_path: Path) -> dict[str, Any]:
     """What `downpour bench ... --quick --json` prints."""
     with (tmp_path / "log").open("wb") as log:
         done = subprocess.run(
-            [sys.executable, "-m", "cluster", "bench", *arguments, "--quick", "--json"],
+            [sys.executable, "-m", "downpour", "bench", *arguments, "--quick", "--json"],
             cwd=commands.ROOT,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import chaos
+from downpour.benchmarks import chaos
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

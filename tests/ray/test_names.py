@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster.launch import on_ray
-from shuffler.actor import ShufflerActor
-from tests.ray import commands
-from workers.actor import EvaluatorActor, ReplicasActor
+from downpour.cluster.training.session import on_ray
+from downpour.shuffler.actor import ShufflerActor
+from downpour.workers.actor import EvaluatorActor, ReplicasActor
+from tests.helpers import commands
 
 pytestmark = pytest.mark.ray
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.commands import ROOT, result
+from tests.helpers.commands import ROOT, result
 
 pytestmark = pytest.mark.ray
 
@@ -17,7 +17,12 @@ def test_the_example_trains(tmp_path: Path) -> None:
     # Under another name and outside the project, so that nothing but the working directory leads
     # to it, in the processes that Ray starts as well.
     text = (ROOT / "examples" / "own_model.py").read_text()
-    (tmp_path / "mine.py").write_text(text.replace("examples.own_model:", "mine:"))
+    # Its modules bear the names of Downpour's own, as those of many projects do.
+    for name in ("models", "workers", "cluster"):
+        (tmp_path / name).mkdir()
+    text = text.replace("examples.own_model:", "models.mine:")
+    (tmp_path / "models" / "mine.py").write_text(text)
+    (tmp_path / "workers" / "recipes.py").write_text("from models.mine import recipe\n")
     shutil.copytree(ROOT / "data" / "mnist-binary", tmp_path / "data")
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
     command = Path(sys.executable).with_name("downpour")
@@ -34,15 +39,13 @@ def test_the_example_trains(tmp_path: Path) -> None:
             check=False,
         )
 
-    done = run("train", "mine:recipe", *options, timeout=110)
+    done = run("train", "workers.recipes:recipe", *options, timeout=110)
     assert done.returncode == 0, done.stderr
     found = result(tmp_path / "runs" / "own")
     assert found["accuracy"] > 0.85
     assert found["exactly_once"]
     scored = run("evaluate", "runs/own")
     assert scored.returncode == 0, scored.stderr
-    for words in ("has no function 'nothing'", "holds a models of its own"):
-        wrong = run("train", "mine:nothing")
-        assert wrong.returncode == 2
-        assert words in wrong.stderr
-        (tmp_path / "models").mkdir(exist_ok=True)
+    wrong = run("train", "workers.recipes:nothing")
+    assert wrong.returncode == 2
+    assert "has no function 'nothing'" in wrong.stderr

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray import commands
+from tests.helpers import commands
+from tests.helpers.strangers import beyond_loopback, kind_of_refusal, listening
 from tests.ray.test_train import SMALL
-from tests.strangers import beyond_loopback, kind_of_refusal, listening
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

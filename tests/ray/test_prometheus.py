@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import dashboard
-from cluster.config import ROOT
-from tests.ray import commands
+from downpour.cluster.config.paths import ROOT
+from downpour.cluster.monitoring import dashboard
+from tests.helpers import commands
 from tests.ray.test_train import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from cluster import inference
-from tests.inprocess.test_inference import _config, _file, _make_run, _pixels
-from tests.inprocess.tiny import write_split
-from tests.ray import commands
-from tests.strangers import beyond_loopback, kind_of_refusal, listening
-from workers.predictor import Predictor
+from downpour.cluster.serving import inference
+from downpour.workers.evaluation.predictor import Predictor
+from tests.helpers import commands
+from tests.helpers.strangers import beyond_loopback, kind_of_refusal, listening
+from tests.helpers.tiny import write_split
+from tests.inprocess.cluster.serving.test_inference import _config, _file, _make_run, _pixels
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.run_folder import RunFolder
-from models.flat import FlatModel
-from models.fold import fold
-from shuffler.decode import decode
-from shuffler.reader import RowReader
-from shuffler.records import Dataset
-from tests.ray import commands
-from workers.evaluator import Evaluator, population_statistics
-from workers.split import SplitBatches
+from downpour.cluster.run.folder import RunFolder
+from downpour.models.flat import FlatModel
+from downpour.models.fold import fold
+from downpour.shuffler.dataset.reader import RowReader
+from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.images.decode import decode
+from downpour.workers.evaluation.evaluator import Evaluator, population_statistics
+from downpour.workers.evaluation.split import SplitBatches
+from tests.helpers import commands
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

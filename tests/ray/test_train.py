@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray import commands
-from workers.replica import BELL_EVERY
+from downpour.workers.replica.replicas import BELL_EVERY
+from tests.helpers import commands
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import BUNDLED_MNIST
-from shuffler.ingest import IngestConfig, ingest
-from shuffler.manifest import MANIFEST_NAME
-from tests.ray import commands
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from downpour.shuffler.dataset.manifest import MANIFEST_NAME
+from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from tests.helpers import commands
 from tests.ray.test_train import NUM_BATCHES, SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray import commands
+from tests.helpers import commands
 from tests.ray.test_train import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray import commands
+from tests.helpers import commands
 from tests.ray.test_train import SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

@@ -1,0 +1,41 @@
+"""The command `downpour bench`."""
+
+from __future__ import annotations
+
+import click
+
+BENCHMARKS = (
+    *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
+    *("recovery", "shuffle", "policies"),
+    "all",
+)
+
+
+@click.command()
+@click.argument("name", type=click.Choice(BENCHMARKS))
+@click.option("--repeat", default=3, show_default=True, help="Rounds; medians are shown.")
+@click.option("--seconds", default=10.0, show_default=True, help="Seconds that each is measured.")
+@click.option("--only", multiple=True, help="Peers or sizes to run; may be given several times.")
+@click.option("--quick", is_flag=True, help="Only show that it works, in seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: raw output and medians.")
+@click.option("--save", is_flag=True, help="Keep the JSON in benchmarks/results/.")
+def bench(
+    name: str,
+    repeat: int,
+    seconds: float,
+    only: tuple[str, ...],
+    quick: bool,
+    as_json: bool,
+    save: bool,
+) -> int:
+    """Measure NAME, on a machine that does nothing else: the claims of speed behind the docs."""
+    from downpour.benchmarks import suite
+    from downpour.benchmarks.harness import Settings
+
+    settings = (
+        Settings.quickly(only) if quick else Settings(repeat=repeat, seconds=seconds, only=only)
+    )
+    return suite.run(name, settings, as_json=as_json, save=save)
+
+
+COMMANDS = (bench,)

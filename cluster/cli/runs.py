@@ -1,0 +1,112 @@
+"""Commands about runs: recipes, status, watch, stop, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from downpour.cluster.cli.shared import (
+    RUNS,
+    cell,
+)
+from downpour.cluster.config import recipes
+from downpour.cluster.config.options import ConfigCommand, apply, config_options
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.folder import CONFIG, RESULT, STATUS, RunFolder
+
+
+@click.command(cls=ConfigCommand, name="recipes")
+@config_options(RunConfig)
+@click.argument("recipe", required=False)
+def list_recipes(recipe: str | None, given: dict[str, object]) -> None:
+    """List the recipes; or show RECIPE, with options if any: its network and all its values."""
+    if recipe is not None:
+        from downpour.cluster.config.describe import describe
+
+        describe(apply(recipes.find(recipe), given), Console())
+        return
+    if given:
+        raise UserError("options say nothing without a recipe: name one to see it with them")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for known in recipes.RECIPES.values():
+        table.add_row(f"[bold]{known.name}[/bold]", known.summary)
+    Console().print(table)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=RUNS, help="Folder that runs are kept in."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(run: Path | None, runs: Path, as_json: bool) -> None:
+    """Show where RUN stands; without one, where all runs stand."""
+    if run is not None:
+        folders = [RunFolder.open(run)]
+    else:
+        found = sorted(runs.iterdir()) if runs.is_dir() else []
+        folders = [RunFolder.open(path) for path in found if (path / CONFIG).is_file()]
+        if not folders and not as_json:
+            click.echo(f"no runs in {runs}: `downpour train mnist-bn` makes one")
+            return
+    rows = [run_status(folder) for folder in folders]
+    if as_json:
+        click.echo(json.dumps(rows if run is None else rows[0]))
+        return
+    table = Table(box=None, pad_edge=False)
+    columns = ("run", "recipe", "state", "epoch", "updates", "loss", "accuracy")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:3] else "right")
+    for row in rows:
+        table.add_row(*(cell(row.get(column)) for column in columns))
+    Console().print(table)
+
+
+def run_status(folder: RunFolder) -> dict[str, Any]:
+    """Where a run stands. One that says it is training, but that nobody holds, has died."""
+    status: dict[str, Any] = {"run": folder.name, "recipe": folder.config().recipe}
+    if (folder.path / STATUS).exists():
+        status |= folder.read_json(STATUS)
+    if (folder.path / RESULT).exists():
+        status |= {"state": "finished", "accuracy": folder.read_json(RESULT)["accuracy"]}
+    elif status.get("state") != "stopped" and not folder.held():
+        status["state"] = "died: `downpour resume` goes on with it"
+    return status
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--once", is_flag=True, help="Print where it stands, and end.")
+def watch(run: Path, once: bool) -> int:
+    """Show the progress of RUN, the folder of a run that trains somewhere, until it ends."""
+    from downpour.cluster.monitoring.watch import watch as follow
+
+    return follow(RunFolder.open(run), once=once, console=Console())
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--wait/--no-wait", default=True, help="Wait until it has stopped.")
+def stop(run: Path, wait: bool) -> int:
+    """Ask the training of RUN to write a checkpoint and end, wherever it runs."""
+    from downpour.cluster.monitoring.watch import stop as ask
+
+    return ask(RunFolder.open(run), wait=wait, console=Console())
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write RUN's report.html, a page with its curves, as far as it has come."""
+    from downpour.cluster.monitoring.html_report import write_report
+
+    click.echo(f"written: {write_report(RunFolder.open(run).path)}")
+
+
+COMMANDS = (list_recipes, status, watch, stop, report)

@@ -1,0 +1,152 @@
+"""Commands that train: train, resume, scale, replay."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import get_args
+
+import click
+from rich.console import Console
+
+from downpour.cluster.cli.shared import (
+    RUNS,
+    with_ray_options,
+)
+from downpour.cluster.config import recipes
+from downpour.cluster.config.options import ConfigCommand, apply, config_options
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.folder import MAX_REPLICAS, STATUS, RunFolder
+from downpour.workers.spec import DeviceName
+
+
+@click.command(cls=ConfigCommand)
+@config_options(RunConfig)
+@click.argument("recipe")
+@click.option("--name", default=None, help="Name of the run; default: recipe, date and time.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=RUNS, help="Folder that runs are kept in."
+)
+@with_ray_options
+def train(
+    recipe: str,
+    name: str | None,
+    runs: Path,
+    address: str | None,
+    dashboard: bool,
+    given: dict[str, object],
+) -> int:
+    """Train RECIPE from the beginning. `downpour recipes` lists the recipes."""
+    from downpour.cluster.training import inputs, launch
+
+    config = apply(recipes.find(recipe), given)
+    data = inputs.check_data(config)
+    folder = RunFolder.create(
+        runs / (name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config
+    )
+    try:
+        return launch.train(
+            folder,
+            data,
+            resume=False,
+            address=address,
+            dashboard=dashboard,
+            console=Console(stderr=True),
+        )
+    except Exception:
+        folder.discard_if_unused()
+        raise
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--replicas", type=click.IntRange(1, MAX_REPLICAS), help="Another number of them.")
+@click.option("--partitions", type=click.IntRange(1), help="Another number of them.")
+@click.option(
+    "--replica-device", type=click.Choice(get_args(DeviceName)), help="Another one to compute on."
+)
+@with_ray_options
+def resume(
+    run: Path,
+    replicas: int | None,
+    partitions: int | None,
+    replica_device: DeviceName | None,
+    address: str | None,
+    dashboard: bool,
+) -> int:
+    """Go on with RUN, the folder of a run that was stopped or died."""
+    from downpour.cluster.training import change, inputs, launch
+
+    folder = RunFolder.open(run)
+    data = inputs.check_data(recipes.admit(folder.config()))
+    change.change(folder, data, replicas=replicas, partitions=partitions, device=replica_device)
+    return launch.train(
+        folder,
+        data,
+        resume=True,
+        address=address,
+        dashboard=dashboard,
+        console=Console(stderr=True),
+    )
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--replicas", type=click.IntRange(1, MAX_REPLICAS), required=True, help="How many.")
+@click.option(
+    "--wait", "wait_s", type=float, default=30.0, show_default=True, help="Seconds to wait for it."
+)
+def scale(run: Path, replicas: int, wait_s: float) -> int:
+    """Have RUN, which is training, go on with another number of replicas."""
+    folder = RunFolder.open(run)
+    if not folder.held():
+        raise UserError(f"{run} is not being trained: `downpour resume {run}` goes on with it")
+    folder.ask_for_replicas(replicas)
+    give_up_s = time.monotonic() + wait_s
+    while time.monotonic() < give_up_s:
+        time.sleep(0.1)
+        status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
+        if status.get("replicas_wanted") == replicas:
+            click.echo(f"{run} goes on with {replicas} replicas")
+            return 0
+        if not folder.held():
+            break
+    raise UserError(
+        f"{run} has not taken note of it within {wait_s:g} s: `downpour status {run}` shows "
+        "whether it trains"
+    )
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def replay(run: Path) -> int:
+    """Compute RUN again from its record, and compare it to the bit with its last checkpoint.
+
+    For runs that were trained with --record-pushes.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from downpour.cluster.replay.run import replay_run
+
+    folder = RunFolder.open(run)
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pushes", total=None)
+        found = replay_run(
+            folder,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda line: console.print(line, style="yellow", markup=False),
+        )
+    click.echo(f"{found.pushes:,} pushes, to versions {', '.join(map(str, found.versions))}")
+    for line in found.differing:
+        click.echo(line)
+    if found.checkpoint is None:
+        click.echo("there is no checkpoint to compare with")
+    elif not found.differing:
+        click.echo(f"the same to the bit as checkpoint {found.checkpoint}")
+    return 1 if found.differing else 0
+
+
+COMMANDS = (train, resume, scale, replay)

@@ -1,0 +1,1 @@
+"""What a run is told: its configuration, the options made of it, the recipes."""

@@ -1,0 +1,93 @@
+"""Values of a run's configuration that are good by themselves and not together.
+
+Each check names the values and the remedy in one line, and says why in a few words.
+"""
+
+from __future__ import annotations
+
+from downpour.cluster.config.policy import PolicyConfig
+from downpour.paramserver.config import ServerConfig
+from downpour.workers.config import ReplicaConfig
+
+
+def check(server: ServerConfig, replicas: ReplicaConfig, policy: PolicyConfig) -> None:
+    """Raise `ValueError` for what cannot go together."""
+    name, steps = server.policy.staleness_policy, replicas.steps
+    if name in ("bounded", "compensate") and steps.n_fetch != steps.n_push:
+        raise ValueError(
+            f"staleness policy is {name}, n fetch {steps.n_fetch} and n push {steps.n_push}: "
+            "give both the same value, so that a push is computed on one version"
+        )
+    if name == "compensate":
+        _check_compensation(server, replicas)
+    if name == "synchronous":
+        _check_rounds(server, replicas, policy)
+    if policy.record_pushes:
+        _check_record(server, replicas)
+    if steps.device != "cpu":
+        _check_device(replicas, policy)
+
+
+def _check_record(server: ServerConfig, replicas: ReplicaConfig) -> None:
+    n_push, wire = replicas.steps.n_push, server.network.wire_dtype
+    if n_push != 1:
+        raise ValueError(f"record pushes is on, and n push is {n_push}: give n push 1")
+    if wire != "float32":
+        raise ValueError(
+            f"record pushes is on, and wire dtype is {wire}, which adds what earlier "
+            "rounding left out: give wire dtype float32"
+        )
+
+
+def _check_device(replicas: ReplicaConfig, policy: PolicyConfig) -> None:
+    steps, spares = replicas.steps, replicas.spares
+    if policy.record_pushes:
+        raise ValueError(
+            f"record pushes is on, and replica device is {steps.device}, which does not round the "
+            "same way each time, so that a replay would find other bits: give replica device cpu"
+        )
+    if steps.record_steps == "on":
+        raise ValueError(
+            f"record steps is on, and replica device is {steps.device}, where steps are not "
+            "recorded: give record steps auto, or replica device cpu"
+        )
+    if spares != "none":
+        raise ValueError(
+            f"spares is {spares}, and replica device is {steps.device}, of which a spare would "
+            "hold a share: give spares none"
+        )
+
+
+def _check_compensation(server: ServerConfig, replicas: ReplicaConfig) -> None:
+    wire, slots = server.network.wire_dtype, replicas.slots
+    if wire != "float32":
+        raise ValueError(
+            f"staleness policy is compensate, and wire dtype is {wire}, which adds what "
+            "rounding left out of gradients on other weights: give wire dtype float32"
+        )
+    bound = server.policy.staleness_bound
+    if bound < slots:
+        raise ValueError(
+            f"staleness policy is compensate, and staleness bound is {bound}, with {slots} steps "
+            "in flight: give at least as many, or most pushes would be dropped"
+        )
+
+
+def _check_rounds(server: ServerConfig, replicas: ReplicaConfig, policy: PolicyConfig) -> None:
+    steps, slots = replicas.steps, replicas.slots
+    if (steps.n_fetch, steps.n_push) != (1, 1):
+        raise ValueError(
+            f"staleness policy is synchronous, n fetch {steps.n_fetch} and n push "
+            f"{steps.n_push}: give 1 for both, and as many more round pushes"
+        )
+    pushes = server.policy.round_pushes
+    if pushes is None and policy.record_pushes:
+        raise ValueError(
+            "record pushes is on, and round pushes is none, which is another number when the "
+            f"run is resumed with other replicas: give round pushes {slots}"
+        )
+    if pushes is not None and pushes > slots:
+        raise ValueError(
+            f"round pushes is {pushes}, and there are {slots} steps in flight: give at most as "
+            "many; the others are backup workers"
+        )

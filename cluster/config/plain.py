@@ -1,0 +1,50 @@
+"""Configurations as plain data, for JSON, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain dicts, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_plain(config_class: type[ConfigT], plain: Mapping[str, Any]) -> ConfigT:
+    """The configuration that `to_plain` gave. Unknown and missing names are one-line errors."""
+    hints = typing.get_type_hints(config_class)
+    names = {f.name for f in dataclasses.fields(typing.cast("Any", config_class))}
+    unknown = set(plain) - names
+    if unknown:
+        raise UserError(
+            f"the saved configuration has {', '.join(sorted(unknown))}, which this version does "
+            "not know: use the version that wrote it"
+        )
+    values = {name: _value(hints[name], value) for name, value in plain.items()}
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the saved configuration is not usable: {error}") from None
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(typing.cast("type[Any]", hint), value)
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is None:
+        return None
+    return value

@@ -1,0 +1,58 @@
+"""How long a run is, and what it does on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """How long the run is, and what it does on the way."""
+
+    epochs: int = 20
+    """Epochs to train."""
+    seed: int = 0
+    """What every random stream of the run comes from."""
+    evaluate_every_s: float = 5.0
+    """Seconds between two scorings of the evaluation split; longer where scoring is slow."""
+    evaluation_share: float = 0.1
+    """Largest share of the time that scoring may take."""
+    checkpoint_every_s: float = 10.0
+    """Seconds between two checkpoints."""
+    checkpoints: str | None = None
+    """Folder or pyarrow.fs URI for the checkpoints, in a folder of the run's name; none keeps them
+    in the run's folder."""
+    keep_checkpoints: int = 3
+    """Checkpoints kept; older ones are removed."""
+    keep_best_checkpoints: int = 0
+    """Checkpoints kept besides, however old: those with the highest accuracy."""
+    record_pushes: bool = False
+    """Record the order of all pushes, from which `downpour replay` computes the run again."""
+    on_refusal: Literal["continue", "stop"] = "continue"
+    """What a refused mini-batch (loss or gradient not finite) does to the run."""
+    max_refused: int | None = 1000
+    """Refused mini-batches after which the run stops all the same; none for no such bound."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        if self.keep_best_checkpoints < 0:
+            raise ValueError(
+                f"keep best checkpoints is {self.keep_best_checkpoints}: give 0 or more"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: give 0 or more")
+        if not 0 < self.evaluation_share <= 1:
+            raise ValueError(
+                f"evaluation share is {self.evaluation_share}: give a number above 0 and up to 1"
+            )
+        for name in ("evaluate_every_s", "checkpoint_every_s"):
+            if getattr(self, name) <= 0:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give more than 0 seconds")

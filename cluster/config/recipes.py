@@ -1,0 +1,196 @@
+"""Recipes: complete configurations by name. Each is Python, and a line that says what it is.
+
+A recipe names every value in which it departs from the defaults; the command line may override
+any of them. A recipe of the user's own is a function that returns a `RunConfig`, and its name is
+`package.module:function`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from downpour.cluster.config import inception_recipes
+from downpour.cluster.config.policy import PolicyConfig
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError, one_line
+from downpour.paramserver.config import ServerConfig
+from downpour.paramserver.rules.schedule import Schedule
+from downpour.shuffler.config import DataConfig
+from downpour.shuffler.images.decode import ImageSpec
+from downpour.workers.config import ModelConfig, ReplicaConfig
+from downpour.workers.spec import StepConfig
+
+BINARY_MNIST = ImageSpec(height=28, width=28, channels=1, binary_threshold=127, flatten=True)
+"""Section 4.1: 28x28 binary images as vectors of 784."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A configuration and what it is for."""
+
+    name: str
+    summary: str
+    make: Callable[[], RunConfig]
+
+
+def mnist_bn() -> RunConfig:
+    """Section 4.1's net with batch normalization, as section 4.2 trains: 10 x 5, batches of 32.
+
+    Rates and ramp are this project's: with 50 steps in flight the output layer's curvature bounds
+    the rate while the loss is high, which is what the warm start gets over.
+    """
+    return RunConfig(
+        recipe="mnist-bn",
+        model=ModelConfig(model="mnist", arguments={"batch_norm": True}, image=BINARY_MNIST),
+        data=DataConfig(batch_size=32),
+        server=ServerConfig(
+            rule="momentum",
+            momentum=0.9,
+            weight_decay=1e-4,
+            schedule=Schedule(learning_rate=0.15, decay_factor=0.84, warmup_epochs=0.25),
+        ),
+        replicas=ReplicaConfig(
+            replicas=10,
+            steps=StepConfig(concurrent_steps=5),
+            warm_start_epochs=1,
+            ramp_epochs=8,
+        ),
+        policy=PolicyConfig(epochs=20),
+    )
+
+
+def mnist() -> RunConfig:
+    """The same net without batch normalization, at a rate that it bears."""
+    return RunConfig(
+        recipe="mnist",
+        model=ModelConfig(model="mnist", arguments={"batch_norm": False}, image=BINARY_MNIST),
+        data=DataConfig(batch_size=32),
+        server=ServerConfig(
+            rule="momentum",
+            momentum=0.9,
+            schedule=Schedule(learning_rate=0.02, warmup_epochs=0.25),
+        ),
+        replicas=ReplicaConfig(
+            replicas=10,
+            steps=StepConfig(concurrent_steps=5),
+            warm_start_epochs=1,
+            ramp_epochs=6,
+        ),
+        policy=PolicyConfig(epochs=20),
+    )
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="mnist-bn",
+            summary="MNIST, three sigmoid layers of 100 with batch normalization (section 4.1)",
+            make=mnist_bn,
+        ),
+        Recipe(
+            name="mnist",
+            summary="the same net without batch normalization (section 4.1's comparison)",
+            make=mnist,
+        ),
+        Recipe(
+            name="inception",
+            summary="Inception (Figure 5) without batch normalization: what the others are "
+            "compared with (section 4.2)",
+            make=inception_recipes.inception,
+        ),
+        Recipe(
+            name="bn-baseline",
+            summary="the same with batch normalization before each nonlinearity",
+            make=inception_recipes.bn_baseline,
+        ),
+        Recipe(
+            name="bn-x5",
+            summary="BN-Inception at 5 times the rate, modified as in section 4.2.1",
+            make=inception_recipes.bn_x5,
+        ),
+        Recipe(
+            name="bn-x30",
+            summary="BN-Inception at 30 times the rate, modified as in section 4.2.1",
+            make=inception_recipes.bn_x30,
+        ),
+        Recipe(
+            name="bn-x5-sigmoid",
+            summary="bn-x5 with sigmoids for ReLU",
+            make=inception_recipes.bn_x5_sigmoid,
+        ),
+        *(
+            Recipe(
+                name=f"ensemble-{number}",
+                summary=f"of the ensemble of section 4.2.3: bn-x30 with {changes}",
+                make=functools.partial(inception_recipes.ensemble_member, number),
+            )
+            for number, (changes, _) in enumerate(inception_recipes.ENSEMBLE, 1)
+        ),
+    )
+}
+
+
+def find(name: str) -> RunConfig:
+    """The configuration of the recipe called `name`; a one-line error where there is none.
+
+    `package.module:function` is one of the user's own, looked for in the working directory too.
+    """
+    if ":" in name:
+        return _own(name)
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(
+            f"there is no recipe {name!r}: {hint}`downpour recipes` lists {', '.join(RECIPES)}, "
+            "and module:function names one of your own"
+        )
+    return admit(recipe.make())
+
+
+def _own(name: str) -> RunConfig:
+    module_name, _, attribute = name.partition(":")
+    add_working_directory()
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"recipe {name!r}: {module_name!r} cannot be imported: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(
+            f"recipe {name!r}: {module_name!r} has no function {attribute!r}: name one that "
+            "returns a downpour.RunConfig"
+        )
+    config = function()
+    if not isinstance(config, RunConfig):
+        raise UserError(
+            f"recipe {name!r} returned {type(config).__name__}: return a downpour.RunConfig"
+        )
+    return config
+
+
+def admit(config: RunConfig) -> RunConfig:
+    """`config`, once the modules that its model and loss come from can be imported."""
+    if ":" in config.model.model or ":" in config.model.loss:
+        add_working_directory()
+    return config
+
+
+def add_working_directory() -> None:
+    """Make modules of the working directory importable, here and in processes started later."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in [here, *before] if p))

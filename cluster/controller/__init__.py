@@ -1,0 +1,1 @@
+"""Who looks after a run: leases, partitions, replica processes, failures."""

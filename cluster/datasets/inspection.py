@@ -1,0 +1,274 @@
+"""What a dataset holds, how a strategy mixes it, and what a network will see of it.
+
+`downpour inspect` shows what is found here. Rows are read through the package that trains on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from downpour.cluster.errors import UserError
+from downpour.shuffler.dataset.encoding import PackedBits
+from downpour.shuffler.dataset.reader import RowReader
+from downpour.shuffler.dataset.records import Dataset, split_names
+from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.feed import Feed
+from downpour.shuffler.images.augment import AugmentConfig
+from downpour.shuffler.images.decode import ImageSpec, image_buffers
+from downpour.shuffler.plan.keys import stream_key
+from downpour.shuffler.plan.pairs import count_pairs
+from downpour.shuffler.plan.permutation import Permutation
+from downpour.shuffler.plan.plan import Plan, Strategy
+
+SAMPLE_ROWS = 512
+"""Rows of which sizes are looked at; the company of eight times as many is counted."""
+
+MOST_CLASSES = 20
+"""Classes that are shown one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What is looked at."""
+
+    split: str = "train"
+    """Split whose pairs are counted, and that the contact sheet is of."""
+    batch_size: int = 32
+    """Examples in a mini-batch."""
+    strategy: Strategy = "pairwise"
+    """How examples meet."""
+    buffer_rows: int = 1000
+    """Examples that the `buffer` strategy shuffles at a time."""
+    verify: bool = False
+    """Read every shard, and compare it with its checksum in the manifest."""
+    epochs: int = 10
+    """Epochs over which pairs are counted."""
+    seed: int = 0
+    """Of order and variations."""
+    image_size: int | None = None
+    """Height and width of the images on the contact sheet; none takes those of the first image."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How the images on the contact sheet are varied."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or (self.image_size is not None and self.image_size < 1):
+            raise ValueError(
+                f"epochs is {self.epochs} and image size {self.image_size}: give at least 1"
+            )
+
+
+def inspect(
+    data: str, config: InspectConfig, *, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Return what there is to know of a dataset, as plain data.
+
+    Raises:
+        DatasetError: it cannot be opened.
+        PlanError: the plan does not reach so many epochs.
+    """
+    names = split_names(data)
+    if config.split not in names:
+        Dataset.open(data, config.split)  # says what there is
+    splits = {
+        name: Dataset.open(data, name, verify_checksums=config.verify or None) for name in names
+    }
+    plan = _plan(splits[config.split], config)
+    pairs = count_pairs(plan, config.epochs, max_rows=SAMPLE_ROWS * 8, progress=progress)
+    bound = plan.max_epochs
+    return {
+        "data": data,
+        "splits": {name: _split(dataset) for name, dataset in splits.items()},
+        "pairs": {
+            "split": config.split,
+            "strategy": config.strategy,
+            "batch_size": config.batch_size,
+            "mini_batches": plan.num_batches,
+            "epochs": config.epochs,
+            "rows_counted": pairs.rows,
+            "meetings": pairs.meetings,
+            "repeats": pairs.repeats,
+            "repeats_by_chance": round(pairs.chance, 1),
+            "times_chance": round(pairs.times_chance, 3),
+            "epochs_without_repeats": bound,
+        },
+    }
+
+
+def _plan(dataset: Dataset, config: InspectConfig) -> Plan:
+    plan = Plan(
+        num_rows=dataset.num_rows,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        strategy=config.strategy,
+        shard_rows=dataset.shard_rows if config.strategy == "within_shard" else (),
+        buffer_rows=config.buffer_rows,
+    )
+    plan.check_epochs(config.epochs)
+    return plan
+
+
+def _split(dataset: Dataset) -> dict[str, Any]:
+    counts = _label_counts(dataset)
+    names = dataset.class_names
+    return {
+        "rows": dataset.num_rows,
+        "shards": len(dataset.shards),
+        "bytes": sum(shard.num_bytes for shard in dataset.shards),
+        "encoding": dataset.encoding.describe(),
+        "fingerprint": dataset.fingerprint,
+        "images": _images(dataset),
+        "classes": [
+            {"label": label, "name": names[label] if label < len(names) else None, "rows": rows}
+            for label, rows in sorted(counts.items())
+        ],
+    }
+
+
+def _label_counts(dataset: Dataset) -> dict[int, int]:
+    """Rows of each label; only that column is read. Rows without a label count as -1."""
+    found: dict[int, int] = {}
+    for shard in dataset.shards:
+        with dataset.filesystem.open_input_file(shard.path) as source:
+            labels = pq.read_table(source, columns=["label"]).column("label").fill_null(-1)
+        values, counts = np.unique(labels.to_numpy(), return_counts=True)
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            found[value] = found.get(value, 0) + count
+    return found
+
+
+def _images(dataset: Dataset) -> dict[str, Any]:
+    """Sizes of a sample of the images: least, median and most."""
+    if isinstance(dataset.encoding, PackedBits):
+        bits = dataset.encoding
+        return {"sampled": 0, "height": [bits.height] * 3, "width": [bits.width] * 3}
+    from downpour.shuffler.images import pixels
+
+    count = min(SAMPLE_ROWS, dataset.num_rows)
+    order = Permutation(dataset.num_rows, stream_key(0, "sample"))
+    rows = np.sort(order.forward(np.arange(count)))
+    with contextlib.closing(RowReader(dataset)) as reader:
+        batch = reader.take(rows)
+    sizes, unreadable = [], 0
+    for data in image_buffers(batch.column("image")):
+        try:
+            file = pixels.open_image(data or b"", 3)
+            sizes.append((file.height, file.width, len(data or b"")))
+        except DecodeError:
+            unreadable += 1
+    columns = np.array(sizes or [(0, 0, 0)]).T
+    height, width, num_bytes = ([int(v) for v in (c.min(), np.median(c), c.max())] for c in columns)
+    return {
+        "sampled": count,
+        "unreadable": unreadable,
+        "height": height,
+        "width": width,
+        "bytes": num_bytes,
+    }
+
+
+def contact_sheet(data: str, config: InspectConfig, path: Path) -> int:
+    """Save a mini-batch of epoch 0, varied as in training, as one picture; return its images.
+
+    Raises:
+        UserError: the picture cannot be written.
+        DecodeError: an image cannot be decoded.
+    """
+    from PIL import Image
+
+    dataset = Dataset.open(data, config.split)
+    encoding = dataset.encoding
+    if isinstance(encoding, PackedBits):
+        spec = ImageSpec(
+            height=encoding.height, width=encoding.width, channels=1, binary_threshold=0
+        )
+    else:
+        spec = _sheet_spec(dataset, config)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+    feed = Feed(dataset, image=spec, augment=config.augment, **options)
+    with contextlib.closing(feed):
+        inputs, _ = next(iter(feed))
+    columns = int(np.ceil(np.sqrt(len(inputs))))
+    rows = -(-len(inputs) // columns)
+    sheet = np.full((rows * (spec.height + 2), columns * (spec.width + 2), 3), 255, np.uint8)
+    for number, image in enumerate(inputs):
+        row, column = divmod(number, columns)
+        top, left = row * (spec.height + 2), column * (spec.width + 2)
+        pixels = np.rint(image.transpose(1, 2, 0) * 255).astype(np.uint8)
+        sheet[top : top + spec.height, left : left + spec.width] = pixels
+    try:
+        Image.fromarray(sheet).save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the contact sheet {path} cannot be written: {error}; give a name such as sheet.png"
+        ) from None
+    return len(inputs)
+
+
+def _sheet_spec(dataset: Dataset, config: InspectConfig) -> ImageSpec:
+    if config.image_size is not None:
+        return ImageSpec(height=config.image_size, width=config.image_size, fit="crop")
+    from downpour.shuffler.images import pixels
+
+    with contextlib.closing(RowReader(dataset)) as reader:
+        (data,) = image_buffers(reader.take(np.zeros(1, np.int64)).column("image"))
+    file = pixels.open_image(data or b"", 3)
+    side = min(file.height, file.width)
+    return ImageSpec(height=side, width=side, fit="exact" if file.height == file.width else "crop")
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print what `inspect` found."""
+    for name, split in found["splits"].items():
+        images = split["images"]
+        ends = (0, 2) if _vary(images) else (1,)
+        sizes = " to ".join(f"{images['height'][i]}x{images['width'][i]}" for i in ends)
+        console.print(
+            f"[bold]{name}[/bold]: {split['rows']:,} rows in {split['shards']} shard(s), "
+            f"{split['bytes']:,} bytes; {len(split['classes'])} classes; images of {sizes}"
+        )
+        if images.get("unreadable"):
+            console.print(
+                f"  {images['unreadable']} of {images['sampled']} images cannot be read",
+                style="yellow",
+            )
+    pairs = found["pairs"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for label, rows in _class_lines(found["splits"][pairs["split"]]["classes"]):
+        table.add_row(label, rows)
+    console.print(table)
+    bound = pairs["epochs_without_repeats"]
+    console.print(
+        f"pairs by [bold]{pairs['strategy']}[/bold], {pairs['epochs']} epoch(s) of "
+        f"{pairs['mini_batches']:,} mini-batches: {pairs['repeats']:,} of "
+        f"{pairs['meetings']:,} meetings of {pairs['rows_counted']:,} rows were repeats, "
+        f"{pairs['times_chance']:.2f} times chance ({pairs['repeats_by_chance']:,.0f})"
+        + (f"; none in {bound:,} epochs" if bound else ""),
+        highlight=False,
+    )
+    if "sheet" in found:
+        console.print(f"{found['sheet']['images']} images in {found['sheet']['path']}")
+
+
+def _vary(images: dict[str, Any]) -> bool:
+    return any(images[side][0] != images[side][2] for side in ("height", "width"))
+
+
+def _class_lines(classes: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The classes, by label; of many only the first ones and the range of their rows."""
+    named = [(f"  {c['label']} {c['name'] or ''}".rstrip(), f"{c['rows']:,}") for c in classes]
+    if len(named) <= MOST_CLASSES:
+        return named
+    rows = [c["rows"] for c in classes]
+    return [
+        *named[:MOST_CLASSES],
+        (f"  and {len(named) - MOST_CLASSES} more", f"{min(rows):,} to {max(rows):,}"),
+    ]

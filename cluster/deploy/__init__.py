@@ -1,0 +1,1 @@
+"""Clusters: their files checked, jobs submitted to them."""

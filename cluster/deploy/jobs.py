@@ -1,0 +1,108 @@
+"""Jobs on a Ray cluster: submitting one, and following its output. What it runs is a `downpour`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from downpour.cluster.config.paths import PACKAGE, checkout
+from downpour.cluster.errors import EXIT_ERROR, UserError, one_line
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+TOKEN_FILE = Path("~/.ray/auth_token")
+LOOK_AGAIN_S = 1.0
+EXCLUDES = (".git", ".venv", "runs", "__pycache__")
+"""What a job needs nothing of, wherever it is; .gitignore is honoured besides."""
+CHECKOUT_EXCLUDES = ("/docs", "/tests", "/downpour", "/benchmarks/results")
+"""The same in a checkout of Downpour, whose code travels as the package."""
+
+
+def connect(address: str | None) -> Any:
+    """A client of the cluster's job API; a one-line error where it does not answer."""
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    if TOKEN_FILE.expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        client.list_jobs()  # the first word is what tells whether the token is right
+    except Exception as error:  # whatever requests, Ray's client and its token loader raise
+        raise UserError(
+            f"the cluster at {address} cannot be used: {_reason(error)}; is the tunnel up "
+            "(`ray dashboard FILE`), and ~/.ray/auth_token the cluster's?"
+        ) from None
+    return client
+
+
+def submit(client: Any, arguments: Sequence[str], job_id: str | None) -> str:
+    """Submit `downpour ARGUMENTS`; returns the job's id.
+
+    The working directory travels with the job, and this installation of Downpour beside it, so
+    that recipes of one's own are there and the nodes need the dependencies only.
+    """
+    try:
+        submitted: str = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", "downpour", *arguments]),
+            submission_id=job_id,
+            runtime_env=runtime_env(Path.cwd()),
+            metadata={"program": "downpour", "command": shlex.join(arguments)},
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the cluster refused the job: {_reason(error)}") from None
+    return submitted
+
+
+def runtime_env(working_dir: Path) -> dict[str, Any]:
+    """Ray's runtime environment of a job that is submitted from `working_dir`."""
+    own = CHECKOUT_EXCLUDES if checkout() == working_dir.resolve() else ()
+    return {
+        "working_dir": str(working_dir),
+        "py_modules": [str(PACKAGE)],
+        "excludes": [*EXCLUDES, *own],
+    }
+
+
+def follow(client: Any, job_id: str) -> int:
+    """Print a job's output until it ends; gives the exit status for this command."""
+    try:
+        asyncio.run(_print(client, job_id))
+        status, message = _ended(client, job_id)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"\nthe job goes on: `downpour submit --follow --id {job_id}` takes it up, "
+            f"`ray job stop {job_id}` ends it\n"
+        )
+        return 130
+    except RuntimeError as error:
+        raise UserError(f"job {job_id} cannot be followed: {_reason(error)}") from None
+    if status == "SUCCEEDED":
+        return 0
+    sys.stderr.write(f"job {job_id} {status.lower()}: {message}\n")
+    return EXIT_ERROR
+
+
+async def _print(client: Any, job_id: str) -> None:
+    async for lines in client.tail_job_logs(job_id):
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+
+
+def _ended(client: Any, job_id: str) -> tuple[str, str]:
+    """How a job ended, once it has: its output may stop a moment before."""
+    import time
+
+    while not (status := client.get_job_status(job_id)).is_terminal():
+        time.sleep(LOOK_AGAIN_S)
+    info = client.get_job_info(job_id)
+    return str(status.value), one_line(Exception(info.message or "no reason given"))
+
+
+def _reason(error: BaseException) -> str:
+    text = one_line(error)
+    return text if len(text) < 300 else f"{text[:300]}..."

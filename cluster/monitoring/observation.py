@@ -1,0 +1,55 @@
+"""What is told of a run to whoever collects figures: Prometheus through Ray, TensorBoard.
+
+`Telemetry` makes an `Observation` about once a second and hands it to each `Sink`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from downpour.paramserver.actor import PartitionReport
+    from downpour.workers.replica.replicas import WindowReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leases:
+    """How the windows of the run stand."""
+
+    outstanding: int = 0
+    """Lent to replicas: in work, or queued there."""
+    returned: int = 0
+    """Lent again after a loss, so far."""
+    queued: int = 0
+    """Of the outstanding ones, those behind the one that their replica works on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """Where a run stands. `values` are those of a line of metrics.jsonl."""
+
+    values: Mapping[str, Any]
+    reports: Sequence[PartitionReport]
+    replicas: Mapping[str, int]
+    """Replicas by state: training, waiting, starting, held (kept back by the ramp's guard)."""
+    leases: Leases = field(default_factory=Leases)
+    restarts: Mapping[str, int] = field(default_factory=dict)
+    """Actors replaced in this session, by kind."""
+
+
+class Sink(Protocol):
+    """Takes figures. What it raises ends the training, so it had better not."""
+
+    def trained(self, report: WindowReport) -> None:
+        """A window is done."""
+
+    def observed(self, observation: Observation) -> None:
+        """All partitions have reported."""
+
+    def evaluated(self, values: Mapping[str, Any]) -> None:
+        """Weights were scored; a line of metrics.jsonl."""
+
+    def close(self) -> None:
+        """The session is over."""

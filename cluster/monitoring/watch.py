@@ -1,0 +1,134 @@
+"""Looking at a run, and asking it to stop, from wherever its folder is seen.
+
+The process that trains writes its status and metrics there; nothing else connects the two.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from downpour.cluster.errors import UserError
+from downpour.cluster.monitoring.display import Progress, TrainingDisplay, plain_line
+from downpour.cluster.run.folder import METRICS, RESULT, STATUS, RunFolder
+
+EVERY_S = 0.5
+SILENT_S = 30.0
+"""A run whose status is older is not written to by anybody."""
+STOP_DEADLINE_S = 180.0
+
+
+def watch(
+    folder: RunFolder,
+    *,
+    once: bool,
+    console: Console,
+    pause: Callable[[float], None] = time.sleep,
+) -> int:
+    """Show a run's progress until it ends, or once; gives the exit status."""
+    if once:
+        console.print(plain_line(progress(folder)), markup=False, highlight=False, soft_wrap=True)
+        return 0
+    with TrainingDisplay(folder.name, console=console) as display:
+        while True:
+            ended = end(folder)
+            display.update(progress(folder))
+            if ended:
+                break
+            pause(EVERY_S)
+    console.print(f"{folder.name}: {ended}", markup=False, highlight=False)
+    return 0
+
+
+def stop(
+    folder: RunFolder,
+    *,
+    wait: bool,
+    console: Console,
+    pause: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Ask a run to stop after a checkpoint; gives the exit status."""
+    if ended := end(folder):
+        raise UserError(f"{folder.path} does not train: {ended}")
+    folder.request_stop()
+    console.print(f"{folder.name}: asked to write a checkpoint and stop", highlight=False)
+    give_up_s = clock() + STOP_DEADLINE_S
+    while wait and not (ended := end(folder)):
+        if clock() > give_up_s:
+            raise UserError(
+                f"{folder.path} has not stopped within {STOP_DEADLINE_S:.0f} s: look at its "
+                "output, or end its process"
+            )
+        pause(EVERY_S)
+    if wait:
+        console.print(f"{folder.name}: {ended}", markup=False, highlight=False)
+    return 0
+
+
+def end(folder: RunFolder) -> str | None:
+    """How a run ended, in words; None while it goes on."""
+    if (folder.path / RESULT).exists():
+        accuracy = folder.read_json(RESULT)["accuracy"]
+        return f"finished with an accuracy of {accuracy:.2%}"
+    status = _status(folder)
+    if status.get("state") == "stopped":
+        return f"stopped ({status.get('reason')}): `downpour resume {folder.path}` goes on"
+    if folder.held():
+        return None
+    # Where the folder is on a network disk without locks, its age tells.
+    if time.time() - status.get("at", 0.0) < SILENT_S:
+        return None
+    return f"died: `downpour resume {folder.path}` goes on with it"
+
+
+def progress(folder: RunFolder) -> Progress:
+    """Where a run stands, by its files."""
+    config, status = folder.config(), _status(folder)
+    lines = _metrics(folder)
+    accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
+    examples = status.get("examples")
+    epochs = config.policy.epochs
+    done = status.get("epoch")
+    return Progress(
+        elapsed_s=status.get("time_s", 0.0),
+        phase=status.get("state", "starting"),
+        epoch=None if done is None else min(epochs, int(done) + 1),
+        epochs=epochs,
+        examples=examples,
+        total_examples=round(examples * epochs / done) if examples and done else None,
+        updates=status.get("updates"),
+        updates_per_s=status.get("updates_per_s"),
+        examples_per_s=status.get("examples_per_s"),
+        loss=status.get("loss"),
+        accuracy=accuracies[-1] if accuracies else None,
+        best_accuracy=max(accuracies, default=None),
+        staleness_mean=status.get("staleness_mean"),
+        staleness_p99=status.get("staleness_p99"),
+        replicas_alive=status.get("replicas"),
+        replicas=config.replicas.replicas,
+        replicas_held=status.get("replicas_held"),
+        duplicates=status.get("duplicates"),
+        refused=status.get("refused"),
+    )
+
+
+def _status(folder: RunFolder) -> dict[str, Any]:
+    return folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
+
+
+def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    path = folder.path / METRICS
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last one, while it is written
+            continue
+    return found

@@ -1,0 +1,422 @@
+"""The backend on Ray: places actors, starts them, reaches them, and replaces those that die.
+
+No gradient passes through here: Ray carries windows of rows to the replicas, and calls that are
+made a few times a second at the most. Who decides is `controller`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
+
+from downpour.cluster.config.resolve import num_threads
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.backend import (
+    Done,
+    FollowerLost,
+    PartitionLost,
+    ProcessLost,
+    RunFailed,
+    ShufflerLost,
+    Ticket,
+    WriteFailed,
+)
+from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.errors import one_line, user_message
+from downpour.cluster.ray_backend.actors import kill, start
+from downpour.cluster.ray_backend.nodes import Nodes
+from downpour.cluster.ray_backend.shufflers import Shufflers
+from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
+from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
+from downpour.cluster.run.provenance import write_about
+from downpour.paramserver.actor import FollowerActor, PartitionActor
+from downpour.paramserver.config import NetworkConfig
+from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.transport.access import Access
+from downpour.paramserver.transport.handshake import NetworkListen
+from downpour.paramserver.transport.local import Endpoint
+from downpour.paramserver.transport.security import issue
+from downpour.shuffler.plan.plan import Plan
+from downpour.workers.actor import EvaluatorActor, ReplicasActor
+
+START_DEADLINE_S = 120.0
+PARTITION_CALLS = 4
+"""That a partition answers at a time."""
+
+Parts = Sequence[tuple[Any, Any]]
+"""Parts of a window that are being delivered, each with the shuffler that does it."""
+
+_LOST = (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,
+    WorkerCrashedError,
+    TaskUnschedulableError,
+)
+
+
+class RayBackend:
+    """The actors of one run on the Ray cluster that this driver is connected to."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        plan: Plan,
+        partitions: Sequence[Partition],
+        weights: npt.NDArray[np.float32],
+        key: bytes,
+        nodes: Nodes,
+        num_processors: int,
+        resumed: Checkpoint | None,
+        store: CheckpointStore,
+        record: Path | None = None,
+    ) -> None:
+        """Start the partitions, shufflers and replicas; none of them is waited for.
+
+        Where one machine has fewer processors than these want, of the processes of replicas only
+        the first: each takes a processor for a second, to import PyTorch, and training can begin
+        with one.
+        """
+        if config.server.hot_standby and nodes.several:
+            raise RunFailed(
+                f"--hot-standby with {nodes.count} nodes: a follower shares memory with its "
+                "partition and all replicas; train on a single machine, or give --no-hot-standby"
+            )
+        self._config = config
+        self._plan = plan
+        self._key = key
+        self._spec = config.model_spec()
+        self.num_partitions = len(partitions)
+        self._nodes = nodes
+        count = nodes.replica_processes(config.replicas, num_processors)
+        num_processors = nodes.processors(num_processors)
+        self._access, listen = _network(config.server.network, nodes.count)
+        # Replica r is in process r mod count, so that a warm start spreads over all processes.
+        self.processes = tuple(
+            tuple(range(i, config.replicas.replicas, count)) for i in range(count)
+        )
+        self._threads = num_threads(config.policy, count, num_processors)
+        if record is not None:
+            write_about(record, threads=self._threads)
+        self._record = record
+        self._layout, self._weights, self._store = tuple(partitions), weights, store
+        self._update_config, self._listen = config.update_config(plan), listen
+        self._spares: dict[type, Any] = {}
+        """Processes that can become actors of a class; not waited for."""
+        self._partitions: list[Any] = [None] * len(partitions)
+        self._followers: list[Any] = [None] * len(partitions)
+        self._spawned_partitions: list[Any] = [
+            self._spawn_partition(i, resumed) for i in range(len(partitions))
+        ]
+        self._endpoints: dict[int, Endpoint] = {}
+        self._evaluator: Any = None
+        self._process_actors: list[Any] = [None] * count
+        enough = nodes.several or num_processors >= len(partitions) + count
+        self._spawned: list[Any] = [
+            self._spawn_process(i) if enough or i == 0 else None for i in range(count)
+        ]
+        self._shufflers = Shufflers(config, plan, nodes)
+        self._kinds: dict[Ticket, tuple[type[Exception], str, Parts]] = {}
+        self._arrivals: dict[Ticket, int] = {}
+        """Calls whose answer is the endpoint of a partition."""
+
+    def endpoints(self) -> list[Endpoint]:
+        """Where the partitions are reached; all of them have been up."""
+        return [self._endpoints[i] for i in range(self.num_partitions)]
+
+    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Ticket:
+        """Start, or start again, a partition; done once it can be reached."""
+        kill(self._partitions[index])  # it may be out of reach only
+        self.stop_follower(index)
+        actor = self._spawned_partitions[index]
+        if actor is None:
+            actor = self._spawn_partition(index, checkpoint)
+        self._spawned_partitions[index] = None
+        self._partitions[index] = actor
+        ticket = self._partition_ticket(index, actor.endpoint.remote())
+        self._arrivals[ticket] = index
+        return ticket
+
+    def start_follower(self, index: int) -> Ticket:
+        """Start a follower of a partition that is up; done once it has the partition's state."""
+        self.stop_follower(index)
+        self._followers[index] = follower = start(
+            FollowerActor,
+            PARTITION_CALLS,
+            *(self._layout[index], self._update_config, self._key, self._endpoints[index]),
+            str(self._record) if self._record else None,
+            scheduling="DEFAULT",
+        )
+        what = f"the follower of partition {index}"
+        return self._ticket(follower.endpoint.remote(), FollowerLost, what)
+
+    def stop_follower(self, index: int) -> None:
+        """End a partition's follower, if it has one."""
+        kill(self._followers[index])
+        self._followers[index] = None
+
+    def promote(self, index: int) -> Ticket:
+        """End a partition and have its follower take its place; done once it can be reached."""
+        kill(self._partitions[index])  # should it live all the same, the follower fences it off
+        self._partitions[index], self._followers[index] = self._followers[index], None
+        ticket = self._partition_ticket(index, self._partitions[index].promote.remote())
+        self._arrivals[ticket] = index
+        return ticket
+
+    def start_process(self, index: int) -> Ticket:
+        """Start, or start again, a process of replicas; done once it is connected."""
+        actor = self._spawned[index]
+        if actor is None:
+            actor = self._spawn_process(index)
+        self._spawned[index] = None
+        # It may be out of reach only: it must not come back beside the new one.
+        kill(self._process_actors[index])
+        self._process_actors[index] = actor
+        return self.reconnect_process(index)
+
+    def add_process(self, replicas: tuple[int, ...]) -> int:
+        """Make room for one more process of replicas; gives its index."""
+        self.processes = (*self.processes, replicas)
+        self._process_actors.append(None)
+        self._spawned.append(None)
+        return len(self.processes) - 1
+
+    def make_spares(self) -> None:
+        """Have a process ready for each kind that `--spares` wants, where all is on one node.
+
+        On several nodes a spare would have to be on each.
+        """
+        wanted = self._config.replicas.spares
+        if self._nodes.several:
+            return
+        if wanted != "none" and ReplicasActor not in self._spares:
+            self._spares[ReplicasActor] = start(
+                ReplicasSpare, self._calls_of_replicas(), scheduling="DEFAULT"
+            )
+        if wanted == "all" and PartitionActor not in self._spares:
+            self._spares[PartitionActor] = start(
+                PartitionSpare, PARTITION_CALLS, scheduling="DEFAULT"
+            )
+
+    def _start_soon(
+        self, actor: type, max_concurrency: int, *arguments: Any, **options: Any
+    ) -> Any:
+        """Have a spare become this actor, or start a new one."""
+        spare = None if self._nodes.several else self._spares.pop(actor, None)
+        if spare is None:
+            return start(actor, max_concurrency, *arguments, **options)
+        spare.assume.remote(*arguments)
+        return spare
+
+    def _calls_of_replicas(self) -> int:
+        """Windows that a process of replicas may have at a time, and two calls besides."""
+        members = max(map(len, self.processes))
+        return members * self._config.replicas.queued_windows + 2
+
+    def stop_process(self, index: int) -> None:
+        """End a process of replicas that has no windows."""
+        kill(self._process_actors[index])
+        self._process_actors[index] = None
+
+    def reconnect_process(self, index: int) -> Ticket:
+        """Have a process that runs drop its windows and connect to the partitions anew."""
+        actor = self._process_actors[index]
+        call = actor.connect.remote(self.endpoints(), self._key, self._access)
+        return self._ticket(call, ProcessLost, f"the process of {self._names(index)}")
+
+    def start_evaluator(self) -> Ticket:
+        """Start the evaluator; done once it is connected."""
+        data = self._config.data
+        kill(self._evaluator)
+        self._evaluator = start(
+            EvaluatorActor,
+            1,
+            *(self._spec, data.data, data.eval_split),
+            *(self.endpoints(), self._key, self._access),
+            scheduling=self._nodes.scheduling("evaluator", 0),
+        )
+        return self._ticket(self._evaluator.ready.remote(), ProcessLost, "the evaluator")
+
+    def reconnect_evaluator(self) -> Ticket:
+        """Have the evaluator connect to the partitions anew."""
+        call = self._evaluator.connect.remote(self.endpoints(), self._key, self._access)
+        return self._ticket(call, ProcessLost, "the evaluator")
+
+    def run_window(self, replica: int, lease: Lease) -> Ticket:
+        """Deliver a window to a replica and train on it; gives a `WindowReport`."""
+        delivering = self._shufflers.deliver(lease.epoch, lease.batches)
+        index = next(i for i, members in enumerate(self.processes) if replica in members)
+        call = self._process_actors[index].run_window.remote(
+            replica, lease.epoch, lease.batches, *(part for part, _ in delivering)
+        )
+        what = f"the process of {self._names(index)}"
+        return self._ticket(call, ProcessLost, what, delivering)
+
+    def replace_shufflers(self) -> int:
+        """Replace every shuffler that failed to deliver; gives how many those were."""
+        return self._shufflers.replace()
+
+    def report(self, partition: int) -> Ticket:
+        """Gives a `PartitionReport`."""
+        return self._partition_ticket(partition, self._partitions[partition].report.remote())
+
+    def flags(self, partition: int, epochs: tuple[int, ...]) -> Ticket:
+        """Gives the state of every mini-batch of these epochs."""
+        return self._partition_ticket(partition, self._partitions[partition].flags.remote(epochs))
+
+    def snapshot(self, partition: int, folder_uri: str) -> Ticket:
+        """Write a snapshot; gives a `SnapshotFile`."""
+        call = self._partitions[partition].snapshot.remote(folder_uri)
+        return self._partition_ticket(partition, call)
+
+    def evaluate(self, best: float | None, best_path: str | None) -> Ticket:
+        """Score the current weights, and keep them if they beat `best`; gives an `Evaluation`."""
+        call = self._evaluator.evaluate.remote(best, best_path)
+        return self._ticket(call, ProcessLost, "the evaluator")
+
+    def wait(self, tickets: Collection[Ticket], timeout_s: float) -> list[Done]:
+        """Wait for at least one of the tickets, at most `timeout_s`; gives those that are done."""
+        if not tickets:
+            return []
+        calls = list(tickets)
+        ready, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready:
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
+        done = [self._outcome(call, *self._kinds.pop(call)) for call in ready]
+        for outcome in done:
+            index = self._arrivals.pop(outcome.ticket, None)
+            if index is not None and outcome.error is None:
+                self._endpoints[index] = outcome.value
+        return done
+
+    def stop(self) -> None:
+        """Stop every actor."""
+        self._shufflers.stop()
+        actors = [*self._process_actors, *self._spawned, self._evaluator]
+        actors += [*self._spares.values(), *self._followers]
+        for actor in [*actors, *self._partitions, *self._spawned_partitions]:
+            kill(actor)
+
+    def _spawn_partition(self, index: int, checkpoint: Checkpoint | None) -> Any:
+        partition = self._layout[index]
+        if checkpoint is None:
+            begin: tuple[Any, ...] = (self._weights[partition.start : partition.stop], None, None)
+        else:
+            file = checkpoint.files[index]
+            uri = f"{self._store.folder_uri(checkpoint.number)}/{file.name}"
+            begin = (None, uri, file.sha256)
+        return self._start_soon(
+            PartitionActor,
+            PARTITION_CALLS,
+            *(partition, self._update_config, self._key, *begin, self._listen),
+            str(self._record) if self._record else None,
+            scheduling=self._nodes.scheduling("partitions", index),
+        )
+
+    def _spawn_process(self, index: int) -> Any:
+        members = self.processes[index]
+        steps = self._config.step_config()
+        return self._start_soon(
+            ReplicasActor,
+            self._calls_of_replicas(),
+            *(members, self._spec, steps, self._threads),
+            *(self._config.decoder(), self._config.replicas.queued_windows),
+            **self._nodes.options("replicas", index),
+        )
+
+    def _names(self, index: int) -> str:
+        return f"replicas {', '.join(map(str, self.processes[index]))}"
+
+    def _partition_ticket(self, partition: int, call: Any) -> Ticket:
+        return self._ticket(call, PartitionLost, f"partition {partition}")
+
+    def _ticket(self, call: Any, lost: type[Exception], what: str, parts: Parts = ()) -> Ticket:
+        self._kinds[call] = (lost, what, parts)
+        return call
+
+    def _outcome(self, call: Any, lost: type[Exception], what: str, parts: Sequence[Any]) -> Done:
+        try:
+            return Done(ticket=call, value=ray.get(call, timeout=START_DEADLINE_S))
+        except Exception as error:
+            for part, shuffler in parts:
+                if (failed := self._delivery_error(part, shuffler)) is not None:
+                    return Done(ticket=call, error=failed)
+            return Done(ticket=call, error=_translated(error, lost, what))
+
+    def _delivery_error(self, part: Any, shuffler: Any) -> Exception | None:
+        """Why a part of a window could not be delivered, if it was that."""
+        try:
+            ready, _ = ray.wait([part], timeout=0, fetch_local=False)
+            if ready:
+                ray.get(part, timeout=START_DEADLINE_S)
+        except Exception as error:
+            translated = _translated(error, ShufflerLost, "a shuffler")
+            if isinstance(translated, ShufflerLost):
+                self._shufflers.lost(shuffler)
+            return translated
+        return None
+
+
+def _network(config: NetworkConfig, num_nodes: int) -> tuple[Access, NetworkListen | None]:
+    """How clients reach the partitions, and where those listen; makes keys if need be."""
+    access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
+    host = config.listens_on(num_nodes)
+    if host is None:
+        return access, None
+    if not config.encrypt:
+        return access, NetworkListen(host=host)
+    credentials = issue()
+    return (
+        dataclasses.replace(access, credentials=credentials.clients),
+        NetworkListen(host=host, credentials=credentials.partitions),
+    )
+
+
+def _translated(error: Exception, lost: type[Exception], what: str) -> Exception:
+    """One of our exceptions for one of Ray's."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, ConnectionLost | DeadlineExceeded):
+            return PartitionLost(str(cause))
+        if isinstance(cause, _LOST):
+            return lost(f"{what} died")
+        if isinstance(cause, OSError) and user_message(cause) is None:
+            return WriteFailed(f"{what}: {one_line(cause)}")
+        return error
+    if isinstance(error, _LOST):
+        message = user_message(error)
+        if message is not None:
+            return RunFailed(message)
+        reason = _init_failure(error)
+        return reason if reason is not None else lost(f"{what} died")
+    return error
+
+
+def _init_failure(error: BaseException) -> Exception | None:
+    """The user's own error that kept an actor from starting, if it was that."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if (message := user_message(seen)) is not None:
+            return RunFailed(message)
+        seen = seen.__cause__ or getattr(seen, "cause", None)
+    return None

@@ -1,0 +1,134 @@
+"""The shuffler actors of a run: started where their rows are, and replaced where they die.
+
+With the data in one place each has a share of its shards. With `--node-folder` each node is asked
+which shards lie on its own disk, and gets a shuffler for those that become its business; the rows
+of a window then travel from each node in one record batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from downpour.cluster.config.placement import disk_of
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.errors import user_message
+from downpour.cluster.ray_backend.actors import kill, start
+from downpour.cluster.ray_backend.nodes import SEE_DEADLINE_S, Nodes
+from downpour.shuffler.actor import ShufflerActor
+from downpour.shuffler.errors import DatasetError
+from downpour.shuffler.holdings import Holding, Inventory, assign, survey
+from downpour.shuffler.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Post:
+    """What a shuffler does, and where."""
+
+    share: int = 0
+    """Which of the shares of the rows is its own, with the data in one place."""
+    node: str | None = None
+    """Its node's id, where it has to be on one."""
+    holding: Holding | None = None
+    """The shards that are its own, on that node's disk."""
+
+
+class Shufflers:
+    """The shufflers of one run."""
+
+    def __init__(self, config: RunConfig, plan: Plan, nodes: Nodes) -> None:
+        """Start them; does not wait for them. Raises `RunFailed` where a shard is on no node."""
+        self._config, self._plan, self._nodes = config, plan, nodes
+        self._posts = self._find_posts()
+        self._actors = [self._start(i, post) for i, post in enumerate(self._posts)]
+        self._lost: list[Any] = []
+
+    def deliver(self, epoch: int, batches: tuple[int, ...]) -> list[tuple[Any, Any]]:
+        """Have each deliver its rows of a window; gives the parts, each with its shuffler."""
+        return [(actor.deliver.remote(epoch, batches), actor) for actor in self._actors]
+
+    def lost(self, actor: Any) -> None:
+        """Note that a shuffler died, or is out of reach."""
+        self._lost.append(actor)
+
+    def replace(self) -> int:
+        """Replace every shuffler that was lost; gives how many those were.
+
+        Where a node with shards is gone, those that other nodes have too become theirs. Raises
+        `RunFailed` where a shard is on none of the nodes left.
+        """
+        lost = [actor for actor in self._actors if actor in self._lost]
+        self._lost.clear()
+        if not lost:
+            return 0
+        pairs = zip(self._posts, self._actors, strict=True)
+        left = {post: actor for post, actor in pairs if actor not in lost}
+        self._posts = self._find_posts()
+        before = self._actors
+        self._actors = [
+            left[post] if post in left else self._start(index, post)
+            for index, post in enumerate(self._posts)
+        ]
+        for actor in before:
+            if actor not in self._actors:
+                kill(actor)  # it may be out of reach only
+        return len(lost)
+
+    def stop(self) -> None:
+        """End them."""
+        for actor in self._actors:
+            kill(actor)
+
+    def _start(self, index: int, post: _Post) -> Any:
+        data = self._config.data
+        if post.node is None:
+            scheduling = self._nodes.scheduling("shufflers", post.share)
+        else:
+            scheduling = NodeAffinitySchedulingStrategy(post.node, soft=False)
+        return start(
+            ShufflerActor,
+            2,
+            *(index, data.data, data.train_split, self._plan, self._config.model.num_classes),
+            *(data.shufflers, data.shuffler_cache_mb << 20, post.holding),
+            scheduling=scheduling,
+        )
+
+    def _find_posts(self) -> list[_Post]:
+        data = self._config.data
+        if data.node_folder is None:
+            return [_Post(share) for share in range(data.shufflers)]
+        inventory = Inventory.read(data.data, data.train_split)
+        nodes = {node.id: node for node in self._nodes.disks()}
+        uris = {id: disk_of(data.node_folder, node) for id, node in nodes.items()}
+        look: Any = ray.remote(survey)
+        calls = {
+            id: look.options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(id, soft=False)
+            ).remote(uri, inventory, self._config.decoder(), self._config.model.num_classes)
+            for id, uri in uris.items()
+        }
+        held = {id: self._answer(call, nodes[id].address) for id, call in calls.items()}
+        try:
+            holdings = assign(inventory, held, uris)
+        except DatasetError as error:
+            raise RunFailed(str(error)) from None
+        return [_Post(node=id, holding=holding) for id, holding in holdings.items()]
+
+    def _answer(self, call: Any, address: str) -> Sequence[str]:
+        """The shards that a node has; none where it is gone before it answers."""
+        try:
+            names: Sequence[str] = ray.get(call, timeout=SEE_DEADLINE_S)
+        except RayTaskError as error:
+            message = user_message(error)
+            if message is None:
+                raise
+            raise RunFailed(f"node {address}: {message}") from None
+        except RayError:
+            return ()
+        return names

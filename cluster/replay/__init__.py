@@ -1,0 +1,1 @@
+"""Computing a recorded run again."""

@@ -1,0 +1,175 @@
+"""Checkpoints: folders of partition snapshots, each complete once its manifest is there.
+
+`<base>/<number>/partition-*.safetensors` are written by the partitions, each by itself, while
+training goes on; `manifest.json`, with sizes and checksums, is written last and in one step. A
+folder without a manifest is an unfinished checkpoint: it is never loaded, and is removed by the
+next `prune`. Everything goes through pyarrow.fs, so the base may be a bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+
+from downpour.cluster.errors import UserError, one_line
+from downpour.paramserver.partition.snapshot import SnapshotFile
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A finished checkpoint."""
+
+    number: int
+    """Counts checkpoints of the run from 1."""
+    updates: int
+    """Version of the partition that was furthest behind."""
+    elapsed_s: float
+    """Seconds of training behind it, over all sessions of the run."""
+    accuracy: float | None = None
+    """Accuracy of the newest evaluation at that time."""
+    ramp: dict[str, Any] | None = None
+    """What the guard of the warm start remembers (`cluster.controller.warm_start`), where there is
+    one.
+    """
+    files: tuple[SnapshotFile, ...]
+    """One for each partition, in their order."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, uri: str, num_partitions: int | None = None) -> None:
+        """Checkpoints under `uri`, which need not exist yet; only those of so many partitions."""
+        self._num_partitions = num_partitions
+        try:
+            self._filesystem, self._base = pyarrow.fs.FileSystem.from_uri(uri)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"checkpoints cannot be kept at {uri}: {error}") from None
+        self._uri = uri.rstrip("/")
+
+    def folder_uri(self, number: int) -> str:
+        """Where the partitions write checkpoint `number`."""
+        return f"{self._uri}/{number:06d}"
+
+    def begin(self, number: int) -> str:
+        """Make the folder of checkpoint `number`, and return its URI."""
+        self._filesystem.create_dir(self._folder(number), recursive=True)
+        return self.folder_uri(number)
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        """Finish a checkpoint whose snapshots have all been written."""
+        path = f"{self._base}/{checkpoint.number:06d}/{MANIFEST}"
+        data = json.dumps({"format": FORMAT, **asdict(checkpoint)}, indent=1).encode()
+        partial = f"{path}.partial"
+        with self._filesystem.open_output_stream(partial, compression=None) as stream:
+            stream.write(data)
+        self._filesystem.move(partial, path)
+
+    def numbers(self) -> list[int]:
+        """Every checkpoint that has a folder, finished or not, in order."""
+        selector = pyarrow.fs.FileSelector(self._base, allow_not_found=True)
+        names = [info.base_name for info in self._filesystem.get_file_info(selector)]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def latest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that is whole, and why each newer one was passed over."""
+        return self._newest(None)
+
+    def latest_for(self, index: int) -> tuple[Checkpoint | None, list[str]]:
+        """As `latest`, but only the file of partition `index` has to be whole."""
+        return self._newest((index,))
+
+    def _newest(self, indices: Sequence[int] | None) -> tuple[Checkpoint | None, list[str]]:
+        passed: list[str] = []
+        for number in reversed(self.numbers()):
+            checkpoint, problem = self._verify(number, indices)
+            if checkpoint is not None:
+                return checkpoint, passed
+            passed.append(problem)
+        return None, passed
+
+    def discard(self, number: int) -> None:
+        """Remove an unfinished checkpoint; what cannot be removed is left to `prune`."""
+        with contextlib.suppress(OSError):
+            self._filesystem.delete_dir(self._folder(number))
+
+    def prune(self, keep_last: int, keep_best: int = 0) -> None:
+        """Remove finished checkpoints but the last `keep_last` and the `keep_best` most accurate
+        ones, and unfinished ones that are older than the last finished one.
+
+        What cannot be removed is left to the next time.
+        """
+        numbers = self.numbers()
+        finished = [n for n in numbers if self._has_manifest(n)]
+        if not finished:
+            return
+        kept = set(finished[-keep_last:])
+        if keep_best and len(finished) > keep_last:
+            scores = {n: self._accuracy(n) for n in finished}
+            scored = sorted((n for n in finished if scores[n] is not None), reverse=True)
+            kept |= set(sorted(scored, key=lambda n: -(scores[n] or 0.0))[:keep_best])
+        for number in numbers:
+            if number not in kept and number < finished[-1]:
+                self.discard(number)
+
+    def _folder(self, number: int) -> str:
+        return f"{self._base}/{number:06d}"
+
+    def _accuracy(self, number: int) -> float | None:
+        try:
+            value = json.loads(self._read(f"{self._folder(number)}/{MANIFEST}")).get("accuracy")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return float(value) if isinstance(value, int | float) else None
+
+    def _has_manifest(self, number: int) -> bool:
+        info = self._filesystem.get_file_info(f"{self._folder(number)}/{MANIFEST}")
+        return bool(info.type == pyarrow.fs.FileType.File)
+
+    def _verify(self, number: int, indices: Sequence[int] | None) -> tuple[Checkpoint | None, str]:
+        folder = self._folder(number)
+        if not self._has_manifest(number):
+            return None, f"checkpoint {number} was not finished"
+        try:
+            plain = json.loads(self._read(f"{folder}/{MANIFEST}"))
+            if plain.pop("format") != FORMAT:
+                return None, f"checkpoint {number} is of another format"
+            files = tuple(SnapshotFile(**f) for f in plain.pop("files"))
+            checkpoint = Checkpoint(**plain, files=files)
+            if self._num_partitions not in (None, len(files)):
+                return None, f"checkpoint {number} is of {len(files)} partitions"
+            for index in range(len(files)) if indices is None else indices:
+                file = files[index]
+                if self._digest(f"{folder}/{file.name}") != file.sha256:
+                    return None, f"checkpoint {number} is damaged: {file.name} has changed"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return None, f"checkpoint {number} is damaged: {one_line(error)}"
+        return checkpoint, ""
+
+    def _digest(self, path: str) -> str:
+        """SHA-256 of a file, which need not fit into memory."""
+        digest = hashlib.sha256()
+        with self._filesystem.open_input_stream(path, compression=None) as stream:
+            while block := stream.read(CHUNK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _read(self, path: str) -> bytes:
+        with self._filesystem.open_input_file(path) as stream:
+            return bytes(stream.read())
+
+
+def slowest(files: Sequence[SnapshotFile]) -> int:
+    """Version of the partition that is furthest behind."""
+    return min(file.version for file in files)

@@ -1,0 +1,212 @@
+"""A run is a folder: configuration, checkpoints, metrics, status, result, plots.
+
+runs/<name>/
+  config.json        the resolved configuration
+  status.json        where the run stands; replaced about once a second
+  metrics.jsonl      a line a second, and a line for each evaluation
+  control.json       what `downpour scale` asks for, while the run trains
+  events.jsonl       a line for each loss and what was done about it, and for other news
+  checkpoints/       what `downpour resume` goes on from
+  record/            every push, in its order, if that is recorded
+  best.safetensors   the weights that scored highest, with their BN statistics
+  model.safetensors  the last weights, once the run is finished
+  result.json        what came out
+  plots/             pictures of all that
+  report.html        a page with all of it, which needs no other file
+  tensorboard/       the curves as TensorBoard events
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from downpour.cluster.config.plain import from_plain, to_plain
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+
+CONFIG, DATA, STATUS = "config.json", "data.json", "status.json"
+METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
+CONTROL, RECORD, ABOUT_RECORD = "control.json", "record", "about.json"
+MAX_REPLICAS = 10_000
+STOP = ".stop"
+"""There while somebody has asked the run to stop."""
+BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        """A folder that holds a run already; see `create` and `open`."""
+        self.path = path.absolute()
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunFolder:
+        """Make the folder for a new run; a one-line error where that cannot be."""
+        if (path / CONFIG).exists():
+            held = cls.open(path).config().recipe
+            other = "" if held == config.recipe else f", not of {config.recipe}"
+            raise UserError(
+                f"{path} already holds a run of recipe {held}{other}: go on with "
+                f"`downpour resume {path}`, or give another --name"
+            )
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not a run folder: give another --name")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            folder.write_json(CONFIG, to_plain(config))
+        except OSError as error:
+            raise UserError(
+                f"the run folder {path} cannot be written: {error.strerror or error}; give "
+                "another place with --runs"
+            ) from None
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of a run that exists."""
+        if not (path / CONFIG).is_file():
+            raise UserError(
+                f"{path} is not a run folder: it has no {CONFIG}; `downpour status` lists runs"
+            )
+        return cls(path)
+
+    def discard_if_unused(self) -> None:
+        """Remove the folder where nothing was trained, so that a mistake leaves nothing behind."""
+        if not {entry.name for entry in self.path.iterdir()} - {CONFIG, DATA, ".lock"}:
+            shutil.rmtree(self.path)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def checkpoints_uri(self) -> str:
+        """Where the checkpoints are."""
+        elsewhere = self.config().policy.checkpoints
+        if elsewhere is None:
+            return (self.path / CHECKPOINTS).as_uri()
+        if "://" not in elsewhere:
+            elsewhere = Path(elsewhere).absolute().as_uri()
+        return f"{elsewhere.rstrip('/')}/{self.name}"
+
+    def config(self) -> RunConfig:
+        """The configuration that the run began with."""
+        return from_plain(RunConfig, self.read_json(CONFIG))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run, so that it cannot be trained twice at a time."""
+        try:
+            fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.path} cannot be written: {error.strerror}"
+            ) from None
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path} is being trained by another process: `downpour status "
+                    f"{self.path}` shows it"
+                ) from None
+            yield
+        finally:
+            os.close(fd)
+
+    def held(self) -> bool:
+        """Whether some process is training the run now."""
+        try:
+            with self.locked():
+                return False
+        except UserError:
+            return True
+
+    def ask_for_replicas(self, replicas: int) -> None:
+        """Leave word for whoever trains the run, readable and writable by this user alone."""
+        partial = self.path / f".{CONTROL}.partial"
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "w") as file:
+            os.fchmod(fd, 0o600)
+            json.dump({"replicas": replicas}, file)
+        os.replace(partial, self.path / CONTROL)
+
+    def replicas_asked_for(self) -> int | None:
+        """Take the word that `ask_for_replicas` left; None where there is none that counts.
+
+        It counts only if nobody but this user can have written it.
+        """
+        try:
+            fd = os.open(self.path / CONTROL, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        with os.fdopen(fd) as file:
+            about = os.fstat(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / CONTROL)
+            if about.st_uid != os.geteuid() or about.st_mode & 0o077:
+                return None
+            try:
+                replicas = json.load(file)["replicas"]
+            except (ValueError, LookupError, TypeError, OSError):
+                return None
+        return replicas if type(replicas) is int and 1 <= replicas <= MAX_REPLICAS else None
+
+    def request_stop(self) -> None:
+        """Ask whoever trains the run to write a checkpoint and end."""
+        try:
+            (self.path / STOP).touch()
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.path} cannot be written: {error.strerror}"
+            ) from None
+
+    def stop_requested(self) -> bool:
+        """Whether somebody has asked for that."""
+        return (self.path / STOP).exists()
+
+    def clear_stop(self) -> None:
+        """Forget that somebody has."""
+        (self.path / STOP).unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(partial, self.path / name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file; a one-line error where it is damaged."""
+        path = self.path / name
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path} does not hold a JSON object")
+        return value
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Add a line to the metrics."""
+        self._append(METRICS, values)
+
+    def append_event(self, text: str) -> None:
+        """Add a line to the events."""
+        self._append(EVENTS, {"event": text})
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        line = json.dumps({"time": round(time.time(), 3), **values})
+        with (self.path / name).open("a") as file:
+            file.write(line + "\n")

@@ -1,0 +1,31 @@
+"""What the last bits of a recorded run depend on besides its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from downpour.cluster.run.folder import ABOUT_RECORD
+
+if TYPE_CHECKING:
+    pass
+
+
+def write_about(folder: Path, *, threads: int) -> None:
+    """Note what the bits of a recorded run depend on besides the record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ABOUT_RECORD).write_text(json.dumps({"threads": threads, **surroundings()}) + "\n")
+
+
+def surroundings() -> dict[str, str]:
+    """What the last bits of a sum may depend on."""
+    from importlib import metadata
+
+    model = ""
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return {"torch": metadata.version("torch"), "machine": platform.machine(), "processor": model}

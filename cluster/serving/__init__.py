@@ -1,0 +1,1 @@
+"""Trained runs put to use: scoring, predicting, exporting, answering over HTTP."""

@@ -1,0 +1,161 @@
+"""A run's network as a file for other programs: ONNX or torch.export, BN folded.
+
+A file is kept only once it has been read back and its outputs agree with the checkpoint's, which is
+not folded, on images of the evaluation split. It is refused where the moving statistics that
+training kept are not those of the weights (Algorithm 2), because then the network would not do in
+use what it did in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from downpour.cluster.errors import UserError
+from downpour.cluster.serving.inference import Trained, recomputed_statistics, split_rows
+from downpour.workers.evaluation.disagreement import disagreement
+from downpour.workers.evaluation.predictor import decode_any_size
+
+Format = Literal["onnx", "torch"]
+SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
+TOLERANCE = 1e-4
+"""Most that outputs may differ by, as a share of the largest one (of 1 where that is smaller)."""
+CHECKED_ROWS = 64
+
+
+def export(
+    run: Trained,
+    output: Path,
+    *,
+    format: Format,
+    data: str | None = None,
+    batches: int = 100,
+    max_disagreement: float | None = 0.25,
+) -> dict[str, Any]:
+    """Write the folded network to `output`, whole and checked, or not at all.
+
+    Raises `UserError` where the statistics disagree by more than `max_disagreement` (None: not
+    looked at), where the file's outputs do not agree, and where it cannot be written.
+    """
+    if not output.parent.is_dir():
+        raise UserError(f"the folder of {output} does not exist: make it, or give another --output")
+    apart = None
+    if max_disagreement is not None and run.network.model.layout.num_features:
+        statistics, _ = recomputed_statistics(run, data=data, split=None, batches=batches)
+        apart = disagreement(run.network.model.statistics, statistics)
+        if apart > max_disagreement:
+            raise UserError(
+                f"the BN statistics that training kept and those of Algorithm 2 differ by "
+                f"{apart:.3g} of a standard deviation, more than --max-disagreement "
+                f"{max_disagreement:g}: recalibrate the run and export the result with --weights"
+            )
+    inputs, expected = _examples(run, data)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        _write(run, inputs, partial, format)
+        difference = _difference(_read_back(partial, inputs, format), expected)
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"the exported network's outputs differ by {difference:.2g} of the checkpoint's, "
+                f"more than {TOLERANCE:g}: the file was not kept"
+            )
+        os.replace(partial, output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return {
+        "written": str(output),
+        "format": format,
+        "bytes": output.stat().st_size,
+        "checked_on": len(inputs),
+        "largest_difference": difference,
+        "disagreement": apart,
+    }
+
+
+def _examples(run: Trained, data: str | None) -> tuple[Tensor, Tensor]:
+    """Inputs of the evaluation split, and what the unfolded network makes of them."""
+    config, network = run.config, run.network
+    source = data or config.data.data
+    count = config.model.num_classes
+    with split_rows(source, config.data.eval_split, count, rows=CHECKED_ROWS) as rows:
+        inputs = torch.from_numpy(decode_any_size(next(rows), network.spec))
+    with torch.inference_mode():
+        outputs: Tensor = network.model.module(inputs)
+    return inputs, outputs
+
+
+def _write(run: Trained, inputs: Tensor, path: Path, format: Format) -> None:
+    folded = run.network.folded()
+    labels = json.dumps(list(run.class_names))
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    # Two examples: a single one would make the batch's length a constant.
+    arguments = (inputs[:2].clone(),)
+    if format == "torch":
+        with _quiet():
+            program = torch.export.export(folded, arguments, dynamic_shapes=({0: batch},))
+            torch.export.save(program, str(path), extra_files={"classes.json": labels})
+        return
+    with _quiet():
+        made = torch.onnx.export(
+            folded,
+            arguments,
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch},),
+            external_data=False,
+            verbose=False,
+        )
+    assert made is not None
+    model = made.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "classes", labels
+    path.write_bytes(model.SerializeToString())
+
+
+def _read_back(path: Path, inputs: Tensor, format: Format) -> Tensor:
+    """What the file that was written makes of the inputs."""
+    if format == "torch":
+        # By its bytes: the loader goes by a file's ending, and this one has not its own yet.
+        program = torch.export.load(io.BytesIO(path.read_bytes()))
+        with torch.inference_mode():
+            outputs: Tensor = program.module()(inputs)
+        return outputs
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"images": inputs.numpy()})
+    return torch.from_numpy(found)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    scale = max(1.0, float(expected.abs().max()))
+    return float((found - expected).abs().max()) / scale
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """PyTorch's exporter tells its progress and warns of its own future."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)

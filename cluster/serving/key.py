@@ -1,0 +1,133 @@
+"""The key that callers of `downpour serve` have to show, on whatever address it listens.
+
+    Authorization: Bearer KEY
+
+The key is made anew for each deployment, or read from a file of the user's. It stays in this
+process and in a file for its owner alone: what goes to Ray's processes, and so into its tables, is
+the SHA-256 of the header, which is enough to compare with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from downpour.cluster.errors import UserError
+
+FOLDER = Path("~/.downpour")
+MIN_CHARACTERS = 16
+"""Of a key of the user's own."""
+DIGEST = "DOWNPOUR_SERVE_DIGEST"
+"""Environment of Ray's processes: what `gate` compares with."""
+GATE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Environment of Ray's processes: who gives Serve's HTTP proxy its middlewares."""
+REFUSED = "the key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+
+
+def make() -> str:
+    """A new key, of 256 random bits."""
+    return secrets.token_urlsafe(32)
+
+
+def read(path: Path) -> str:
+    """The key in a file of the user's, which holds nothing else. Raises `UserError`."""
+    try:
+        mode, text = path.stat().st_mode, path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--key-file {path} cannot be read ({error}): give a file that holds the key"
+        ) from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"--key-file {path} can be read by others: chmod 600 {path}")
+    if len(text) < MIN_CHARACTERS or not (text.isascii() and text.isprintable()) or " " in text:
+        raise UserError(
+            f"--key-file {path} holds no key: give one line of at least {MIN_CHARACTERS} printable "
+            "ASCII characters without spaces, such as `openssl rand -hex 32` writes"
+        )
+    return text
+
+
+def header(key: str) -> str:
+    """What a caller sends."""
+    return f"Bearer {key}"
+
+
+def digest(authorization: str) -> str:
+    """What stands for a header where its key should not be, in hexadecimal."""
+    return hashlib.sha256(authorization.encode()).hexdigest()
+
+
+def admits(expected: str, authorization: str) -> bool:
+    """Whether a caller's header is the one whose digest is `expected`."""
+    return hmac.compare_digest(expected, digest(authorization))
+
+
+@contextlib.contextmanager
+def kept(key: str, name: str) -> Iterator[Path]:
+    """A file with the whole header, for `curl -H @FILE`, while the context lasts."""
+    folder = FOLDER.expanduser()
+    path = folder / name
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path.unlink(missing_ok=True)  # of a server that was killed
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise UserError(
+            f"the key cannot be kept in {path} ({error.strerror}): set HOME to a folder that can "
+            "be written to"
+        ) from None
+    with os.fdopen(fd, "w") as file:
+        file.write(f"Authorization: {header(key)}\n")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def environment(expected: str) -> dict[str, str]:
+    """What has Serve's HTTP proxy refuse whoever does not know the key of this digest."""
+    return {GATE: f"{__name__}.gate", DIGEST: expected}
+
+
+def gate() -> list[Any]:
+    """The proxy's middlewares: called in its process, by Serve."""
+    from starlette.middleware import Middleware
+
+    return [Middleware(Gate, os.environ[DIGEST])]
+
+
+class Gate:
+    """ASGI middleware: without the key nothing is answered and no body is read.
+
+    It stands before all of Serve, whose own routes (`/-/healthz`, `/-/routes`) ask for none.
+    """
+
+    def __init__(self, app: Any, expected: str) -> None:
+        """`expected` is the digest of the header to show."""
+        self._app, self._expected = app, expected
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass on what may come in, and what is no request."""
+        if scope["type"] in ("http", "websocket"):
+            shown = [v for k, v in scope["headers"] if k.lower() == b"authorization"]
+            if len(shown) != 1 or not admits(self._expected, shown[0].decode("latin-1")):
+                await _refuse(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _refuse(scope: Any, receive: Any, send: Any) -> None:
+    from starlette.responses import JSONResponse
+
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    answer = JSONResponse({"error": REFUSED}, status_code=401, headers={"Connection": "close"})
+    await answer(scope, receive, send)

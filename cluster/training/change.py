@@ -1,0 +1,77 @@
+"""Having a run go on with other numbers: replicas, partitions, another device."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from downpour.cluster.config import recipes
+from downpour.cluster.config.plain import to_plain
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.checkpoint import CheckpointStore
+from downpour.cluster.run.folder import CONFIG, RunFolder
+from downpour.cluster.training.inputs import Data, build_model, check_data_unchanged, loader
+from downpour.workers.spec import DeviceName
+
+if TYPE_CHECKING:
+    pass
+
+
+def change(
+    folder: RunFolder,
+    data: Data,
+    *,
+    replicas: int | None = None,
+    partitions: int | None = None,
+    device: DeviceName | None = None,
+) -> None:
+    """Have the run go on with other numbers of these, or on another device, where given."""
+    config = recipes.admit(folder.config())
+    members = config.replicas
+    if replicas is not None:
+        members = dataclasses.replace(members, replicas=replicas)
+    if device is not None:
+        members = dataclasses.replace(
+            members, steps=dataclasses.replace(members.steps, device=device)
+        )
+    try:
+        config = dataclasses.replace(config, replicas=members)
+    except ValueError as error:
+        raise UserError(f"{folder.path} cannot go on so: {error}") from None
+    with folder.locked():
+        if partitions not in (None, config.server.partitions):
+            config = _cut_anew(folder, config, data, partitions)
+        if config != folder.config():
+            folder.write_json(CONFIG, to_plain(config))
+
+
+def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int) -> RunConfig:
+    """The newest checkpoint for another number of partitions, and the configuration with that."""
+    n_push = config.replicas.steps.n_push
+    if n_push != 1 or config.policy.record_pushes:
+        why = "its pushes are recorded" if config.policy.record_pushes else f"n push is {n_push}"
+        raise UserError(
+            f"{folder.path} cannot go on with {partitions} partitions, since {why}: leave out "
+            "--partitions"
+        )
+    check_data_unchanged(folder, data)
+    new = dataclasses.replace(
+        config, server=dataclasses.replace(config.server, partitions=partitions)
+    )
+    store = CheckpointStore(folder.checkpoints_uri, config.server.partitions)
+    checkpoint, _ = store.latest()
+    build_model(new)  # where it cannot be cut so, this says so
+    if checkpoint is not None:
+        from downpour.cluster.training.repartition import repartition
+        from downpour.workers.recompute import Recomputer
+
+        repartition(
+            store,
+            checkpoint,
+            partitions,
+            config=config.update_config(data.plan),
+            epochs=config.policy.epochs,
+            recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),
+        )
+    return new

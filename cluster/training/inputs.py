@@ -1,0 +1,121 @@
+"""What a run is made of before Ray starts: its data opened and checked, its model built."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.folder import DATA, RunFolder
+from downpour.paramserver.partition.ranges import Partition, split
+from downpour.shuffler.dataset.reader import RowReader
+from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.holdings import Inventory
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.processors import processors
+
+if TYPE_CHECKING:
+    pass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from downpour.cluster.config.run import RunConfig
+    from downpour.shuffler.plan.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What opening the data tells."""
+
+    plan: Plan
+    fingerprint: str
+    """Of the training split."""
+    class_names: tuple[str, ...] = ()
+    """Names of the labels 0, 1, ...; empty where the data names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What building the model tells."""
+
+    partitions: tuple[Partition, ...]
+    weights: npt.NDArray[np.float32]
+    """Initial weights, [P]."""
+
+
+def check_data(config: RunConfig) -> Data:
+    """Open both splits, decode a row of each, and lay out the plan.
+
+    Of training rows on nodes' own disks only the manifest is here; each node is asked later.
+    """
+    _check_split(config, config.data.eval_split, Decoder(spec=config.model.input))
+    train: Dataset | Inventory
+    if config.data.node_folder is None:
+        train = _check_split(config, config.data.train_split, config.decoder())
+    else:
+        train = Inventory.read(config.data.data, config.data.train_split)
+    return Data(
+        plan=config.plan(train.num_rows, train.shard_rows),
+        fingerprint=train.fingerprint,
+        class_names=train.class_names,
+    )
+
+
+def _check_split(config: RunConfig, split_name: str, decoder: Decoder) -> Dataset:
+    dataset = Dataset.open(config.data.data, split_name)
+    num_classes = config.model.num_classes
+    with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
+        first = np.zeros(1, np.int64)
+        decoder.decode(reader.take(first), rows=first)
+    return dataset
+
+
+def build_model(config: RunConfig) -> Model:
+    """Initial weights, and how they are cut. This is what imports PyTorch."""
+    model = config.model_spec().build_flat("cpu")
+    layout = model.layout
+    partitions = split(
+        num_parameters=layout.num_parameters,
+        num_features=layout.num_features,
+        num_decayed=layout.decayed,
+        num_partitions=config.server.num_partitions(layout.num_parameters, processors()),
+    )
+    return Model(partitions=partitions, weights=model.weights.numpy())
+
+
+def check_data_unchanged(folder: RunFolder, found: Data) -> None:
+    """A run is resumed on the rows that it began with, or mini-batches would not be the same."""
+    if not (folder.path / DATA).exists():
+        about = {"train_fingerprint": found.fingerprint, "class_names": list(found.class_names)}
+        folder.write_json(DATA, about)
+    elif folder.read_json(DATA)["train_fingerprint"] != found.fingerprint:
+        data = folder.config().data
+        raise UserError(
+            f"split {data.train_split!r} of {data.data} has changed since {folder.path} began: "
+            "put the dataset back, or train a new run"
+        )
+
+
+def loader(config: RunConfig, plan: Plan) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """What gives the inputs and targets of a mini-batch, as replicas get them."""
+    import torch
+
+    dataset = Dataset.open(config.data.data, config.data.train_split)
+    reader = RowReader(dataset, num_classes=config.model.num_classes)
+    decoder = config.decoder()
+
+    def load(epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        rows = plan.rows(epoch, batch)
+        decoded = decoder.decode(reader.take(rows), epoch=epoch, rows=rows)
+        return torch.from_numpy(decoded.inputs), torch.from_numpy(decoded.labels)
+
+    return load

@@ -1,0 +1,117 @@
+"""What is left of a run at its end: `result.json`, plots, the report, the last lines."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.monitoring.display import print_result
+from downpour.cluster.monitoring.html_report import write_report
+from downpour.cluster.monitoring.plots import plot_run
+from downpour.cluster.monitoring.telemetry import merged_staleness
+from downpour.cluster.run.folder import RESULT, STATUS, RunFolder
+
+if TYPE_CHECKING:
+    from downpour.cluster.controller.members import Outcome
+
+
+SKIPPED_SHOWN = 5
+
+
+def stopped(folder: RunFolder, reason: str, outcome: Outcome, console: Any) -> int:
+    """Note why the run of `folder` stopped, and say so; returns the exit status."""
+    from downpour.cluster.controller.controller import ASKED
+
+    status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
+    folder.write_json(STATUS, {**status, "state": "stopped", "reason": reason})
+    if reason not in (ASKED, *signal.Signals.__members__):
+        raise RunFailed(f"{reason}; then go on with `downpour resume {folder.path}`")
+    saved = "without a checkpoint of this session"
+    if outcome.checkpoint is not None:
+        saved = f"after checkpoint {outcome.checkpoint}"
+    console.print(f"stopped by {reason} {saved}: go on with `downpour resume {folder.path}`")
+    return 0 if reason == ASKED else 128 + signal.Signals[reason]
+
+
+def conclude(
+    folder: RunFolder, config: RunConfig, outcome: Outcome, began_at: float, console: Any
+) -> int:
+    """Write what a finished run leaves, and show it; returns the exit status."""
+    result = make_result(folder, config, outcome, began_at)
+    folder.write_json(RESULT, result)
+    status = folder.read_json(STATUS)
+    folder.write_json(STATUS, {**status, "state": "finished", "accuracy": result["accuracy"]})
+    plot_run(folder.path)
+    write_report(folder.path)
+    print_result(result, shown_path(folder.path))
+    for line in result["images_skipped"][:SKIPPED_SHOWN]:
+        console.print(f"skipped: {line}", style="yellow")
+    more = len(result["images_skipped"]) - SKIPPED_SHOWN
+    if more > 0:
+        console.print(f"skipped: {more} more; {RESULT} lists them all", style="yellow")
+    assert outcome.exactly_once, "a mini-batch was lost or applied twice; see result.json"
+    return 0
+
+
+def make_result(
+    folder: RunFolder, config: RunConfig, outcome: Outcome, began_at: float
+) -> dict[str, Any]:
+    """What came out of a finished run, for `result.json`."""
+    reports = outcome.reports
+    first = [r.first_update_at for r in reports if r.first_update_at is not None]
+    last = [r.last_update_at for r in reports if r.last_update_at is not None]
+    updates = min(r.version for r in reports)
+    session_updates = updates - outcome.updates_before
+    training_s = max(last) - min(first) if first else 0.0
+    staleness = merged_staleness(reports)
+    evaluation = outcome.evaluation
+    assert evaluation is not None
+    return {
+        "run": folder.name,
+        "recipe": config.recipe,
+        "seed": config.policy.seed,
+        "accuracy": evaluation.score.accuracy,
+        "best_accuracy": outcome.best_accuracy,
+        "evaluation_loss": evaluation.score.loss,
+        "evaluated_examples": evaluation.score.num_examples,
+        "updates": updates,
+        "examples": min(r.examples for r in reports),
+        "epochs": config.policy.epochs,
+        "replicas": config.replicas.replicas,
+        "concurrent_steps": config.replicas.steps.concurrent_steps,
+        "batch_size": config.data.batch_size,
+        "partitions": len(reports),
+        "updates_per_s": round(session_updates / training_s, 1) if training_s else None,
+        "time_to_first_update_s": round(min(first) - began_at, 2) if first else None,
+        "time_to_all_replicas_s": (
+            round(outcome.all_replicas_at - began_at, 2) if outcome.all_replicas_at else None
+        ),
+        "training_s": round(training_s, 2),
+        "wall_s": round(time.time() - began_at, 2),
+        "elapsed_s": round(outcome.elapsed_s, 2),
+        "staleness": {
+            **staleness.summary(),
+            "histogram": [[i, int(n)] for i, n in enumerate(staleness.counts) if n],
+        },
+        "batches_applied": min(r.batches_applied for r in reports),
+        "batches_duplicate": sum(r.pushes_duplicate for r in reports),
+        "batches_refused": outcome.refused,
+        "pushes_dropped": sum(r.pushes_dropped for r in reports),
+        "images_skipped": [outcome.skipped[row] for row in sorted(outcome.skipped)],
+        "exactly_once": outcome.exactly_once,
+        "quarantined": list(outcome.quarantined),
+        "restarts": dict(outcome.restarts),
+        "process_restarts": sum(outcome.restarts.values()),
+    }
+
+
+def shown_path(path: Path) -> str:
+    """A path as short as it can be from here."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

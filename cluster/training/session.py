@@ -1,0 +1,68 @@
+"""The Ray cluster that a command runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from downpour.cluster.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def ray_address(given: str | None) -> str:
+    """The Ray cluster to run on; `local` is one of our own on this machine."""
+    return given or os.environ.get("RAY_ADDRESS") or "local"
+
+
+@contextlib.contextmanager
+def on_ray(
+    *,
+    address: str | None,
+    dashboard: bool,
+    environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Iterator[str]:
+    """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own.
+
+    Within another `on_ray` it is that one's, which is left to it. One of our own is on loopback,
+    all of it. `environment` is that of the processes started there. `meanwhile` is called when
+    Ray has been imported, and before it starts.
+    """
+    address = ray_address(address)
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # As on a Mac, where clusters are off: what Ray listens on is loopback then.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    meanwhile()
+    if ray.is_initialized():
+        yield ""
+        return
+    options: dict[str, Any] = {"include_dashboard": dashboard} if address == "local" else {}
+    if environment:
+        options["runtime_env"] = {"env_vars": dict(environment)}
+    try:
+        context = ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="downpour",
+            **options,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"Ray at {address!r} cannot be reached: {error}") from None
+    except Exception as error:
+        if type(error) is not Exception:  # what Ray raises where its own processes come up too late
+            raise
+        raise UserError(f"Ray did not start: {error} Try again on a machine less busy") from None
+    try:
+        yield context.dashboard_url or ""
+    finally:
+        ray.shutdown()

@@ -1,0 +1,100 @@
+"""Downpour: asynchronous distributed training for batch-normalised networks, on Ray and PyTorch.
+
+What a recipe, a script or a notebook needs stands here by name:
+
+    import downpour
+
+    def recipe() -> downpour.RunConfig: ...
+
+    folder = downpour.train(recipe(), runs="runs")
+
+Everything below is importable by its full name, as `downpour.paramserver.client`. In a checkout
+the parts of this package are links to the folders at the root. Importing `downpour` imports
+neither PyTorch nor Ray; a name brings in what it needs at its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from downpour.cluster.config.placement import PlacementConfig
+    from downpour.cluster.config.policy import PolicyConfig
+    from downpour.cluster.config.run import RunConfig
+    from downpour.cluster.errors import UserError
+    from downpour.cluster.training.api import resume, train
+    from downpour.models.batchnorm import BatchNorm
+    from downpour.models.layers import ConvBN, LinearBN
+    from downpour.paramserver.config import NetworkConfig, ServerConfig
+    from downpour.paramserver.rules.schedule import Schedule
+    from downpour.shuffler.config import DataConfig
+    from downpour.shuffler.feed import Feed
+    from downpour.shuffler.images.augment import AugmentConfig
+    from downpour.shuffler.images.decode import ImageSpec
+    from downpour.workers.config import ModelConfig, ReplicaConfig
+    from downpour.workers.spec import StepConfig
+    from downpour.workers.torch_feed import TorchFeed
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AugmentConfig": "shuffler.images.augment",
+    "BatchNorm": "models.batchnorm",
+    "ConvBN": "models.layers",
+    "DataConfig": "shuffler.config",
+    "Feed": "shuffler.feed",
+    "ImageSpec": "shuffler.images.decode",
+    "LinearBN": "models.layers",
+    "ModelConfig": "workers.config",
+    "NetworkConfig": "paramserver.config",
+    "PlacementConfig": "cluster.config.placement",
+    "PolicyConfig": "cluster.config.policy",
+    "ReplicaConfig": "workers.config",
+    "RunConfig": "cluster.config.run",
+    "Schedule": "paramserver.rules.schedule",
+    "ServerConfig": "paramserver.config",
+    "StepConfig": "workers.spec",
+    "TorchFeed": "workers.torch_feed",
+    "UserError": "cluster.errors",
+    "resume": "cluster.training.api",
+    "train": "cluster.training.api",
+}
+"""Public name -> the module below `downpour` that defines it."""
+
+__all__ = [
+    "AugmentConfig",
+    "BatchNorm",
+    "ConvBN",
+    "DataConfig",
+    "Feed",
+    "ImageSpec",
+    "LinearBN",
+    "ModelConfig",
+    "NetworkConfig",
+    "PlacementConfig",
+    "PolicyConfig",
+    "ReplicaConfig",
+    "RunConfig",
+    "Schedule",
+    "ServerConfig",
+    "StepConfig",
+    "TorchFeed",
+    "UserError",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public name `name`, imported from where it is defined (PEP 562)."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'downpour' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"downpour.{home}"), name)
+    globals()[name] = value  # the next use finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

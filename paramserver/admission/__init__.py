@@ -1,0 +1,1 @@
+"""Who may begin a step: permits, bounded staleness, synchronous rounds."""

@@ -1,0 +1,101 @@
+"""Permits to begin a step, on one partition: asked for, out, and given back with a push.
+
+A slot asks for a permit before it pulls, and gives it back with its push. What is the same whoever
+decides is here; when a permit is given, and which push is applied next, is `bounded`'s or
+`rounds`'s.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from downpour.paramserver.errors import MalformedMessage
+
+Key = tuple[int, int]
+"""A connection's descriptor and a mailbox of it: one step in flight."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """A step that may now begin: its weights are to be pulled."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(Generic[T]):
+    """A push that is now to be applied."""
+
+    key: Key
+    push: T
+
+
+class Permits(ABC, Generic[T]):
+    """Permits of one partition. `T` is a push with whatever belongs to it."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._asked: deque[Key] = deque()
+        self._out: dict[Key, int] = {}
+        """The lowest version that the step can have pulled."""
+        self._pushed: dict[Key, T] = {}
+        """In the order in which they came."""
+
+    @property
+    def num_out(self) -> int:
+        """Steps in flight."""
+        return len(self._out)
+
+    @property
+    def num_held(self) -> int:
+        """Pushes that wait for their turn."""
+        return len(self._pushed)
+
+    def ask(self, key: Key) -> None:
+        """A step wants to begin. Raises `MalformedMessage` where it has asked already."""
+        if key in self._out or key in self._asked:
+            raise MalformedMessage(f"a second permit is asked for mailbox {key[1]}")
+        self._asked.append(key)
+
+    def push(self, key: Key, version: int, push: T) -> None:
+        """A step has ended that was computed on `version`. Raises `MalformedMessage` for one
+        without a permit, or on weights older than that.
+        """
+        low = self._out.get(key)
+        if low is None or key in self._pushed:
+            raise MalformedMessage(f"a push without a permit from mailbox {key[1]}")
+        if version < low:
+            raise MalformedMessage(f"a push computed on version {version}, permitted at {low}")
+        self._pushed[key] = push
+
+    def leave(self, connection: int) -> None:
+        """A connection is gone, and with it all that it has asked for, and not had applied."""
+        for key in [key for key in self._out if key[0] == connection]:
+            self._take_back(key)
+            self._pushed.pop(key, None)
+        self._asked = deque(key for key in self._asked if key[0] != connection)
+
+    @abstractmethod
+    def next(self, version: int, changed: int) -> Permit | Turn[T] | None:
+        """What can be done now at the partition's `version`, if anything; it counts as done.
+
+        `changed` is the version at which its weights changed last.
+        """
+
+    def _permit(self, version: int) -> Permit:
+        """Let whoever asked first begin, on weights that are no older than `version`."""
+        key = self._asked.popleft()
+        self._out[key] = version
+        return Permit(key)
+
+    def _turn(self, key: Key) -> Turn[T]:
+        self._take_back(key)
+        return Turn(key, self._pushed.pop(key))
+
+    def _take_back(self, key: Key) -> int:
+        """Gives what `_out` had."""
+        return self._out.pop(key)

@@ -1,0 +1,110 @@
+"""The parameter server, and how replicas reach it."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from downpour.paramserver.rules.policy import Guard, StalenessPolicy
+from downpour.paramserver.rules.schedule import Schedule
+from downpour.paramserver.rules.statistics import StatisticsRule
+from downpour.paramserver.rules.update import Regulariser, check_fraction
+from downpour.paramserver.transport.names import NODE, TransportName, WireDtypeName
+
+if TYPE_CHECKING:
+    pass
+
+
+PARTITION_BYTES = 1 << 24
+"""Weights for which another partition pays: below this, a push costs more than its bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """How replicas and partitions reach each other."""
+
+    transport: TransportName = "auto"
+    """Shared memory within a machine and the network between machines, or one of the two always."""
+    encrypt: bool = True
+    """Whether what goes over the network is encrypted; peers are authenticated in any case."""
+    wire_dtype: WireDtypeName = "float32"
+    """How gradients go over the network; 16 bits are with error feedback."""
+    listen: str = "auto"
+    """Address that partitions listen on: `auto` is the one by which Ray knows the node in a cluster
+    of several, and on a single node loopback, or none where nobody comes over the network."""
+
+    def __post_init__(self) -> None:
+        if self.listen != "auto":
+            try:
+                ipaddress.ip_address(self.listen)
+            except ValueError:
+                raise ValueError(
+                    f"listen is {self.listen!r}: give auto, or an IP address of the machine"
+                ) from None
+
+    def listens_on(self, num_nodes: int) -> str | None:
+        """Where partitions listen in a cluster of so many nodes; None for nowhere.
+
+        `NODE` stands for the node's address.
+        """
+        if self.transport == "shared":
+            return None
+        if self.listen != "auto":
+            return self.listen
+        if num_nodes > 1:
+            return NODE
+        return "127.0.0.1" if self.transport == "network" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The parameter server."""
+
+    partitions: int | None = None
+    """Actors that the parameters are cut over; none is one for each 16 MB of weights, at the most
+    one a processor. More than a model needs costs every push and pull another message."""
+    rule: Literal["momentum", "nesterov", "sgd", "adagrad"] = "momentum"
+    """The update rule."""
+    momentum: float = 0.9
+    """Momentum, for the two rules that have it."""
+    weight_decay: float = 0.0
+    """L2 weight of linear and convolutional weights."""
+    clip_norm: float | None = None
+    """Largest norm of a gradient; longer ones are scaled down to it."""
+    schedule: Schedule = field(default_factory=Schedule)
+    """The learning rate."""
+    statistics: StatisticsRule = field(default_factory=StatisticsRule)
+    """How BN statistics are aggregated."""
+    policy: StalenessPolicy = field(default_factory=StalenessPolicy)
+    """What is done about staleness."""
+    guard: Guard = field(default_factory=Guard)
+    """What keeps poison out."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """How replicas reach it."""
+    hot_standby: bool = False
+    """Whether each partition has a follower, a second process on the same machine that applies the
+    same pushes and takes its place when it dies, so that no update is lost."""
+
+    def __post_init__(self) -> None:
+        if self.partitions is not None and self.partitions < 1:
+            raise ValueError(f"partitions is {self.partitions}: give at least 1, or none")
+        check_fraction("momentum", self.momentum)
+        Regulariser(weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        if self.hot_standby and self.policy.versions_kept:
+            raise ValueError(
+                f"hot standby is on, and staleness policy is {self.policy.staleness_policy}, which "
+                "needs versions from before a follower came: give another, or no hot standby"
+            )
+        if self.hot_standby and self.network.listens_on(1) is not None:
+            raise ValueError(
+                f"hot standby is on, transport is {self.network.transport} and listen "
+                f"{self.network.listen}: a follower reads gradients where replicas left them, in "
+                "memory that all share; give transport shared, or no hot standby"
+            )
+
+    def num_partitions(self, num_parameters: int, num_processors: int) -> int:
+        """Partitions of a model with so many parameters, on a machine with so many processors."""
+        if self.partitions is not None:
+            return self.partitions
+        return min(num_processors, -(-4 * num_parameters // PARTITION_BYTES))

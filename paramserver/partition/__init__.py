@@ -1,0 +1,1 @@
+"""One partition's state: what it has applied, its version, its snapshots and its record."""

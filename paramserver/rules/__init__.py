@@ -1,0 +1,1 @@
+"""Pure rules: updates, schedules, staleness policies, BN statistics."""

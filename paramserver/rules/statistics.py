@@ -1,0 +1,182 @@
+"""BN statistics as the server keeps them: a merge rule instead of a gradient rule.
+
+Each push carries, for each feature, its mini-batch's moments: float32 [3, F] of count, mean and
+unbiased variance. From them the server keeps two things:
+
+* the moving averages that section 3.1 asks for, by applied updates:
+  `mean <- mean + a * (mu_B - mean)`, the same for the variance, with `a = max(1 - decay, 1/(n+1))`
+  for the n-th update from 0 on. Early on this is the plain average, so there is no start-up bias.
+  A feature with fewer than two values in the mini-batch, which has no variance, keeps its average;
+* a ledger over the last `window` updates, a monoid (count, mean, m2) merged by Chan's formula,
+  float64: the pooled moments of every value seen in the window.
+
+The two differ in meaning: Algorithm 2 averages the variances *within* mini-batches; the ledger's
+variance includes the variance *between* their means, too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from downpour.paramserver.errors import BadConfiguration
+from downpour.paramserver.rules.update import check_fraction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+
+NUM_BLOCKS = 8
+"""A window is kept as this many blocks, and slides by a block at a time."""
+MAX_PENDING = 32
+"""Mini-batches whose moments the ledger merges in one go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsRule:
+    """How BN statistics are aggregated."""
+
+    decay: float = field(default=0.99, metadata={"cli": "statistics-decay"})
+    """Share of a moving average kept at each applied mini-batch, in [0, 1)."""
+    window: int = field(default=1024, metadata={"cli": "statistics-window"})
+    """Updates that the ledger looks back on."""
+
+    def __post_init__(self) -> None:
+        check_fraction("statistics decay", self.decay)
+        if self.window < NUM_BLOCKS:
+            raise BadConfiguration(
+                f"statistics window is {self.window}: give at least {NUM_BLOCKS}"
+            )
+
+
+class Block:
+    """(count, mean, m2) of each feature: a monoid under `merge`, all float64 [F]."""
+
+    def __init__(self, num_features: int) -> None:
+        """The empty block."""
+        self.count = np.zeros(num_features)
+        self.mean = np.zeros(num_features)
+        self.m2 = np.zeros(num_features)
+
+    def merge(self, count: Array, mean: Array, m2: Array) -> None:
+        """Take in another set of values, by Chan's formula. Counts of 0 change nothing."""
+        total = self.count + count
+        share = count / np.maximum(total, 1.0)
+        delta = mean - self.mean
+        self.m2 += m2 + delta * delta * (self.count * share)
+        self.mean += delta * share
+        self.count = total
+
+
+class Ledger:
+    """Pooled moments over (about) the last `window` updates."""
+
+    def __init__(self, num_features: int, window: int) -> None:
+        """An empty ledger."""
+        self._num_features = num_features
+        self._per_block = max(1, window // NUM_BLOCKS)
+        self._blocks: deque[Block] = deque([Block(num_features)], maxlen=NUM_BLOCKS)
+        self._in_block = 0
+        self._pending = np.zeros((min(MAX_PENDING, self._per_block), 3, num_features))
+        self._num_pending = 0
+
+    def add(self, moments: npt.NDArray[np.float32] | Array) -> None:
+        """Take in one mini-batch's moments [3, F] (count, mean, unbiased variance)."""
+        if self._in_block + self._num_pending >= self._per_block:  # or more, after `load`
+            self._merge_pending()
+            self._blocks.append(Block(self._num_features))
+            self._in_block = 0
+        self._pending[self._num_pending] = moments
+        self._num_pending += 1
+        if self._num_pending == len(self._pending):
+            self._merge_pending()
+
+    def _merge_pending(self) -> None:
+        """Chan's formula for many mini-batches at once costs little more than for one."""
+        if not self._num_pending:
+            return
+        counts, means, variances = self._pending[: self._num_pending].swapaxes(0, 1)
+        count = counts.sum(axis=0)
+        mean = (counts * means).sum(axis=0) / np.maximum(count, 1.0)
+        within = variances * np.maximum(counts - 1.0, 0.0)
+        m2 = (within + counts * np.square(means - mean)).sum(axis=0)
+        self._blocks[-1].merge(count, mean, m2)
+        self._in_block += self._num_pending
+        self._num_pending = 0
+
+    def pooled(self) -> Block:
+        """Everything in the window, merged."""
+        self._merge_pending()
+        whole = Block(self._num_features)
+        for block in self._blocks:
+            whole.merge(block.count, block.mean, block.m2)
+        return whole
+
+    def dump(self) -> tuple[Array, int]:
+        """What `load` takes: float64 [blocks, 3, F], and the updates in the last block."""
+        self._merge_pending()
+        return np.stack([np.stack([b.count, b.mean, b.m2]) for b in self._blocks]), self._in_block
+
+    def load(self, blocks: Array, in_block: int) -> None:
+        """Go on from what `dump` gave."""
+        if not len(blocks) or blocks.shape[1:] != (3, self._num_features):
+            raise ValueError(f"the ledger is {list(blocks.shape)}")
+        self._num_pending = 0
+        self._blocks.clear()
+        for count, mean, m2 in blocks:
+            block = Block(self._num_features)
+            block.count, block.mean, block.m2 = count.copy(), mean.copy(), m2.copy()
+            self._blocks.append(block)
+        self._in_block = in_block
+
+
+class BatchStatistics:
+    """One partition's BN statistics. The caller owns the moving averages, float32 [2, F]."""
+
+    def __init__(self, num_features: int, rule: StatisticsRule) -> None:
+        """Nothing seen yet."""
+        self.rule = rule
+        self.num_updates = 0
+        self.ledger = Ledger(num_features, rule.window)
+
+    def update(self, current: Tensor, moments: Tensor, out: Tensor) -> None:
+        """Merge a mini-batch's `moments` [3, F] into `current` [2, F], writing to `out` [2, F]."""
+        import torch
+
+        weight = max(1.0 - self.rule.decay, 1.0 / (self.num_updates + 1))
+        new, values = moments[1:], moments.numpy()
+        if values.size and values[0].min() < 2:
+            new = torch.where(moments[0] < 2, current, new)
+        torch.lerp(current, new, weight, out=out)
+        self.ledger.add(values)
+        self.num_updates += 1
+
+    def drift(self, current: Tensor) -> float:
+        """Mean over features of `|moving mean - pooled mean| / sqrt(pooled variance)`.
+
+        `current` are the moving averages [2, F]; pooled are the moments of the ledger's window. 0
+        where there are no features, or nothing has been seen of them.
+        """
+        pooled = self.ledger.pooled()
+        known = pooled.count > 1
+        if not known.any():
+            return 0.0
+        variance = pooled.m2[known] / (pooled.count[known] - 1.0)
+        away = np.abs(current[0].numpy()[known] - pooled.mean[known])
+        return float(np.mean(away / np.sqrt(np.maximum(variance, 1e-12))))
+
+    def dump(self) -> tuple[dict[str, int], dict[str, Array]]:
+        """Metadata and arrays that `load` takes."""
+        blocks, in_block = self.ledger.dump()
+        return {"num_updates": self.num_updates, "in_block": in_block}, {"ledger": blocks}
+
+    def load(self, meta: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
+        """Go on from what `dump` gave."""
+        self.num_updates = int(meta["num_updates"])
+        self.ledger.load(arrays["ledger"], int(meta["in_block"]))

@@ -1,0 +1,248 @@
+"""Update rules: how a gradient changes the weights of a partition.
+
+A rule is a pair of pure functions over flat float32 arrays. `init(n)` gives its state, named
+vectors of n elements; `update` reads weights `w`, gradient `g` and state, and writes the new
+weights to `out`, which may be `w` itself or another buffer (a slot that the next version is
+published from while `w` is being read), to the same bits. `rate` is the learning rate. Weight decay
+and clipping come before the rule (`Regulariser`).
+
+The conventions are `torch.optim`'s, so that one replica with one step in flight equals it:
+momentum without dampening, and the rate outside the velocity.
+
+PyTorch is imported where it is used, since rules are part of the configuration, and commands that
+compute nothing should start at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from downpour.paramserver.errors import BadConfiguration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IN_PLACE_BYTES = 1 << 20
+State = Mapping[str, "Tensor"]
+
+
+def updates_in_place(num_parameters: int) -> bool:
+    """Whether so many weights had better be written over than to and fro between two places."""
+    return 4 * num_parameters >= IN_PLACE_BYTES
+
+
+class Rule(Protocol):
+    """An update rule over flat vectors."""
+
+    def init(self, num_parameters: int) -> dict[str, Tensor]:
+        """The rule's state for `num_parameters` parameters, before the first update."""
+
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+    ) -> None:
+        """Write the new weights to `out`, and the new state in place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Plain stochastic gradient descent: `w <- w - rate * g`."""
+
+    def init(self, num_parameters: int) -> dict[str, Tensor]:
+        """No state."""
+        return {}
+
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+    ) -> None:
+        """One step; one pass that reads two vectors and writes one."""
+        import torch
+
+        torch.add(weights, gradient, alpha=-rate, out=out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum:
+    """SGD with momentum: `v <- momentum * v + g; w <- w - rate * v` (torch's convention)."""
+
+    momentum: float = 0.9
+    """Share of the velocity kept at each update, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        check_fraction("momentum", self.momentum)
+
+    def init(self, num_parameters: int) -> dict[str, Tensor]:
+        """The velocity v = 0."""
+        import torch
+
+        return {"velocity": torch.zeros(num_parameters)}
+
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+    ) -> None:
+        """One step."""
+        velocity = state["velocity"]
+        _sgd_with_momentum(weights, gradient, velocity, self.momentum, rate, out, nesterov=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nesterov:
+    """Nesterov momentum: `v <- momentum * v + g; w <- w - rate * (g + momentum * v)`."""
+
+    momentum: float = 0.9
+    """Share of the velocity kept at each update, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        check_fraction("momentum", self.momentum)
+
+    def init(self, num_parameters: int) -> dict[str, Tensor]:
+        """The velocity v = 0."""
+        import torch
+
+        return {"velocity": torch.zeros(num_parameters)}
+
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+    ) -> None:
+        """One step; the gradient's buffer may be left holding g + momentum * v."""
+        velocity = state["velocity"]
+        _sgd_with_momentum(weights, gradient, velocity, self.momentum, rate, out, nesterov=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adagrad:
+    """Adagrad: `s <- s + g*g; w <- w - rate * g / (sqrt(s) + epsilon)`.
+
+    The rule of Dean et al. 2012, section 4.1: each parameter's own rate `gamma / sqrt(sum of its
+    squared gradients)`. `epsilon` and its place are torch's.
+    """
+
+    epsilon: float = 1e-10
+    """Added to the root, so that a parameter without a gradient yet does not divide by zero."""
+    initial_accumulator: float = 0.0
+    """What the sums of squares start from."""
+
+    def __post_init__(self) -> None:
+        finite = 0 <= self.epsilon < math.inf and 0 <= self.initial_accumulator < math.inf
+        if not finite or self.epsilon + self.initial_accumulator == 0:  # 0/0 where a gradient is 0
+            raise BadConfiguration(
+                f"adagrad's epsilon is {self.epsilon} and its initial accumulator "
+                f"{self.initial_accumulator}: give finite values of 0 or more, not both 0"
+            )
+
+    def init(self, num_parameters: int) -> dict[str, Tensor]:
+        """The sums of squares s."""
+        import torch
+
+        return {"squares": torch.full((num_parameters,), float(self.initial_accumulator))}
+
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+    ) -> None:
+        """One step; `out` may be `weights`."""
+        import torch
+
+        squares = state["squares"]
+        squares.addcmul_(gradient, gradient)
+        # The root needs room: `out` has it, unless that is where the weights still are.
+        free = out.data_ptr() != weights.data_ptr()
+        root = (torch.sqrt(squares, out=out) if free else squares.sqrt()).add_(self.epsilon)
+        torch.addcdiv(weights, gradient, root, value=-rate, out=out)
+
+
+def _sgd_with_momentum(
+    weights: Tensor,
+    gradient: Tensor,
+    velocity: Tensor,
+    momentum: float,
+    rate: float,
+    out: Tensor,
+    *,
+    nesterov: bool,
+) -> None:
+    """One step, rounded the same wherever `out` is.
+
+    Of vectors that fit into a cache, two kernels that fill `out` are the fastest; of longer ones,
+    the kernel of `torch.optim.SGD(fused=True)` with everything in place: weights that are elsewhere
+    are copied first.
+    """
+    import torch
+
+    if not updates_in_place(len(weights)):
+        torch.add(gradient, velocity, alpha=momentum, out=velocity)
+        if nesterov:
+            gradient.add_(velocity, alpha=momentum)
+        torch.add(weights, gradient if nesterov else velocity, alpha=-rate, out=out)
+        return
+    if out.data_ptr() != weights.data_ptr():
+        out.copy_(weights)
+    torch._fused_sgd_(
+        [out],
+        [gradient],
+        [velocity] if momentum else [],
+        weight_decay=0.0,
+        momentum=momentum,
+        lr=rate,
+        dampening=0.0,
+        nesterov=nesterov,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+RULES: dict[str, type[SGD | Momentum | Nesterov | Adagrad]] = {
+    "sgd": SGD,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "adagrad": Adagrad,
+}
+
+
+def make_rule(name: str, momentum: float) -> Rule:
+    """The rule called `name`; `momentum` reaches the two that have one."""
+    if name not in RULES:
+        raise BadConfiguration(f"rule is {name!r}: give one of {', '.join(RULES)}")
+    if name in ("momentum", "nesterov"):
+        return RULES[name](momentum=momentum)  # type: ignore[call-arg]
+    return RULES[name]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regulariser:
+    """What happens to a gradient before the rule: clipping by global norm, then L2 weight decay."""
+
+    weight_decay: float = 0.0
+    """L2 weight: `g <- g + weight_decay * w` for the parameters that take decay."""
+    clip_norm: float | None = None
+    """Largest norm of a whole gradient, over all partitions; longer ones are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight_decay < math.inf:
+            raise BadConfiguration(
+                f"weight decay is {self.weight_decay}: give a finite number of 0 or more"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise BadConfiguration(f"clip norm is {self.clip_norm}: give more than 0, or none")
+
+    def apply(self, gradient: Tensor, weights: Tensor, num_decayed: int, norm: float) -> None:
+        """Change `gradient` in place. `norm` is the whole one's, as its replica measured it."""
+        self.clip(gradient, norm)
+        self.decay(gradient, weights, num_decayed)
+
+    def clip(self, gradient: Tensor, norm: float) -> None:
+        """The first half: no longer than `clip_norm`."""
+        if self.clip_norm is not None and norm > self.clip_norm:
+            gradient.mul_(self.clip_norm / norm)
+
+    def decay(self, gradient: Tensor, weights: Tensor, num_decayed: int) -> None:
+        """The second half: L2."""
+        if self.weight_decay and num_decayed:
+            gradient[:num_decayed].add_(weights[:num_decayed], alpha=self.weight_decay)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise `BadConfiguration` unless `value` is in [0, 1)."""
+    if not 0 <= value < 1:
+        raise BadConfiguration(f"{name} is {value}: give a number from 0 up to, not including, 1")

@@ -1,0 +1,102 @@
+"""Pushes in, versions out: a partition's state, and the memory where readers find its weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from downpour.paramserver.messages import Answer, Outcome
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.partition.state import Arrival, PartitionState, UpdateConfig, Version
+from downpour.paramserver.rules.update import updates_in_place
+from downpour.paramserver.server.connections import Sides
+from downpour.paramserver.transport.frames import as_bytes
+from downpour.paramserver.transport.memory import PublishedWeights, check_room
+from downpour.paramserver.transport.network import NetworkSide
+
+
+class Versions:
+    """All versions of one partition, one after the other."""
+
+    def __init__(
+        self, partition: Partition, config: UpdateConfig, sides: Sides, weights: Tensor | None
+    ) -> None:
+        """Version 0 has these weights [num_parameters], or zeros. Nobody sees it before `open`.
+
+        `sides` are the connections whose other ends may be reading.
+        """
+        kept = config.policy.versions_kept
+        check_room(partition.num_parameters, kept)
+        self.published = PublishedWeights(
+            partition.num_parameters, partition.num_features, kept=kept
+        )
+        current = self.published.versions[0]
+        current.statistics[1:].fill_(1.0)  # as torch's: mean 0, variance 1 before the first push
+        if weights is not None:
+            current.weights.copy_(weights)
+        self.state = PartitionState(partition, config, current)
+        self.in_place = updates_in_place(partition.num_parameters)
+        """Whether each version is published before the next push is applied."""
+        self.first_update_at: float | None = None
+        """Unix time of the first update since `open`; of a follower, since its primary's."""
+        self.last_update_at: float | None = None
+        """Unix time of the latest update since `open`."""
+        self._sides = sides
+        self._slots = [
+            (as_bytes(v.weights), as_bytes(v.statistics)) for v in self.published.versions
+        ]
+        self._private: list[Tensor] = []
+        """Where gradients are copied to that another process reads, too."""
+
+    def open(self) -> None:
+        """Let readers see the version that there is."""
+        self.published.publish(self.state.weights_version)
+
+    def apply_all(self, arrivals: Sequence[Arrival], *, shared: bool) -> list[Answer]:
+        """Apply pushes, publish what comes of them, and say what became of each.
+
+        `shared` says whether another process reads the same gradients.
+        """
+        state, answers = self.state, []
+        if shared and state.config.spoils_gradients:
+            arrivals = self._copied(arrivals)
+        version, before = state.version, state.weights_version
+        outcomes = state.apply_all(arrivals, self._room)
+        for (push, _, _), outcome in zip(arrivals, outcomes, strict=True):
+            version += outcome is Outcome.APPLIED
+            answers.append(Answer(mailbox=push.mailbox, outcome=outcome, version=version))
+        if state.weights_version > before:
+            self.published.commit(state.weights_version)
+            self.last_update_at = time.time()
+            if self.first_update_at is None:
+                self.first_update_at = self.last_update_at
+        return answers
+
+    def _copied(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
+        """These, with gradients that may be written over: the others are read by two."""
+        while len(self._private) < len(arrivals):
+            self._private.append(torch.empty(self.state.partition.num_parameters))
+        return [
+            (push, private.copy_(gradient), moments)
+            for (push, gradient, moments), private in zip(arrivals, self._private, strict=False)
+        ]
+
+    def _room(self) -> Version:
+        """Where the next version goes: where the latest one is, unless somebody is reading it."""
+        slot = self.published.begin([side.pinned for side in self._sides.values()])
+        for side in self._sides.values():
+            if isinstance(side, NetworkSide):
+                side.detach(slot)  # nothing to do, except where all slots are pinned
+        return self.published.versions[slot]
+
+    def send(self, side: NetworkSide) -> None:
+        """Begin to send the latest weights over the network."""
+        slot = self.published.current_slot
+        side.send_weights(slot, self.state.weights_version, *self._slots[slot])
+
+    def close(self) -> None:
+        """Give up the memory."""
+        self.published.close()

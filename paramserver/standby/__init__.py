@@ -1,0 +1,1 @@
+"""Followers: a second copy of a partition that can take its place."""

@@ -1,0 +1,62 @@
+"""Where the examples are, and how they become mini-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from downpour.shuffler.images.augment import AugmentConfig
+from downpour.shuffler.plan.plan import Strategy
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the examples are, and how they are put together into mini-batches."""
+
+    data: str = BUNDLED_MNIST
+    """Folder or pyarrow.fs URI with the shards, `<split>-*.parquet`."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str = "test"
+    """Split to score."""
+    batch_size: int = 32
+    """Examples in a mini-batch."""
+    window_batches: int = 64
+    """Mini-batches that a replica is handed at a time."""
+    strategy: Strategy = "pairwise"
+    """How examples meet: `pairwise` lets no pair meet twice. `random`, `within_shard`, `buffer` and
+    `none` shuffle as other loaders do."""
+    buffer_rows: int = 1000
+    """Examples that the `buffer` strategy shuffles at a time."""
+    past_bound: Literal["error", "rekey"] = "error"
+    """Past the epochs in which no pair can meet twice: an error, or a fresh keyed order."""
+    shufflers: int = 1
+    """Actors that read the training rows; each has shards of its own."""
+    shuffler_cache_mb: int = 1024
+    """Most megabytes of decoded row groups that each of them keeps."""
+    node_folder: str | None = None
+    """Folder on each node's own disk that has some of the training split's shards; `{node}` in it
+    is the node's label downpour-node, or its address. The manifest and the split to score are where
+    `data` says. There is a shuffler on each node that has shards."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How training images are varied."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What a training image does that cannot be decoded: it stops the run, or is skipped and
+    counted."""
+
+    def __post_init__(self) -> None:
+        if self.shufflers < 1 or self.shuffler_cache_mb < 0:
+            raise ValueError(
+                f"shufflers is {self.shufflers} and shuffler cache {self.shuffler_cache_mb} MB: "
+                "give at least 1 shuffler, and 0 MB or more"
+            )
+        folder = self.node_folder
+        if folder is not None and not folder.startswith("/") and "://" not in folder:
+            raise ValueError(
+                f"node folder is {folder!r}: give a path from the root, which means the same on "
+                "every node, or a URI"
+            )

@@ -1,0 +1,392 @@
+"""Pixels: from rows as they are kept to the arrays that a network takes.
+
+Packed bits are unpacked all at once; encoded images are decoded one after the other, cropped and
+distorted as `augment` says. A `Decoder` works on the thread that calls it; several threads may use
+one at once, and run side by side, because what takes time releases Python's lock. What is done to
+a single image is in `pixels`, which is imported only when there are images, because OpenCV takes
+its time to load.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from downpour.shuffler.dataset.encoding import PackedBits, encoding_of, label_values
+from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.images.augment import AugmentConfig, Variations, vary
+from downpour.shuffler.images.crops import views_of
+
+if TYPE_CHECKING:
+    from downpour.shuffler.images.pixels import Buffer, ImageFile, Pixels
+
+Fit = Literal["exact", "crop"]
+BadImage = Literal["stop", "skip"]
+
+_MODES: Final = {1: "grey", 3: "RGB"}
+_REMEDY: Final = "replace it or remove the row"
+_BLOCK_BYTES: Final = 1 << 19
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSpec:
+    """The images that a network takes."""
+
+    height: int
+    """Pixels from top to bottom."""
+
+    width: int
+    """Pixels from left to right."""
+
+    channels: int = 3
+    """1: grey, 3: RGB. Images are converted to it."""
+
+    binary_threshold: int | None = None
+    """Grey values above it become 1, others 0 (section 4.1: 127). None: values / 255."""
+
+    flatten: bool = False
+    """Whether inputs are vectors [n, c*h*w] for fully connected layers, or [n, c, h, w]."""
+
+    fit: Fit = "exact"
+    """How images come to that size where no random crop does it. `exact`: they have it, and others
+    are refused. `crop`: the shorter side is resized to 256/224 of it, and the centre is cut."""
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise DecodeError(
+                f"an image of {self.height}x{self.width} has no pixels; give 1 or more"
+            )
+        if self.channels not in _MODES:
+            raise DecodeError(
+                f"channels={self.channels} is not supported; give 1 (grey) or 3 (RGB)"
+            )
+        if self.fit not in ("exact", "crop"):
+            raise DecodeError(f"fit={self.fit!r} is unknown; choose 'exact' or 'crop'")
+        if self.fit == "crop" and self.height != self.width:
+            raise DecodeError(
+                f"crops are square, and {self.height}x{self.width} is not; give a square size, or "
+                "fit='exact'"
+            )
+        if self.binary_threshold is not None and not 0 <= self.binary_threshold <= 254:
+            raise DecodeError(
+                f"binary_threshold={self.binary_threshold} splits no grey values; give 0 to 254"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        if self.flatten:
+            return (self.channels * self.height * self.width,)
+        return (self.channels, self.height, self.width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """Rows as a network takes them."""
+
+    inputs: NDArray[np.float32]
+    """[m, *spec.input_shape], in [0, 1]."""
+
+    labels: NDArray[np.int64]
+    """[m]."""
+
+    kept: NDArray[np.int64]
+    """Positions of these m among the n rows that were asked for, ascending; all of them but for
+    images that were skipped."""
+
+    problems: tuple[str, ...] = ()
+    """A line for each image that was skipped; it names the row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """How rows become inputs."""
+
+    spec: ImageSpec
+    """The images wanted."""
+
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How they are varied."""
+
+    seed: int = 0
+    """Of the run: names the random streams."""
+
+    on_bad_image: BadImage = "stop"
+    """What an image does that cannot be decoded: `stop` raises, `skip` leaves it out."""
+
+    def __post_init__(self) -> None:
+        if self.on_bad_image not in ("stop", "skip"):
+            raise DecodeError(
+                f"on_bad_image={self.on_bad_image!r} is unknown; choose 'stop' or 'skip'"
+            )
+
+    def decode(
+        self, batch: pa.RecordBatch, *, epoch: int = 0, rows: NDArray[np.int64] | None = None
+    ) -> Decoded:
+        """Return the inputs and the labels of rows.
+
+        Args:
+            batch: n rows as `reader` returns them, of either encoding.
+            epoch: names the random streams, with the seed and each row's number.
+            rows: int64 [n], the rows' numbers in the dataset; needed where images are varied,
+                otherwise for messages only.
+
+        Raises:
+            DecodeError: an image cannot be decoded or has another size; it names the row.
+            DatasetError: the batch has no image column or no label.
+        """
+        encoding = encoding_of(batch.schema, "the record batch")
+        labels = label_values(batch.column("label")).copy()
+        if isinstance(encoding, PackedBits):
+            if not self.augment.changes_nothing:
+                raise DecodeError(
+                    "packed bits cannot be cropped, mirrored or distorted; leave augmentation out, "
+                    "or ingest without a binary threshold"
+                )
+            inputs = _unpack(batch.column("bits"), encoding, self.spec)
+            kept = np.arange(len(batch), dtype=np.int64)
+            problems: tuple[str, ...] = ()
+        else:
+            planes, kept, problems = self._planes(batch, epoch, rows)
+            inputs = self._scaled(planes)
+            labels = labels[kept]
+        shape = (len(kept), *self.spec.input_shape)
+        return Decoded(inputs=inputs.reshape(shape), labels=labels, kept=kept, problems=problems)
+
+    def _planes(
+        self, batch: pa.RecordBatch, epoch: int, rows: NDArray[np.int64] | None
+    ) -> tuple[Pixels, NDArray[np.int64], tuple[str, ...]]:
+        """Return the images as uint8 [m, c, h, w], which rows they are, and what is wrong."""
+        from downpour.shuffler.images import pixels
+
+        spec, channels = self.spec, self.spec.channels
+        problems: dict[int, str] = {}
+        files: list[ImageFile | None] = []
+        kept: list[int] = []
+        for position, data in enumerate(image_buffers(batch.column("image"))):
+            file = None
+            if data is None:
+                problems[position] = f"{_describe(batch, position, rows)} has no bytes"
+            else:
+                try:
+                    file = pixels.open_image(data, channels)
+                except DecodeError as error:
+                    problems[position] = _undecodable(batch, position, rows, error)
+            files.append(file)
+        variations = self._variations(files, epoch, rows)
+        boxes = [None] * len(batch) if variations.boxes is None else variations.boxes.tolist()
+        planes = np.empty((len(batch), channels, spec.height, spec.width), dtype=np.uint8)
+        for position, file in enumerate(files):
+            if file is not None:
+                try:
+                    image = self._image(file, boxes[position], variations, position)
+                except DecodeError as error:
+                    problems[position] = _undecodable(batch, position, rows, error)
+                    continue
+                if image.shape[:2] != (spec.height, spec.width):
+                    raise DecodeError(
+                        f"{_describe(batch, position, rows)} has "
+                        f"{image.shape[0]}x{image.shape[1]} pixels, and "
+                        f"{spec.height}x{spec.width} are wanted; resize the images, choose a "
+                        "recipe for their size, or let them be cropped (fit='crop')"
+                    )
+                pixels.put_planes(image, planes[len(kept)])
+                kept.append(position)
+        if problems and self.on_bad_image == "stop":
+            raise DecodeError(f"{problems[min(problems)]}; {_REMEDY}")
+        lines = tuple(problems[position] for position in sorted(problems))
+        return planes[: len(kept)], np.array(kept, dtype=np.int64), lines
+
+    def _variations(
+        self, files: list[ImageFile | None], epoch: int, rows: NDArray[np.int64] | None
+    ) -> Variations:
+        if self.augment.changes_nothing:
+            return Variations(boxes=None, mirrored=None, colours=None)
+        if rows is None:
+            raise DecodeError("images can be varied by the numbers of their rows only; give rows")
+        heights = np.array([1 if file is None else file.height for file in files], dtype=np.int64)
+        widths = np.array([1 if file is None else file.width for file in files], dtype=np.int64)
+        return vary(self.augment, self.seed, epoch, rows, heights, widths)
+
+    def _image(
+        self, file: ImageFile, box: list[int] | None, variations: Variations, position: int
+    ) -> Pixels:
+        """Return one image, cropped and varied."""
+        from downpour.shuffler.images import pixels
+
+        spec = self.spec
+        if box is not None:
+            image = pixels.crop_file(file, spec.channels, box, spec.height, spec.width)
+        elif spec.fit == "crop":
+            (view,) = views_of(1, file.height, file.width, spec.height)
+            whole = pixels.decode_file(
+                file, spec.channels, min_height=view.image_height, min_width=view.image_width
+            )
+            whole = pixels.resize(whole, view.image_height, view.image_width)
+            image = whole[view.top : view.top + view.side, view.left : view.left + view.side]
+        else:
+            image = pixels.decode_file(file, spec.channels)
+        if variations.colours is not None:
+            affine = variations.colours.affine(position, pixels.channel_means(image))
+            image = pixels.distort(image, affine)
+        if variations.mirrored is not None and variations.mirrored[position]:
+            image = pixels.mirror(image)
+        return image
+
+    def _scaled(self, planes: Pixels) -> NDArray[np.float32]:
+        inputs = np.empty(planes.shape, dtype=np.float32)
+        if self.spec.binary_threshold is not None:
+            np.greater(planes, self.spec.binary_threshold, out=inputs, casting="unsafe")
+            return inputs
+        # A block at a time stays in the processor's cache; to divide after it is faster than to do
+        # both at once.
+        block = max(1, _BLOCK_BYTES // max(1, inputs[:1].nbytes))
+        for start in range(0, len(inputs), block):
+            some = inputs[start : start + block]
+            np.copyto(some, planes[start : start + block])
+            np.divide(some, np.float32(255), out=some)
+        return inputs
+
+
+def decode(
+    batch: pa.RecordBatch, spec: ImageSpec, *, rows: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the inputs [n, *spec.input_shape] and the labels [n] of rows, not varied.
+
+    Raises:
+        DecodeError: see `Decoder.decode`.
+    """
+    decoded = Decoder(spec=spec).decode(batch, rows=rows)
+    return decoded.inputs, decoded.labels
+
+
+def decode_views(
+    batch: pa.RecordBatch, spec: ImageSpec, crops: int, *, rows: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return several crops of each image, and the labels.
+
+    Args:
+        batch: n rows of encoded images, of any size.
+        spec: the images that the network takes, which are square.
+        crops: 1, 10 or 144; see `crops`.
+        rows: int64 [n], the rows' numbers: for messages only.
+
+    Returns:
+        inputs: float32 [n, crops, *spec.input_shape], in [0, 1]; the crops' order is that of
+            `crops.views_of`.
+        labels: int64 [n].
+
+    Raises:
+        DecodeError: an image cannot be decoded, `crops` is not one of the three, or the network's
+            input is not square; packed bits have no crops.
+    """
+    if isinstance(encoding_of(batch.schema, "the record batch"), PackedBits):
+        raise DecodeError("packed bits have no crops; ingest without a binary threshold")
+    from downpour.shuffler.images import pixels
+
+    if spec.height != spec.width:
+        raise DecodeError(f"crops are square, and {spec.height}x{spec.width} is not; give 1 crop")
+    size = spec.height
+    views_of(crops, size, size, size)  # raises where there is no such way
+    planes = np.empty((len(batch), crops, spec.channels, size, size), dtype=np.uint8)
+    for position, data in enumerate(image_buffers(batch.column("image"))):
+        if data is None:
+            raise DecodeError(f"{_describe(batch, position, rows)} has no bytes; {_REMEDY}")
+        try:
+            file = pixels.open_image(data, spec.channels)
+            views = views_of(crops, file.height, file.width, size)
+            image = pixels.decode_file(
+                file,
+                spec.channels,
+                min_height=max(view.image_height for view in views),
+                min_width=max(view.image_width for view in views),
+            )
+        except DecodeError as error:
+            problem = _undecodable(batch, position, rows, error)
+            raise DecodeError(f"{problem}; {_REMEDY}") from error
+        planes[position] = pixels.render(image, views, size)
+    labels = label_values(batch.column("label")).copy()
+    inputs = Decoder(spec=spec)._scaled(planes)
+    return inputs.reshape(len(batch), crops, *spec.input_shape), labels
+
+
+def decode_image(data: bytes, channels: int) -> NDArray[np.uint8]:
+    """Return the pixels of an image file of any size, uint8 [h, w, channels].
+
+    Raises:
+        DecodeError: the bytes are not an image, or are cut short.
+    """
+    from downpour.shuffler.images import pixels
+
+    return pixels.decode_file(pixels.open_image(data, channels), channels)
+
+
+def pack_bits(pixels: NDArray[np.uint8], threshold: int) -> NDArray[np.uint8]:
+    """Return grey images [n, h, w] as packed bits [n, ceil(h*w / 8)], big-endian in each byte."""
+    return np.packbits(pixels.reshape(len(pixels), -1) > threshold, axis=1)
+
+
+def bits_array(packed: NDArray[np.uint8]) -> pa.Array:
+    """Return packed bits [n, num_bytes] as an Arrow column."""
+    count, width = packed.shape
+    buffer = pa.py_buffer(np.ascontiguousarray(packed))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), count, [None, buffer])
+
+
+def _unpack(column: Any, encoding: PackedBits, spec: ImageSpec) -> NDArray[np.float32]:
+    if (spec.height, spec.width, spec.channels) != (encoding.height, encoding.width, 1):
+        raise DecodeError(
+            f"the dataset holds binary images of {encoding.height}x{encoding.width} in 1 channel, "
+            f"not {spec.height}x{spec.width} in {spec.channels}; choose a recipe for that size, or "
+            "ingest without a binary threshold"
+        )
+    width = encoding.num_bytes
+    if not len(column):
+        return np.zeros((0, spec.height * spec.width), dtype=np.float32)
+    if column.null_count:
+        raise DecodeError(f"{column.null_count} rows have no bits; remove them, or ingest again")
+    flat = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    packed = flat[column.offset * width : (column.offset + len(column)) * width]
+    order: Any = encoding.bit_order
+    pixels = np.unpackbits(
+        packed.reshape(-1, width), axis=1, count=spec.height * spec.width, bitorder=order
+    )
+    return pixels.astype(np.float32)
+
+
+def image_buffers(images: Any) -> list[Buffer | None]:
+    """Return each row's bytes without a copy; None where the row or its bytes are null."""
+    data = images.field("bytes")
+    if not len(data) or data.buffers()[2] is None:
+        return [None] * len(data)
+    ends = np.frombuffer(data.buffers()[1], dtype=np.int32)
+    bounds = ends[data.offset : data.offset + len(data) + 1].tolist()
+    view = memoryview(data.buffers()[2]).cast("B")
+    buffers: list[Buffer | None] = [view[start:stop] for start, stop in itertools.pairwise(bounds)]
+    if images.null_count or data.null_count:
+        missing = images.is_null().to_numpy(zero_copy_only=False)
+        missing |= data.is_null().to_numpy(zero_copy_only=False)
+        for position in np.flatnonzero(missing).tolist():
+            buffers[position] = None
+    return buffers
+
+
+def _undecodable(
+    batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None, error: DecodeError
+) -> str:
+    return f"{_describe(batch, position, rows)} cannot be decoded ({error})"
+
+
+def _describe(batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None) -> str:
+    """Return words for messages: the row's number or place, its path if known, its label."""
+    name = f"row {rows[position]}" if rows is not None else f"row {position} of the batch"
+    image = batch.column("image")[position].as_py() or {}
+    path = image.get("path")
+    label = batch.column("label")[position].as_py()
+    where = f"{path}, label {label}" if path else f"label {label}"
+    return f"the image of {name} ({where})"

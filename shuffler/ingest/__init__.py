@@ -1,0 +1,1 @@
+"""Making a dataset of what there is, shuffled once."""

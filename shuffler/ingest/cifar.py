@@ -1,0 +1,96 @@
+"""CIFAR's binary files: records of one or two label bytes and 3,072 pixels, plane after plane.
+
+CIFAR-10 has `data_batch_<n>.bin` and `test_batch.bin` with one label, names in `batches.meta.txt`;
+CIFAR-100 has `train.bin` and `test.bin` with a coarse and a fine label, names in
+`fine_label_names.txt`, and the fine one is taken. (Krizhevsky 2009.) Which files make a dataset is
+`sources`'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from downpour.shuffler.dataset.files import one_line
+from downpour.shuffler.errors import IngestError
+
+SIDE = 32
+_PIXELS = 3 * SIDE * SIDE
+_BATCH = re.compile(r"data_batch_(\d+)\.bin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CifarFiles:
+    """The files of one of the two datasets."""
+
+    label_bytes: int
+    """Labels of a record: 1, or 2 of which the second counts."""
+
+    splits: dict[str, tuple[str, ...]]
+    """Names of the files of each split, in order."""
+
+    names: str
+    """Name of the file with the classes' names."""
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of a record."""
+        return self.label_bytes + _PIXELS
+
+
+def find(names: list[str]) -> CifarFiles | None:
+    """Return which of a folder's files are CIFAR's; None where none are."""
+    numbered = {int(m[1]): name for name in names if (m := _BATCH.fullmatch(name))}
+    if numbered:
+        train = tuple(numbered[number] for number in sorted(numbered))
+        splits = {"train": train, "test": ("test_batch.bin",)}
+        label_bytes, listed = 1, "batches.meta.txt"
+    elif "train.bin" in names:
+        splits = {"train": ("train.bin",), "test": ("test.bin",)}
+        label_bytes, listed = 2, "fine_label_names.txt"
+    else:
+        return None
+    there = {split: files for split, files in splits.items() if set(files) <= set(names)}
+    return CifarFiles(label_bytes=label_bytes, splits=there, names=listed)
+
+
+def count_records(filesystem: fs.FileSystem, path: str, record_bytes: int) -> int:
+    """Return the records of a file.
+
+    Raises:
+        IngestError: its size is not that of whole records.
+    """
+    size = int(filesystem.get_file_info(path).size)
+    if size % record_bytes or not size:
+        raise IngestError(
+            f"{path} has {size} bytes, which are not records of {record_bytes}; download it again"
+        )
+    return size // record_bytes
+
+
+def read_records(
+    filesystem: fs.FileSystem, path: str, files: CifarFiles, chunk_records: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Yield a file in pieces: pixels uint8 [<= chunk_records, 32, 32, 3], and labels [n].
+
+    Raises:
+        IngestError: the file cannot be read.
+    """
+    size = files.record_bytes
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            while data := stream.read(chunk_records * size):
+                records = np.frombuffer(data, dtype=np.uint8).reshape(-1, size)
+                planes = records[:, files.label_bytes :].reshape(-1, 3, SIDE, SIDE)
+                labels = records[:, files.label_bytes - 1].astype(np.int64)
+                yield np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise IngestError(
+            f"{path} cannot be read ({one_line(error)}); download it again"
+        ) from error

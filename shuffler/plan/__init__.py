@@ -1,0 +1,1 @@
+"""Which rows each mini-batch of each epoch holds."""

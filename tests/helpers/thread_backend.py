@@ -1,0 +1,344 @@
+"""The controller's backend on threads of this process: real partitions, replicas and sockets.
+
+What Ray does for a real run is done by a thread pool; actors are the same classes, unwrapped.
+Faults are scripted: `kill_process` takes a process's connections away and fails its calls, as a
+kill -9 would, and lets a new one be started; `kill_partition` does so to a partition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.backend import (
+    Done,
+    PartitionLost,
+    ProcessLost,
+    ShufflerLost,
+    WriteFailed,
+)
+from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
+from downpour.paramserver.actor import FollowerActor, PartitionActor
+from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
+from downpour.paramserver.partition.ranges import split
+from downpour.paramserver.transport.access import Access
+from downpour.paramserver.transport.handshake import NetworkListen
+from downpour.paramserver.transport.security import issue
+from downpour.shuffler.actor import ShufflerActor
+from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.processors import processors
+from downpour.workers.actor import EvaluatorActor, ReplicasActor
+
+KEY = bytes(range(32))
+
+
+class ThreadBackend:
+    """Implements `cluster.controller.backend.Backend`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        *,
+        num_processes: int = 2,
+        resumed: Checkpoint | None = None,
+        store: CheckpointStore | None = None,
+        record: str | None = None,
+    ) -> None:
+        self.record = record
+        self.config, self.plan = config, plan
+        self.spec = config.model_spec()
+        model = self.spec.build_flat("cpu")
+        layout = model.layout
+        self.partitions_layout = split(
+            num_parameters=layout.num_parameters,
+            num_features=layout.num_features,
+            num_decayed=layout.decayed,
+            num_partitions=config.server.num_partitions(layout.num_parameters, processors()),
+        )
+        self.num_partitions = len(self.partitions_layout)
+        num_processes = min(num_processes, config.replicas.replicas)
+        self.processes = tuple(
+            tuple(range(i, config.replicas.replicas, num_processes)) for i in range(num_processes)
+        )
+        self.access, listen = self._network()
+        self.weights = model.weights.numpy().copy()
+        self.listen, self.store = listen, store
+        self.partitions: list[Any] = [None] * self.num_partitions
+        self.partition_starts = [0] * self.num_partitions
+        self.followers: list[FollowerActor | None] = [None] * self.num_partitions
+        self.corpses_of_partitions: list[PartitionActor] = []
+        self.followers_made = 0
+        self.shuffler: ShufflerActor | None = self._new_shuffler()
+        self.pool = ThreadPoolExecutor(32)
+        self.actors: list[ReplicasActor | None] = [None] * num_processes
+        self.dead: set[int] = set()
+        self.corpses: list[ReplicasActor | None] = []
+        self.evaluator: EvaluatorActor | None = None
+        self.windows_run = self.spares_made = 0
+        self.on_window: Any = None
+        """Called with (backend, replica, lease) before a window is run: where faults are put."""
+        self._lock = threading.Lock()
+
+    def _new_shuffler(self) -> ShufflerActor:
+        data = self.config.data
+        return ShufflerActor(0, data.data, data.train_split, self.plan, self.spec.num_classes)
+
+    def _network(self) -> tuple[Access, NetworkListen | None]:
+        config = self.config.server.network
+        access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
+        host = config.listens_on(1)
+        if host is None:
+            return access, None
+        if not config.encrypt:
+            return access, NetworkListen(host=host)
+        keys = issue()
+        access = dataclasses.replace(access, credentials=keys.clients)
+        return access, NetworkListen(host=host, credentials=keys.partitions)
+
+    def _endpoints(self) -> list[Any]:
+        return [p.endpoint() for p in self.partitions]
+
+    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Future[Any]:
+        part = self.partitions_layout[index]
+
+        def run() -> None:
+            start: tuple[Any, ...] = (self.weights[part.start : part.stop], None, None)
+            if checkpoint is not None:
+                assert self.store is not None
+                file = checkpoint.files[index]
+                uri = f"{self.store.folder_uri(checkpoint.number)}/{file.name}"
+                start = (None, uri, file.sha256)
+            config = self.config.update_config(self.plan)
+            if self.partitions[index] is not None:
+                self.partitions[index].stop()
+            self.stop_follower(index)
+            self.partitions[index] = PartitionActor(
+                part, config, KEY, *start, self.listen, self.record
+            )
+            self.partition_starts[index] += 1
+
+        return self.pool.submit(run)
+
+    def start_follower(self, index: int) -> Future[Any]:
+        def run() -> None:
+            self.stop_follower(index)
+            follower = FollowerActor(
+                self.partitions_layout[index],
+                self.config.update_config(self.plan),
+                KEY,
+                self.partitions[index].endpoint(),
+                self.record,
+            )
+            self.followers[index] = follower
+            self.followers_made += 1
+
+        return self.pool.submit(run)
+
+    def stop_follower(self, index: int) -> None:
+        follower, self.followers[index] = self.followers[index], None
+        if follower is not None:  # which may hang: a process would be killed
+            self.corpses_of_partitions.append(follower)
+
+    def promote(self, index: int) -> Future[Any]:
+        def run() -> None:
+            follower, self.followers[index] = self.followers[index], None
+            assert follower is not None
+            with self._lock:  # as if it were out of reach: it must be the follower that fences it
+                self.corpses_of_partitions.append(self.partitions[index])
+            self.partitions[index] = follower
+            follower.promote()
+
+        return self.pool.submit(run)
+
+    def start_process(self, index: int) -> Future[Any]:
+        def start() -> int:
+            actor = ReplicasActor(
+                self.processes[index],
+                self.spec,
+                self.config.step_config(),
+                1,
+                self.config.decoder(),
+            )
+            actor.connect(self._endpoints(), KEY, self.access)
+            self.actors[index] = actor
+            self.dead.discard(index)
+            return index
+
+        return self.pool.submit(start)
+
+    def make_spares(self) -> None:
+        self.spares_made += 1
+
+    def add_process(self, replicas: tuple[int, ...]) -> int:
+        self.processes = (*self.processes, replicas)
+        self.actors.append(None)
+        return len(self.processes) - 1
+
+    def stop_process(self, index: int) -> None:
+        actor = self.actors[index]
+        self.actors[index] = None
+        if actor is not None:
+            actor.stop()
+
+    def reconnect_process(self, index: int) -> Future[Any]:
+        def connect() -> int:
+            actor = self.actors[index]
+            if actor is None:
+                raise ProcessLost("killed by the test")
+            return actor.connect(self._endpoints(), KEY, self.access)
+
+        return self.pool.submit(connect)
+
+    def reconnect_evaluator(self) -> Future[Any]:
+        def connect() -> None:
+            assert self.evaluator is not None
+            self.evaluator.connect(self._endpoints(), KEY, self.access)
+
+        return self.pool.submit(connect)
+
+    def start_evaluator(self) -> Future[Any]:
+        def start() -> None:
+            data = self.config.data
+            self.evaluator = EvaluatorActor(
+                self.spec, data.data, data.eval_split, self._endpoints(), KEY, self.access
+            )
+
+        return self.pool.submit(start)
+
+    def run_window(self, replica: int, lease: Lease) -> Future[Any]:
+        index = next(i for i, members in enumerate(self.processes) if replica in members)
+        if self.on_window is not None:
+            self.on_window(self, replica, lease)
+        actor = self.actors[index]
+
+        def run() -> Any:
+            if self.shuffler is None:
+                raise ShufflerLost("killed by the test")
+            delivery = self.shuffler.deliver(lease.epoch, lease.batches)
+            if actor is None or index in self.dead:
+                raise ProcessLost("killed by the test")
+            try:
+                report = actor.run_window(replica, lease.epoch, lease.batches, delivery)
+            except Exception:
+                if self.actors[index] is not actor or index in self.dead:
+                    raise ProcessLost("killed by the test") from None
+                raise
+            with self._lock:
+                self.windows_run += 1
+            return report
+
+        return self.pool.submit(run)
+
+    def kill_process(self, index: int) -> None:
+        """Cut the process off in the middle of whatever it does."""
+        actor = self.actors[index]
+        self.dead.add(index)
+        self.actors[index] = None
+        self.corpses.append(actor)
+        if actor is not None and actor._client is not None:
+            for connection in actor._client._connections:
+                with contextlib.suppress(OSError):
+                    connection.socket.shutdown(2)
+
+    def kill_partition(self, index: int) -> None:
+        """End a partition where it stands; what it has applied since its snapshot is gone."""
+        self.partitions[index].stop()
+
+    def cut_connections(self, index: int) -> None:
+        """Take a process's connections away; it lives on."""
+        actor = self.actors[index]
+        if actor is not None and actor._client is not None:
+            actor._client.interrupt()
+
+    def kill_shuffler(self) -> None:
+        self.shuffler = None
+
+    def replace_shufflers(self) -> int:
+        if self.shuffler is not None:
+            return 0
+        self.shuffler = self._new_shuffler()
+        return 1
+
+    def report(self, partition: int) -> Future[Any]:
+        return self.pool.submit(self.partitions[partition].report)
+
+    def flags(self, partition: int, epochs: tuple[int, ...]) -> Future[Any]:
+        return self.pool.submit(self.partitions[partition].flags, epochs)
+
+    def snapshot(self, partition: int, folder_uri: str) -> Future[Any]:
+        return self.pool.submit(self.partitions[partition].snapshot, folder_uri)
+
+    def evaluate(self, best: float | None, best_path: str | None) -> Future[Any]:
+        assert self.evaluator is not None
+        return self.pool.submit(self.evaluator.evaluate, best, best_path)
+
+    def wait(self, tickets: Collection[Future[Any]], timeout_s: float) -> list[Done]:
+        done, _ = wait(tickets, timeout_s, return_when=FIRST_COMPLETED)
+        return [self._outcome(future) for future in done]
+
+    def _outcome(self, future: Future[Any]) -> Done:
+        error = future.exception()
+        if error is None:
+            return Done(ticket=future, value=future.result())
+        assert isinstance(error, Exception)
+        if isinstance(error, ConnectionLost | DeadlineExceeded):
+            error = PartitionLost(str(error))
+        elif isinstance(error, OSError):
+            error = WriteFailed(str(error))
+        return Done(ticket=future, error=error)
+
+    def stop(self) -> None:
+        self._stop_clients()
+        for partition in self.partitions:
+            if partition is None:
+                continue
+            partition._server.call(lambda state: state.check())
+            partition.stop()
+        self._stop_followers()
+        self.pool.shutdown(cancel_futures=True)
+        self._stop_clients()  # those that were just being started
+        self._stop_followers()
+
+    def _stop_clients(self) -> None:
+        evaluator, self.evaluator = self.evaluator, None
+        for actor in [*self.actors, *self.corpses, evaluator]:
+            if actor is not None:
+                actor.stop()
+
+    def _stop_followers(self) -> None:
+        for index in range(self.num_partitions):
+            self.stop_follower(index)
+        for partition in self.corpses_of_partitions:
+            partition.stop()
+
+    def flags_of(self, partition: int) -> np.ndarray[Any, Any]:
+        """Flags of every epoch, uint8 [epochs, q]."""
+        epochs = range(self.config.policy.epochs)
+        flags = self.partitions[partition].flags(tuple(epochs))
+        return np.stack([flags[e] for e in epochs])
+
+
+class Faults:
+    """A script of faults: each comes once so many windows have been run, one before a window."""
+
+    def __init__(self, *script: tuple[int, Callable[[ThreadBackend, int], None], int]) -> None:
+        """Windows that have been run, what is done then, and to which process or partition."""
+        self.left = list(script)
+        self._lock = threading.Lock()
+
+    def __call__(self, backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        """Called by the backend before each window."""
+        with self._lock:
+            if not self.left or backend.windows_run < self.left[0][0]:
+                return
+            _, fault, index = self.left.pop(0)
+        fault(backend, index)

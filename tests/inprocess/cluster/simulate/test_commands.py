@@ -1,0 +1,67 @@
+"""`downpour simulate`, as it is typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from downpour.cluster.cli.commands import downpour
+from downpour.cluster.config import recipes
+from downpour.cluster.run.folder import METRICS, RunFolder
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from tests.pure.cluster.simulate.test_likeness import line
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(downpour, ["simulate", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_recipe_with_costs_that_are_given(tmp_path: Path) -> None:
+    picture = tmp_path / "staleness.png"
+    costs = ("--step-ms", "1", "--apply-ms", "0.2", "--processors", "4")
+    plain = json.loads(invoke("mnist-bn", *costs, "--json", "--plot", str(picture)))
+    assert plain["replicas"] == 10
+    assert plain["processes"] == 4
+    # 4 processors, a step and a push of an update.
+    assert plain["updates_per_s"] == pytest.approx(4 / 1.2e-3, rel=0.05)
+    assert plain["staleness"]["mean"] > 49
+    counts = [count for _, count in plain["staleness"]["histogram"]]
+    assert sum(counts) == pytest.approx(plain["updates"], abs=50)
+    assert picture.stat().st_size > 0
+    table = invoke("mnist-bn", *costs, "--replicas", "2")
+    assert "2 replicas x 5 steps, 2 processes, 1 partition" in table
+
+
+def test_a_run_like_another(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "measured", recipes.find("mnist-bn"))
+    rows = "".join(json.dumps(line(s)) + "\n" for s in range(12))
+    (folder.path / METRICS).write_text(rows)
+    assert str(BUNDLED_MNIST) == folder.config().data.data
+    plain = json.loads(invoke("--like", str(folder.path), "--processors", "2", "--json"))
+    assert plain["like"]["step_s"] == pytest.approx(0.004)
+    # 4 ms of a step, 5 ms beside it (one thread computes a step), 2 ms of a push, 1 ms of reading;
+    # of 2 processors 0.25 are taken and scoring has a little.
+    assert plain["updates_per_s"] == pytest.approx((2 - 0.25) / 12e-3, rel=0.05)
+    assert "run it is like" in invoke("--like", str(folder.path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "name a recipe or a run with --like"),
+        (("mnist-bn",), "--step-ms and --apply-ms"),
+        (("mnist-bn", "--replicas", "0"), "--replicas 0"),
+        (("mnist-bn", "--slow-share", "2"), "give a number from 0 to 1"),
+        (("--like", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_simulated_is_one_line(arguments: tuple[str, ...], said: str) -> None:
+    from downpour.cluster.errors import UserError
+
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(downpour, ["simulate", *arguments], catch_exceptions=False)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,253 @@
+"""Whole runs on threads whose partitions have followers, and die."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.backend import Done, FollowerLost
+from downpour.cluster.controller.followers import REPORTS_TO_FOLLOW, Followers
+from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.replay.run import replay_run
+from downpour.cluster.run.folder import RunFolder
+from downpour.cluster.run.provenance import write_about
+from downpour.cluster.training.inputs import check_data, check_data_unchanged
+from downpour.paramserver.config import NetworkConfig
+from downpour.paramserver.partition import record
+from downpour.paramserver.rules.policy import PolicyName, StalenessPolicy
+from tests.helpers import tiny
+from tests.helpers.runs import Run
+from tests.helpers.thread_backend import ThreadBackend
+from tests.inprocess.paramserver.standby.test_follower import freeze
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("downpour.cluster.controller.failures.SPARES_AFTER_S", 0.0)
+    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
+
+
+def config(data: str, **about: Any) -> RunConfig:
+    plain = tiny.config(data, **about)
+    return dataclasses.replace(plain, server=dataclasses.replace(plain.server, hot_standby=True))
+
+
+def events(run: Run) -> list[str]:
+    path = run.folder.path / "events.jsonl"
+    return [json.loads(line)["event"] for line in path.read_text().splitlines()]
+
+
+class Kills:
+    """Ends a partition whenever its follower could take its place, so many times."""
+
+    def __init__(self, run: Run, times: int) -> None:
+        self.run, self.left = run, times
+        self.versions: dict[int, int] = {}
+
+    def __call__(self, backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        index = self.left % backend.num_partitions
+        partitions = self.run.controller._partitions
+        ready = all(map(partitions.followers.can_take_over, range(backend.num_partitions)))
+        if self.left and ready and partitions.all_up and lease.id % 3 == 0:
+            self.left -= 1
+            server = backend.partitions[index]._server
+            self.versions[index] = server.call(lambda state: state.version)
+            backend.kill_partition(index)
+
+
+def test_a_partition_that_dies_over_and_over_loses_no_update(tmp_path: Path, data: str) -> None:
+    """No checkpoint is ever needed, and the whole of it is computed again from the record."""
+    wanted = config(data, epochs=5, partitions=2, record_pushes=True, checkpoint_every_s=1000)
+    run = Run(tmp_path / "run", wanted)
+    run.backend.record = str(tmp_path / "run" / "record")
+    check_data_unchanged(run.folder, check_data(wanted))
+    write_about(tmp_path / "run" / "record", threads=1)
+    kills = Kills(run, times=3)
+    outcome = run.go(kills)
+    run.assert_exactly_once(outcome)
+    assert kills.left == 0
+    assert outcome.restarts["partition"] == 3
+    assert run.backend.partition_starts == [1, 1]  # never from a checkpoint
+    assert run.backend.followers_made >= 2 + 3
+    told = events(run)
+    assert sum("its follower takes its place" in line for line in told) == 3
+    assert told.count("0 mini-batches are run again") == 3
+    assert all(r.version == 5 * run.plan.num_batches for r in outcome.reports)
+
+    branches = [record.read(p) for p in record.files(tmp_path / "run" / "record")]
+    assert sum(b.counts for b in branches) == 2 + 3
+    found = replay_run(RunFolder.open(tmp_path / "run"), lambda *_: None, lambda _: None)
+    assert found.differing == ()
+    assert found.versions == (5 * run.plan.num_batches,) * 2
+
+
+@pytest.mark.parametrize("name", ["bounded", "synchronous"])
+def test_permits_and_rounds_go_on_with_the_follower(
+    tmp_path: Path, data: str, name: PolicyName
+) -> None:
+    plain = config(data, epochs=5, partitions=2, checkpoint_every_s=1000)
+    policy = StalenessPolicy(staleness_policy=name, staleness_bound=5)
+    server = dataclasses.replace(plain.server, policy=policy)
+    run = Run(tmp_path / "run", dataclasses.replace(plain, server=server))
+    kills = Kills(run, times=2)
+    run.assert_exactly_once(run.go(kills))
+    assert kills.left == 0
+    assert run.backend.partition_starts == [1, 1]
+    assert events(run).count("0 mini-batches are run again") == 2
+
+
+def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives on, with every connection that it has, while its follower takes its place."""
+    monkeypatch.setattr("downpour.cluster.controller.partitions.SILENT_AFTER_S", 0.3)
+    run = Run(tmp_path / "run", config(data, epochs=6, partitions=2, checkpoint_every_s=1000))
+    thaws: list[Any] = []
+
+    def hang(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if not thaws and run.controller._partitions.followers.can_take_over(1):
+            thaws.append(freeze(backend.partitions[1]._server))
+        elif thaws and backend.corpses_of_partitions:
+            thaws[0].set()
+
+    outcome = run.go(hang)
+    run.assert_exactly_once(outcome)
+    assert outcome.restarts["partition"] == 1
+    assert run.backend.partition_starts == [1, 1]
+    assert any("does not answer: its follower takes" in line for line in events(run))
+
+
+def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(
+    tmp_path: Path, data: str
+) -> None:
+    run = Run(tmp_path / "run", config(data, epochs=8, checkpoint_every_s=1000))
+    done: list[str] = []
+    thaws: list[Any] = []
+
+    def harm(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if thaws and backend.corpses_of_partitions[1:]:
+            thaws[0].set()
+        follower = backend.followers[0]
+        if follower is None or not run.controller._partitions.followers.can_take_over(0):
+            return
+        if lease.id > 12 and not done:
+            done.append("died")
+            follower.stop()
+        elif lease.id > 40 and len(done) == 1:
+            done.append("hangs")
+            backend.partitions[0]._server._lead._link._deadline_s = 0.2
+            thaws.append(freeze(follower._server))
+
+    outcome = run.go(harm)
+    run.assert_exactly_once(outcome)
+    assert done == ["died", "hangs"]
+    assert outcome.restarts == {"follower": 2}
+    assert sum("goes on without it" in line for line in events(run)) == 2
+
+
+def test_where_both_are_gone_it_starts_from_its_checkpoint(tmp_path: Path, data: str) -> None:
+    run = Run(tmp_path / "run", config(data, epochs=5, checkpoint_every_s=0.05))
+    killed: list[int] = []
+
+    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        follower, known = backend.followers[1], run.controller._partitions.followers
+        if not killed and follower is not None and known.can_take_over(1):
+            killed.append(lease.id)
+            follower.stop()
+            backend.kill_partition(1)
+
+    outcome = run.go(kill)
+    run.assert_exactly_once(outcome)
+    assert run.backend.partition_starts == [1, 2, 1]
+    told = events(run)
+    assert any("partition 1 died: its follower takes its place" in line for line in told)
+    assert any("partition 1 starts again from" in line for line in told)
+
+
+class Deaf:
+    """A backend that notes what it is asked for."""
+
+    num_partitions = 1
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def start_follower(self, index: int) -> object:
+        self.asked.append("start")
+        return object()
+
+    def stop_follower(self, index: int) -> None:
+        self.asked.append("stop")
+
+
+class Report:
+    """As much of a `PartitionReport` as is looked at."""
+
+    index = 0
+
+    def __init__(self, has_follower: bool) -> None:
+        self.has_follower = has_follower
+
+
+def test_a_follower_counts_from_its_arrival_until_its_partition_goes_on_without_it() -> None:
+    backend, handlers, lost = Deaf(), list[Any](), list[str]()
+
+    def on_lost(index: int, detail: str) -> bool:
+        lost.append(detail)
+        return len(lost) < 3
+
+    followers = Followers(
+        backend,  # type: ignore[arg-type]
+        wanted=True,
+        submit=lambda ticket, handle: handlers.append(handle),
+        lost=on_lost,
+        tell=lambda _: None,
+    )
+
+    def report(has_follower: bool) -> None:
+        followers.reported(Report(has_follower))  # type: ignore[arg-type]
+
+    followers.start_missing()
+    followers.start_missing()
+    assert backend.asked == ["start"]
+    report(False)
+    assert not followers.can_take_over(0)
+    handlers.pop()(Done(ticket=0))
+    assert followers.can_take_over(0)
+    for _ in range(REPORTS_TO_FOLLOW - 1):
+        report(False)  # asked for before it arrived
+    report(True)
+    assert followers.can_take_over(0)
+    for _ in range(REPORTS_TO_FOLLOW):
+        report(False)
+    assert len(lost) == 1
+    assert not followers.can_take_over(0)
+    followers.start_missing()
+    late = handlers.pop()
+    followers.partition_replaced(0)
+    late(Done(ticket=0))  # of a partition that is no more
+    assert not followers.can_take_over(0)
+    for _ in range(2):
+        followers.start_missing()
+        handlers.pop()(Done(ticket=0, error=FollowerLost("it died")))
+    assert lost[1:] == ["it died", "it died"]
+    followers.start_missing()
+    assert not handlers
+
+
+def test_what_a_standby_cannot_do_is_a_line(data: str) -> None:
+    plain = config(data)
+    policy = StalenessPolicy(staleness_policy="compensate", staleness_bound=100)
+    with pytest.raises(ValueError, match="hot standby is on, and staleness policy is compensate"):
+        dataclasses.replace(plain.server, policy=policy)
+    network = NetworkConfig(transport="network")
+    with pytest.raises(ValueError, match="hot standby is on, transport is network"):
+        dataclasses.replace(plain.server, network=network)

@@ -1,0 +1,276 @@
+"""What of the network transport needs no socket: which way, compression, greeting, keys."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from downpour.paramserver.config import NetworkConfig
+from downpour.paramserver.errors import (
+    MalformedMessage,
+    NotAuthenticated,
+    NotColocated,
+    ServerError,
+)
+from downpour.paramserver.messages import NONCE_BYTES, PROOF_BYTES, Hello, Introduction, WireDtype
+from downpour.paramserver.partition.ranges import split
+from downpour.paramserver.transport import security
+from downpour.paramserver.transport.access import Access, way
+from downpour.paramserver.transport.compress import ErrorFeedback, Plain, encoder, wire_dtype
+from downpour.paramserver.transport.handshake import (
+    Greeted,
+    NetworkListen,
+    Pipe,
+    PlainPipe,
+    TlsPipe,
+    greet_as_client,
+    greet_as_partition,
+)
+from downpour.paramserver.transport.local import Endpoint, NetworkAddress
+from downpour.paramserver.transport.names import NODE
+from downpour.paramserver.transport.security import RunCredentials, client_tls, issue, partition_tls
+
+torch.set_num_threads(1)
+
+(PARTITION,) = split(num_parameters=64, num_features=3, num_decayed=0, num_partitions=1)
+ENDPOINT = Endpoint(
+    partition=PARTITION,
+    machine="here",
+    address="a",
+    network=NetworkAddress(host="10.0.0.1", port=7),
+)
+KEY = b"k" * 32
+HELLO = Introduction(
+    proof=bytes(PROOF_BYTES),
+    nonce=bytes(NONCE_BYTES),
+    partition=0,
+    total_parameters=64,
+    total_features=3,
+    num_mailboxes=2,
+    depth=1,
+    wire=WireDtype.FLOAT32,
+)
+
+
+@pytest.fixture(scope="module")
+def run() -> RunCredentials:
+    return issue()
+
+
+# --- Which way ----------------------------------------------------------------------------------
+
+
+def test_the_way_to_a_partition() -> None:
+    assert way(ENDPOINT, "auto", "here") == "shared"
+    assert way(ENDPOINT, "auto", "there") == "network"
+    assert way(ENDPOINT, "network", "here") == "network"
+    assert way(ENDPOINT, "shared", "here") == "shared"
+    with pytest.raises(NotColocated, match=r"another machine.*--transport auto"):
+        way(ENDPOINT, "shared", "there")
+    deaf = replace(ENDPOINT, network=None)
+    assert way(deaf, "auto", "here") == "shared"
+    with pytest.raises(NotColocated, match="--transport network"):
+        way(deaf, "auto", "there")
+
+
+def test_where_partitions_listen() -> None:
+    assert NetworkConfig().listens_on(1) is None
+    assert NetworkConfig().listens_on(2) == NODE
+    assert NetworkConfig(transport="network").listens_on(1) == "127.0.0.1"
+    assert NetworkConfig(transport="network", listen="10.0.0.7").listens_on(1) == "10.0.0.7"
+    assert NetworkConfig(listen="10.0.0.7").listens_on(1) == "10.0.0.7"
+    assert NetworkConfig(transport="shared").listens_on(3) is None
+    with pytest.raises(ValueError, match="listen is 'everywhere': give auto"):
+        NetworkConfig(listen="everywhere")
+
+
+# --- Sixteen bits -------------------------------------------------------------------------------
+
+
+def sent(encoding: ErrorFeedback | Plain, mailbox: int, dtype: torch.dtype) -> torch.Tensor:
+    data = b"".join(encoding.slices(mailbox, finite=True))
+    return torch.frombuffer(bytearray(data), dtype=dtype).float()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.sampled_from([WireDtype.BFLOAT16, WireDtype.FLOAT16]),
+    st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=30),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1e-6, 1.0, 1e4]),
+)
+def test_what_is_applied_lags_by_one_residual(
+    wire: WireDtype, pushes: list[tuple[int, bool]], seed: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    boxes = [torch.zeros(40) for _ in range(3)]
+    encoding = encoder(boxes, wire)
+    assert isinstance(encoding, ErrorFeedback)
+    dtype = torch.bfloat16 if wire is WireDtype.BFLOAT16 else torch.float16
+    true, applied = torch.zeros(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
+    for mailbox, is_applied in pushes:
+        boxes[mailbox].copy_(scale * torch.randn(40, generator=generator))
+        rounded = sent(encoding, mailbox, dtype)
+        if is_applied:
+            true += boxes[mailbox].double()
+            applied += rounded.double()
+        else:
+            encoding.restore(mailbox)
+    bound = 1e-5 * scale * len(pushes)  # float32's own rounding
+    assert (applied + encoding.residual.double() - true).abs().max() <= bound
+    # A rounding error at the most: of the largest bfloat16 here, or of a half's smallest step.
+    assert encoding.residual.abs().max() <= max(0.05 * scale, 6e-8) * len(pushes)
+
+
+def test_beyond_the_largest_half_the_rest_goes_later() -> None:
+    encoding = ErrorFeedback([torch.tensor([1e5, -1e5])], WireDtype.FLOAT16)
+    first = sent(encoding, 0, torch.float16)
+    assert first.tolist() == [65504.0, -65504.0]
+    encoding._gradients[0].zero_()
+    second = sent(encoding, 0, torch.float16)
+    assert (first + second + encoding.residual).tolist() == [1e5, -1e5]
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_residual() -> None:
+    encoding = ErrorFeedback([torch.tensor([torch.nan, torch.inf])], WireDtype.BFLOAT16)
+    data = b"".join(encoding.slices(0, finite=False))
+    assert not torch.frombuffer(bytearray(data), dtype=torch.bfloat16).isfinite().any()
+    encoding.restore(0)
+    assert encoding.residual.tolist() == [0.0, 0.0]
+
+
+def test_float32_is_sent_from_where_it_is() -> None:
+    box = torch.arange(4.0)
+    (view,) = encoder([box], wire_dtype("float32")).slices(0, finite=True)
+    box.fill_(7)
+    assert torch.frombuffer(bytearray(view), dtype=torch.float32).tolist() == [7.0] * 4
+
+
+# --- The greeting -------------------------------------------------------------------------------
+
+
+def converse(
+    pipes: tuple[Pipe, Pipe],
+    introduction: Introduction = HELLO,
+    keys: tuple[bytes, bytes] = (KEY, KEY),
+) -> list[Greeted]:
+    """Both sides of a greeting, in turns, until both are through; raises what either raises."""
+    talks = [
+        greet_as_client(pipes[0], keys[0], PARTITION, introduction),
+        greet_as_partition(pipes[1], keys[1], PARTITION),
+    ]
+    done: dict[int, Greeted] = {}
+    for _ in range(20):
+        for me in (0, 1):
+            if me not in done:
+                try:
+                    next(talks[me])
+                except StopIteration as end:
+                    done[me] = end.value
+            if said := pipes[me].take():
+                pipes[1 - me].feed(said)
+        if len(done) == 2:
+            return [done[0], done[1]]
+    raise AssertionError("the greeting does not end")
+
+
+def tls(ours: security.Credentials, theirs: security.Credentials) -> tuple[Pipe, Pipe]:
+    return (
+        TlsPipe(client_tls(ours), is_server=False),
+        TlsPipe(partition_tls(theirs), is_server=True),
+    )
+
+
+def test_a_greeting_gives_both_sides_the_same_fresh_keys(run: RunCredentials) -> None:
+    seen = set()
+    for pipes in ((PlainPipe(), PlainPipe()), tls(run.clients, run.partitions)):
+        client, partition = converse(pipes)
+        assert client.keys == partition.keys
+        assert client.introduction == partition.introduction
+        seen |= {client.keys.to_client, client.keys.to_partition}
+    assert len(seen) == 4
+
+
+def test_another_key_is_refused_on_either_side(run: RunCredentials) -> None:
+    for pipes in ((PlainPipe(), PlainPipe()), tls(run.clients, run.partitions)):
+        with pytest.raises(NotAuthenticated, match="introduction without the run's key"):
+            converse(pipes, keys=(b"x" * 32, KEY))
+
+
+@pytest.mark.parametrize("who", ["stranger", "client as partition", "partition as client"])
+def test_a_certificate_for_something_else_is_refused(run: RunCredentials, who: str) -> None:
+    ours, theirs = {
+        "stranger": (issue().clients, run.partitions),
+        "client as partition": (run.clients, run.clients),
+        "partition as client": (run.partitions, run.partitions),
+    }[who]
+    with pytest.raises(NotAuthenticated, match="TLS"):
+        converse(tls(ours, theirs))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"total_parameters": 65},
+        {"total_features": 4},
+        {"partition": 1},
+        {"num_mailboxes": 257},
+        {"num_mailboxes": 0},
+        {"depth": 1025},
+        {"depth": 0},
+    ],
+)
+def test_an_introduction_that_does_not_fit(changes: dict[str, int]) -> None:
+    with pytest.raises(MalformedMessage):
+        converse((PlainPipe(), PlainPipe()), replace(HELLO, **changes))  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(min_size=1, max_size=700))
+def test_random_bytes_in_place_of_a_greeting(data: bytes) -> None:
+    pipe = PlainPipe()
+    talk = greet_as_partition(pipe, KEY, PARTITION)
+    next(talk)
+    pipe.feed(data)
+    with contextlib.suppress(ServerError):
+        assert next(talk) is None, "it waits for more"
+
+
+def test_a_recorded_introduction_is_of_no_use_a_second_time() -> None:
+    record = []
+
+    class Recorder(PlainPipe):
+        def take(self) -> bytes:
+            record.append(data := super().take())
+            return data
+
+    converse((Recorder(), PlainPipe()))
+    pipe = PlainPipe()
+    talk = greet_as_partition(pipe, KEY, PARTITION)
+    next(talk)
+    pipe.feed(b"".join(record))
+    with pytest.raises(NotAuthenticated):
+        next(talk)
+
+
+def test_secrets_are_not_shown(run: RunCredentials) -> None:
+    greeted = converse((PlainPipe(), PlainPipe()))[0]
+    nonce = greeted.introduction.nonce
+    shown = repr(
+        [
+            run,
+            run.clients,
+            greeted,
+            greeted.keys,
+            Access(credentials=run.clients),
+            NetworkListen(credentials=run.partitions),
+            Hello(key=KEY, total_parameters=1, total_features=0, num_mailboxes=0, depth=1),
+        ]
+    )
+    for secret in (KEY, nonce, greeted.keys.to_client, greeted.keys.to_partition):
+        assert repr(secret)[2:-1] not in shown
+    assert "PRIVATE KEY" not in shown
+    assert "CERTIFICATE" not in shown

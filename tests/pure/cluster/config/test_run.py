@@ -1,0 +1,224 @@
+"""Configuration: recipes hold together, values are refused with a remedy, pure decisions."""
+
+import dataclasses
+import json
+
+import pytest
+
+from downpour.cluster.config import recipes
+from downpour.cluster.config.options import OptionError, apply, settings_of
+from downpour.cluster.config.plain import from_plain, to_plain
+from downpour.cluster.config.policy import PolicyConfig
+from downpour.cluster.config.resolve import active_replicas, num_processes, num_threads
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.errors import UserError
+from downpour.paramserver.config import ServerConfig
+from downpour.paramserver.rules.update import Adagrad, Momentum
+from downpour.workers.config import ReplicaConfig
+
+
+def test_the_paper_recipes_train_as_the_paper_did() -> None:
+    for name in recipes.RECIPES:
+        config = recipes.find(name)
+        assert config.recipe == name
+        assert config.replicas.replicas == 10
+        assert config.replicas.steps.concurrent_steps == 5
+        assert config.data.batch_size == 32
+        assert config.server.rule == "momentum"
+
+
+def test_an_unknown_recipe_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="did you mean mnist-bn") as caught:
+        recipes.find("mnist_bn")
+    assert "mnist" in str(caught.value)
+
+
+def test_every_value_has_one_option() -> None:
+    names = [setting.name for setting in settings_of(RunConfig)]
+    assert len(names) == len(set(names))
+    assert {"replicas", "concurrent_steps", "n_push", "learning_rate", "statistics_decay"} <= {
+        *names
+    }
+
+
+def test_options_reach_through_the_nesting() -> None:
+    config = apply(recipes.find("mnist-bn"), {"replicas": 3, "learning_rate": 0.5, "epochs": 2})
+    assert config.replicas.replicas == 3
+    assert config.server.schedule.learning_rate == 0.5
+    assert config.policy.epochs == 2
+    assert config.data == recipes.find("mnist-bn").data
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"learning_rate": -1.0}, "--learning-rate -1.0: learning rate is -1.0"),
+        ({"replicas": 0}, "--replicas 0: replicas is 0: give at least 1"),
+        ({"momentum": 1.0}, "--momentum 1.0: momentum is 1.0"),
+        ({"epochs": 0}, "--epochs 0: epochs is 0"),
+        ({"concurrent_steps": 0}, "--concurrent-steps 0: concurrent steps is 0"),
+        ({"partitions": 0}, "--partitions 0: partitions is 0"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1: weight decay is -0.1"),
+        ({"seed": -1}, "--seed -1: seed is -1"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_option(given: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        apply(recipes.find("mnist-bn"), given)
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_and_back() -> None:
+    config = dataclasses.replace(
+        recipes.find("mnist-bn"),
+        server=ServerConfig(rule="adagrad", clip_norm=None),
+        policy=PolicyConfig(max_refused=None),
+    )
+    assert from_plain(RunConfig, to_plain(config)) == config
+
+
+def test_rules_by_name() -> None:
+    config = apply(recipes.find("mnist-bn"), {"rule": "adagrad"})
+    plan = config.plan(60_000)
+    assert config.update_config(plan).rule == Adagrad()
+    assert recipes.find("mnist-bn").update_config(plan).rule == Momentum(momentum=0.9)
+    assert config.update_config(plan).batches_per_epoch == 1875
+
+
+def test_recorded_steps_are_computed_on_one_thread() -> None:
+    assert [num_threads(PolicyConfig(), count, 8) for count in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    assert num_threads(PolicyConfig(record_pushes=True), 1, 8) == 1
+
+
+def test_the_warm_start_ramps_evenly() -> None:
+    config = ReplicaConfig(replicas=10, warm_start_epochs=1, ramp_epochs=9)
+    assert [active_replicas(config, e) for e in (0, 0.99, 1, 1.99, 2, 5.5, 9.99, 10, 19)] == [
+        *(1, 1, 1, 1, 2, 5, 9, 10, 10)
+    ]
+    assert active_replicas(ReplicaConfig(replicas=10), 0) == 10
+    assert active_replicas(ReplicaConfig(replicas=1, warm_start_epochs=1), 0) == 1
+
+
+def test_processes_are_as_many_as_processors_unless_told() -> None:
+    assert num_processes(ReplicaConfig(replicas=10), 2) == 2
+    assert num_processes(ReplicaConfig(replicas=10), 64) == 10
+    assert num_processes(ReplicaConfig(replicas=10, replicas_per_process=1), 2) == 10
+    assert num_processes(ReplicaConfig(replicas=10, replicas_per_process=3), 2) == 4
+
+
+def test_the_initial_weights_depend_on_the_seed_alone() -> None:
+    config = recipes.find("mnist-bn")
+    assert config.model_spec().seed == config.model_spec().seed
+    other = apply(config, {"seed": 1})
+    assert other.model_spec().seed != config.model_spec().seed
+
+
+def test_bounded_staleness_is_told_to_the_replicas_and_needs_a_version_for_each_push() -> None:
+    config = apply(recipes.find("mnist-bn"), {"staleness_policy": "bounded"})
+    assert config.step_config().by_permit
+    assert not recipes.find("mnist-bn").step_config().by_permit
+    with pytest.raises(OptionError, match="n fetch 1 and n push 2: give both the same value"):
+        apply(config, {"n_push": 2})
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, float("nan"), float("inf")])
+def test_a_ramp_guard_that_guards_nothing_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"ramp guard is .*: give more than 1, or none"):
+        ReplicaConfig(ramp_guard=factor)
+
+
+def test_the_ramp_guard_survives_json() -> None:
+    config = apply(recipes.find("mnist-bn"), {"ramp_guard": 2.0})
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    assert recipes.find("mnist-bn").replicas.ramp_guard is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"n_push": 2},
+            "policy is compensate, n fetch 1 and n push 2: give both the same",
+        ),
+        ({"wire_dtype": "bfloat16"}, "wire dtype is bfloat16.*: give wire dtype float32"),
+        ({"staleness_bound": 49}, "staleness bound is 49, with 50 steps in flight: give at least"),
+    ],
+)
+def test_what_cannot_be_compensated_is_refused_in_a_line(
+    given: dict[str, object], words: str
+) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        apply(recipes.find("mnist-bn"), {"staleness_policy": "compensate", **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_compensation_is_configured_and_survives_json() -> None:
+    options = {
+        "staleness_policy": "compensate",
+        "compensation": "constant",
+        "compensation_lambda": 0.1,
+        "n_push": 3,
+        "n_fetch": 3,
+    }
+    config = apply(recipes.find("mnist-bn"), options)
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    assert config.update_config(config.plan(60_000)).policy.strength == 0.1
+    assert config.step_config().by_push
+    assert not config.step_config().by_permit
+    assert not recipes.find("mnist-bn").step_config().by_push
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n_push": 2, "n_fetch": 2}, "n fetch 2 and n push 2: give 1 for both, and as many more"),
+        (
+            {"round_pushes": 51},
+            "round pushes is 51, and there are 50 steps in flight: give",
+        ),
+        ({"round_pushes": 0}, "round pushes is 0: give at least 1, or none"),
+        ({"record_pushes": True}, "record pushes is on, and .*: give round pushes 50"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused_in_a_line(given: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        apply(recipes.find("mnist-bn"), {"staleness_policy": "synchronous", **given})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("pushes", "expected"), [(None, 50), (45, 45)])
+def test_rounds_are_configured_and_survive_json(pushes: int | None, expected: int) -> None:
+    given = {"staleness_policy": "synchronous", "round_pushes": pushes}
+    config = apply(recipes.find("mnist-bn"), given)
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    update = config.update_config(config.plan(60_000))
+    assert (update.policy.round_pushes, update.policy.round_steps) == (expected, 50)
+    assert update.epochs == config.policy.epochs
+    assert config.step_config().by_permit
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"record_pushes": True}, "record pushes is on, and replica device is cuda, .*: give repl"),
+        ({"record_steps": "on"}, "record steps is on, and replica device is cuda, .*: give record"),
+        ({"spares": "replicas"}, "spares is replicas, and replica device is cuda, .*: give spares"),
+        ({"spares": "all"}, "spares is all, and replica device is cuda, .*: give spares none"),
+        ({"gpus_per_process": 2.0}, "gpus per process is 2: give more than 0 and at most 1"),
+        ({"gpus_per_process": 0.0}, "gpus per process is 0: give more than 0 and at most 1"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused_in_a_line(given: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        apply(recipes.find("mnist-bn"), {"replica_device": "cuda", **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_is_told_to_the_replicas_and_survives_json() -> None:
+    given = {"replica_device": "cuda", "gpus_per_process": 0.25}
+    config = apply(recipes.find("mnist-bn"), given)
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
+    assert config.step_config().device == "cuda"
+    assert config.replicas.gpu_share == 0.25
+    assert recipes.find("mnist-bn").replicas.gpu_share is None

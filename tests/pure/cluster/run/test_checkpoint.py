@@ -1,0 +1,104 @@
+"""Checkpoints are whole or do not exist, and a damaged one is passed over by name."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore, slowest
+from downpour.paramserver.partition.snapshot import SnapshotFile
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore((tmp_path / "checkpoints").as_uri())
+
+
+def write(store: CheckpointStore, number: int, *, commit: bool = True) -> Path:
+    folder = Path(store.begin(number).removeprefix("file://"))
+    files = []
+    for index in range(2):
+        data = f"partition {index} of {number}".encode()
+        name = f"partition-{index:05d}.safetensors"
+        (folder / name).write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        files.append(
+            SnapshotFile(name=name, num_bytes=len(data), sha256=digest, version=10 * number + index)
+        )
+    if commit:
+        store.commit(
+            Checkpoint(
+                number=number, updates=slowest(files), elapsed_s=1.5 * number, files=tuple(files)
+            )
+        )
+    return folder
+
+
+def test_no_checkpoint_is_not_an_error(store: CheckpointStore) -> None:
+    assert store.latest() == (None, [])
+    assert store.numbers() == []
+
+
+def test_the_newest_whole_checkpoint_is_found(store: CheckpointStore) -> None:
+    write(store, 1)
+    write(store, 2)
+    checkpoint, passed = store.latest()
+    assert checkpoint is not None
+    assert (checkpoint.number, checkpoint.updates, checkpoint.elapsed_s) == (2, 20, 3.0)
+    assert [f.version for f in checkpoint.files] == [20, 21]
+    assert passed == []
+
+
+def test_one_without_a_manifest_does_not_exist(store: CheckpointStore) -> None:
+    write(store, 1)
+    write(store, 2, commit=False)
+    checkpoint, passed = store.latest()
+    assert checkpoint is not None
+    assert checkpoint.number == 1
+    assert passed == ["checkpoint 2 was not finished"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_a_damaged_one_is_passed_over_and_named(store: CheckpointStore, damage: str) -> None:
+    write(store, 1)
+    folder = write(store, 2)
+    victim = folder / "partition-00001.safetensors"
+    data = victim.read_bytes()
+    match damage:
+        case "truncate":
+            victim.write_bytes(data[:-1])
+        case "flip":
+            victim.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        case "remove":
+            victim.unlink()
+        case "manifest":
+            (folder / "manifest.json").write_text("{")
+    checkpoint, passed = store.latest()
+    assert checkpoint is not None
+    assert checkpoint.number == 1
+    assert len(passed) == 1
+    assert passed[0].startswith("checkpoint 2 is damaged")
+    assert "\n" not in passed[0]
+
+
+def test_pruning_keeps_the_last_and_what_is_being_written(store: CheckpointStore) -> None:
+    for number in (1, 2, 3, 5):
+        write(store, number)
+    write(store, 4, commit=False)
+    write(store, 6, commit=False)
+    store.prune(2)
+    assert store.numbers() == [3, 5, 6]
+
+
+def test_pruning_never_removes_the_only_one(store: CheckpointStore) -> None:
+    write(store, 1)
+    write(store, 2, commit=False)
+    store.prune(1)
+    assert store.numbers() == [1, 2]
+
+
+def test_a_place_that_is_none_is_a_line() -> None:
+    with pytest.raises(UserError, match="nowhere://x") as caught:
+        CheckpointStore("nowhere://x")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,55 @@
+"""A run's folder: made once, held by one process, written whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from downpour.cluster.config import recipes
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.folder import RunFolder
+
+
+def test_a_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
+    for name in recipes.RECIPES:
+        config = recipes.find(name)
+        folder = RunFolder.create(tmp_path / name, config)
+        assert RunFolder.open(folder.path).config() == config
+
+
+def test_a_folder_of_a_run_is_not_taken_again(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "a", recipes.find("mnist-bn"))
+    with pytest.raises(UserError, match=r"holds a run of recipe mnist-bn: go on with"):
+        RunFolder.create(tmp_path / "a", recipes.find("mnist-bn"))
+    with pytest.raises(UserError, match=r"recipe mnist-bn, not of mnist: go on with"):
+        RunFolder.create(tmp_path / "a", recipes.find("mnist"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(UserError, match="is not a run folder"):
+        RunFolder.create(tmp_path, recipes.find("mnist"))
+    with pytest.raises(UserError, match="is not a run folder"):
+        RunFolder.open(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_a_place_that_cannot_be_written_is_a_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        RunFolder.create(blocked / "run", recipes.find("mnist"))
+    assert str(blocked) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_configuration_is_a_line(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipes.find("mnist"))
+    saved = json.loads((folder.path / "config.json").read_text())
+    saved["colour"] = "blue"
+    (folder.path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="has colour, which this version does not know"):
+        folder.config()
+    (folder.path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        folder.config()

@@ -1,0 +1,421 @@
+"""Synchronous rounds: what is added up, who may begin, and that nobody waits for ever."""
+
+import itertools
+import json
+import math
+import random
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from downpour.paramserver.admission.permits import Key, Permit, Turn
+from downpour.paramserver.admission.rounds import Rounds
+from downpour.paramserver.errors import BadConfiguration, MalformedMessage
+from downpour.paramserver.messages import Outcome, Push
+from downpour.paramserver.partition.applied_set import WAITING
+from downpour.paramserver.partition.ranges import split
+from downpour.paramserver.partition.state import Arrival, PartitionState, UpdateConfig, Version
+from downpour.paramserver.rules.policy import StalenessPolicy
+from downpour.paramserver.rules.schedule import Schedule
+from downpour.paramserver.rules.statistics import BatchStatistics
+from downpour.paramserver.rules.update import Momentum, Regulariser
+
+torch.set_num_threads(1)
+
+P, F, Q = 12, 2, 10
+(PARTITION,) = split(num_parameters=P, num_features=F, num_decayed=5, num_partitions=1)
+
+
+def config(pushes: int, *, steps: int | None = None, epochs: int | None = 1) -> UpdateConfig:
+    policy = StalenessPolicy(
+        staleness_policy="synchronous", round_pushes=pushes, round_steps=steps or pushes
+    )
+    return UpdateConfig(
+        rule=Momentum(momentum=0.9),
+        regulariser=Regulariser(weight_decay=0.01, clip_norm=5.0),
+        schedule=Schedule(learning_rate=0.1, decay_factor=0.5),
+        policy=policy,
+        batches_per_epoch=Q,
+        epoch_examples=8 * Q,
+        epochs=epochs,
+    )
+
+
+def new_version() -> Version:
+    return Version(weights=torch.zeros(P), statistics=torch.zeros(2, F))
+
+
+def push(
+    batch: int, version: int, gradient: Tensor, *, examples: int = 8, loss: float = 1.0
+) -> Push:
+    return Push(
+        mailbox=0,
+        replica=0,
+        epoch=0,
+        batches=(batch,),
+        examples=examples,
+        version=version,
+        loss=loss,
+        gradient_norm=gradient.norm().item(),
+    )
+
+
+def moments_of(batch: int) -> Tensor:
+    return torch.stack([torch.full((F,), 8.0), torch.full((F,), float(batch)), torch.ones(F)])[None]
+
+
+class Bench:
+    """A state and mini-batches with gradients of their own."""
+
+    def __init__(self, of: UpdateConfig) -> None:
+        self.config = of
+        self.state = PartitionState(PARTITION, of, new_version())
+        torch.manual_seed(1)
+        self.gradients = [torch.randn(P) for _ in range(Q)]
+        self.examples = [8] * (Q - 1) + [3]
+
+    def take(self, batch: int, version: int | None = None, loss: float = 1.0) -> Outcome:
+        gradient = self.gradients[batch].clone()
+        version = self.state.weights_version if version is None else version
+        arrival = push(batch, version, gradient, examples=self.examples[batch], loss=loss)
+        return self.state.apply(arrival, gradient, moments_of(batch), new_version)
+
+
+def test_rounds_are_steps_on_the_mean_over_their_examples() -> None:
+    bench = Bench(config(4))
+    weights, rule = torch.zeros(P), Momentum(momentum=0.9)
+    velocity, examples = rule.init(P), 0
+    for batches in ([3, 1, 4, 0], [5, 9, 2, 6], [8, 7]):  # the last is closed by the epoch's end
+        for n, batch in enumerate(batches):
+            assert bench.state.weights_version == bench.state.version - n
+            assert torch.equal(bench.state.current.weights, weights)
+            assert bench.take(batch) is Outcome.APPLIED
+        count = sum(bench.examples[b] for b in batches)
+        total = sum(bench.examples[b] * bench.gradients[b] for b in batches)
+        assert isinstance(total, Tensor)
+        mean = total / count
+        mean[:5] += 0.01 * weights[:5]
+        rate = bench.config.schedule.rate(examples, bench.config.epoch_examples)
+        new = torch.empty(P)
+        rule.update(weights, mean, velocity, rate, new)
+        weights, examples = new, examples + count
+        torch.testing.assert_close(bench.state.current.weights, weights)
+        assert bench.state.weights_version == bench.state.version
+        weights = bench.state.current.weights.clone()  # so that roundings do not add up
+        bench.state.check()
+    assert bench.state.staleness.dump() == {0: [10]}
+
+
+def test_moments_are_merged_when_the_round_ends_in_the_order_of_the_pushes() -> None:
+    bench, order = Bench(config(3)), [2, 0, 7, 5, 1, 3]
+    oracle = BatchStatistics(F, bench.config.statistics)
+    found = new_version().statistics
+    for n, batch in enumerate(order):
+        before = bench.state.current.statistics.clone()
+        bench.take(batch)
+        oracle.update(found, moments_of(batch)[0], found)
+        expected = found if n % 3 == 2 else before
+        assert torch.equal(bench.state.current.statistics, expected)
+
+
+def test_what_is_late_is_dropped_and_may_come_again() -> None:
+    bench = Bench(config(2))
+    assert [bench.take(b, 0) for b in (0, 1)] == [Outcome.APPLIED] * 2
+    assert bench.take(2, 0) is Outcome.REFUSED_STALE
+    assert bench.state.version == bench.state.weights_version == 2
+    assert bench.take(2, 2) is Outcome.APPLIED
+    assert bench.take(2, 2) is Outcome.DUPLICATE
+    assert bench.state.version == 3
+    assert bench.state.counts()["pushes_dropped"] == 1
+
+
+def test_in_one_packet_what_comes_after_the_round_is_late() -> None:
+    bench = Bench(config(2))
+    arrivals = []
+    for batch in range(5):
+        gradient = bench.gradients[batch].clone()
+        arrivals.append((push(batch, 0, gradient), gradient, moments_of(batch)))
+    outcomes = bench.state.apply_all(arrivals, new_version)
+    assert outcomes == [Outcome.APPLIED] * 2 + [Outcome.REFUSED_STALE] * 3
+
+
+@pytest.mark.parametrize("last_is_refused", [False, True])
+def test_the_last_round_is_closed_as_it_is(last_is_refused: bool) -> None:
+    bench = Bench(config(4))
+    for batch in range(Q - 1):
+        bench.take(batch)
+    before = bench.state.current.weights.clone()
+    assert bench.state.weights_version == 8
+    outcome = bench.take(Q - 1, loss=math.nan if last_is_refused else 1.0)
+    assert (outcome is Outcome.REFUSED_LOSS) == last_is_refused
+    assert bench.state.weights_version == bench.state.version == Q - last_is_refused
+    assert not torch.equal(bench.state.current.weights, before)
+    bench.state.check()
+
+
+def test_a_restored_state_goes_on_in_the_middle_of_a_round_to_the_bit() -> None:
+    bench = Bench(config(4))
+    for batch in range(6):
+        bench.take(batch)
+    again = Bench(config(4))
+    meta, tensors = bench.state.dump(bench.state.room())
+    again.state.load(json.loads(json.dumps(meta)), {n: t.clone() for n, t in tensors.items()})
+    assert (again.state.version, again.state.weights_version) == (6, 4)
+    for batch in range(6, Q):
+        assert bench.take(batch) is again.take(batch) is Outcome.APPLIED
+    other = again.state.dump()[1]
+    for name, tensor in bench.state.dump()[1].items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_round_that_is_longer_than_rounds_are_now_is_closed() -> None:
+    """The run is resumed with fewer slots."""
+    bench = Bench(config(6))
+    for batch in range(5):
+        bench.take(batch)
+    shorter = Bench(config(3))
+    shorter.state.load(*bench.state.dump())
+    assert shorter.state.weights_version == shorter.state.version == 5
+    bench.state.close_round()
+    assert torch.equal(shorter.state.current.weights, bench.state.current.weights)
+    longer = Bench(config(9))
+    longer.state.load(*bench.state.dump())
+    for batch in range(5, Q):
+        assert longer.take(batch) is Outcome.APPLIED
+    assert longer.state.weights_version == Q
+
+
+def test_permits_are_given_for_one_round_and_taken_back() -> None:
+    rounds: Rounds[str] = Rounds(3)
+    for box in range(5):
+        rounds.ask((1, box))
+    assert [rounds.next(0, 0) for _ in range(3)] == [Permit((1, box)) for box in range(3)]
+    assert rounds.next(0, 0) is None
+    rounds.push((1, 2), 0, "c")
+    assert rounds.next(0, 0) == Turn((1, 2), "c")
+    assert rounds.next(1, 0) is None  # it counts, so there is no room for a fourth
+    rounds.push((1, 0), 0, "a")
+    assert rounds.next(1, 0) == Turn((1, 0), "a")
+    assert rounds.next(1, 0) == Permit((1, 3))  # that one came to nothing
+    # A new round: two of the former are out, and count no more.
+    assert rounds.next(2, 2) == Permit((1, 4))
+    assert rounds.num_out == 3
+    for box in (0, 2):
+        rounds.ask((1, box))
+    assert [rounds.next(2, 2) for _ in range(3)] == [Permit((1, 0)), Permit((1, 2)), None]
+    rounds.ask((2, 0))
+    rounds.leave(1)
+    assert rounds.num_out == 0
+    assert rounds.next(2, 2) == Permit((2, 0))
+
+
+def test_messages_that_nobody_may_send() -> None:
+    rounds: Rounds[str] = Rounds(2)
+    rounds.ask((1, 0))
+    with pytest.raises(MalformedMessage, match="a second permit"):
+        rounds.ask((1, 0))
+    with pytest.raises(MalformedMessage, match="without a permit"):
+        rounds.push((1, 0), 0, "a")
+    assert rounds.next(4, 4) == Permit((1, 0))
+    with pytest.raises(MalformedMessage, match="computed on version 3, permitted at 4"):
+        rounds.push((1, 0), 3, "a")
+    rounds.push((1, 0), 4, "a")
+    with pytest.raises(MalformedMessage, match="without a permit"):
+        rounds.push((1, 0), 4, "a")
+
+
+class Net:
+    """Slots, partitions and messages between them, in an order that a seed decides."""
+
+    def __init__(
+        self, seed: int, *, pushes: int, slots: int, partitions: int, kills: int, bad: bool
+    ) -> None:
+        self.rng, self.kills, self.bad = random.Random(seed), kills, bad
+        of = config(pushes, steps=slots)
+        self.states = [PartitionState(PARTITION, of, new_version()) for _ in range(partitions)]
+        self.rounds: list[Rounds[Push]] = [Rounds(slots) for _ in range(partitions)]
+        self.partitions = partitions
+        self.connections = [[i for i in range(slots) if i % 2 == c] for c in range(2)]
+        self.names = itertools.count()
+        self.alive = {next(self.names): group for group in self.connections if group}
+        self.pool = deque(range(Q))
+        self.to: dict[tuple[int, int], deque[tuple[int, Push | None]]] = {}
+        """By connection and partition: mailbox, and a push or, for None, an ask."""
+        self.back: dict[tuple[int, int], deque[tuple[int, Outcome]]] = {}
+        self.slot: dict[Key, dict[str, object]] = {}
+        for name in self.alive:
+            self._connect(name)
+
+    def _connect(self, name: int) -> None:
+        for index in range(self.partitions):
+            self.to[name, index], self.back[name, index] = deque(), deque()
+        for box in self.alive[name]:
+            self.slot[name, box] = {"at": "idle"}
+
+    def settled(self, batch: int) -> bool:
+        return all(s.applied.get(0, batch) != WAITING for s in self.states)
+
+    def actions(self) -> list[Callable[[], None]]:
+        found: list[Callable[[], None]] = []
+        for (name, index), queue in self.to.items():
+            if queue:
+                found.append(lambda n=name, i=index: self._serve(n, i))  # type: ignore[misc]
+        for (name, index), answers in self.back.items():
+            if answers:
+                found.append(lambda n=name, i=index: self._hear(n, i))  # type: ignore[misc]
+        for key, slot in self.slot.items():
+            if slot["at"] == "idle" and self.pool:
+                found.append(lambda k=key: self._begin(k))  # type: ignore[misc]
+            if slot["at"] == "permitted":
+                found.append(lambda k=key: self._pull(k))  # type: ignore[misc]
+            if slot["at"] == "computing":
+                found.append(lambda k=key: self._push(k))  # type: ignore[misc]
+        return found
+
+    def _begin(self, key: Key) -> None:
+        batch = self.pool.popleft()
+        if self.settled(batch):
+            return
+        self.slot[key] = {"at": "asking", "batch": batch}
+        self.to[key[0], 0].append((key[1], None))
+
+    def _pull(self, key: Key) -> None:
+        versions = [s.weights_version for s in self.states]
+        self.slot[key] |= {"at": "computing", "versions": versions}
+
+    def _push(self, key: Key) -> None:
+        slot = self.slot[key]
+        versions, batch = slot["versions"], slot["batch"]
+        assert isinstance(versions, list)
+        assert isinstance(batch, int)
+        slot |= {"at": "pushed", "missing": self.partitions}
+        loss = math.nan if self.bad and batch % 4 == 1 else 1.0
+        for index, version in enumerate(versions):
+            self.to[key[0], index].append((key[1], push(batch, version, torch.ones(P), loss=loss)))
+
+    def _serve(self, name: int, index: int) -> None:
+        box, message = self.to[name, index].popleft()
+        rounds, state = self.rounds[index], self.states[index]
+        if message is None:
+            rounds.ask((name, box))
+        else:
+            rounds.push((name, box), message.version, message)
+        self._go_on(index)
+        assert rounds.num_held == 0
+        state.check()
+
+    def _go_on(self, index: int) -> None:
+        rounds, state = self.rounds[index], self.states[index]
+        while (due := rounds.next(state.version, state.weights_version)) is not None:
+            if isinstance(due, Permit):
+                outcome = Outcome.PERMITTED
+            else:
+                outcome = state.apply(due.push, torch.ones(P), moments_of(0), new_version)
+            name, box = due.key
+            self.back[name, index].append((box, outcome))
+
+    def _hear(self, name: int, index: int) -> None:
+        box, outcome = self.back[name, index].popleft()
+        slot = self.slot[name, box]
+        if outcome is Outcome.PERMITTED:
+            if index + 1 < self.partitions:
+                self.to[name, index + 1].append((box, None))
+            else:
+                slot["at"] = "permitted"
+            return
+        missing, batch = slot["missing"], slot["batch"]
+        assert isinstance(missing, int)
+        assert isinstance(batch, int)
+        slot["missing"] = missing - 1
+        if missing == 1:
+            self.slot[name, box] = {"at": "idle"}
+            if not self.settled(batch):
+                self.pool.append(batch)
+
+    def kill(self) -> None:
+        """A process dies: what it had sent is still read or not, and another comes."""
+        name = self.rng.choice(list(self.alive))
+        boxes = self.alive.pop(name)
+        lost = [s["batch"] for k, s in self.slot.items() if k[0] == name and "batch" in s]
+        for index in range(self.partitions):
+            for _ in range(self.rng.randint(0, len(self.to[name, index]))):
+                self._serve(name, index)
+            del self.to[name, index]
+            self.rounds[index].leave(name)
+        for index in range(self.partitions):
+            self._go_on(index)
+            del self.back[name, index]
+        for box in boxes:
+            del self.slot[name, box]
+        new = next(self.names)
+        self.alive[new] = boxes
+        self._connect(new)
+        self.pool.extend(batch for batch in lost if isinstance(batch, int))
+
+    def run(self) -> None:
+        while not all(self.settled(batch) for batch in range(Q)):
+            actions = self.actions()
+            assert actions, "nobody goes on"
+            if self.kills and self.rng.random() < 0.05:
+                self.kills -= 1
+                self.kill()
+                continue
+            self.rng.choice(actions)()
+
+
+@pytest.mark.parametrize(
+    ("pushes", "slots", "partitions", "kills", "bad"),
+    [
+        (1, 1, 1, 0, False),
+        (4, 4, 1, 0, False),
+        (3, 3, 3, 0, True),
+        (3, 5, 1, 0, False),
+        (3, 6, 3, 0, True),
+        (4, 4, 2, 6, False),
+        (3, 6, 3, 6, True),
+        (1, 5, 2, 3, False),
+        (6, 6, 2, 8, True),
+    ],
+)
+def test_in_whatever_order_messages_come_everything_is_settled_once(
+    pushes: int, slots: int, partitions: int, kills: int, bad: bool
+) -> None:
+    """Three partitions, asked one after the other; deaths; mini-batches that are refused."""
+    dropped = 0
+    for seed in range(12):
+        net = Net(seed, pushes=pushes, slots=slots, partitions=partitions, kills=kills, bad=bad)
+        net.run()
+        for state in net.states:
+            assert state.weights_version == state.version  # the last round is closed
+            assert state.applied.num_applied + state.applied.num_refused == Q
+            assert state.version == state.applied.num_applied
+            dropped += state.counts()["pushes_dropped"]
+    if not kills:
+        assert bool(dropped) == (slots > pushes)  # nothing is late where there is no backup
+
+
+def test_without_backup_workers_and_deaths_every_partition_has_the_same_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seed in range(10):
+        net = Net(seed, pushes=3, slots=3, partitions=3, kills=0, bad=False)
+        taken: list[list[tuple[int, int]]] = [[], [], []]
+        decide = PartitionState._decide
+
+        def noted(state: PartitionState, arrival: Arrival) -> tuple[Outcome, float]:
+            index = next(i for i, s in enumerate(net.states) if s is state)  # noqa: B023
+            taken[index].append((state.weights_version, arrival[0].batches[0]))  # noqa: B023
+            return decide(state, arrival)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PartitionState, "_decide", noted)
+            net.run()
+        assert len({frozenset(of) for of in taken}) == 1
+
+
+def test_a_round_has_at_least_one_push() -> None:
+    with pytest.raises(BadConfiguration, match="round pushes is 0: give at least 1, or none"):
+        StalenessPolicy(staleness_policy="synchronous", round_pushes=0)

@@ -1,0 +1,282 @@
+"""The plan: each row once an epoch, no pair twice, windows in a row, the same in every version."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from downpour.shuffler.errors import PlanError
+from downpour.shuffler.plan.draws import uniforms
+from downpour.shuffler.plan.keys import stream_key
+from downpour.shuffler.plan.plan import Plan
+
+
+def epoch_rows(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    return plan.rows_of(epoch, np.arange(plan.num_batches))
+
+
+def assert_each_row_once(plan: Plan, epoch: int) -> None:
+    rows, lengths = epoch_rows(plan, epoch)
+    assert (np.bincount(rows, minlength=plan.num_rows) == 1).all(), plan
+    holes = plan.batch_size * plan.num_batches - plan.num_rows
+    assert 0 <= holes < plan.batch_size
+    if plan.num_batches >= holes:
+        assert lengths.min() >= plan.batch_size - 1, plan
+    assert lengths.max() <= plan.batch_size
+    assert lengths.sum() == plan.num_rows
+
+
+def repeats(plan: Plan, epochs: int) -> int:
+    """Count the meetings of pairs that had met before, by brute force."""
+    met = np.zeros((plan.num_rows, plan.num_rows), dtype=np.int64)
+    for epoch in range(epochs):
+        for index in range(plan.num_batches):
+            rows = plan.rows(epoch, index)
+            met[np.ix_(rows, rows)] += 1
+    np.fill_diagonal(met, 0)
+    return int(np.maximum(met - 1, 0).sum()) // 2
+
+
+def test_each_row_once_for_every_size_to_some_thousands():
+    for num_rows in range(32, 2500):
+        plan = Plan(num_rows=num_rows, seed=num_rows)
+        assert_each_row_once(plan, plan.max_epochs - 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 60])
+@pytest.mark.parametrize("past_bound", ["error", "rekey"])
+def test_each_row_once_for_other_batch_sizes(batch_size, past_bound):
+    for num_rows in range(batch_size, 400, 37 if past_bound == "rekey" else 3):
+        plan = Plan(num_rows=num_rows, batch_size=batch_size, past_bound=past_bound)
+        last = plan.max_epochs if past_bound == "rekey" else (plan.max_epochs or 1) - 1
+        assert_each_row_once(plan, last or 0)
+
+
+@pytest.mark.parametrize("power", [10, 14, 17])
+@pytest.mark.parametrize("delta", [-1, 0, 1])
+def test_each_row_once_around_powers_of_two(power, delta):
+    for num_rows in (2**power + delta, 32 * (2 ** (power - 6) + delta)):
+        plan = Plan(num_rows=num_rows, seed=1)
+        assert_each_row_once(plan, plan.max_epochs - 1)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size"),
+    [(12, 4), (13, 4), (45, 4), (47, 5), (50, 5), (52, 4), (60, 3), (99, 8), (100, 7), (150, 6)],
+)
+def test_no_pair_meets_twice(num_rows, batch_size):
+    plan = Plan(num_rows=num_rows, batch_size=batch_size, seed=3)
+    assert repeats(plan, plan.max_epochs) == 0
+
+
+def meets_twice(q: int, batch_size: int, num_slopes: int) -> bool:
+    """Whether some pair meets twice under the slopes [0, num_slopes), tried one by one."""
+    groups = np.arange(batch_size)
+    met = np.zeros((q * batch_size, q * batch_size), dtype=np.int64)
+    for slope in range(num_slopes):
+        for b in range(q):
+            rows = groups * q + (b + slope * groups) % q
+            met[np.ix_(rows, rows)] += 1
+    np.fill_diagonal(met, 0)
+    return bool(met.max() > 1)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 6])
+def test_the_bound_is_exact(batch_size):
+    """One epoch more repeats a pair, whatever q is; and it is never less than q / (B - 1)."""
+    for q in range(1, 17):
+        bound = Plan(num_rows=q * batch_size, batch_size=batch_size).max_epochs
+        assert bound >= q / (batch_size - 1)
+        assert not meets_twice(q, batch_size, bound)
+        assert meets_twice(q, batch_size, bound + 1)
+
+
+@pytest.mark.parametrize("strategy", ["random", "within_shard", "buffer", "none"])
+@pytest.mark.parametrize("num_rows", [32, 97, 500, 1001])
+def test_every_strategy_has_each_row_once(strategy, num_rows):
+    shards = (num_rows // 3, num_rows // 5, num_rows - num_rows // 3 - num_rows // 5)
+    plan = Plan(
+        num_rows=num_rows, batch_size=16, strategy=strategy, shard_rows=shards, buffer_rows=40
+    )
+    orders = []
+    for epoch in (0, 1, 7):
+        rows, lengths = epoch_rows(plan, epoch)
+        assert (np.bincount(rows, minlength=num_rows) == 1).all()
+        assert lengths.sum() == num_rows
+        assert np.ptp(lengths) <= 1
+        assert lengths.max() <= 16
+        at = plan.num_batches // 2
+        assert (plan.rows(epoch, at) == np.split(rows, np.cumsum(lengths))[at]).all()
+        orders.append(rows.tolist())
+        assert plan.window_order(epoch).tolist() == list(range(plan.num_windows))
+    assert plan.max_epochs is None
+    assert (orders[0] == orders[1]) == (strategy == "none")
+
+
+def test_within_shard_keeps_shards_whole():
+    plan = Plan(num_rows=90, batch_size=9, strategy="within_shard", shard_rows=(30, 40, 20))
+    rows, _ = epoch_rows(plan, 3)
+    shards = np.searchsorted([30, 70, 90], rows, side="right")
+    assert (np.diff(shards) != 0).sum() == 2
+    assert (np.diff(rows) != 1).sum() > 60
+
+
+def test_a_buffer_holds_rows_back_as_a_queue_does():
+    """Against the algorithm told one row at a time, with the same draws."""
+    num_rows, capacity = 300, 17
+    plan = Plan(num_rows=num_rows, batch_size=20, strategy="buffer", buffer_rows=capacity, seed=4)
+    rows, _ = epoch_rows(plan, 2)
+    key = stream_key(4, "buffer", 2)
+    buffer, out = list(range(capacity)), []
+    for step in range(num_rows - capacity):
+        slot = int(uniforms(key, np.array([step]), 1)[0, 0] * capacity)
+        out.append(buffer[slot])
+        buffer[slot] = capacity + step
+    assert rows[: len(out)].tolist() == out
+    assert sorted(rows[len(out) :].tolist()) == sorted(buffer)
+
+
+def test_next_windows_are_those_that_run_next():
+    for strategy in ("pairwise", "random"):
+        plan = Plan(num_rows=3200, batch_size=8, window_batches=30, strategy=strategy)
+        order = [(e, w) for e in range(3) for w in plan.window_order(e).tolist()]
+        for at in (0, 5, 13, 20):
+            assert plan.next_windows(*order[at], 4) == order[at + 1 : at + 5]
+    last = Plan(num_rows=64, batch_size=32, window_batches=1)  # one epoch of two windows
+    assert last.max_epochs == 1
+    first, second = last.window_order(0).tolist()
+    assert last.next_windows(0, first, 5) == [(0, second)]
+
+
+def test_rekeyed_blocks_repeat_about_as_often_as_chance():
+    plan = Plan(num_rows=240, batch_size=6, seed=5, past_bound="rekey")
+    bound = plan.max_epochs
+    seen = repeats(plan, 2 * bound)
+    met_in_a_block = bound * plan.num_batches * 6 * 5 // 2
+    pairs_in_different_groups = 40 * 40 * 6 * 5 // 2
+    chance = met_in_a_block**2 / pairs_in_different_groups
+    assert 0.8 * chance < seen < 1.2 * chance
+    assert repeats(Plan(num_rows=240, batch_size=6, strategy="none"), 2) == 40 * 15
+
+
+def test_slopes_of_a_block_are_all_different():
+    plan = Plan(num_rows=3200, seed=8, past_bound="rekey")
+    bound = plan.max_epochs
+    assert bound == 99 // 31 + 1 == 4
+    for block in range(3):
+        slopes = [plan.slope(block * bound + i) for i in range(bound)]
+        assert sorted(slopes) == list(range(bound))
+
+
+def test_holes_are_the_end_of_the_last_group():
+    plan = Plan(num_rows=103, batch_size=8, seed=1)  # q = 13: one hole, row 12 of group 7
+    _, lengths = epoch_rows(plan, 1)
+    assert (lengths == 7).sum() == 1
+    short = plan.rows(1, int(np.flatnonzero(lengths == 7)[0]))
+    assert (short // 13).tolist() == list(range(7))
+
+
+def test_few_rows_spread_their_holes():
+    plan = Plan(num_rows=33, batch_size=32)  # q = 2 and 31 holes
+    _, lengths = epoch_rows(plan, 0)
+    assert lengths.tolist() == [17, 16]
+    assert Plan(num_rows=1, batch_size=1).rows(0, 0).tolist() == [0]
+    assert Plan(num_rows=5, batch_size=5).rows(0, 0).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_window_is_a_contiguous_run_in_each_group(epoch):
+    plan = Plan(num_rows=3213, batch_size=32, seed=2, window_batches=16)
+    q = plan.num_batches
+    for window in range(plan.num_windows):
+        batches = plan.window_batches_order(epoch, window)
+        size = min(16, q - 16 * window)
+        assert sorted(batches) == list(range(16 * window, 16 * window + size))
+        rows, _ = plan.rows_of(epoch, batches)
+        for group in range(31):
+            offsets = np.sort(rows[rows // q == group] % q)
+            gaps = np.diff(offsets, append=offsets[0] + q)
+            assert len(offsets) == size
+            assert (gaps != 1).sum() <= 1
+
+
+def test_windows_and_batches_run_in_a_new_order_each_epoch():
+    plan = Plan(num_rows=32 * 640, window_batches=64)
+    orders = [plan.window_order(epoch).tolist() for epoch in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    insides = [plan.window_batches_order(epoch, 0).tolist() for epoch in range(2)]
+    assert insides[0] != insides[1]
+    assert insides[0] != sorted(insides[0])
+
+
+def test_rows_of_agrees_with_rows():
+    plan = Plan(num_rows=501, batch_size=8, seed=4, past_bound="rekey")
+    for epoch in (0, 3, plan.max_epochs + 2):
+        indices = [5, 0, 62, 62]
+        rows, lengths = plan.rows_of(epoch, indices)
+        parts = np.split(rows, np.cumsum(lengths)[:-1])
+        for index, part in zip(indices, parts, strict=True):
+            assert (plan.rows(epoch, index) == part).all()
+            assert (np.diff(part) > 0).all()
+    rows, lengths = plan.rows_of(0, [])
+    assert rows.size == lengths.size == 0
+
+
+def test_imagenet():
+    plan = Plan(num_rows=1_281_167)
+    assert plan.num_batches == 40_037  # a prime
+    assert plan.max_epochs == 40_037
+    assert Plan(num_rows=50_000).max_epochs == 521  # CIFAR-10
+
+
+def test_a_billion_rows_take_no_memory():
+    plan = Plan(num_rows=10**9)
+    tracemalloc.start()
+    plan.rows_of(5, plan.window_batches_order(5, 1234))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    assert len(plan.window_order(5)) == 488_282
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_golden_values():
+    """Pinned: a changed plan would break the resumption of every run begun before."""
+    plan = Plan(num_rows=103, batch_size=8, seed=11, window_batches=5, past_bound="rekey")
+    assert [plan.slope(epoch) for epoch in range(4)] == [3, 4, 8, 2]
+    assert plan.rows(1, 4).tolist() == [4, 21, 38, 42, 59, 76, 80, 97]
+    assert plan.rows(15, 4).tolist() == [8, 23, 36, 45, 55, 75, 89, 96]
+    assert plan.window_order(2).tolist() == [0, 1, 2]
+    assert plan.window_batches_order(2, 1).tolist() == [6, 8, 7, 9, 5]
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: Plan(num_rows=0), "num_rows=0"),
+        (lambda: Plan(num_rows=10, batch_size=0), "batch_size=0"),
+        (lambda: Plan(num_rows=10), "batch_size of 10 or less"),
+        (lambda: Plan(num_rows=99, window_batches=0), "window_batches=0"),
+        (lambda: Plan(num_rows=99, strategy="best"), "strategy='best'"),
+        (lambda: Plan(num_rows=99, past_bound="stop"), "past_bound='stop'"),
+        (lambda: Plan(num_rows=99, strategy="buffer", buffer_rows=0), "buffer_rows=0"),
+        (lambda: Plan(num_rows=99, strategy="within_shard", shard_rows=(9, 9)), "shards of 18"),
+        (lambda: Plan(num_rows=99).rows(0, 4), "an epoch of 99 rows has 4 mini-batches"),
+        (lambda: Plan(num_rows=99).rows(-1, 0), "epoch=-1"),
+        (lambda: Plan(num_rows=99).rows(1, 0), "bound of 1 epochs"),
+        (lambda: Plan(num_rows=99).check_epochs(2), "past_bound='rekey'"),
+        (lambda: Plan(num_rows=99).check_epochs(-2), "epochs=-2"),
+        (lambda: Plan(num_rows=99).window_batches_order(0, 1), "has 1 windows"),
+    ],
+)
+def test_errors_name_the_value(action, message):
+    with pytest.raises(PlanError, match=message) as error:
+        action()
+    assert "\n" not in str(error.value)
+
+
+def test_no_bound_where_no_pair_is_promised_anything():
+    Plan(num_rows=9, batch_size=1).check_epochs(10**6)
+    Plan(num_rows=99, strategy="none").check_epochs(10**6)

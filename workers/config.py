@@ -1,0 +1,125 @@
+"""Which network is trained, and how model replicas run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from downpour.shuffler.images.decode import ImageSpec
+from downpour.workers.spec import StepConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network is trained, and on what kind of input."""
+
+    model: str = field(metadata={"cli": False})
+    """A name that `models.registry` knows, or `package.module:function`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": False})
+    """The network's keyword arguments."""
+    loss: str = field(default="cross_entropy", metadata={"cli": False})
+    """A name that `models.registry` knows, or `package.module:function`."""
+    image: ImageSpec = field(metadata={"cli": False})
+    """How a row becomes an input."""
+    num_classes: int = 10
+    """Labels are in [0, number of classes)."""
+    image_size: int | None = None
+    """Height and width that the network takes; none is the recipe's."""
+    width: float | None = None
+    """What the network's channel counts are multiplied by; none is the recipe's."""
+    stem_stride: int | None = None
+    """What Inception's first stages shrink an image by: 8 (Figure 5), 4 or 2; none takes the
+    largest that leaves the last module 2 pixels."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise ValueError(f"num classes is {self.num_classes}: give at least 2")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image size is {self.image_size}: give at least 1, or none")
+
+    @property
+    def input(self) -> ImageSpec:
+        """The images that the network takes."""
+        if self.image_size is None:
+            return self.image
+        return dataclasses.replace(self.image, height=self.image_size, width=self.image_size)
+
+    @property
+    def all_arguments(self) -> dict[str, Any]:
+        """The network's keyword arguments, those among them that are options of their own."""
+        own = {"width": self.width, "stem_stride": self.stem_stride}
+        return {**self.arguments, **{k: v for k, v in own.items() if v is not None}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """The model replicas."""
+
+    replicas: int = 10
+    """Model replicas."""
+    steps: StepConfig = field(default_factory=StepConfig)
+    """How each runs its steps."""
+    replicas_per_process: int | None = None
+    """Replicas that share a process; none spreads them over a process for each processor."""
+    gpus_per_process: float = 1.0
+    """Share of a GPU that a process of replicas is given, with `--replica-device cuda`: as many
+    processes share one as it has room for."""
+    warm_start_epochs: float = 0.0
+    """Epochs that one replica trains alone before others join (Dean et al. 2012, section 4.1)."""
+    ramp_epochs: float = 0.0
+    """Epochs over which the others then join, evenly."""
+    ramp_guard: float | None = None
+    """While replicas join: how many times its best the training loss may be before they are put
+    back until it has come down; none watches no loss."""
+    queued_windows: int = 2
+    """Windows that a replica holds at a time: one in work, and the next."""
+    stragglers: Literal["tell", "replace"] = "tell"
+    """What is done about a process of replicas that is far slower than the median of the others."""
+    straggler_ratio: float = 4.0
+    """How many times slower that is."""
+    spares: Literal["none", "replicas", "all"] = "none"
+    """Processes kept ready to take the place of one that dies, on a single machine: none, one for
+    processes of replicas, or one for a partition too."""
+    max_restarts: int = 100
+    """Members of each kind (processes of replicas, partitions, shufflers, evaluators) that are
+    replaced before the run gives up."""
+
+    @property
+    def slots(self) -> int:
+        """Steps in flight, over all replicas."""
+        return self.replicas * self.steps.concurrent_steps
+
+    @property
+    def gpu_share(self) -> float | None:
+        """Of a GPU, for each process; None where replicas compute on processors."""
+        return None if self.steps.device == "cpu" else self.gpus_per_process
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "queued_windows"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        if not self.straggler_ratio > 1:
+            raise ValueError(f"straggler ratio is {self.straggler_ratio}: give more than 1")
+        if self.replicas_per_process is not None and self.replicas_per_process < 1:
+            raise ValueError(
+                f"replicas per process is {self.replicas_per_process}: give at least 1, or none"
+            )
+        if not 0 < self.gpus_per_process <= 1:
+            raise ValueError(
+                f"gpus per process is {self.gpus_per_process:g}: give more than 0 and at most 1, "
+                "since a process computes on one GPU"
+            )
+        if self.ramp_guard is not None and not 1 < self.ramp_guard < math.inf:
+            raise ValueError(f"ramp guard is {self.ramp_guard}: give more than 1, or none")
+        if self.warm_start_epochs < 0 or self.ramp_epochs < 0 or self.max_restarts < 0:
+            raise ValueError(
+                f"warm-start epochs is {self.warm_start_epochs}, ramp epochs {self.ramp_epochs} "
+                f"and max restarts {self.max_restarts}: give 0 or more"
+            )

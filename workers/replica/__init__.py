@@ -1,0 +1,1 @@
+"""Model replicas and their concurrent steps."""

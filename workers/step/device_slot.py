@@ -1,0 +1,231 @@
+"""A slot whose model lives on a device; `workers.step.slot` has the slot for processors.
+
+Weights go up in one copy from the page-locked buffer that a pull writes to; gradient and moments
+come down to the mailbox, and with them, in one copy more, loss and gradient norm. A step only gives
+the device its work. Whoever reads its result waits, once, for all of it; meanwhile the next step
+may have been begun, whose weights and mini-batch go up while this one is computed.
+
+Why no copy meets another's, or a kernel's, is in docs/architecture.md ("Replicas on a device").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from downpour.models.flat import FlatModel
+from downpour.models.layout import Layout
+from downpour.models.registry import Loss
+from downpour.workers.step.device import Device, Stream
+from downpour.workers.step.eager import differentiate
+from downpour.workers.step.slot import Mailbox, StepResult, norm, root
+
+
+class Late:
+    """What a step will have found: reading it waits until all of it is in the mailbox."""
+
+    def __init__(self, finish: Callable[[], StepResult]) -> None:
+        self._finish: Callable[[], StepResult] | None = finish
+        self._found: StepResult | None = None
+
+    def wait(self) -> StepResult:
+        """The result, and with it the right to push the mailbox."""
+        if self._found is None:
+            assert self._finish is not None
+            self._found, self._finish = self._finish(), None
+        return self._found
+
+    @property
+    def loss(self) -> float:
+        """As `StepResult.loss`."""
+        return self.wait().loss
+
+    @property
+    def gradient_norm(self) -> float:
+        """As `StepResult.gradient_norm`."""
+        return self.wait().gradient_norm
+
+
+class _Berth:
+    """Room for one step that is under way, on the device and on the host."""
+
+    def __init__(self, layout: Layout, device: Device) -> None:
+        self._device = device
+        num_parameters, num_features = layout.num_parameters, layout.num_features
+        self.box = Mailbox(
+            -1,
+            layout,
+            torch.empty(num_parameters, device=device.where),
+            torch.empty(1, 3, num_features, device=device.where),
+        )
+        """On the device."""
+        self.tail = torch.empty(2, device=device.where)
+        """On the device: loss, and square of the gradient's norm."""
+        self.host_tail = device.page_locked(2)
+        self._host_gradient: Tensor | None = None
+        self._host_moments: Tensor | None = None
+        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}
+        self.result: Late | None = None
+        """Of the last step that was here."""
+
+    @property
+    def host_gradient(self) -> Tensor:
+        """For a gradient that cannot be copied straight to its mailbox."""
+        if self._host_gradient is None:
+            self._host_gradient = self._device.page_locked(self.box.gradient.numel())
+        return self._host_gradient
+
+    @property
+    def host_moments(self) -> Tensor:
+        """For moments, likewise."""
+        if self._host_moments is None:
+            self._host_moments = self._device.page_locked(*self.box.moments.shape[1:])
+        return self._host_moments
+
+    def send(self, up: Stream, what: str, values: Tensor) -> Tensor:
+        """Have a tensor of the mini-batch copied up; gives where it will be."""
+        size = values.numel()
+        room = self._rooms.get(what)
+        if room is None or room[0].numel() < size or room[0].dtype != values.dtype:
+            here = self._device.page_locked(size, dtype=values.dtype)
+            there = torch.empty(size, dtype=values.dtype, device=self._device.where)
+            room = self._rooms[what] = (here, there)
+        here, there = (part[:size].view(values.shape) for part in room)
+        here.copy_(values)
+        up.copy(there, here)
+        return there
+
+
+class DeviceWorkshop:
+    """What the slots of a process share: the device, room for moments, and berths."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        device: Device,
+        *,
+        loss: Loss = functional.cross_entropy,
+        direct: bool = True,
+    ) -> None:
+        """`direct` says that mailboxes are page-locked, so that gradients are copied to them."""
+        self.device = device
+        self.loss = loss.to(device.where) if isinstance(loss, nn.Module) else loss
+        self.direct = direct
+        self.moments = torch.zeros(3, layout.num_features, device=device.where)
+        self._berths = [_Berth(layout, device) for _ in range(device.ahead + 1)]
+        self._next = 0
+        device.finish()
+
+    def berth(self) -> _Berth:
+        """The berth whose step was begun first; waits until that is over."""
+        berth = self._berths[self._next]
+        self._next = (self._next + 1) % len(self._berths)
+        if berth.result is not None:
+            berth.result.wait()
+        return berth
+
+
+class DeviceSlot:
+    """The weights and the model of one concurrent step; see `workers.step.slot.Slot`."""
+
+    def __init__(self, model: FlatModel, workshop: DeviceWorkshop) -> None:
+        """Bind `model` to weights of this slot's own, on the device."""
+        device, num_parameters = workshop.device, model.layout.num_parameters
+        self._workshop = workshop
+        self._there = torch.zeros(num_parameters, device=device.where)
+        self._here = device.page_locked(num_parameters).zero_()
+        self._weights: npt.NDArray[np.float32] = self._here.numpy()
+        model.bind(self._there, moments=workshop.moments)
+        self._module = model.module.train()
+        _move_buffers(self._module, device.where)
+        self._trained = [(i, p) for i, p in enumerate(model.parameters) if p.requires_grad]
+        self._parameters = [p for _, p in self._trained]
+        self._filled = True
+        self._uploaded = device.up.record()
+        self._computed = device.compute.record()
+        device.finish()  # what filled these buffers belongs to no stream of ours
+
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        """Where a pull leaves the weights [P]: page-locked memory, for whoever will write to it.
+
+        Waits until a copy from it is over, and the next step makes another.
+        """
+        self._uploaded.wait()
+        self._filled = True
+        return self._weights
+
+    def step(self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, index: int) -> Late:
+        """Begin on a mini-batch's gradient; `index` is its place in the push, from 0.
+
+        From the second on, the gradient is added to those before it, whose results must have been
+        read by then. Inputs and targets may be used again at once, the mailbox when the result
+        has been read.
+        """
+        workshop, device = self._workshop, self._workshop.device
+        berth = workshop.berth()
+        up, compute, down = device.up, device.compute, device.down
+        if self._filled:
+            self._filled = False
+            up.wait(self._computed)  # steps on the weights of before
+            up.copy(self._there, self._here)
+            self._uploaded = up.record()
+        x, y = berth.send(up, "inputs", inputs), berth.send(up, "targets", targets)
+        compute.wait(up.record())
+        compute.run(lambda: self._compute(berth, x, y))
+        self._computed = compute.record()
+        down.wait(self._computed)
+        direct, first = workshop.direct, index == 0
+        gradient = mailbox.gradient if direct and first else berth.host_gradient
+        moments = mailbox.moments[index] if direct else berth.host_moments
+        down.copy(gradient, berth.box.gradient)
+        down.copy(moments, berth.box.moments[0])
+        down.copy(berth.host_tail, berth.tail)
+        done = down.record()
+
+        def finish() -> StepResult:
+            done.wait()
+            loss, square = berth.host_tail.tolist()
+            if not direct:
+                mailbox.moments[index].copy_(moments)
+            if not first:
+                mailbox.gradient.add_(gradient)
+                return StepResult(loss=loss, gradient_norm=norm(mailbox.gradient))
+            if not direct:
+                mailbox.gradient.copy_(gradient)
+            return StepResult(loss=loss, gradient_norm=root(square))
+
+        berth.result = Late(finish)
+        return berth.result
+
+    def _compute(self, berth: _Berth, inputs: Tensor, targets: Tensor) -> None:
+        box = berth.box
+        places = box.views
+        if len(self._trained) < len(places):
+            box.gradient.zero_()  # the rest is not written to
+            places = tuple(places[i] for i, _ in self._trained)
+        loss = differentiate(
+            self._workshop.loss,
+            self._module,
+            inputs,
+            targets,
+            self._parameters,
+            places,
+            box.gradient,
+        )
+        box.moments[0].copy_(self._workshop.moments)
+        berth.tail[0].copy_(loss)
+        berth.tail[1].copy_(torch.dot(box.gradient, box.gradient))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Tensors of the module's own that are neither parameters nor batch normalization's."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta and buffer.device != device:
+                part._buffers[name] = buffer.to(device)
