@@ -179,7 +179,7 @@ def disturbed(
         result = json.loads((folder / RESULT).read_text())
         check_exactly_once(folder, result["epochs"])
         found.accuracy, found.best_accuracy = result["accuracy"], result["best_accuracy"]
-        found.duplicates = result["batches_duplicate"]
+        found.duplicates = result["duplicates"]
     found.wall_s = time.monotonic() - began_s
     return found
 

@@ -115,7 +115,7 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
     }
     began_s = min(killed_s.values())
     told = [(round(e["time"] - began_s, 2), e["event"]) for e in events if e["time"] >= began_s]
-    lost = points[-1][1] - [line["updates"] for line in metrics if "replicas" in line][-1]
+    lost = points[-1][1] - [line["updates"] for line in metrics if "replicas_alive" in line][-1]
     return {**found, "updates_lost": lost, "spare_memory_mb": memory, "events": told}
 
 
@@ -141,7 +141,7 @@ def updates(metrics: Metrics) -> Points:
     points: list[tuple[float, int]] = []
     before = lost = 0
     for line in metrics:
-        if "replicas" in line:
+        if "replicas_alive" in line:
             lost += max(0, before - line["updates"])
             before = line["updates"]
             points.append((line["time"], before + lost))

@@ -139,7 +139,7 @@ def measure(
             sign = "updates_per_s" if settings.quick else "accuracy"
             everybody = {None, config.replicas.replicas}  # lines of evaluations do not count them
             warm = follower.next(
-                lambda line: line.get(sign) is not None and line.get("replicas") in everybody,
+                lambda line: line.get(sign) is not None and line.get("replicas_alive") in everybody,
                 START_DEADLINE_S,
             )
             begin = follower.rates(warm["time"] + settings.warmup_s)
@@ -149,7 +149,7 @@ def measure(
             child.process.send_signal(signal.SIGTERM)
             child.end(STOP_DEADLINE_S)
             status = folder.read_json(STATUS)
-            if end["replicas"] != config.replicas.replicas:
+            if end["replicas_alive"] != config.replicas.replicas:
                 raise BenchmarkFailed(
                     f"{what} was left with {end['replicas']} of them: see {child.log}"
                 )
@@ -183,7 +183,7 @@ def _summary(
         staleness_mean=end["staleness_mean"],
         duplicates=end["duplicates"],
         refused=end["refused"],
-        replicas=end["replicas"],
+        replicas=end["replicas_alive"],
     )
 
 
@@ -213,7 +213,7 @@ class Follower:
     def rates(self, at_s: float) -> dict[str, Any]:
         """The first line of rates that is written at this time (Unix) or later."""
         deadline_s = max(0.0, at_s - time.time()) + LINE_DEADLINE_S
-        return self.next(lambda line: "replicas" in line and line["time"] >= at_s, deadline_s)
+        return self.next(lambda line: "replicas_alive" in line and line["time"] >= at_s, deadline_s)
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self._path.exists():

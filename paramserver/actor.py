@@ -34,10 +34,10 @@ class PartitionReport:
     examples: int
     rate: float
     batches_applied: int
-    batches_refused: int
-    pushes_duplicate: int
-    pushes_dropped: int
-    pushes_malformed: int
+    refused: int
+    duplicates: int
+    dropped: int
+    malformed: int
     staleness: dict[int, list[int]]
     """Counts of each staleness from 0 on, by replica."""
     refusals: dict[int, int]
@@ -47,7 +47,7 @@ class PartitionReport:
     drift: float
     """How far the BN moving averages are from the moments of late; see `BatchStatistics.drift`."""
     connections: int
-    dropped: dict[str, int]
+    connections_closed: dict[str, int]
     """Connections that the partition closed, by reason."""
     first_update_at: float | None
     """Unix time of the first update since the actor started."""
@@ -128,7 +128,7 @@ class PartitionActor:
                 quarantined=tuple(sorted(state.quarantined)),
                 drift=state.statistics.drift(state.current.statistics),
                 connections=server.num_connections,
-                dropped=server.dropped(),
+                connections_closed=server.dropped(),
                 first_update_at=server.first_update_at,
                 last_update_at=server.last_update_at,
                 updates_before=self._updates_before,

@@ -35,7 +35,7 @@ def settled_once(answers: Sequence[Flags], reports: Sequence[PartitionReport]) -
         if any((state == WAITING).any() for state in flags.values()):
             return False
         total = sum(len(state) for state in flags.values())
-        if report.batches_applied + report.batches_refused != total:
+        if report.batches_applied + report.refused != total:
             return False
     return True
 

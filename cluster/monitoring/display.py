@@ -85,8 +85,8 @@ class Progress:
     replicas_alive: int | None = None
     """Model replicas at work."""
 
-    replicas: int | None = None
-    """Model replicas that the run asked for."""
+    replicas_wanted: int | None = None
+    """Model replicas that the run is to have."""
 
     replicas_held: int | None = None
     """Of those at work, how many train while the loss keeps the others back; None: all may."""
@@ -233,7 +233,7 @@ def plain_line(progress: Progress) -> str:
     if progress.replicas_alive is not None:
         held = progress.replicas_held
         beside = "" if held is None else f" (held at {held})"
-        parts.append(f"replicas {_of(progress.replicas_alive, progress.replicas)}{beside}")
+        parts.append(f"replicas {_of(progress.replicas_alive, progress.replicas_wanted)}{beside}")
     parts += [
         f"{count:,} {name}"
         for name, count in (("duplicates", progress.duplicates), ("refused", progress.refused))
@@ -315,7 +315,7 @@ def print_result(
     """Prints the outcome of a run as a table, with the folder that holds the rest.
 
     Args:
-        result: what `result.json` holds. The keys of `_RESULT_ROWS` come first, under readable
+        result: what `result.json` holds. The keys of `RESULT_ROWS` come first, under readable
             labels; other plain values follow under their own names; lists are left to the file.
         run_folder: the run's folder.
         console: where to print; None takes stdout.
@@ -445,9 +445,9 @@ def _bar(fraction: float, remaining_s: float | None) -> RenderableType:
 
 
 def _replicas(progress: Progress) -> Text:
-    alive, asked = progress.replicas_alive or 0, progress.replicas
-    short = asked is not None and alive < asked
-    text = Text(_of(alive, asked), style="bold yellow" if short else "bold")
+    alive, wanted = progress.replicas_alive or 0, progress.replicas_wanted
+    short = wanted is not None and alive < wanted
+    text = Text(_of(alive, wanted), style="bold yellow" if short else "bold")
     if progress.replicas_held is not None:
         text.append(f"   held at {progress.replicas_held}", style="yellow")
     return text
@@ -469,29 +469,29 @@ def _spark(values: Sequence[float], style: str) -> Text:
 
 
 # key in result.json, label, how its value is written
-_RESULT_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+RESULT_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("best_accuracy", "best accuracy", percent_text),
     ("accuracy", "last accuracy", percent_text),
-    ("loss", "loss", number_text),
+    ("evaluation_loss", "evaluation loss", number_text),
     ("epochs", "epochs", lambda value: f"{value:,}"),
     ("examples", "examples", lambda value: f"{value:,}"),
     ("updates", "updates", lambda value: f"{value:,}"),
     ("updates_per_s", "updates/s", rate_text),
-    ("examples_per_s", "examples/s", rate_text),
     ("elapsed_s", "time", clock_text),
     ("replicas", "replicas", lambda value: f"{value:,}"),
     ("duplicates", "duplicates", lambda value: f"{value:,}"),
     ("refused", "refused", lambda value: f"{value:,}"),
+    ("dropped", "dropped", lambda value: f"{value:,}"),
 )
 
 
 def _result_rows(result: Mapping[str, object]) -> list[tuple[str, str, str]]:
     """Returns (label, text, style) for each row of the result table."""
     rows = []
-    known = {key for key, _, _ in _RESULT_ROWS}
+    known = {key for key, _, _ in RESULT_ROWS}
     if isinstance(result.get("recipe"), str):
         rows.append(("recipe", str(result["recipe"]), "bold"))
-    for key, label, write in _RESULT_ROWS:
+    for key, label, write in RESULT_ROWS:
         value = result.get(key)
         if _is_number(value):
             style = "bold green" if key == "best_accuracy" else ""

@@ -43,7 +43,7 @@ _CURVES = (
     _Curve(title="Updates a second", key="updates_per_s"),
     _Curve(title="Mean staleness, in versions", key="staleness_mean"),
     _Curve(title="Learning rate", key="learning_rate"),
-    _Curve(title="Replicas at work", key="replicas"),
+    _Curve(title="Replicas at work", key="replicas_alive"),
 )
 
 _STYLE = """

@@ -29,6 +29,9 @@ _GREY = "#8a8f98"
 
 Metrics = Sequence[Mapping[str, Any]]
 
+_RENAMED = {"replicas": "replicas_alive", "time_s": "elapsed_s"}
+"""Keys as older runs wrote them, and as they are called now."""
+
 
 class ReportError(UserError):
     """A run's folder that has nothing to plot, or whose files cannot be read."""
@@ -127,10 +130,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # not JSON, or cut off inside a character
             row = None
         if isinstance(row, dict):
-            metrics.append(row)
+            metrics.append(_under_present_names(row))
         elif number < len(lines):
             raise ReportError(f"{path}, line {number} is not a JSON object; remove it")
     return metrics
+
+
+def _under_present_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(key, key): value for key, value in row.items()}
 
 
 def series(metrics: Metrics, key: str, *, against: str = "updates") -> tuple[list[float], ...]:

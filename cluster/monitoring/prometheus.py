@@ -195,11 +195,11 @@ class PrometheusSink:
         self._metric("downpour_partition_version", report.version, index)
         self._metric("downpour_partition_connections", report.connections, index)
         self._metric("downpour_bn_drift", report.drift, index)
-        self._counted("downpour_duplicates", report.pushes_duplicate, index)
+        self._counted("downpour_duplicates", report.duplicates, index)
         causes = {
-            "not finite": report.batches_refused,
-            "too stale": report.pushes_dropped,
-            "malformed": report.pushes_malformed,
+            "not finite": report.refused,
+            "too stale": report.dropped,
+            "malformed": report.malformed,
         }
         for cause, count in causes.items():
             self._counted("downpour_refusals", count, index, cause)

@@ -133,7 +133,7 @@ class Telemetry:
             history.popleft()
         self._staleness = merged_staleness(self.reports).summary()
         values: dict[str, Any] = {
-            "time_s": round(self.elapsed_s, 3),
+            "elapsed_s": round(self.elapsed_s, 3),
             "updates": updates,
             "examples": examples,
             "epoch": self.epochs_done,
@@ -141,11 +141,11 @@ class Telemetry:
             "learning_rate": self.reports[0].rate,
             "staleness_mean": round(self._staleness["mean"], 2),
             "staleness_p99": self._staleness["p99"],
-            "replicas": alive,
+            "replicas_alive": alive,
             "replicas_wanted": self.replicas_wanted,
             **({} if self.held is None else {"replicas_held": self.held}),
-            "duplicates": sum(r.pushes_duplicate for r in self.reports),
-            "dropped": sum(r.pushes_dropped for r in self.reports),
+            "duplicates": sum(r.duplicates for r in self.reports),
+            "dropped": sum(r.dropped for r in self.reports),
             "refused": len(self.refused),
             "images_skipped": len(self.skipped),
             **self._costs.values(self.reports),
@@ -153,7 +153,7 @@ class Telemetry:
         if self._loss is not None and math.isfinite(self._loss):
             values["loss"] = round(self._loss, 6)
         self._write(lambda: self._folder.append_metrics(values))
-        status = {"state": self.phase, "at": time.time(), **values}
+        status = {"state": self.phase, "time": time.time(), **values}
         self._write(lambda: self._folder.write_json(STATUS, status))
         observation = Observation(
             values=values,
@@ -189,7 +189,7 @@ class Telemetry:
         accuracy = evaluation.score.accuracy
         self.best_accuracy = max(self.best_accuracy or 0.0, accuracy)
         values = {
-            "time_s": round(self.elapsed_s, 3),
+            "elapsed_s": round(self.elapsed_s, 3),
             "updates": min(evaluation.versions),
             "epoch": self.epochs_done,
             "accuracy": accuracy,
@@ -220,9 +220,9 @@ class Telemetry:
             staleness_mean=self._staleness.get("mean"),
             staleness_p99=self._staleness.get("p99"),
             replicas_alive=alive,
-            replicas=self.replicas_wanted,
+            replicas_wanted=self.replicas_wanted,
             replicas_held=self.held,
-            duplicates=sum(r.pushes_duplicate for r in self.reports),
+            duplicates=sum(r.duplicates for r in self.reports),
             refused=len(self.refused),
         )
 

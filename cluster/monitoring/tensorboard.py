@@ -21,7 +21,7 @@ CURVES = {
     "updates_per_s": "speed/updates a second",
     "staleness_mean": "staleness/mean",
     "staleness_p99": "staleness/99th percentile",
-    "replicas": "cluster/replicas",
+    "replicas_alive": "cluster/replicas",
     "duplicates": "cluster/duplicates",
     "refused": "cluster/refused mini-batches",
     "accuracy": "evaluation/accuracy",

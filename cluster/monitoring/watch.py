@@ -81,7 +81,7 @@ def end(folder: RunFolder) -> str | None:
     if folder.held():
         return None
     # Where the folder is on a network disk without locks, its age tells.
-    if time.time() - status.get("at", 0.0) < SILENT_S:
+    if time.time() - status.get("time", 0.0) < SILENT_S:
         return None
     return f"died: `downpour resume {folder.path}` goes on with it"
 
@@ -95,7 +95,7 @@ def progress(folder: RunFolder) -> Progress:
     epochs = config.policy.epochs
     done = status.get("epoch")
     return Progress(
-        elapsed_s=status.get("time_s", 0.0),
+        elapsed_s=status.get("elapsed_s", 0.0),
         phase=status.get("state", "starting"),
         epoch=None if done is None else min(epochs, int(done) + 1),
         epochs=epochs,
@@ -109,8 +109,8 @@ def progress(folder: RunFolder) -> Progress:
         best_accuracy=max(accuracies, default=None),
         staleness_mean=status.get("staleness_mean"),
         staleness_p99=status.get("staleness_p99"),
-        replicas_alive=status.get("replicas"),
-        replicas=config.replicas.replicas,
+        replicas_alive=status.get("replicas_alive"),
+        replicas_wanted=status.get("replicas_wanted", config.replicas.replicas),
         replicas_held=status.get("replicas_held"),
         duplicates=status.get("duplicates"),
         refused=status.get("refused"),

@@ -81,9 +81,9 @@ def _stretches(metrics: Metrics, config: RunConfig) -> Iterator[list[Mapping[str
     stretch: list[Mapping[str, Any]] = []
     since: float | None = None
     for line in metrics:
-        if "replicas" not in line:
+        if "replicas_alive" not in line:
             continue  # an evaluation
-        whole = line["replicas"] == replicas.replicas and line["epoch"] >= whole_after
+        whole = line["replicas_alive"] == replicas.replicas and line["epoch"] >= whole_after
         grows = not stretch or all(line[name] >= stretch[-1][name] for name in COUNTERS)
         if not (whole and grows and all(name in line for name in COUNTERS)):
             yield stretch

@@ -49,9 +49,9 @@ def conclude(
     plot_run(folder.path)
     write_report(folder.path)
     print_result(result, shown_path(folder.path))
-    for line in result["images_skipped"][:SKIPPED_SHOWN]:
+    for line in result["skipped"][:SKIPPED_SHOWN]:
         console.print(f"skipped: {line}", style="yellow")
-    more = len(result["images_skipped"]) - SKIPPED_SHOWN
+    more = len(result["skipped"]) - SKIPPED_SHOWN
     if more > 0:
         console.print(f"skipped: {more} more; {RESULT} lists them all", style="yellow")
     assert outcome.exactly_once, "a mini-batch was lost or applied twice; see result.json"
@@ -99,10 +99,11 @@ def make_result(
             "histogram": [[i, int(n)] for i, n in enumerate(staleness.counts) if n],
         },
         "batches_applied": min(r.batches_applied for r in reports),
-        "batches_duplicate": sum(r.pushes_duplicate for r in reports),
-        "batches_refused": outcome.refused,
-        "pushes_dropped": sum(r.pushes_dropped for r in reports),
-        "images_skipped": [outcome.skipped[row] for row in sorted(outcome.skipped)],
+        "duplicates": sum(r.duplicates for r in reports),
+        "refused": outcome.refused,
+        "dropped": sum(r.dropped for r in reports),
+        "images_skipped": len(outcome.skipped),
+        "skipped": [outcome.skipped[row] for row in sorted(outcome.skipped)],
         "exactly_once": outcome.exactly_once,
         "quarantined": list(outcome.quarantined),
         "restarts": dict(outcome.restarts),

@@ -369,10 +369,10 @@ class PartitionState:
         """Mini-batches by what became of them, and pushes repeated or refused."""
         return {
             "batches_applied": self.applied.num_applied,
-            "batches_refused": self.applied.num_refused,
-            "pushes_duplicate": self.outcomes[Outcome.DUPLICATE],
-            "pushes_dropped": self.outcomes[Outcome.REFUSED_STALE],
-            "pushes_malformed": self.outcomes[Outcome.REFUSED_MIXED]
+            "refused": self.applied.num_refused,
+            "duplicates": self.outcomes[Outcome.DUPLICATE],
+            "dropped": self.outcomes[Outcome.REFUSED_STALE],
+            "malformed": self.outcomes[Outcome.REFUSED_MIXED]
             + self.outcomes[Outcome.REFUSED_UNKNOWN],
         }
 

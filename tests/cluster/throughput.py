@@ -88,7 +88,9 @@ def _whole(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = [json.loads(t) for t in path.read_text().splitlines() if t.endswith("}")]
-    return [line for line in lines if line.get("updates", 0) > 0 and line.get("replicas") == 10]
+    return [
+        line for line in lines if line.get("updates", 0) > 0 and line.get("replicas_alive") == 10
+    ]
 
 
 def shares(found: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:

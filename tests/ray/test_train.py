@@ -25,7 +25,7 @@ def check_result(result: dict[str, object], *, epochs: int) -> None:
     assert result["batches_applied"] == epochs * NUM_BATCHES
     assert result["examples"] == epochs * NUM_ROWS
     assert result["updates"] == epochs * NUM_BATCHES
-    assert result["batches_refused"] == 0
+    assert result["refused"] == 0
 
 
 def test_training_the_bundled_digits(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_training_the_bundled_digits(tmp_path: Path) -> None:
     wanted = {
         *("accuracy", "updates", "examples", "epochs", "replicas", "concurrent_steps"),
         *("batch_size", "updates_per_s", "time_to_first_update_s", "wall_s", "staleness"),
-        *("batches_applied", "batches_duplicate", "batches_refused", "seed", "recipe"),
+        *("batches_applied", "duplicates", "refused", "seed", "recipe"),
     }
     assert wanted <= set(result)
     staleness = result["staleness"]

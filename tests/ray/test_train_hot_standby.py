@@ -57,7 +57,7 @@ def test_a_partition_that_is_killed_costs_no_update_and_the_run_is_the_same_to_t
     assert told(run, "its follower takes its place") == 1
     assert told(run, "0 mini-batches are run again") == 1
     assert told(run, "starts again from") == 0
-    updates = [m["updates"] for m in commands.metrics(run) if "replicas" in m]
+    updates = [m["updates"] for m in commands.metrics(run) if "replicas_alive" in m]
     assert updates == sorted(updates)
     replay = tmp_path / "replay"
     assert commands.run("replay", run, log=replay) == 0, replay.read_text()

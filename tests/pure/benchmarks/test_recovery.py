@@ -44,10 +44,10 @@ def test_a_run_that_does_not_notice_is_at_full_speed_all_the_time() -> None:
 
 def test_what_a_death_took_back_was_applied_all_the_same() -> None:
     lines = [
-        {"time": 1.0, "updates": 100, "replicas": 2},
+        {"time": 1.0, "updates": 100, "replicas_alive": 2},
         {"time": 1.5, "updates": 100, "accuracy": 0.5},
-        {"time": 2.0, "updates": 200, "replicas": 2},
-        {"time": 3.0, "updates": 150, "replicas": 0},
-        {"time": 4.0, "updates": 250, "replicas": 2},
+        {"time": 2.0, "updates": 200, "replicas_alive": 2},
+        {"time": 3.0, "updates": 150, "replicas_alive": 0},
+        {"time": 4.0, "updates": 250, "replicas_alive": 2},
     ]
     assert updates(lines) == [(1.0, 100), (2.0, 200), (3.0, 200), (4.0, 300)]

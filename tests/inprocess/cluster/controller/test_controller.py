@@ -41,7 +41,7 @@ def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
     outcome = run.go()
     run.assert_exactly_once(outcome)
     assert [r.version for r in outcome.reports] == [2 * run.plan.num_batches] * partitions
-    assert all(r.pushes_duplicate == 0 for r in outcome.reports)
+    assert all(r.duplicates == 0 for r in outcome.reports)
     assert outcome.evaluation is not None
     assert np.isfinite(outcome.evaluation.score.loss)
     if replicas == 1:  # many replicas on 126 updates in all may well not learn
@@ -109,7 +109,7 @@ def test_mini_batches_that_are_too_stale_are_computed_again(tmp_path: Path, data
     run = Run(tmp_path / "run", config)
     outcome = run.go()
     run.assert_exactly_once(outcome)
-    assert sum(r.pushes_dropped for r in outcome.reports) > 0
+    assert sum(r.dropped for r in outcome.reports) > 0
     for report in outcome.reports:
         for counts in report.staleness.values():
             assert len(counts) <= 13  # none beyond the bound was applied
@@ -185,7 +185,7 @@ def test_a_partition_that_dies_is_replaced_and_gets_what_it_lost(
     assert outcome.restarts["partition"] == 3
     versions = [r.version for r in outcome.reports]
     assert versions == [3 * run.plan.num_batches] * 3
-    assert outcome.reports[2].pushes_duplicate > 0  # it ignored what only the others had lost
+    assert outcome.reports[2].duplicates > 0  # it ignored what only the others had lost
     events = (run.folder.path / "events.jsonl").read_text()
     assert "partition 1 died: replaced, 1 of 100" in events
     assert "mini-batches are run again" in events
@@ -282,7 +282,7 @@ def test_a_replica_that_sends_poison_is_quarantined_and_named(
     assert outcome.exactly_once
     assert outcome.quarantined == (1,)
     for flags, report in zip(run.flags, outcome.reports, strict=True):
-        assert (flags == REFUSED).sum() == report.batches_refused < 10 * 5
+        assert (flags == REFUSED).sum() == report.refused < 10 * 5
         assert (flags == APPLIED).sum() == report.batches_applied
     events = (run.folder.path / "events.jsonl").read_text()
     assert "replica 1 is quarantined: partition" in events
@@ -345,7 +345,7 @@ def test_resume_goes_on_from_partitions_of_different_instants(tmp_path: Path, da
     assert again.resumed.number == 900
     outcome = again.go()
     again.assert_exactly_once(outcome)
-    assert sum(r.pushes_duplicate for r in outcome.reports) > 0
+    assert sum(r.duplicates for r in outcome.reports) > 0
 
 
 def poisoned_data(folder: Path) -> str:
@@ -368,7 +368,7 @@ def test_a_loss_that_is_not_a_number_is_refused_and_the_run_goes_on(tmp_path: Pa
     assert outcome.refused == settled[0]
     assert 2 <= outcome.refused <= 4
     for report in outcome.reports:
-        assert report.batches_refused == outcome.refused
+        assert report.refused == outcome.refused
         assert report.batches_applied == 2 * run.plan.num_batches - outcome.refused
         assert sum(report.refusals.values()) == outcome.refused
     assert outcome.evaluation is not None

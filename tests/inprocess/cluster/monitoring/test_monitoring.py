@@ -27,7 +27,7 @@ from downpour.shuffler.delivery import Reading
 
 ALERTS = ROOT / "cluster" / "monitoring" / "alerts.yaml"
 VALUES = {
-    "time_s": 3.0,
+    "elapsed_s": 3.0,
     "updates": 100,
     "examples": 3200,
     "epoch": 0.05,
@@ -35,7 +35,7 @@ VALUES = {
     "learning_rate": 0.1,
     "staleness_mean": 4.0,
     "staleness_p99": 9.0,
-    "replicas": 2,
+    "replicas_alive": 2,
     "duplicates": 0,
     "refused": 0,
     "loss": 1.5,
@@ -123,10 +123,10 @@ def partition(index: int, version: int) -> Any:
         version=version,
         connections=2,
         drift=0.1,
-        pushes_duplicate=1,
-        batches_refused=0,
-        pushes_dropped=2,
-        pushes_malformed=0,
+        duplicates=1,
+        refused=0,
+        dropped=2,
+        malformed=0,
         staleness={0: [3, 4], 1: [1, 0, 5]},
     )
 
@@ -193,7 +193,7 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
 
     sink = TensorBoardSink(tmp_path)
     sink.observed(Observation(values=VALUES, reports=[partition(0, 100)], replicas={}))
-    sink.evaluated({"updates": 120, "accuracy": 0.5, "evaluation_loss": 1.0, "time_s": 1.0})
+    sink.evaluated({"updates": 120, "accuracy": 0.5, "evaluation_loss": 1.0, "elapsed_s": 1.0})
     sink.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, found = file.read_bytes(), {}
@@ -215,7 +215,7 @@ def folder(tmp_path: Path) -> RunFolder:
     folder.append_metrics({"updates": 400, "accuracy": 0.9, "evaluation_loss": 0.3})
     folder.append_metrics({"updates": 420, "accuracy": 0.8, "evaluation_loss": 0.4})
     folder.append_event("a <b>replica</b> was lost")
-    folder.write_json("status.json", {"state": "training", "at": 0.0, **VALUES})
+    folder.write_json("status.json", {"state": "training", "time": 0.0, **VALUES})
     return folder
 
 

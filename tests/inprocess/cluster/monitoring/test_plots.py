@@ -9,7 +9,7 @@ from downpour.cluster.monitoring.plots import ReportError, plot_run, read_metric
 
 ROWS = [
     {
-        "time_s": i * 0.5,
+        "elapsed_s": i * 0.5,
         "updates": i * 60,
         "loss": 2.3 * math.exp(-i / 10),
         "updates_per_s": 1100.0,
@@ -75,7 +75,7 @@ def test_a_run_under_way_has_no_result_and_maybe_no_accuracy(tmp_path, monkeypat
 
 
 def test_a_cut_off_last_line_is_left_out(tmp_path):
-    folder = write_run(tmp_path / "r", ROWS[:3], tail='{"time_s": 1.0, "upd')
+    folder = write_run(tmp_path / "r", ROWS[:3], tail='{"elapsed_s": 1.0, "upd')
     assert read_metrics(folder / "metrics.jsonl") == ROWS[:3]
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write("ü".encode()[:1])  # half a character
@@ -122,3 +122,10 @@ def test_smoothing_is_free_of_bias_at_the_start():
     assert smoothed([8.0, 2.0, 0.0], decay=0.5) == pytest.approx([8.0, 4.0, 12 / 7])
     assert smoothed([5.0] * 10) == pytest.approx([5.0] * 10)
     assert smoothed([]) == []
+
+
+def test_metrics_of_older_runs_are_read_under_the_present_names(tmp_path):
+    folder = write_run(tmp_path / "r", [{"time_s": 1.0, "replicas": 3, "updates": 7}])
+    assert read_metrics(folder / "metrics.jsonl") == [
+        {"elapsed_s": 1.0, "replicas_alive": 3, "updates": 7}
+    ]

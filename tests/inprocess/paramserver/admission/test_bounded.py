@@ -52,7 +52,7 @@ def test_nothing_is_staler_than_the_bound_and_nothing_is_dropped(
     outcome = run.go()
     run.assert_exactly_once(outcome)
     for report in outcome.reports:
-        assert report.pushes_dropped == report.pushes_duplicate == report.pushes_malformed == 0
+        assert report.dropped == report.duplicates == report.malformed == 0
         staleness = [len(counts) - 1 for counts in report.staleness.values()]
         assert max(staleness) <= bound
         assert sum(map(sum, report.staleness.values())) == report.version
@@ -71,5 +71,5 @@ def test_deaths_and_lost_connections_hold_nobody_up(tmp_path: Path, data: str) -
     assert outcome.finished
     assert outcome.exactly_once
     for report in outcome.reports:
-        assert report.pushes_dropped == 0
+        assert report.dropped == 0
         assert max(len(counts) - 1 for counts in report.staleness.values()) <= 2

@@ -80,7 +80,7 @@ def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
     run.assert_exactly_once(outcome)
     total = 3 * run.plan.num_batches
     for report in outcome.reports:
-        assert report.pushes_dropped == report.pushes_duplicate == 0
+        assert report.dropped == report.duplicates == 0
         assert {len(counts) for counts in report.staleness.values()} == {1}  # never stale
         assert report.version == total
     first = {start: set(of) for start, of in rounds.taken[0].items()}
@@ -117,7 +117,7 @@ def test_with_backup_workers_what_is_late_is_computed_again(
     run = Run(tmp_path / "run", synchronous(config, pushes, **network))
     outcome = run.go()
     run.assert_exactly_once(outcome)
-    assert sum(r.pushes_dropped for r in outcome.reports) > 0
+    assert sum(r.dropped for r in outcome.reports) > 0
     for report in outcome.reports:
         assert {len(counts) for counts in report.staleness.values()} == {1}
         assert report.version == 2 * run.plan.num_batches

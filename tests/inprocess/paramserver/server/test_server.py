@@ -1136,10 +1136,10 @@ def test_the_actor_serves_reports_snapshots_and_comes_back(tmp_path: Path) -> No
     assert push(client, 0, replica=4) is Outcome.DUPLICATE
     report = first.report()
     assert (report.version, report.examples, report.rate) == (1, 32, 0.5)
-    assert (report.batches_applied, report.batches_refused) == (1, 1)
-    assert (report.pushes_duplicate, report.pushes_malformed) == (1, 0)
+    assert (report.batches_applied, report.refused) == (1, 1)
+    assert (report.duplicates, report.malformed) == (1, 0)
     assert (report.staleness, report.refusals) == ({4: [1]}, {4: 1})
-    assert (report.connections, report.dropped) == (1, {})
+    assert (report.connections, report.connections_closed) == (1, {})
     assert first.flags([0, 7])[0][:3].tolist() == [1, 2, 0]
     file = first.snapshot(tmp_path.as_uri())
     path = tmp_path / file.name

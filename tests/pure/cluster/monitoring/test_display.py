@@ -37,7 +37,7 @@ FULL = Progress(
     staleness_mean=48.91,
     staleness_p99=71.0,
     replicas_alive=9,
-    replicas=10,
+    replicas_wanted=10,
     duplicates=0,
     refused=3,
 )
@@ -257,7 +257,7 @@ def test_the_result_table():
         "best_accuracy": 0.9812,
         "updates": 18_750,
         "elapsed_s": 92.1,
-        "loss": None,
+        "evaluation_loss": None,
         "staleness": {"mean": 48.9, "p99": 71, "histogram": [[0, 1]]},
         "run": "mnist-bn-1",
         "seed": 7,

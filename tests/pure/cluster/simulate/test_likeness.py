@@ -24,7 +24,7 @@ def line(second: int, **given: Any) -> dict[str, Any]:
         "time": 1000.0 + second,
         "updates": 100 * second,
         "epoch": 15.0,
-        "replicas": 10,
+        "replicas_alive": 10,
         "staleness_mean": 49.0,
         "steps": 100 * second,
         "steps_cpu_s": 0.4 * second,

@@ -97,7 +97,7 @@ def test_nothing_is_applied_beyond_the_bound_and_nothing_is_dropped() -> None:
     simulation = Simulation(inputs(run, spread=0.5))
     found = simulation.forecast()
     assert 0 < found.staleness.summary()["max"] <= 30
-    assert simulation.partitions[0].state.counts()["pushes_dropped"] == 0
+    assert simulation.partitions[0].state.counts()["dropped"] == 0
 
 
 def test_what_is_dropped_is_lent_again() -> None:
@@ -105,7 +105,7 @@ def test_what_is_dropped_is_lent_again() -> None:
     simulation = Simulation(inputs(run, spread=0.2))
     found = simulation.forecast()
     assert found.staleness.summary()["max"] <= 50
-    assert simulation.partitions[0].state.counts()["pushes_dropped"] > 0
+    assert simulation.partitions[0].state.counts()["dropped"] > 0
     assert simulation.book.num_returned > 0
 
 
@@ -117,7 +117,7 @@ def test_a_compensated_run_is_an_asynchronous_one_with_a_bound() -> None:
     run = config(10, 5, staleness_policy="compensate", staleness_bound=51)
     simulation = Simulation(inputs(run, spread=0.2))
     assert simulation.forecast().staleness.summary()["max"] <= 51
-    assert simulation.partitions[0].state.counts()["pushes_dropped"] > 0
+    assert simulation.partitions[0].state.counts()["dropped"] > 0
 
 
 def test_rounds_wait_for_their_slowest_and_backup_workers_do_not_let_them() -> None:
@@ -139,8 +139,8 @@ def test_rounds_wait_for_their_slowest_and_backup_workers_do_not_let_them() -> N
     assert slow == sum(member.step_times > 1 for member in backed._members)
     waiting, going = whole.forecast(), backed.forecast()
     assert waiting.staleness.summary()["max"] == going.staleness.summary()["max"] == 0
-    assert whole.partitions[0].state.counts()["pushes_dropped"] == 0
-    assert backed.partitions[0].state.counts()["pushes_dropped"] > 0
+    assert whole.partitions[0].state.counts()["dropped"] == 0
+    assert backed.partitions[0].state.counts()["dropped"] > 0
     assert backed.book.num_returned > 0
     assert waiting.updates_per_s < 8 / (10 * STEP_S)
     assert going.updates_per_s > 3 * waiting.updates_per_s

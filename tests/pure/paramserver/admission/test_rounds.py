@@ -129,7 +129,7 @@ def test_what_is_late_is_dropped_and_may_come_again() -> None:
     assert bench.take(2, 2) is Outcome.APPLIED
     assert bench.take(2, 2) is Outcome.DUPLICATE
     assert bench.state.version == 3
-    assert bench.state.counts()["pushes_dropped"] == 1
+    assert bench.state.counts()["dropped"] == 1
 
 
 def test_in_one_packet_what_comes_after_the_round_is_late() -> None:
@@ -392,7 +392,7 @@ def test_in_whatever_order_messages_come_everything_is_settled_once(
             assert state.weights_version == state.version  # the last round is closed
             assert state.applied.num_applied + state.applied.num_refused == Q
             assert state.version == state.applied.num_applied
-            dropped += state.counts()["pushes_dropped"]
+            dropped += state.counts()["dropped"]
     if not kills:
         assert bool(dropped) == (slots > pushes)  # nothing is late where there is no backup
 

@@ -213,7 +213,7 @@ def test_each_mini_batch_counts_once_whatever_arrives(arrivals: list[Event]) -> 
     settled = list(oracle.settled.values())
     assert state.examples == 4 * settled.count(APPLIED)
     assert state.counts()["batches_applied"] == settled.count(APPLIED)
-    assert state.counts()["batches_refused"] == settled.count(REFUSED)
+    assert state.counts()["refused"] == settled.count(REFUSED)
     assert sum(state.outcomes.values()) == len(arrivals)
 
 

@@ -71,7 +71,7 @@ def test_a_dropped_push_changes_nothing_and_may_come_again() -> None:
     assert outcomes == [Outcome.APPLIED, Outcome.APPLIED, Outcome.REFUSED_STALE]
     assert server.version == 2
     assert torch.equal(server.current.weights, torch.full((16,), -2.0))
-    assert server.counts()["pushes_dropped"] == 1
+    assert server.counts()["dropped"] == 1
     assert not Outcome.REFUSED_STALE.settled
     assert push(server, 2, 1) is Outcome.APPLIED
     assert push(server, 2, 2) is Outcome.DUPLICATE

@@ -1,0 +1,41 @@
+"""What a run leaves at its end: one name for each quantity, in every file and on the screen."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from downpour.cluster.monitoring.display import RESULT_ROWS
+from downpour.cluster.monitoring.plots import read_metrics
+from downpour.cluster.run.folder import METRICS, RESULT, STATUS
+from downpour.cluster.training.result import conclude
+from tests.helpers import tiny
+from tests.helpers.runs import Run
+
+
+def test_a_quantity_has_one_name_and_one_value_in_result_status_and_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny.dataset(tmp_path / "data")
+    run = Run(tmp_path / "run", tiny.config(data, replicas=2, partitions=2))
+    began_at = time.time()
+    outcome = run.go()
+    assert conclude(run.folder, run.config, outcome, began_at, Console(file=io.StringIO())) == 0
+
+    result = run.folder.read_json(RESULT)
+    assert {key for key, _, _ in RESULT_ROWS} <= set(result), "a row that no result has"
+    status = run.folder.read_json(STATUS)
+    last = [line for line in read_metrics(run.folder.path / METRICS) if "replicas_alive" in line][
+        -1
+    ]
+    counts = {"updates", "examples", "duplicates", "refused", "dropped", "images_skipped"}
+    for written in (status, last):
+        assert {key: written[key] for key in counts} == {key: result[key] for key in counts}
+    shown = run.shown[-1]
+    for key in ("updates", "examples", "duplicates", "refused", "replicas_wanted"):
+        assert getattr(shown, key) == status[key]
+    assert "duplicates" in capsys.readouterr().out
