@@ -1,5 +1,6 @@
-"""The Ray actor around a partition. Plain Python: `cluster.training.launch` wraps it with
-`ray.remote`.
+"""The actors of the parameter server: a partition, and its follower.
+
+Plain classes, which a test can construct; `cluster.ray_backend` makes Ray actors of them.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ import pyarrow.fs
 import torch
 
 from downpour.paramserver.partition import snapshot
-from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.server.server import PartitionServer
+from downpour.paramserver.spec import PartitionSpec, PartitionStart, Restore
 from downpour.paramserver.transport.handshake import NetworkListen
 from downpour.paramserver.transport.local import Endpoint
 from downpour.paramserver.transport.names import NODE
+from downpour.paramserver.transport.security import Credentials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,36 +66,28 @@ class PartitionReport:
 class PartitionActor:
     """One partition of the parameter server as a process of its own."""
 
-    def __init__(
-        self,
-        partition: Partition,
-        config: UpdateConfig,
-        key: bytes,
-        weights: npt.NDArray[np.float32] | None,
-        restore_uri: str | None = None,
-        restore_sha256: str | None = None,
-        network: NetworkListen | None = None,
-        record: str | None = None,
-    ) -> None:
-        """Serve from `weights`, or from the snapshot at `restore_uri`.
+    def __init__(self, spec: PartitionSpec, start: PartitionStart) -> None:
+        """Serve from the initial weights or the snapshot that `start` names.
 
-        `record` is the folder in which every push is recorded, if one is given.
-
-        `network` says where to listen for replicas on other machines; its host may be `NODE`.
+        Raises:
+            BadSnapshot: the snapshot is damaged, or it is another partition's.
         """
-        restore = None
-        if restore_uri is not None:
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(restore_uri)
-            restore = snapshot.read(filesystem, path, restore_sha256)
+        weights, restore = None, None
+        if isinstance(start.origin, Restore):
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(start.origin.uri)
+            restore = snapshot.read(filesystem, path, start.origin.sha256)
+        else:
+            assert isinstance(start.origin, np.ndarray), "a follower has an endpoint, no partition"
+            weights = torch.from_numpy(start.origin.copy())
         server = PartitionServer(
-            partition=partition,
-            config=config,
-            key=key,
-            weights=None if weights is None else torch.from_numpy(weights.copy()),
+            partition=spec.partition,
+            config=spec.update,
+            key=start.key,
+            weights=weights,
             restore=restore,
-            network=None if network is None else _on_this_node(network),
+            network=_listen(spec.listen, start.credentials),
         )
-        self._start(server, record)
+        self._start(server, spec.record)
 
     def _start(self, server: PartitionServer, record: str | None) -> None:
         if record is not None:
@@ -168,18 +162,13 @@ class PartitionActor:
 class FollowerActor(PartitionActor):
     """A second process that applies what a partition does, and can take its place."""
 
-    def __init__(
-        self,
-        partition: Partition,
-        config: UpdateConfig,
-        key: bytes,
-        primary: Endpoint,
-        record: str | None = None,
-    ) -> None:
-        """Follow the partition at `primary`, on this machine; `record` as for a partition."""
-        self._start(
-            PartitionServer(partition=partition, config=config, key=key, follow=primary), record
+    def __init__(self, spec: PartitionSpec, start: PartitionStart) -> None:
+        """Follow the partition whose endpoint `start` gives; it is on this machine."""
+        assert isinstance(start.origin, Endpoint), "a follower starts from its primary"
+        server = PartitionServer(
+            partition=spec.partition, config=spec.update, key=start.key, follow=start.origin
         )
+        self._start(server, spec.record)
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show, of one that has been promoted, too."""
@@ -192,12 +181,14 @@ class FollowerActor(PartitionActor):
         return self._server.endpoint
 
 
-def _on_this_node(network: NetworkListen) -> NetworkListen:
-    """`network` with the node's own address wherever one is missing."""
-    if network.host not in (NODE, "0.0.0.0", "::"):
-        return network
+def _listen(host: str | None, credentials: Credentials | None) -> NetworkListen | None:
+    """Where a partition listens; the node's own address replaces `NODE` and a wildcard."""
+    if host is None:
+        return None
+    if host not in (NODE, "0.0.0.0", "::"):
+        return NetworkListen(host=host, credentials=credentials)
     import ray
 
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    host = address if network.host == NODE else network.host
-    return replace(network, host=host, advertise=address)
+    bound = address if host == NODE else host
+    return NetworkListen(host=bound, advertise=address, credentials=credentials)

@@ -103,8 +103,16 @@ class ServerConfig:
                 "memory that all share; give transport shared, or no hot standby"
             )
 
-    def num_partitions(self, num_parameters: int, num_processors: int) -> int:
-        """Partitions of a model with so many parameters, on a machine with so many processors."""
+    def num_partitions(
+        self, num_parameters: int, num_processors: int, before: int | None = None
+    ) -> int:
+        """Partitions of a model with so many parameters.
+
+        A run keeps the number that it began with (`before`), since its checkpoints are cut that
+        way. Only a new run looks at the processors of its machine.
+        """
         if self.partitions is not None:
             return self.partitions
+        if before is not None:
+            return before
         return min(num_processors, -(-4 * num_parameters // PARTITION_BYTES))

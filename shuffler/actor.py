@@ -1,5 +1,6 @@
-"""The Ray actor of the shuffler. Plain Python: `cluster.training.launch` wraps it with
-`ray.remote`.
+"""The actor of the shuffler.
+
+A plain class, which a test can construct; `cluster.ray_backend` makes a Ray actor of it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import time
 import numpy as np
 import pyarrow as pa
 
-from downpour.shuffler.dataset.reader import DEFAULT_CACHE_BYTES, RowReader
+from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import Part, Reading
-from downpour.shuffler.holdings import Holding, Ranges
-from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.holdings import Ranges
+from downpour.shuffler.spec import ShufflerSpec
 
 _LARGE_BYTES = 4 << 20
 """From here on a window's memory is given back at once, which takes less than a millisecond."""
@@ -23,43 +24,26 @@ _LARGE_BYTES = 4 << 20
 class ShufflerActor:
     """Reads the rows of windows from the shards that are its own, and hands them over."""
 
-    def __init__(
-        self,
-        index: int,
-        data_uri: str,
-        split: str,
-        plan: Plan,
-        num_classes: int,
-        num_shufflers: int = 1,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
-        holding: Holding | None = None,
-        prefetch_windows: int = 2,
-    ) -> None:
-        """Open the split.
+    def __init__(self, spec: ShufflerSpec) -> None:
+        """Open the split, or those shards of it that are on this node.
 
-        Args:
-            index: of this shuffler, in [0, num_shufflers).
-            data_uri: the dataset.
-            split: to be read.
-            plan: which rows a window holds.
-            num_classes: labels must lie in [0, num_classes).
-            num_shufflers: among which the rows are divided, by shards.
-            cache_bytes: bound of the row groups that are kept in memory.
-            holding: the shards that are its own, in a folder of its node, where `data_uri` does
-                not have them all; `num_shufflers` does not matter then.
-            prefetch_windows: that are read ahead into the cache, in the plan's order.
+        Raises:
+            DatasetError: the data, or a shard of it, cannot be read.
         """
-        self._index = index
-        self._plan = plan
-        if holding is None:
-            dataset = Dataset.open(data_uri, split)
-            start, stop = (np.array([edge]) for edge in dataset.share(index, num_shufflers))
+        self._index = spec.index
+        self._plan = spec.plan
+        if spec.holding is None:
+            dataset = Dataset.open(spec.data, spec.split)
+            share = dataset.share(spec.index, spec.num_shufflers)
+            start, stop = (np.array([edge]) for edge in share)
             self._ranges = Ranges(start, stop, start)
         else:
-            dataset = holding.open()
-            self._ranges = Ranges.of(holding)
-        self._reader = RowReader(dataset, num_classes=num_classes, cache_bytes=cache_bytes)
-        self._prefetch_windows = prefetch_windows
+            dataset = spec.holding.open()
+            self._ranges = Ranges.of(spec.holding)
+        self._reader = RowReader(
+            dataset, num_classes=spec.num_classes, cache_bytes=spec.cache_bytes
+        )
+        self._prefetch_windows = spec.prefetch_windows
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""

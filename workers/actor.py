@@ -1,5 +1,6 @@
-"""The Ray actors of the workers. Plain Python: `cluster.training.launch` wraps them with
-`ray.remote`.
+"""The actors of the workers: a process of replicas, and the evaluator.
+
+Plain classes, which a test can construct; `cluster.ray_backend` makes Ray actors of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.transport.access import Access, way
 from downpour.paramserver.transport.local import Endpoint, machine
 from downpour.shuffler.delivery import Part, join
-from downpour.shuffler.images.decode import Decoder
 from downpour.shuffler.plan.keys import stream_key
 from downpour.workers.evaluation.evaluator import Evaluator, Score
 from downpour.workers.evaluation.split import SplitBatches
@@ -32,7 +32,7 @@ from downpour.workers.replica.replicas import (
     turns_together,
 )
 from downpour.workers.replica.windows import WindowDecoder
-from downpour.workers.spec import ModelSpec, StepConfig
+from downpour.workers.spec import EvaluatorSpec, ReplicasSpec
 from downpour.workers.step.device import Lock, find_device
 from downpour.workers.step.device_slot import DeviceSlot, DeviceWorkshop
 from downpour.workers.step.slot import Mailbox, Slot, Workshop
@@ -54,44 +54,32 @@ class Evaluation:
 class ReplicasActor:
     """Some of the run's replicas in one process."""
 
-    def __init__(
-        self,
-        replicas: Sequence[int],
-        spec: ModelSpec,
-        config: StepConfig,
-        num_threads: int,
-        decoder: Decoder | None = None,
-        queued_windows: int = 2,
-    ) -> None:
-        """Build the slots' models, which need no weights yet.
-
-        `decoder` says how rows become inputs; without one, as the model's spec says, not varied.
-        """
-        torch.set_num_threads(num_threads)
-        self._device = find_device(config.device)
+    def __init__(self, spec: ReplicasSpec) -> None:
+        """Build the slots' models, which need no weights yet."""
+        torch.set_num_threads(spec.num_threads)
+        self._device = find_device(spec.steps.device)
         self._lock: Lock | None = None
         # Dropout draws from the process's generator, which starts alike everywhere.
-        stream = stream_key(spec.seed, "dropout", *replicas)
+        stream = stream_key(spec.model.seed, "dropout", *spec.replicas)
         torch.default_generator.manual_seed(stream)
         if self._device is not None:
             self._device.seed(stream)
         self._spec = spec
-        self._config = config
-        self._ids = tuple(replicas)
-        self._models = [spec.build_flat()]
-        self._num_slots = len(self._ids) * config.concurrent_steps
+        self._models = [spec.model.build_flat()]
+        self._num_slots = len(spec.replicas) * spec.steps.concurrent_steps
         self._client: ParameterClient | None = None
         self._windows = WindowDecoder(
-            decoder or Decoder(spec=spec.image),
-            num_threads=num_threads,
-            num_windows=len(self._ids) * queued_windows,
+            spec.decoder,
+            num_threads=spec.num_threads,
+            num_windows=len(spec.replicas) * spec.queued_windows,
         )
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
-        if len(self._ids) == 1:
-            return f"Replica {self._ids[0]}"
-        return f"Replicas {', '.join(map(str, self._ids))}"
+        replicas = self._spec.replicas
+        if len(replicas) == 1:
+            return f"Replica {replicas[0]}"
+        return f"Replicas {', '.join(map(str, replicas))}"
 
     def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, start the thread that runs the steps; gives the process id.
@@ -107,15 +95,15 @@ class ReplicasActor:
             endpoints,
             key=key,
             access=access,
-            num_mailboxes=num_mailboxes(self._num_slots, self._config, nearby),
-            depth=self._config.n_push,
+            num_mailboxes=num_mailboxes(self._num_slots, self._spec.steps, nearby),
+            depth=self._spec.steps.n_push,
             bell_every=turns_together(self._num_slots),
         )
         layout = self._models[0].layout
         pairs = zip(client.mailboxes.gradients, client.mailboxes.moments, strict=True)
         self._replicas = Replicas(
-            replicas=self._ids,
-            config=self._config,
+            replicas=self._spec.replicas,
+            config=self._spec.steps,
             client=client,
             mailboxes=[Mailbox(i, layout, g, m) for i, (g, m) in enumerate(pairs)],
             make_slot=self._slot_maker(client.mailboxes.memory),
@@ -127,10 +115,11 @@ class ReplicasActor:
 
     def _slot_maker(self, mailboxes: Tensor) -> Callable[[], AnySlot]:
         """What makes slots that share a workshop; `mailboxes` is the memory of all mailboxes."""
-        layout, loss, models = self._models[0].layout, self._spec.build_loss(), self._all_models()
+        spec = self._spec
+        layout, loss, models = self._models[0].layout, spec.model.build_loss(), self._all_models()
         if self._device is None:
-            choice = self._config.record_steps
-            recorded = choice == "on" or (choice == "auto" and self._spec.is_ours)
+            choice = spec.steps.record_steps
+            recorded = choice == "on" or (choice == "auto" and spec.model.is_ours)
             workshop = Workshop(layout, loss=loss, recorded=recorded)
             return lambda: Slot(next(models), workshop)
         self._lock = self._device.lock(mailboxes)
@@ -142,7 +131,7 @@ class ReplicasActor:
         """The models that have been built, then new ones."""
         yield from self._models
         while True:
-            self._models.append(self._spec.build_flat())
+            self._models.append(self._spec.model.build_flat())
             yield self._models[-1]
 
     def run_window(
@@ -179,32 +168,22 @@ class ReplicasActor:
 class EvaluatorActor:
     """Scores the partitions' weights on a split, beside the training."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        data_uri: str,
-        split: str,
-        endpoints: Sequence[Endpoint],
-        key: bytes,
-        access: Access = ANY_WAY,
-    ) -> None:
-        """Open the split and connect to every partition."""
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        """Open the split, and build the model."""
         torch.set_num_threads(1)
-        self._client = ParameterClient(endpoints, key=key, access=access)
-        self._evaluator = Evaluator(spec, SplitBatches(spec, data_uri, split))
+        self._client: ParameterClient | None = None
+        batches = SplitBatches(spec.model, spec.data, spec.split)
+        self._evaluator = Evaluator(spec.model, batches)
 
-    def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> None:
-        """Connect to every partition anew: one of them has been replaced."""
-        self._client.close()
+    def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
+        """Connect to every partition, or connect anew if one was replaced; gives the process id."""
+        self.stop()
         self._client = ParameterClient(endpoints, key=key, access=access)
+        return os.getpid()
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
         return "Evaluator"
-
-    def ready(self) -> int:
-        """Answers, with the process id, once the actor is up."""
-        return os.getpid()
 
     def evaluate(self, best: float | None = None, path: str | None = None) -> Evaluation:
         """Pull the latest version of every partition, and score it.
@@ -213,11 +192,10 @@ class EvaluatorActor:
         written to `path`, under PyTorch's names, whole or not at all.
         """
         began_s = time.monotonic()
-        evaluator = self._evaluator
-        versions = [0] * self._client.num_partitions
-        self._client.pull_statistics(
-            evaluator.weights.numpy(), evaluator.statistics.numpy(), versions
-        )
+        client, evaluator = self._client, self._evaluator
+        assert client is not None, "connect comes before evaluate"
+        versions = [0] * client.num_partitions
+        client.pull_statistics(evaluator.weights.numpy(), evaluator.statistics.numpy(), versions)
         score = evaluator.score()
         if path is not None and (best is None or score.accuracy > best):
             evaluator.save(path, versions=versions, score=score)
@@ -225,4 +203,6 @@ class EvaluatorActor:
 
     def stop(self) -> None:
         """Close the connections."""
-        self._client.close()
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()

@@ -1,4 +1,4 @@
-"""What a worker is told about the run: plain frozen data that travels through Ray."""
+"""What the processes of the workers are told: plain frozen data that travels through Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.decode import Decoder, ImageSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,3 +104,33 @@ class StepConfig:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
         if self.n_push > 1024:
             raise ValueError(f"n push is {self.n_push}: give at most 1024")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicasSpec:
+    """One process of replicas."""
+
+    replicas: tuple[int, ...]
+    """Numbers of the replicas in it."""
+    model: ModelSpec
+    """The network that each trains."""
+    steps: StepConfig
+    """How each runs its steps."""
+    decoder: Decoder
+    """How training rows become inputs."""
+    num_threads: int = 1
+    """Threads that a step is computed on, and as many again that decode."""
+    queued_windows: int = 2
+    """Windows that each replica may hold at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorSpec:
+    """The process that scores the weights."""
+
+    model: ModelSpec
+    """The network."""
+    data: str
+    """The dataset: a folder or a pyarrow.fs URI."""
+    split: str
+    """The split to score."""

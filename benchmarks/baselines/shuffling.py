@@ -31,6 +31,7 @@ from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.images.decode import ImageSpec, image_buffers
 from downpour.shuffler.plan.pairs import count_pairs
 from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.spec import ShufflerSpec
 
 SIZE = 224
 ALL = AugmentConfig(random_crop=True, mirror=True, distortion="full")
@@ -278,13 +279,17 @@ def resume(data: str, **_: Any) -> dict[str, Any]:
     }
 
 
+def _spec(data: str, plan: Plan, cache_mb: int) -> ShufflerSpec:
+    return ShufflerSpec(data=data, plan=plan, num_classes=1 << 30, cache_bytes=cache_mb << 20)
+
+
 def resident(data: str, cache_mb: int, **_: Any) -> dict[str, Any]:
     """What a shuffler's process has grown by after the first windows, and at most in two epochs."""
     dataset = Dataset.open(data, "train")
     plan = Plan(num_rows=dataset.num_rows, window_batches=16)
     gc.collect()
     before, peak_before = _resident_kb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    shuffler = ShufflerActor(0, data, "train", plan, 1 << 30, 1, cache_mb << 20)
+    shuffler = ShufflerActor(_spec(data, plan, cache_mb))
     num_bytes, grown = 0, []
     times = np.zeros(dataset.num_rows, dtype=np.int64)
     for epoch in range(2):
@@ -330,7 +335,7 @@ def store(data: str, cache_mb: int, store_mb: int, **_: Any) -> dict[str, Any]:
     remote: Any = ray.remote
     shuffler = remote(ShufflerActor).options(num_cpus=0, max_concurrency=2)
     try:
-        actor = shuffler.remote(0, data, "train", plan, 1 << 30, 1, cache_mb << 20)
+        actor = shuffler.remote(_spec(data, plan, cache_mb))
         seen = np.zeros(dataset.num_rows, dtype=np.int64)
         num_bytes, waiting = 0, []
         for window in [*plan.window_order(0).tolist(), None, None]:

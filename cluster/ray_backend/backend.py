@@ -25,7 +25,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from downpour.cluster.config.resolve import num_threads
+from downpour.cluster.config.resolve import RunSpecs
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import (
     Done,
@@ -48,12 +48,10 @@ from downpour.cluster.run.provenance import write_about
 from downpour.paramserver.actor import FollowerActor, PartitionActor
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
-from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.spec import Origin, PartitionSpec, PartitionStart, Restore
 from downpour.paramserver.transport.access import Access
-from downpour.paramserver.transport.handshake import NetworkListen
 from downpour.paramserver.transport.local import Endpoint
-from downpour.paramserver.transport.security import issue
-from downpour.shuffler.plan.plan import Plan
+from downpour.paramserver.transport.security import Credentials, issue
 from downpour.workers.actor import EvaluatorActor, ReplicasActor
 
 START_DEADLINE_S = 120.0
@@ -81,20 +79,17 @@ class RayBackend:
         self,
         *,
         config: RunConfig,
-        plan: Plan,
-        partitions: Sequence[Partition],
+        specs: RunSpecs,
         weights: npt.NDArray[np.float32],
         key: bytes,
         nodes: Nodes,
-        num_processors: int,
         resumed: Checkpoint | None,
         store: CheckpointStore,
-        record: Path | None = None,
     ) -> None:
         """Start the partitions, shufflers and replicas; none of them is waited for.
 
-        Where one machine has fewer processors than these want, of the processes of replicas only
-        the first: each takes a processor for a second, to import PyTorch, and training can begin
+        If one machine has fewer processors than these want, only the first process of replicas
+        starts now: each takes a processor for a second, to import PyTorch, and training can begin
         with one.
         """
         if config.server.hot_standby and nodes.several:
@@ -102,40 +97,30 @@ class RayBackend:
                 f"--hot-standby with {nodes.count} nodes: a follower shares memory with its "
                 "partition and all replicas; train on a single machine, or give --no-hot-standby"
             )
-        self._config = config
-        self._plan = plan
-        self._key = key
-        self._spec = config.model_spec()
-        self.num_partitions = len(partitions)
-        self._nodes = nodes
-        count = nodes.replica_processes(config.replicas, num_processors)
-        num_processors = nodes.processors(num_processors)
-        self._access, listen = _network(config.server.network, nodes.count)
-        # Replica r is in process r mod count, so that a warm start spreads over all processes.
-        self.processes = tuple(
-            tuple(range(i, config.replicas.replicas, count)) for i in range(count)
-        )
-        self._threads = num_threads(config.policy, count, num_processors)
+        self._config, self._specs, self._nodes = config, specs, nodes
+        self._key, self._weights, self._store = key, weights, store
+        self._access, self._credentials = _network(config.server.network, specs.partitions[0])
+        self.num_partitions = len(specs.partitions)
+        self.processes = tuple(spec.replicas for spec in specs.processes)
+        record = specs.partitions[0].record
         if record is not None:
-            write_about(record, threads=self._threads)
-        self._record = record
-        self._layout, self._weights, self._store = tuple(partitions), weights, store
-        self._update_config, self._listen = config.update_config(plan), listen
+            write_about(Path(record), threads=specs.resolved.threads)
+        count = len(self.processes)
         self._spares: dict[type, Any] = {}
         """Processes that can become actors of a class; not waited for."""
-        self._partitions: list[Any] = [None] * len(partitions)
-        self._followers: list[Any] = [None] * len(partitions)
+        self._partitions: list[Any] = [None] * self.num_partitions
+        self._followers: list[Any] = [None] * self.num_partitions
         self._spawned_partitions: list[Any] = [
-            self._spawn_partition(i, resumed) for i in range(len(partitions))
+            self._spawn_partition(i, resumed) for i in range(self.num_partitions)
         ]
         self._endpoints: dict[int, Endpoint] = {}
         self._evaluator: Any = None
         self._process_actors: list[Any] = [None] * count
-        enough = nodes.several or num_processors >= len(partitions) + count
+        enough = nodes.several or specs.resolved.processors >= self.num_partitions + count
         self._spawned: list[Any] = [
             self._spawn_process(i) if enough or i == 0 else None for i in range(count)
         ]
-        self._shufflers = Shufflers(config, plan, nodes)
+        self._shufflers = Shufflers(config, specs.shufflers, nodes)
         self._kinds: dict[Ticket, tuple[type[Exception], str, Parts]] = {}
         self._arrivals: dict[Ticket, int] = {}
         """Calls whose answer is the endpoint of a partition."""
@@ -163,8 +148,8 @@ class RayBackend:
         self._followers[index] = follower = start(
             FollowerActor,
             PARTITION_CALLS,
-            *(self._layout[index], self._update_config, self._key, self._endpoints[index]),
-            str(self._record) if self._record else None,
+            self._specs.partitions[index],
+            self._start_from(self._endpoints[index]),
             scheduling="DEFAULT",
         )
         what = f"the follower of partition {index}"
@@ -246,16 +231,14 @@ class RayBackend:
 
     def start_evaluator(self) -> Ticket:
         """Start the evaluator; done once it is connected."""
-        data = self._config.data
         kill(self._evaluator)
         self._evaluator = start(
             EvaluatorActor,
             1,
-            *(self._spec, data.data, data.eval_split),
-            *(self.endpoints(), self._key, self._access),
+            self._specs.evaluator,
             scheduling=self._nodes.scheduling("evaluator", 0),
         )
-        return self._ticket(self._evaluator.ready.remote(), ProcessLost, "the evaluator")
+        return self.reconnect_evaluator()
 
     def reconnect_evaluator(self) -> Ticket:
         """Have the evaluator connect to the partitions anew."""
@@ -318,29 +301,30 @@ class RayBackend:
             kill(actor)
 
     def _spawn_partition(self, index: int, checkpoint: Checkpoint | None) -> Any:
-        partition = self._layout[index]
-        if checkpoint is None:
-            begin: tuple[Any, ...] = (self._weights[partition.start : partition.stop], None, None)
-        else:
+        spec = self._specs.partitions[index]
+        origin: Origin = self._weights[spec.partition.start : spec.partition.stop]
+        if checkpoint is not None:
             file = checkpoint.files[index]
             uri = f"{self._store.folder_uri(checkpoint.number)}/{file.name}"
-            begin = (None, uri, file.sha256)
+            origin = Restore(uri=uri, sha256=file.sha256)
         return self._start_soon(
             PartitionActor,
             PARTITION_CALLS,
-            *(partition, self._update_config, self._key, *begin, self._listen),
-            str(self._record) if self._record else None,
+            spec,
+            self._start_from(origin),
             scheduling=self._nodes.scheduling("partitions", index),
         )
 
+    def _start_from(self, origin: Origin) -> PartitionStart:
+        return PartitionStart(key=self._key, origin=origin, credentials=self._credentials)
+
     def _spawn_process(self, index: int) -> Any:
-        members = self.processes[index]
-        steps = self._config.step_config()
+        # A process that came later is like the first, with other replicas.
+        spec = dataclasses.replace(self._specs.processes[0], replicas=self.processes[index])
         return self._start_soon(
             ReplicasActor,
             self._calls_of_replicas(),
-            *(members, self._spec, steps, self._threads),
-            *(self._config.decoder(), self._config.replicas.queued_windows),
+            spec,
             **self._nodes.options("replicas", index),
         )
 
@@ -377,19 +361,14 @@ class RayBackend:
         return None
 
 
-def _network(config: NetworkConfig, num_nodes: int) -> tuple[Access, NetworkListen | None]:
-    """How clients reach the partitions, and where those listen; makes keys if need be."""
+def _network(config: NetworkConfig, spec: PartitionSpec) -> tuple[Access, Credentials | None]:
+    """How clients reach the partitions, and the partitions' credentials, made here if need be."""
     access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
-    host = config.listens_on(num_nodes)
-    if host is None:
+    if spec.listen is None or not config.encrypt:
         return access, None
-    if not config.encrypt:
-        return access, NetworkListen(host=host)
     credentials = issue()
-    return (
-        dataclasses.replace(access, credentials=credentials.clients),
-        NetworkListen(host=host, credentials=credentials.partitions),
-    )
+    access = dataclasses.replace(access, credentials=credentials.clients)
+    return access, credentials.partitions
 
 
 def _translated(error: Exception, lost: type[Exception], what: str) -> Exception:

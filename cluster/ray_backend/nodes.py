@@ -28,7 +28,6 @@ from downpour.cluster.config.placement import (
     spread,
     with_gpus,
 )
-from downpour.cluster.config.resolve import num_processes
 from downpour.cluster.controller.backend import RunFailed
 from downpour.workers.config import ReplicaConfig
 
@@ -99,18 +98,24 @@ class Nodes:
             options["resources"] = {place.resource: RESOURCE_SHARE}
         return options
 
-    def replica_processes(self, replicas: ReplicaConfig, here: int) -> int:
-        """Processes that the replicas are spread over; `here` as in `processors`.
+    def gpu_places(self) -> int | None:
+        """Processes of replicas that the GPUs have room for; None if replicas need none.
 
-        Raises `NoPlace` where they are to have GPUs, and there is no room for them.
+        Raises:
+            NoPlace: no node has a GPU.
         """
-        share = self._gpu_share
-        if share is None:
-            return num_processes(replicas, self.processors(here))
-        nodes = self.on("replicas")
-        count = num_processes(replicas, gpu_room(nodes, share))
-        check_gpu_room(count, nodes, share)
-        return count
+        if self._gpu_share is None:
+            return None
+        return gpu_room(self.on("replicas"), self._gpu_share)
+
+    def check_room(self, num_processes: int) -> None:
+        """Look whether the GPUs have room for so many processes of replicas, if they need any.
+
+        Raises:
+            NoPlace: they have not.
+        """
+        if self._gpu_share is not None:
+            check_gpu_room(num_processes, self.on("replicas"), self._gpu_share)
 
     def processors(self, here: int) -> int:
         """Processors for replicas; `here` are those of this machine, if it is the only one."""

@@ -7,6 +7,7 @@ of a window then travel from each node in one record batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,10 @@ from downpour.cluster.ray_backend.nodes import SEE_DEADLINE_S, Nodes
 from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.errors import DatasetError
 from downpour.shuffler.holdings import Holding, Inventory, assign, survey
-from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.spec import ShufflerSpec
+
+SHUFFLER_CALLS = 2
+"""That a shuffler answers at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,12 @@ class _Post:
 class Shufflers:
     """The shufflers of one run."""
 
-    def __init__(self, config: RunConfig, plan: Plan, nodes: Nodes) -> None:
-        """Start them; does not wait for them. Raises `RunFailed` where a shard is on no node."""
-        self._config, self._plan, self._nodes = config, plan, nodes
+    def __init__(self, config: RunConfig, specs: Sequence[ShufflerSpec], nodes: Nodes) -> None:
+        """Start them; does not wait for them. Raises `RunFailed` where a shard is on no node.
+
+        `specs` are those with the data in one place.
+        """
+        self._config, self._specs, self._nodes = config, specs, nodes
         self._posts = self._find_posts()
         self._actors = [self._start(i, post) for i, post in enumerate(self._posts)]
         self._lost: list[Any] = []
@@ -86,23 +93,18 @@ class Shufflers:
             kill(actor)
 
     def _start(self, index: int, post: _Post) -> Any:
-        data = self._config.data
         if post.node is None:
+            spec = self._specs[post.share]
             scheduling = self._nodes.scheduling("shufflers", post.share)
         else:
+            spec = dataclasses.replace(self._specs[0], index=index, holding=post.holding)
             scheduling = NodeAffinitySchedulingStrategy(post.node, soft=False)
-        return start(
-            ShufflerActor,
-            2,
-            *(index, data.data, data.train_split, self._plan, self._config.model.num_classes),
-            *(data.shufflers, data.shuffler_cache_mb << 20, post.holding),
-            scheduling=scheduling,
-        )
+        return start(ShufflerActor, SHUFFLER_CALLS, spec, scheduling=scheduling)
 
     def _find_posts(self) -> list[_Post]:
         data = self._config.data
         if data.node_folder is None:
-            return [_Post(share) for share in range(data.shufflers)]
+            return [_Post(share) for share in range(len(self._specs))]
         inventory = Inventory.read(data.data, data.train_split)
         nodes = {node.id: node for node in self._nodes.disks()}
         uris = {id: disk_of(data.node_folder, node) for id, node in nodes.items()}

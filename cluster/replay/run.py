@@ -11,7 +11,7 @@ import pyarrow.fs
 
 from downpour.cluster.errors import UserError
 from downpour.cluster.replay.replay import Replay, Taken
-from downpour.cluster.run.checkpoint import CheckpointStore
+from downpour.cluster.run.checkpoint import CheckpointStore, partitions_before
 from downpour.cluster.run.folder import ABOUT_RECORD, RECORD, RunFolder
 from downpour.cluster.run.provenance import surroundings
 from downpour.cluster.training.inputs import build_model, check_data, check_data_unchanged, loader
@@ -66,6 +66,7 @@ def replay_run(
     from downpour.workers.recompute import Recomputer
 
     model = build_model(config)
+    count = partitions_before(folder) or 1 + max(branch.partition for branch in branches)
     checkpoint, _ = CheckpointStore(folder.checkpoints_uri).latest()
     wanted = {} if checkpoint is None else {f.version: f for f in checkpoint.files}
     states: dict[int, dict[str, Tensor]] = {}
@@ -77,7 +78,7 @@ def replay_run(
 
     replay = Replay(
         branches,
-        partitions=model.partitions,
+        partitions=model.cut(count),
         config=config.update_config(data.plan),
         weights=torch.from_numpy(model.weights),
         recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from downpour.cluster.errors import UserError, one_line
+from downpour.cluster.run.folder import RESOLVED, RunFolder
 from downpour.paramserver.partition.snapshot import SnapshotFile
 
 FORMAT = 1
@@ -173,3 +174,18 @@ class CheckpointStore:
 def slowest(files: Sequence[SnapshotFile]) -> int:
     """Version of the partition that is furthest behind."""
     return min(file.version for file in files)
+
+
+def partitions_before(folder: RunFolder) -> int | None:
+    """How many partitions the run of `folder` has had so far; None if it has not begun.
+
+    The number is in the configuration if somebody chose it, else in `resolved.json`. A run that an
+    older version began has no such file: its newest checkpoint tells.
+    """
+    chosen = folder.config().server.partitions
+    if chosen is not None:
+        return chosen
+    if (folder.path / RESOLVED).exists():
+        return int(folder.read_json(RESOLVED)["partitions"])
+    checkpoint, _ = CheckpointStore(folder.checkpoints_uri).latest()
+    return None if checkpoint is None else len(checkpoint.files)

@@ -1,7 +1,8 @@
 """A run is a folder: configuration, checkpoints, metrics, status, result, plots.
 
 runs/<name>/
-  config.json        the resolved configuration
+  config.json        the configuration, with every value
+  resolved.json      what the machines made of it: the numbers of partitions, processes, threads
   status.json        where the run stands; replaced about once a second
   metrics.jsonl      a line a second, and a line for each evaluation
   control.json       what `downpour scale` asks for, while the run trains
@@ -32,7 +33,8 @@ from downpour.cluster.config.plain import from_plain, to_plain
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 
-CONFIG, DATA, STATUS = "config.json", "data.json", "status.json"
+CONFIG, RESOLVED = "config.json", "resolved.json"
+DATA, STATUS = "data.json", "status.json"
 METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
 CONTROL, RECORD, ABOUT_RECORD = "control.json", "record", "about.json"
 MAX_REPLICAS = 10_000
@@ -83,7 +85,7 @@ class RunFolder:
 
     def discard_if_unused(self) -> None:
         """Remove the folder where nothing was trained, so that a mistake leaves nothing behind."""
-        if not {entry.name for entry in self.path.iterdir()} - {CONFIG, DATA, ".lock"}:
+        if not {entry.name for entry in self.path.iterdir()} - {CONFIG, RESOLVED, DATA, ".lock"}:
             shutil.rmtree(self.path)
 
     @property

@@ -9,7 +9,7 @@ from downpour.cluster.config import recipes
 from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.run.checkpoint import CheckpointStore
+from downpour.cluster.run.checkpoint import CheckpointStore, partitions_before
 from downpour.cluster.run.folder import CONFIG, RunFolder
 from downpour.cluster.training.inputs import Data, build_model, check_data_unchanged, loader
 from downpour.workers.spec import DeviceName
@@ -40,7 +40,7 @@ def change(
     except ValueError as error:
         raise UserError(f"{folder.path} cannot go on so: {error}") from None
     with folder.locked():
-        if partitions not in (None, config.server.partitions):
+        if partitions is not None and partitions != partitions_before(folder):
             config = _cut_anew(folder, config, data, partitions)
         if config != folder.config():
             folder.write_json(CONFIG, to_plain(config))
@@ -59,9 +59,9 @@ def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int)
     new = dataclasses.replace(
         config, server=dataclasses.replace(config.server, partitions=partitions)
     )
-    store = CheckpointStore(folder.checkpoints_uri, config.server.partitions)
+    store = CheckpointStore(folder.checkpoints_uri, partitions_before(folder))
     checkpoint, _ = store.latest()
-    build_model(new)  # where it cannot be cut so, this says so
+    build_model(new).cut(partitions)  # says so if it is too small for that
     if checkpoint is not None:
         from downpour.cluster.training.repartition import repartition
         from downpour.workers.recompute import Recomputer

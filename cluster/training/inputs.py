@@ -19,17 +19,9 @@ from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.holdings import Inventory
 from downpour.shuffler.images.decode import Decoder
 from downpour.shuffler.plan.plan import Plan
-from downpour.shuffler.processors import processors
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from downpour.cluster.config.run import RunConfig
-    from downpour.shuffler.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +39,30 @@ class Data:
 class Model:
     """What building the model tells."""
 
-    partitions: tuple[Partition, ...]
     weights: npt.NDArray[np.float32]
-    """Initial weights, [P]."""
+    """Initial weights, float32 [P]."""
+    num_features: int
+    """Normalised features."""
+    num_decayed: int
+    """Parameters that weight decay applies to; they come first."""
+
+    @property
+    def num_parameters(self) -> int:
+        """P, its parameters."""
+        return self.weights.size
+
+    def cut(self, num_partitions: int) -> tuple[Partition, ...]:
+        """Its parameters and features over so many partitions.
+
+        Raises:
+            BadConfiguration: the network is too small for as many.
+        """
+        return split(
+            num_parameters=self.num_parameters,
+            num_features=self.num_features,
+            num_decayed=self.num_decayed,
+            num_partitions=num_partitions,
+        )
 
 
 def check_data(config: RunConfig) -> Data:
@@ -80,16 +93,13 @@ def _check_split(config: RunConfig, split_name: str, decoder: Decoder) -> Datase
 
 
 def build_model(config: RunConfig) -> Model:
-    """Initial weights, and how they are cut. This is what imports PyTorch."""
+    """Build the network of `config`. This is what imports PyTorch."""
     model = config.model_spec().build_flat("cpu")
-    layout = model.layout
-    partitions = split(
-        num_parameters=layout.num_parameters,
-        num_features=layout.num_features,
-        num_decayed=layout.decayed,
-        num_partitions=config.server.num_partitions(layout.num_parameters, processors()),
+    return Model(
+        weights=model.weights.numpy(),
+        num_features=model.layout.num_features,
+        num_decayed=model.layout.decayed,
     )
-    return Model(partitions=partitions, weights=model.weights.numpy())
 
 
 def check_data_unchanged(folder: RunFolder, found: Data) -> None:

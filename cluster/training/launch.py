@@ -9,19 +9,20 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downpour.cluster.config.resolve import Facts, RunSpecs, resolve
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.display import Progress, TrainingDisplay
-from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
-from downpour.cluster.run.folder import RECORD, RESULT, RunFolder
+from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore, partitions_before
+from downpour.cluster.run.folder import RECORD, RESOLVED, RESULT, RunFolder
 from downpour.cluster.training.inputs import Data, Model, build_model, check_data_unchanged
 from downpour.cluster.training.result import conclude, stopped
 from downpour.cluster.training.session import on_ray, ray_address
 from downpour.paramserver.messages import KEY_BYTES
-from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def train(
     with folder.locked():
         check_data_unchanged(folder, data)
         folder.clear_stop()  # of an earlier session
-        store = CheckpointStore(folder.checkpoints_uri, config.server.partitions)
+        store = CheckpointStore(folder.checkpoints_uri, before := partitions_before(folder))
         resumed = _find_checkpoint(folder, store, console) if resume else None
         with (
             ThreadPoolExecutor(1) as pool,
@@ -73,12 +74,18 @@ def train(
                 from downpour.cluster.controller.controller import Controller
 
                 model = building[0].result()
-                nodes = _nodes(folder, config, len(model.partitions), display.update, began_at)
-                backend = _backend(folder, data.plan, model, resumed, store, nodes)
+                partitions = config.server.num_partitions(
+                    model.num_parameters, processors(), before
+                )
+                nodes = _nodes(folder, config, partitions, display.update, began_at)
+                specs = resolve(config, _facts(folder, config, data, model, partitions, nodes))
+                nodes.check_room(specs.resolved.processes)
+                folder.write_json(RESOLVED, asdict(specs.resolved))
+                backend = _backend(config, specs, model, resumed, store, nodes)
                 sinks = _sinks(folder, config, model)
                 controller = Controller(
                     config=config,
-                    plan=data.plan,
+                    plan=specs.plan,
                     backend=backend,
                     folder=folder,
                     store=store,
@@ -148,9 +155,32 @@ def _nodes(
     return nodes
 
 
-def _backend(
+def _facts(
     folder: RunFolder,
-    plan: Plan,
+    config: RunConfig,
+    data: Data,
+    model: Model,
+    num_partitions: int,
+    nodes: Nodes,
+) -> Facts:
+    """What the data, the network and the cluster are."""
+    return Facts(
+        num_rows=data.plan.num_rows,
+        shard_rows=data.plan.shard_rows,
+        num_parameters=model.num_parameters,
+        num_features=model.num_features,
+        num_decayed=model.num_decayed,
+        num_partitions=num_partitions,
+        num_nodes=nodes.count,
+        num_processors=nodes.processors(processors()),
+        gpu_places=nodes.gpu_places(),
+        record=str(folder.path / RECORD) if config.policy.record_pushes else None,
+    )
+
+
+def _backend(
+    config: RunConfig,
+    specs: RunSpecs,
     model: Model,
     resumed: Checkpoint | None,
     store: CheckpointStore,
@@ -158,18 +188,14 @@ def _backend(
 ) -> RayBackend:
     from downpour.cluster.ray_backend.backend import RayBackend
 
-    config = folder.config()
     return RayBackend(
         config=config,
-        plan=plan,
-        partitions=model.partitions,
+        specs=specs,
         weights=model.weights,
         key=secrets.token_bytes(KEY_BYTES),
         nodes=nodes,
-        num_processors=processors(),
         resumed=resumed,
         store=store,
-        record=folder.path / RECORD if config.policy.record_pushes else None,
     )
 
 

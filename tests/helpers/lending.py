@@ -23,6 +23,7 @@ from downpour.cluster.controller.lease_book import Lease, LeaseBook
 from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.spec import ShufflerSpec
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.lending"])
@@ -40,7 +41,9 @@ def content(batch: pa.RecordBatch) -> bytes:
 
 def shuffler_main(pipe: Connection, index: int, data: str, plan: Plan, count: int) -> None:
     """Deliver parts until the pipe closes."""
-    actor = ShufflerActor(index, data, "train", plan, 100, count)
+    actor = ShufflerActor(
+        ShufflerSpec(index=index, num_shufflers=count, data=data, plan=plan, num_classes=100)
+    )
     while True:
         try:
             epoch, batches = pipe.recv()

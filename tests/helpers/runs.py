@@ -74,7 +74,7 @@ def recorded(folder: Path, config: RunConfig, *, resume: bool = False) -> Run:
     """A run that records its pushes, and checkpoints often."""
     policy = dataclasses.replace(config.policy, record_pushes=True, checkpoint_every_s=0.05)
     run = Run(folder, dataclasses.replace(config, policy=policy), resume=resume)
-    run.backend.record = str(folder / "record")
+    run.backend.record_into(folder / "record")
     check_data_unchanged(run.folder, check_data(run.config))
     write_about(folder / "record", threads=1)
     return run

@@ -8,14 +8,16 @@ kill -9 would, and lets a new one be started; `kill_partition` does so to a part
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from downpour.cluster.config.resolve import Facts, resolve
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import (
     Done,
@@ -28,10 +30,9 @@ from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.paramserver.actor import FollowerActor, PartitionActor
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
-from downpour.paramserver.partition.ranges import split
+from downpour.paramserver.spec import Origin, PartitionStart, Restore
 from downpour.paramserver.transport.access import Access
-from downpour.paramserver.transport.handshake import NetworkListen
-from downpour.paramserver.transport.security import issue
+from downpour.paramserver.transport.security import Credentials, issue
 from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.processors import processors
@@ -51,27 +52,30 @@ class ThreadBackend:
         num_processes: int = 2,
         resumed: Checkpoint | None = None,
         store: CheckpointStore | None = None,
-        record: str | None = None,
     ) -> None:
-        self.record = record
         self.config, self.plan = config, plan
         self.spec = config.model_spec()
         model = self.spec.build_flat("cpu")
         layout = model.layout
-        self.partitions_layout = split(
-            num_parameters=layout.num_parameters,
-            num_features=layout.num_features,
-            num_decayed=layout.decayed,
-            num_partitions=config.server.num_partitions(layout.num_parameters, processors()),
-        )
-        self.num_partitions = len(self.partitions_layout)
         num_processes = min(num_processes, config.replicas.replicas)
-        self.processes = tuple(
-            tuple(range(i, config.replicas.replicas, num_processes)) for i in range(num_processes)
+        self.specs = resolve(
+            config,
+            Facts(
+                num_rows=plan.num_rows,
+                shard_rows=plan.shard_rows,
+                num_parameters=layout.num_parameters,
+                num_features=layout.num_features,
+                num_decayed=layout.decayed,
+                num_partitions=config.server.num_partitions(layout.num_parameters, processors()),
+                num_processors=num_processes,
+            ),
         )
-        self.access, listen = self._network()
+        self.partitions_layout = tuple(spec.partition for spec in self.specs.partitions)
+        self.num_partitions = len(self.partitions_layout)
+        self.processes = tuple(spec.replicas for spec in self.specs.processes)
+        self.access, self.credentials = self._network()
         self.weights = model.weights.numpy().copy()
-        self.listen, self.store = listen, store
+        self.store = store
         self.partitions: list[Any] = [None] * self.num_partitions
         self.partition_starts = [0] * self.num_partitions
         self.followers: list[FollowerActor | None] = [None] * self.num_partitions
@@ -88,42 +92,43 @@ class ThreadBackend:
         """Called with (backend, replica, lease) before a window is run: where faults are put."""
         self._lock = threading.Lock()
 
-    def _new_shuffler(self) -> ShufflerActor:
-        data = self.config.data
-        return ShufflerActor(0, data.data, data.train_split, self.plan, self.spec.num_classes)
+    def record_into(self, folder: Path) -> None:
+        """Have partitions that start from now on record their pushes."""
+        specs = self.specs.partitions
+        recorded = tuple(replace(spec, record=str(folder)) for spec in specs)
+        self.specs = replace(self.specs, partitions=recorded)
 
-    def _network(self) -> tuple[Access, NetworkListen | None]:
+    def _new_shuffler(self) -> ShufflerActor:
+        return ShufflerActor(replace(self.specs.shufflers[0], num_shufflers=1))
+
+    def _network(self) -> tuple[Access, Credentials | None]:
         config = self.config.server.network
         access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
-        host = config.listens_on(1)
-        if host is None:
+        if config.listens_on(1) is None or not config.encrypt:
             return access, None
-        if not config.encrypt:
-            return access, NetworkListen(host=host)
         keys = issue()
-        access = dataclasses.replace(access, credentials=keys.clients)
-        return access, NetworkListen(host=host, credentials=keys.partitions)
+        return replace(access, credentials=keys.clients), keys.partitions
+
+    def _start_from(self, origin: Origin) -> PartitionStart:
+        return PartitionStart(key=KEY, origin=origin, credentials=self.credentials)
 
     def _endpoints(self) -> list[Any]:
         return [p.endpoint() for p in self.partitions]
 
     def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Future[Any]:
-        part = self.partitions_layout[index]
+        spec = self.specs.partitions[index]
 
         def run() -> None:
-            start: tuple[Any, ...] = (self.weights[part.start : part.stop], None, None)
+            origin: Origin = self.weights[spec.partition.start : spec.partition.stop]
             if checkpoint is not None:
                 assert self.store is not None
                 file = checkpoint.files[index]
                 uri = f"{self.store.folder_uri(checkpoint.number)}/{file.name}"
-                start = (None, uri, file.sha256)
-            config = self.config.update_config(self.plan)
+                origin = Restore(uri=uri, sha256=file.sha256)
             if self.partitions[index] is not None:
                 self.partitions[index].stop()
             self.stop_follower(index)
-            self.partitions[index] = PartitionActor(
-                part, config, KEY, *start, self.listen, self.record
-            )
+            self.partitions[index] = PartitionActor(spec, self._start_from(origin))
             self.partition_starts[index] += 1
 
         return self.pool.submit(run)
@@ -131,13 +136,8 @@ class ThreadBackend:
     def start_follower(self, index: int) -> Future[Any]:
         def run() -> None:
             self.stop_follower(index)
-            follower = FollowerActor(
-                self.partitions_layout[index],
-                self.config.update_config(self.plan),
-                KEY,
-                self.partitions[index].endpoint(),
-                self.record,
-            )
+            primary = self.partitions[index].endpoint()
+            follower = FollowerActor(self.specs.partitions[index], self._start_from(primary))
             self.followers[index] = follower
             self.followers_made += 1
 
@@ -161,13 +161,8 @@ class ThreadBackend:
 
     def start_process(self, index: int) -> Future[Any]:
         def start() -> int:
-            actor = ReplicasActor(
-                self.processes[index],
-                self.spec,
-                self.config.step_config(),
-                1,
-                self.config.decoder(),
-            )
+            spec = replace(self.specs.processes[0], replicas=self.processes[index], num_threads=1)
+            actor = ReplicasActor(spec)
             actor.connect(self._endpoints(), KEY, self.access)
             self.actors[index] = actor
             self.dead.discard(index)
@@ -207,10 +202,9 @@ class ThreadBackend:
 
     def start_evaluator(self) -> Future[Any]:
         def start() -> None:
-            data = self.config.data
-            self.evaluator = EvaluatorActor(
-                self.spec, data.data, data.eval_split, self._endpoints(), KEY, self.access
-            )
+            evaluator = EvaluatorActor(self.specs.evaluator)
+            evaluator.connect(self._endpoints(), KEY, self.access)
+            self.evaluator = evaluator
 
         return self.pool.submit(start)
 

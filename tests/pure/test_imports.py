@@ -23,7 +23,7 @@ ALLOWED = {
 OURS = {*ALLOWED, "benchmarks", "tests"}
 MAX_MODULES = 16
 """Of one room, `__init__` included."""
-BASES = {"errors", "messages", "spec", "processors", "paths"}
+BASES = {"errors", "messages", "workers.spec", "processors", "paths"}
 """Modules of a package's own folder that its rooms rest on; the others there rest on the rooms."""
 
 
@@ -117,7 +117,7 @@ def room_of(root: Path, module: str) -> str:
     if path.is_dir():
         return module if "." in module else f"{module} (base)"
     room, _, leaf = module.rpartition(".")
-    return room if "." in room else f"{room} ({'base' if leaf in BASES else leaf})"
+    return room if "." in room else f"{room} ({'base' if BASES & {leaf, module} else leaf})"
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,8 +37,8 @@ def _named(actor: type, **attributes: Any) -> str:
 
 
 def test_names_are_readable() -> None:
-    assert _named(ReplicasActor, _ids=(3,)) == "Replica 3"
-    assert _named(ReplicasActor, _ids=(0, 2)) == "Replicas 0, 2"
+    assert _named(ReplicasActor, _spec=SimpleNamespace(replicas=(3,))) == "Replica 3"
+    assert _named(ReplicasActor, _spec=SimpleNamespace(replicas=(0, 2))) == "Replicas 0, 2"
     assert _named(ShufflerActor, _index=1) == "Shuffler 1"
     assert _named(EvaluatorActor) == "Evaluator"
 

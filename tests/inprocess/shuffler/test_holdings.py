@@ -19,6 +19,7 @@ from downpour.shuffler.holdings import Holding, Inventory, assign, survey
 from downpour.shuffler.images.decode import Decoder, ImageSpec
 from downpour.shuffler.ingest.ingest import IngestConfig, ingest
 from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.spec import ShufflerSpec
 from tests.inprocess.shuffler.ingest.test_ingest import write_idx
 
 DECODER = Decoder(spec=ImageSpec(height=6, width=5, channels=1))
@@ -81,7 +82,17 @@ def test_rows_come_as_from_one_place(whole, nodes):
     inventory, held = look(whole, nodes)
     plan = Plan(num_rows=inventory.num_rows, batch_size=16, window_batches=5, seed=3)
     group = [
-        ShufflerActor(i, "nowhere", "train", plan, 10, 3, 1 << 20, holding)
+        ShufflerActor(
+            ShufflerSpec(
+                index=i,
+                num_shufflers=3,
+                data="nowhere",
+                plan=plan,
+                num_classes=10,
+                cache_bytes=1 << 20,
+                holding=holding,
+            )
+        )
         for i, holding in enumerate(assign(inventory, held, nodes).values())
     ]
     alone = RowReader(Dataset.open(whole, "train"))

@@ -13,6 +13,7 @@ import pytest
 from ray.exceptions import NodeDiedError, RayTaskError
 
 from downpour.cluster.config.placement import Node, PlacementConfig, disks
+from downpour.cluster.config.resolve import shuffler_specs
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import RunFailed
 from downpour.cluster.ray_backend import shufflers
@@ -23,6 +24,7 @@ from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import join
 from downpour.shuffler.errors import DatasetError
 from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from downpour.shuffler.plan.plan import Plan
 from tests.helpers import tiny
 
 NAMES = ("a", "b", "c")
@@ -112,6 +114,10 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
     return played
 
 
+def shufflers_of(config: RunConfig, plan: Plan, played: Any) -> Shufflers:
+    return Shufflers(config, shuffler_specs(config, plan), played)
+
+
 def configured(played: Played) -> RunConfig:
     config = tiny.config(str(Path(played.folder).parent / "whole"))
     data = dataclasses.replace(config.data, node_folder=played.folder, batch_size=16)
@@ -131,7 +137,7 @@ def check_rows(shufflers: Shufflers, plan: Any, whole: Path) -> None:
 def test_a_shuffler_on_each_node_that_has_shards(played: Played, tmp_path: Path) -> None:
     data = check_data(configured(played))
     assert data.fingerprint == Dataset.open(tmp_path / "all", "train").fingerprint
-    shufflers = Shufflers(configured(played), data.plan, played)  # type: ignore[arg-type]
+    shufflers = shufflers_of(configured(played), data.plan, played)
     assert played.started == [A, B, C]
     check_rows(shufflers, data.plan, tmp_path / "all")
     assert shufflers.replace() == 0
@@ -146,7 +152,7 @@ def test_with_the_data_in_one_place_each_has_a_share(played: Played, tmp_path: P
     )
     config = dataclasses.replace(config, data=data)
     plan = check_data(config).plan
-    shufflers = Shufflers(config, plan, played)  # type: ignore[arg-type]
+    shufflers = shufflers_of(config, plan, played)
     assert played.started == [A, B, C]
     check_rows(shufflers, plan, tmp_path / "all")
     lost = [actor for _, actor in shufflers.deliver(0, (0,))][1:]
@@ -160,7 +166,7 @@ def test_with_the_data_in_one_place_each_has_a_share(played: Played, tmp_path: P
 
 def test_a_process_that_dies_is_replaced_where_it_was(played: Played, tmp_path: Path) -> None:
     plan = check_data(configured(played)).plan
-    shufflers = Shufflers(configured(played), plan, played)  # type: ignore[arg-type]
+    shufflers = shufflers_of(configured(played), plan, played)
     (_, first), (_, second), _ = shufflers.deliver(0, (0,))
     shufflers.lost(second)
     shufflers.lost(second)  # each of its windows tells of it
@@ -176,7 +182,7 @@ def test_a_process_that_dies_is_replaced_where_it_was(played: Played, tmp_path: 
 def test_another_node_takes_over_what_it_has_too(played: Played, tmp_path: Path) -> None:
     shutil.copy(tmp_path / "all" / "train-00001-of-00006.parquet", tmp_path / "a")
     plan = check_data(configured(played)).plan
-    shufflers = Shufflers(configured(played), plan, played)  # type: ignore[arg-type]
+    shufflers = shufflers_of(configured(played), plan, played)
     lost = next(actor for _, actor in shufflers.deliver(0, (0,)) if actor.node == B)
     shufflers.lost(lost)
     played.dying.add(B)
@@ -188,7 +194,7 @@ def test_another_node_takes_over_what_it_has_too(played: Played, tmp_path: Path)
 @pytest.mark.parametrize("how", ["gone", "dying"])
 def test_a_shard_that_went_with_its_node_is_named(played: Played, how: str) -> None:
     plan = check_data(configured(played)).plan
-    shufflers = Shufflers(configured(played), plan, played)  # type: ignore[arg-type]
+    shufflers = shufflers_of(configured(played), plan, played)
     getattr(played, how).add(A)
     shufflers.lost(shufflers.deliver(0, (0,))[0][1])
     with pytest.raises(RunFailed, match=r"^shard train-00000-of-00006.parquet and 1 more of 6 is"):
@@ -200,7 +206,7 @@ def test_what_is_wrong_on_a_node_names_the_node(played: Played, tmp_path: Path) 
     shard.write_bytes(shard.read_bytes()[:-4])
     plan = check_data(configured(played)).plan
     with pytest.raises(RunFailed, match=r"^node 10.0.0.1: .*00005-of-00006.parquet in .*/c has"):
-        Shufflers(configured(played), plan, played)  # type: ignore[arg-type]
+        shufflers_of(configured(played), plan, played)
 
 
 def test_a_folder_that_depends_on_where_one_stands_is_refused(played: Played) -> None:

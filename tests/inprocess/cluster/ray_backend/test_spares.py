@@ -9,6 +9,7 @@ import pytest
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
 from downpour.models.errors import ModelError
+from downpour.workers.spec import ReplicasSpec
 from tests.helpers import thread_backend, tiny
 from tests.helpers.runs import Run
 from tests.helpers.thread_backend import ThreadBackend
@@ -61,8 +62,11 @@ def test_an_error_of_its_second_half_comes_to_who_waits_for_it(data: str) -> Non
     config = tiny.config(data)
     broken = config.model_spec()
     object.__setattr__(broken, "name", "no-such-model")
+    spec = ReplicasSpec(
+        replicas=(0,), model=broken, steps=config.step_config(), decoder=config.decoder()
+    )
     with pytest.raises(ModelError):
-        spare.assume((0,), broken, config.step_config(), 1)
+        spare.assume(spec)
     with pytest.raises(ModelError):
         spare.connect((), b"")
 

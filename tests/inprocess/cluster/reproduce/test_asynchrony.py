@@ -44,7 +44,7 @@ def _train(folder: RunFolder, data: Data, **_: object) -> int:
     check_data_unchanged(folder, data)
     backend = ThreadBackend(config, data.plan, store=store)
     if config.policy.record_pushes:
-        backend.record = str(folder.path / "record")
+        backend.record_into(folder.path / "record")
         write_about(folder.path / "record", threads=1)
     controller = Controller(
         config=config,

@@ -67,6 +67,7 @@ from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD, Adagrad, Momentum, Nesterov, Regulariser, Rule
 from downpour.paramserver.server.connections import GREETING_DEADLINE_S
 from downpour.paramserver.server.server import PUSHES_A_TURN, PartitionServer
+from downpour.paramserver.spec import PartitionSpec, PartitionStart, Restore
 from downpour.paramserver.transport.local import Endpoint
 from downpour.paramserver.transport.memory import Mailboxes
 
@@ -1128,7 +1129,8 @@ def test_a_client_that_comes_and_goes_costs_the_partition_nothing(cluster: Clust
 
 def test_the_actor_serves_reports_snapshots_and_comes_back(tmp_path: Path) -> None:
     (part,) = split(num_parameters=P, num_features=F, num_decayed=0, num_partitions=1)
-    first = actor.PartitionActor(part, EXACT, KEY, np.zeros(P, np.float32))
+    spec = PartitionSpec(partition=part, update=EXACT)
+    first = actor.PartitionActor(spec, PartitionStart(key=KEY, origin=np.zeros(P, np.float32)))
     assert repr(first) == "Partition 1 of 1"
     client = ParameterClient([first.endpoint()], key=KEY, num_mailboxes=1)
     assert push(client, 0, replica=4) is Outcome.APPLIED
@@ -1147,7 +1149,8 @@ def test_the_actor_serves_reports_snapshots_and_comes_back(tmp_path: Path) -> No
     client.close()
     first.stop()
 
-    second = actor.PartitionActor(part, EXACT, KEY, None, path.as_uri(), file.sha256)
+    origin = Restore(uri=path.as_uri(), sha256=file.sha256)
+    second = actor.PartitionActor(spec, PartitionStart(key=KEY, origin=origin))
     client = ParameterClient([second.endpoint()], key=KEY, num_mailboxes=1)
     assert push(client, 0) is Outcome.DUPLICATE
     weights, versions = np.empty(P, np.float32), [0]
@@ -1156,6 +1159,7 @@ def test_the_actor_serves_reports_snapshots_and_comes_back(tmp_path: Path) -> No
     assert np.array_equal(weights, -0.5 * gradient_of(0).numpy())
     client.close()
     second.stop()
+    origin = Restore(uri=path.as_uri(), sha256="0" * 64)
     with pytest.raises(BadSnapshot, match="checksum"):
-        actor.PartitionActor(part, EXACT, KEY, None, path.as_uri(), "0" * 64)
+        actor.PartitionActor(spec, PartitionStart(key=KEY, origin=origin))
     assert snapshot.read(pyarrow.fs.LocalFileSystem(), str(path)).partition == part

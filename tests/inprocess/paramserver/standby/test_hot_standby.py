@@ -67,7 +67,7 @@ def test_a_partition_that_dies_over_and_over_loses_no_update(tmp_path: Path, dat
     """No checkpoint is ever needed, and the whole of it is computed again from the record."""
     wanted = config(data, epochs=5, partitions=2, record_pushes=True, checkpoint_every_s=1000)
     run = Run(tmp_path / "run", wanted)
-    run.backend.record = str(tmp_path / "run" / "record")
+    run.backend.record_into(tmp_path / "run" / "record")
     check_data_unchanged(run.folder, check_data(wanted))
     write_about(tmp_path / "run" / "record", threads=1)
     kills = Kills(run, times=3)

@@ -363,16 +363,19 @@ def test_reading_is_bounded_and_a_single_row_group_always_admitted(folder, monke
 _MEMORY = """
 import json, resource, sys
 import pyarrow as pa
-from shuffler.actor import ShufflerActor
-from shuffler.plan.plan import Plan
-from shuffler.dataset.records import Dataset
+from downpour.shuffler.actor import ShufflerActor
+from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.spec import ShufflerSpec
 
 def resident_bytes():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) << 10
 
 plan = Plan(num_rows=Dataset.open(sys.argv[1], "train").num_rows, window_batches=8)
-shuffler = ShufflerActor(0, sys.argv[1], "train", plan, 10, 1, int(sys.argv[2]))
+shuffler = ShufflerActor(
+    ShufflerSpec(data=sys.argv[1], plan=plan, num_classes=10, cache_bytes=int(sys.argv[2]))
+)
 resident, total, largest = [], 0, 0
 for epoch in range(2):
     for window in plan.window_order(epoch).tolist():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from downpour.shuffler.errors import DatasetError, DecodeError
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.images.decode import Decoder, ImageSpec
 from downpour.shuffler.plan.plan import Plan
+from downpour.shuffler.spec import ShufflerSpec
 from downpour.workers.replica import windows
 from downpour.workers.replica.windows import WindowDecoder
 from tests.helpers import tiny
@@ -33,7 +35,8 @@ def data(tmp_path):
 
 
 def shufflers(data: str, plan: Plan, count: int) -> list[ShufflerActor]:
-    return [ShufflerActor(i, data, "train", plan, tiny.CLASSES, count) for i in range(count)]
+    spec = ShufflerSpec(num_shufflers=count, data=data, plan=plan, num_classes=tiny.CLASSES)
+    return [ShufflerActor(replace(spec, index=i)) for i in range(count)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])

@@ -21,6 +21,7 @@ from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.workers import actor
 from downpour.workers.errors import DeviceMissing
+from downpour.workers.spec import ReplicasSpec
 from downpour.workers.step.device import Device, HostDevice
 from tests.helpers import tiny
 from tests.helpers.late import LateDevice
@@ -184,5 +185,9 @@ def test_without_a_gpu_nothing_is_started(
     change(folder, found, device="cuda")
     with pytest.raises(DeviceMissing, match="there is no GPU here: give --replica-device cpu"):
         train(folder, found, resume=False, address=None, dashboard=False, console=None)
+    steps = folder.config().step_config()
+    spec = ReplicasSpec(
+        replicas=(0,), model=config.model_spec(), steps=steps, decoder=config.decoder()
+    )
     with pytest.raises(DeviceMissing, match="there is no GPU in a process of replicas: give"):
-        actor.ReplicasActor((0,), config.model_spec(), folder.config().step_config(), 1)
+        actor.ReplicasActor(spec)

@@ -1,0 +1,56 @@
+"""What a process of the parameter server is told: plain frozen data that travels through Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from downpour.paramserver.partition.ranges import Partition
+    from downpour.paramserver.partition.state import UpdateConfig
+    from downpour.paramserver.transport.local import Endpoint
+    from downpour.paramserver.transport.security import Credentials
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionSpec:
+    """One partition of the parameter server; the same for a primary and its follower."""
+
+    partition: Partition
+    """Which parameters and features are its own."""
+    update: UpdateConfig
+    """How a push changes them."""
+    listen: str | None = None
+    """Address to listen on for replicas on other machines, or `NODE`; None listens nowhere."""
+    record: str | None = None
+    """Folder in which every push is recorded; None records nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restore:
+    """A snapshot that a partition starts from."""
+
+    uri: str
+    """The file, as `pyarrow.fs` names it."""
+    sha256: str | None = None
+    """Its checksum; None does not check it."""
+
+
+Origin: TypeAlias = "npt.NDArray[np.float32] | Restore | Endpoint"
+"""Where a partition's state comes from: initial weights float32 [num_parameters] of the partition,
+a snapshot, or, for a follower, the endpoint of its primary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionStart:
+    """What a partition gets at one start, besides its spec: secrets, and its state."""
+
+    key: bytes = field(repr=False)
+    """The run's key, which every client has to show."""
+    origin: Origin = field(repr=False)
+    """Where its state comes from."""
+    credentials: Credentials | None = None
+    """For connections over the network; None encrypts nothing."""
