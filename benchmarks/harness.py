@@ -27,12 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from downpour.benchmarks.baselines.common import INPUTS, LABELS
-from downpour.cluster.config.paths import ROOT
+from downpour.cluster.config.paths import checkout
 from downpour.cluster.errors import UserError
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.processors import processors
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path("benchmarks", "results")
+"""Where records are kept, in a checkout; otherwise in the working directory."""
 
 Say = Callable[[str], None]
 """Tells people what is going on."""
@@ -129,11 +130,14 @@ def _first(path: str, key: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that was measured, with `-dirty` where files differ from it."""
+    """The commit that was measured, with `-dirty` if files differ from it; None from a wheel."""
+    root = checkout()
+    if root is None:
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+            command, cwd=root, capture_output=True, text=True, timeout=10, check=True
         )
         return done.stdout.strip()
     return None
@@ -155,11 +159,16 @@ def record(report: Report, settings: Settings, about: dict[str, Any]) -> dict[st
 
 
 def save(plain: dict[str, Any]) -> Path:
-    """Keep a record in `benchmarks/results/`, whole or not at all."""
+    """Keep a record in `RESULTS`, whole or not at all; return its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     date = datetime.datetime.fromisoformat(plain["date"]).strftime("%Y%m%d-%H%M%S")
-    path = RESULTS / f"{plain['benchmark']}-{date}.json"
+    folder = (checkout() or Path.cwd()) / RESULTS
+    path = folder / f"{plain['benchmark']}-{date}.json"
     try:
-        RESULTS.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(plain, indent=2) + "\n")
         partial.rename(path)

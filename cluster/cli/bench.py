@@ -18,7 +18,9 @@ BENCHMARKS = (
 @click.option("--only", multiple=True, help="Peers or sizes to run; may be given several times.")
 @click.option("--quick", is_flag=True, help="Only show that it works, in seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: raw output and medians.")
-@click.option("--save", is_flag=True, help="Keep the JSON in benchmarks/results/.")
+@click.option(
+    "--save", is_flag=True, help="Keep the JSON in benchmarks/results, here or in the checkout."
+)
 def bench(
     name: str,
     repeat: int,

@@ -1,4 +1,4 @@
-"""The commands of `downpour` that are about clusters and about runs on them."""
+"""Commands about clusters and runs on them: cluster-files, check, submit."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def check(file: Path) -> int:
         return EXIT_ERROR
     click.echo(f"{file}: nothing to change")
     return 0
+
+
+@click.command(name="cluster-files")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def cluster_files(folder: Path) -> None:
+    """Write the cluster files to FOLDER: for `ray up` and KubeRay, with what they copy to nodes.
+
+    Run `ray up` from that folder. Files there that differ are never overwritten.
+    """
+    from downpour.cluster.deploy.files import CLUSTER_FILE, write_cluster_files
+
+    written = write_cluster_files(folder)
+    click.echo(f"{len(written)} files in {folder}; change them to your needs, and then:")
+    click.echo(f"cd {shlex.quote(str(folder))} && downpour check {CLUSTER_FILE}")
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -87,4 +101,4 @@ def check_job(arguments: tuple[str, ...]) -> None:
         apply(recipes.find(parameters["recipe"]), given)
 
 
-COMMANDS = (check, submit)
+COMMANDS = (cluster_files, check, submit)

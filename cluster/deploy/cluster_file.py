@@ -122,7 +122,10 @@ def _version_problems(config: Document) -> Iterator[str]:
     pins = dict(pinned())
     own = importlib.metadata.version("ray")
     if pins.get("ray") != own:
-        yield f"{LOCK} pins ray {pins.get('ray')}, and {own} is installed here; run `make`"
+        yield (
+            f"ray {own} is installed here, and {LOCK} pins {pins.get('ray')}; install the pinned "
+            f"one: pip install -r {LOCK}"
+        )
     commands = [line for key in _SETUP for line in config.get(key) or ()]
     if not any(f"-r ~/downpour/{LOCK}" in line or f"-r {LOCK}" in line for line in commands):
         yield f"setup_commands: the pinned dependencies are not installed; pip install -r {LOCK}"

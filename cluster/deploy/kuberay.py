@@ -33,7 +33,8 @@ def kuberay_problems(documents: Sequence[Mapping[str, Any]]) -> list[str]:
                     found.append("spec: neither rayClusterSpec nor clusterSelector; give one")
     if not known:
         found.append(
-            "neither a RayCluster nor a RayJob in the file; see cluster/deploy/providers/kuberay"
+            "neither a RayCluster nor a RayJob in the file; `downpour cluster-files FOLDER` writes "
+            "examples of both"
         )
     return found
 
