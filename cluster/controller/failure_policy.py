@@ -2,7 +2,7 @@
 
 Losses go in, decisions come out; nothing here knows Ray, clocks or actors. Who carries a decision
 out is `partitions`, `processes` or `evaluating`; what it costs, and why nothing is lost by it, is
-in docs/architecture.md.
+in docs/recovery.md.
 """
 
 from __future__ import annotations

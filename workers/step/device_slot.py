@@ -5,7 +5,7 @@ come down to the mailbox, and with them, in one copy more, loss and gradient nor
 the device its work. Whoever reads its result waits, once, for all of it; meanwhile the next step
 may have been begun, whose weights and mini-batch go up while this one is computed.
 
-Why no copy meets another's, or a kernel's, is in docs/architecture.md ("Replicas on a device").
+Why no copy meets another's, or a kernel's, is in docs/devices.md.
 """
 
 from __future__ import annotations
