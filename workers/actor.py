@@ -23,6 +23,7 @@ from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.plan.keys import stream_key
 from downpour.workers.evaluation.evaluator import Evaluator, Score
 from downpour.workers.evaluation.split import SplitBatches
+from downpour.workers.messages import Keeping
 from downpour.workers.replica.replicas import (
     AnySlot,
     ReplicaFailed,
@@ -39,6 +40,7 @@ from downpour.workers.step.slot import Mailbox, Slot, Workshop
 
 STOP_DEADLINE_S = 10.0
 ANY_WAY = Access()
+NOTHING_KEPT = Keeping()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +187,11 @@ class EvaluatorActor:
         """What Ray's dashboard and log prefixes show."""
         return "Evaluator"
 
-    def evaluate(self, best: float | None = None, path: str | None = None) -> Evaluation:
+    def evaluate(self, keeping: Keeping = NOTHING_KEPT) -> Evaluation:
         """Pull the latest version of every partition, and score it.
 
-        Where the accuracy beats `best` (None: in any case), just these weights and statistics are
-        written to `path`, under PyTorch's names, whole or not at all.
+        If `keeping` says so, just these weights and statistics are written, under PyTorch's names,
+        each file whole or not at all.
         """
         began_s = time.monotonic()
         client, evaluator = self._client, self._evaluator
@@ -197,8 +199,12 @@ class EvaluatorActor:
         versions = [0] * client.num_partitions
         client.pull_statistics(evaluator.weights.numpy(), evaluator.statistics.numpy(), versions)
         score = evaluator.score()
-        if path is not None and (best is None or score.accuracy > best):
-            evaluator.save(path, versions=versions, score=score)
+        if keeping.model_path is not None and score.accuracy >= keeping.goal:
+            evaluator.save(keeping.model_path, versions=versions, score=score)
+        if keeping.best_path is not None and (
+            keeping.best is None or score.accuracy > keeping.best
+        ):
+            evaluator.save(keeping.best_path, versions=versions, score=score)
         return Evaluation(versions=tuple(versions), score=score, wall_s=time.monotonic() - began_s)
 
     def stop(self) -> None:

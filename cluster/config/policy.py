@@ -21,6 +21,12 @@ class PolicyConfig:
     """Seconds between two scorings of the evaluation split; longer where scoring is slow."""
     evaluation_share: float = 0.1
     """Largest share of the time that scoring may take."""
+    stop_at_accuracy: float | None = None
+    """Accuracy@1 in (0, 1] at which the run is finished: at the first scoring that reaches it, with
+    the weights that were scored. None trains every epoch."""
+    patience: int | None = None
+    """Scorings without a better accuracy after which the run is finished; none trains every
+    epoch."""
     checkpoint_every_s: float = 10.0
     """Seconds between two checkpoints."""
     checkpoints: str | None = None
@@ -52,6 +58,13 @@ class PolicyConfig:
             raise ValueError(
                 f"evaluation share is {self.evaluation_share}: give a number above 0 and up to 1"
             )
+        if self.stop_at_accuracy is not None and not 0 < self.stop_at_accuracy <= 1:
+            raise ValueError(
+                f"stop at accuracy is {self.stop_at_accuracy}: give a share above 0 and up to 1, "
+                "such as 0.975, or none"
+            )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}: give at least 1 scoring, or none")
         for name in ("evaluate_every_s", "checkpoint_every_s"):
             if getattr(self, name) <= 0:
                 value = getattr(self, name)

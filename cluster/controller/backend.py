@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import Checkpoint
+from downpour.workers.messages import Keeping
 
 Ticket = Any
 """Stands for something under way; hashable."""
@@ -108,8 +109,8 @@ class Backend(Protocol):
     def snapshot(self, partition: int, folder_uri: str) -> Ticket:
         """Write a snapshot; gives a `SnapshotFile`."""
 
-    def evaluate(self, best: float | None, best_path: str | None) -> Ticket:
-        """Score the current weights, and keep them if they beat `best`; gives an `Evaluation`."""
+    def evaluate(self, keeping: Keeping) -> Ticket:
+        """Score the current weights, and keep them as `keeping` says; gives an `Evaluation`."""
 
     def wait(self, tickets: Collection[Ticket], timeout_s: float) -> list[Done]:
         """Wait for at least one of the tickets, at most `timeout_s`; gives those that are done."""

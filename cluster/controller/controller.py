@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, get_args
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import Backend, Done, ShufflerLost, Ticket
 from downpour.cluster.controller.checkpointing import Checkpointer
-from downpour.cluster.controller.coverage import Flags, refused_by_any, settled_once
+from downpour.cluster.controller.coverage import (
+    Flags,
+    refused_by_any,
+    settled_by_some,
+    settled_once,
+    unfinished_epochs,
+)
 from downpour.cluster.controller.evaluation import Evaluating
 from downpour.cluster.controller.failure_policy import Part
 from downpour.cluster.controller.failures import Losses
@@ -30,11 +36,13 @@ from downpour.cluster.monitoring.display import Progress
 from downpour.cluster.monitoring.observation import Sink
 from downpour.cluster.monitoring.telemetry import Telemetry
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
+from downpour.cluster.run.early_stopping import EarlyStopping, Ended
 from downpour.cluster.run.folder import RunFolder
 from downpour.shuffler.plan.plan import Plan
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
+    from downpour.workers.actor import Evaluation
     from downpour.workers.replica.replicas import WindowReport
 
 ASKED = "downpour stop"
@@ -72,6 +80,9 @@ class Controller:
         self._probing = False
         """The partitions have been asked whether all are alive, for those who lost one."""
         self._all_replicas_at: float | None = None
+        self._stopping = EarlyStopping(config.policy, resumed.scores if resumed else None)
+        self._ended: Ended | None = None
+        """Why the run ends early, once it does."""
         self._tickets = Tickets(backend, after=self._progress)
         self._telemetry = Telemetry(
             config=config,
@@ -80,6 +91,8 @@ class Controller:
             clock=clock,
             began_s=clock() if began_s is None else began_s,
             elapsed_before_s=resumed.elapsed_s if resumed else 0.0,
+            trained_before_s=self._stopping.trained_before_s,
+            best_accuracy=self._stopping.best,
             say=say,
             sinks=sinks,
         )
@@ -127,6 +140,7 @@ class Controller:
             partitions=self._partitions,
             folder=folder,
             clock=clock,
+            scored=self._on_scored,
         )
         self._checkpointer = Checkpointer(
             backend,
@@ -149,7 +163,7 @@ class Controller:
         return self._stop_reason
 
     def run(self) -> Outcome:
-        """Train until every epoch is complete, or until asked to stop."""
+        """Train until every epoch is complete, the run has arrived, or it is asked to stop."""
         self._partitions.start(self._resumed)
         while not self._partitions.all_up and self._stop_reason is None:
             self._tickets.turn(1.0)
@@ -181,7 +195,8 @@ class Controller:
             self._backend.make_spares()
             self._partitions.followers.start_missing()
         self._mend()
-        self._evaluating.score_if_due()
+        if self._ended is None:
+            self._evaluating.score_if_due()
         self._checkpointer.begin_if_due()
 
     def _heed_people(self) -> None:
@@ -197,7 +212,7 @@ class Controller:
         if not self._probing and (self._processes.any_cut_off or self._evaluating.cut_off):
             self._probing = True
             self._partitions.ask_all(self._backend.report, self._on_probed)
-        census = self._lending.census()
+        census = self._lending.census(quiet=self._processes.quiet)
         if census is None:
             return
 
@@ -304,6 +319,19 @@ class Controller:
             self._losses.reserve_soon()
             self._evaluating.start()
 
+    def _on_scored(self, evaluation: Evaluation) -> None:
+        ended = self._stopping.scored(self._telemetry.scoring(evaluation))
+        if ended is None or self._ended or self._lending.finished or self._stop_reason is not None:
+            return
+        self._ended = ended
+        self._telemetry.event(f"the run ends early: {ended.reason}")
+        self._end_early()
+
+    def _end_early(self) -> None:
+        """Have all processes drop their windows; what every partition has by then is the run."""
+        self._processes.drop_windows()
+        self._lending.end_early()
+
     def _on_report(self, report: PartitionReport) -> None:
         self._quarantine(report)
         if self._partitions.all_reported:
@@ -352,6 +380,7 @@ class Controller:
             "elapsed_s": self._telemetry.elapsed_s,
             "accuracy": self._telemetry.accuracy,
             "ramp": self._lending.dump_ramp(),
+            "scores": self._stopping.dump(self._telemetry.training_s),
         }
 
     # The end
@@ -373,17 +402,27 @@ class Controller:
                 self._quarantine(report)
             self._tell(reports)
         self._progress()
-        exactly_once = False
+        exactly_once, unfinished = False, dict[int, int]()
         if finished:
-            if reports is None or not self._evaluating.score_last(self._look_after):
+            # The model of a run that arrived is what reached the accuracy, and is written.
+            arrived = self._ended is not None and self._ended.by == "accuracy"
+            if reports is None or not (arrived or self._evaluating.score_last(self._look_after)):
                 return None
             self._progress()
             flags = self._partitions.answers(self._flags_of_all)
             if flags is None or self._lending.reopening:
                 return None
-            exactly_once = settled_once(flags, self._telemetry.reports)
+            if self._ended is not None and any(settled_by_some(flags, e).any() for e in flags[0]):
+                self._end_early()  # a push was still on its way
+                return None
+            whole = self._ended is None
+            exactly_once = settled_once(flags, self._telemetry.reports, whole=whole)
+            unfinished = unfinished_epochs(flags)
         return Outcome(
             finished=finished,
+            ended=self._ended or Ended(),
+            reached=self._stopping.reached,
+            unfinished_epochs=unfinished,
             reports=self._telemetry.reports,
             evaluation=self._telemetry.evaluation,
             best_accuracy=self._telemetry.best_accuracy,

@@ -27,17 +27,34 @@ def settled_by_all(answers: Sequence[Flags], epoch: int) -> npt.NDArray[np.bool_
     return settled
 
 
-def settled_once(answers: Sequence[Flags], reports: Sequence[PartitionReport]) -> bool:
-    """Whether every partition settled every mini-batch of every epoch, and applied all that
-    none refused as often as it has versions.
+def settled_by_some(answers: Sequence[Flags], epoch: int) -> npt.NDArray[np.bool_]:
+    """Mini-batches of `epoch` that some partition has settled and another has not, bool [q]."""
+    by_any: npt.NDArray[np.bool_] = np.logical_or.reduce([f[epoch] != WAITING for f in answers])
+    return by_any & ~settled_by_all(answers, epoch)
+
+
+def settled_once(
+    answers: Sequence[Flags], reports: Sequence[PartitionReport], *, whole: bool = True
+) -> bool:
+    """Whether all partitions settled the same mini-batches, and counted each of them once.
+
+    With `whole`, these have to be all mini-batches of all epochs. A run that ended early is judged
+    by what it trained, which is less.
     """
     for flags, report in zip(answers, reports, strict=True):
-        if any((state == WAITING).any() for state in flags.values()):
+        waiting = sum(int((state == WAITING).sum()) for state in flags.values())
+        if whole and waiting:
             return False
-        total = sum(len(state) for state in flags.values())
+        total = sum(len(state) for state in flags.values()) - waiting
         if report.batches_applied + report.refused != total:
             return False
-    return True
+    return not any(settled_by_some(answers, epoch).any() for epoch in answers[0])
+
+
+def unfinished_epochs(answers: Sequence[Flags]) -> dict[int, int]:
+    """By epoch that was begun and not completed, how many of its mini-batches are settled."""
+    settled = {epoch: settled_by_all(answers, epoch) for epoch in answers[0]}
+    return {e: int(done.sum()) for e, done in settled.items() if done.any() and not done.all()}
 
 
 def refused_by_any(answers: Sequence[Flags], epoch: int) -> set[tuple[int, int]]:

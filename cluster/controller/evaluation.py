@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.config.resolve import next_evaluation_s
@@ -22,6 +23,10 @@ from downpour.cluster.controller.pending_calls import Tickets
 from downpour.cluster.errors import user_message
 from downpour.cluster.monitoring.telemetry import Telemetry
 from downpour.cluster.run.folder import BEST, MODEL, RunFolder
+from downpour.workers.messages import Keeping
+
+if TYPE_CHECKING:
+    from downpour.workers.actor import Evaluation
 
 
 class Evaluating:
@@ -38,9 +43,10 @@ class Evaluating:
         partitions: Partitions,
         folder: RunFolder,
         clock: Callable[[], float],
+        scored: Callable[[Evaluation], None],
     ) -> None:
         """It has not been started. It reads the weights of `partitions`, and leaves them in
-        `folder`.
+        `folder`; `scored` is told of each scoring.
         """
         self._backend = backend
         self._policy = policy
@@ -50,6 +56,7 @@ class Evaluating:
         self._partitions = partitions
         self._folder = folder
         self._clock = clock
+        self._scored = scored
         self._started = self._runs = self._ready = self._under_way = False
         self._next_s = clock()
         self._shortest_s = math.inf
@@ -115,9 +122,10 @@ class Evaluating:
         )
 
     def score_if_due(self) -> None:
-        """Score the current weights now and then."""
+        """Score the current weights now and then. Those that end the run are its model."""
         if self._ready and self._clock() >= self._next_s and not self._under_way:
-            self._score(self._telemetry.best_accuracy, BEST)
+            goal = self._policy.stop_at_accuracy
+            self._score(math.inf if goal is None else goal)
 
     def score_last(self, look_after: Callable[[], None]) -> bool:
         """Score the last weights, and keep them. False where a partition was lost meanwhile.
@@ -129,21 +137,19 @@ class Evaluating:
         self.start()  # the run may be over before all of its replicas were up
         while self._under_way:  # of weights that were not the last
             self._tickets.turn(1.0)
-        paths = {BEST: self._telemetry.best_accuracy, MODEL: None}
-        for name, best in paths.items():
-            wanted = self._telemetry.num_evaluations + 1
-            while self._telemetry.num_evaluations < wanted:
-                if before != self._partitions.incarnations:
-                    return False
-                if not self._ready:
-                    look_after()
-                elif not self._under_way:
-                    self._score(best, name)
-                self._tickets.turn(1.0)
+        wanted = self._telemetry.num_evaluations + 1
+        while self._telemetry.num_evaluations < wanted:
+            if before != self._partitions.incarnations:
+                return False
+            if not self._ready:
+                look_after()
+            elif not self._under_way:
+                self._score(-math.inf)
+            self._tickets.turn(1.0)
         return True
 
-    def _score(self, best: float | None, name: str) -> None:
-        """Score the current weights; keep them under `name` if they beat `best`."""
+    def _score(self, goal: float) -> None:
+        """Score the current weights; keep them as the best, and as the model if they reach `goal`."""
         self._under_way = True
         began_s = self._clock()
 
@@ -157,5 +163,12 @@ class Evaluating:
                 self._shortest_s = min(self._shortest_s, ended_s - began_s)
                 self._losses.progressed("evaluator")
                 self._telemetry.evaluated(done.value)
+                self._scored(done.value)
 
-        self._tickets.expect(self._backend.evaluate(best, str(self._folder.path / name)), handle)
+        keeping = Keeping(
+            best_path=str(self._folder.path / BEST),
+            best=self._telemetry.best_accuracy,
+            model_path=str(self._folder.path / MODEL),
+            goal=goal,
+        )
+        self._tickets.expect(self._backend.evaluate(keeping), handle)

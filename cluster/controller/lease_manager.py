@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.config.resolve import active_replicas
-from downpour.cluster.controller.coverage import Flags, settled_by_all
+from downpour.cluster.controller.coverage import Flags, settled_by_all, settled_by_some
 from downpour.cluster.controller.lease_book import Lease, LeaseBook
 from downpour.cluster.controller.warm_start import Course, RampGuard
 from downpour.cluster.monitoring.observation import Leases
@@ -33,6 +33,8 @@ class Census:
     """Leases, by their number, that the answers decide on."""
     reopening: bool
     """Whatever is done, but not settled any more, is to be lent again."""
+    closing: bool = False
+    """Whatever no partition has settled is not to be lent any more: the run ends early."""
 
 
 class Lending:
@@ -64,11 +66,17 @@ class Lending:
         """A partition has gone back in time: what it lost is to be lent again."""
         self._asked = False
         """A census is under way."""
+        self._ending = False
+        """The run ends early."""
+        self._closed = False
+        """It does, and what is left to be lent is only what some partition lacks."""
 
     @property
     def finished(self) -> bool:
-        """Whether every mini-batch of every epoch is done."""
-        return self._book.finished
+        """Whether every mini-batch of every epoch is done, or all that a run trained which ends
+        early.
+        """
+        return self._book.finished and (self._closed or not self._ending)
 
     @property
     def held(self) -> int | None:
@@ -107,6 +115,8 @@ class Lending:
 
         Each is out when it is yielded.
         """
+        if self._ending and not self._closed:
+            return
         for replica in replicas:
             while self._holding[replica] < self._replicas.queued_windows:
                 lease = self._book.grant(replica)
@@ -157,22 +167,44 @@ class Lending:
         What it lacks is to be lent again either way: a follower may lack what was not answered.
         """
         self.reopening = True
+        self._closed = False
         if self._guard is not None and not promoted:
             self._guard.restarted()
 
+    def end_early(self) -> None:
+        """Lend nothing more, but what a partition lacks that another has settled.
+
+        All windows that are out are to be lost first. Once nobody works on them any more, a census
+        tells what has been trained. That a partition lacks a part of it is rare: a process was
+        stopped between two partitions.
+        """
+        assert not self._live, "windows are out that somebody may still push"
+        self._ending, self._closed = True, False
+
     # What the applied sets say
 
-    def census(self) -> Census | None:
+    def census(self, *, quiet: bool = True) -> Census | None:
         """What the partitions are to be asked now; None where nothing is in doubt, or they have
         been asked.
+
+        A run that ends early asks only when all is `quiet`: nobody pushes what is not lent.
         """
-        if self._asked or not (self._doubt or self.reopening):
+        closing = self._ending and not self._closed
+        if self._asked or not (self._doubt or self.reopening or closing):
+            return None
+        if closing and not quiet:
             return None
         self._asked = True
-        entered = range(self._book.epochs_entered)
         doubted = sorted({lease.epoch for lease in self._doubt.values()})
-        epochs = tuple(entered if self.reopening else doubted)
-        return Census(epochs=epochs, doubt=dict(self._doubt), reopening=self.reopening)
+        if closing:
+            epochs = tuple(range(self._epochs))
+        elif self.reopening:
+            epochs = tuple(range(self._book.epochs_entered))
+        else:
+            epochs = tuple(doubted)
+        return Census(
+            epochs=epochs, doubt=dict(self._doubt), reopening=self.reopening, closing=closing
+        )
 
     def census_lost(self) -> None:
         """A partition was lost over the census under way: ask again."""
@@ -183,6 +215,8 @@ class Lending:
         partition has gone back in time.
         """
         self._asked = False
+        if census.closing:
+            return self._close(answers)
         settled = {e: settled_by_all(answers, e) for e in census.epochs}
         for lease in census.doubt.values():
             self._book.reconcile(lease.id, settled[lease.epoch])
@@ -191,6 +225,19 @@ class Lending:
             return None
         self.reopening = False
         return sum(self._book.reopen(e, settled[e]) for e in census.epochs)
+
+    def _close(self, answers: Sequence[Flags]) -> int | None:
+        """Go on with a book in which only what some partition lacks is not done."""
+        lacking = {e: settled_by_some(answers, e) for e in range(self._epochs)}
+        self._book = LeaseBook(
+            self._plan,
+            self._epochs,
+            unit=self._replicas.steps.n_push,
+            done={e: ~batches for e, batches in lacking.items()},
+        )
+        self._doubt.clear()
+        self.reopening, self._closed = False, True
+        return self._book.remaining_batches or None
 
     def resume(self, answers: Sequence[Flags]) -> None:
         """Lend only what some partition has not settled; `answers` are of all epochs."""

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from downpour.cluster.run.early_stopping import Ended
+
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
     from downpour.workers.actor import Evaluation
@@ -82,12 +84,20 @@ class Outcome:
     """How the controller's part of a run ended."""
 
     finished: bool
-    """Every epoch is complete; otherwise the run was asked to stop."""
+    """Every epoch is complete, or the run has arrived; otherwise it was asked to stop."""
+    ended: Ended
+    """Why it is finished, if it is."""
+    reached: Mapping[str, Mapping[str, float]]
+    """When it first had which accuracy, see `EarlyStopping.reached`."""
+    unfinished_epochs: Mapping[int, int]
+    """Of a finished run that ended early: by epoch that is not complete, its mini-batches that
+    were trained on."""
     reports: list[PartitionReport]
     evaluation: Evaluation | None
     best_accuracy: float | None
     exactly_once: bool
-    """Every partition has settled every mini-batch of every finished epoch."""
+    """Every partition has settled every mini-batch once, of all epochs or, where the run ended
+    early, of those that were trained on."""
     refused: int
     """Distinct mini-batches that some partition refused."""
     skipped: dict[int, str]

@@ -62,6 +62,11 @@ class Processes:
         return all(p.ready for p in self._all if p.wanted)
 
     @property
+    def quiet(self) -> bool:
+        """Whether no process is there that may still push from windows that it has lost."""
+        return not any(p.runs and not p.ready for p in self._all)
+
+    @property
     def any_cut_off(self) -> bool:
         """Whether one that is to train runs without its connections, or not at all."""
         return any(p.cut_off for p in self._all)

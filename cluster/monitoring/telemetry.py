@@ -17,6 +17,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.monitoring.costs import Costs
 from downpour.cluster.monitoring.display import Progress
 from downpour.cluster.monitoring.observation import Leases, Observation, Sink
+from downpour.cluster.run.early_stopping import Scoring
 from downpour.cluster.run.folder import STATUS, RunFolder
 from downpour.paramserver.partition.staleness import Histogram
 from downpour.shuffler.plan.plan import Plan
@@ -43,11 +44,14 @@ class Telemetry:
         clock: Callable[[], float],
         began_s: float,
         elapsed_before_s: float,
+        trained_before_s: float = 0.0,
+        best_accuracy: float | None = None,
         say: Callable[[str], None] = lambda _: None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        """`began_s` is by `clock`; `elapsed_before_s` are the seconds of earlier sessions; `say`
-        shows people a line of news.
+        """`began_s` is by `clock`; `elapsed_before_s` are the seconds of earlier sessions, of which
+        `trained_before_s` came after the first update; `best_accuracy` is theirs; `say` shows
+        people a line of news.
         """
         self._say = say
         self._sinks = sinks
@@ -58,6 +62,9 @@ class Telemetry:
         self._clock = clock
         self._began_s = began_s
         self._elapsed_before_s = elapsed_before_s
+        self._trained_before_s = trained_before_s
+        self._first_update_at: float | None = None
+        """Unix time of this session's first update."""
         self._loss: float | None = None
         self._history: deque[tuple[float, int, int]] = deque()
         self._staleness: dict[str, float] = {}
@@ -66,7 +73,7 @@ class Telemetry:
         """The newest report of each partition, in their order."""
         self.evaluation: Evaluation | None = None
         """The newest evaluation."""
-        self.best_accuracy: float | None = None
+        self.best_accuracy = best_accuracy
         """The highest accuracy so far."""
         self.num_evaluations = 0
         self.phase = "starting the replicas"
@@ -98,6 +105,31 @@ class Telemetry:
         return self._clock() - self._began_s
 
     @property
+    def training_s(self) -> float:
+        """Seconds since the first update, over all sessions."""
+        if self._first_update_at is None:
+            return self._trained_before_s
+        return self._trained_before_s + time.time() - self._first_update_at
+
+    def scoring(self, evaluation: Evaluation) -> Scoring:
+        """What the weights that have just been scored had cost when they were pulled.
+
+        Partitions tell their examples once a second; between two reports they are taken to grow
+        with the versions.
+        """
+        version, rows = min(evaluation.versions), self._plan.num_rows
+        slowest = min(self.reports, key=lambda r: r.version, default=None)
+        examples = version * self._plan.batch_size * self._config.replicas.steps.n_push
+        if slowest is not None and slowest.version:
+            examples = round(version * slowest.examples / slowest.version)
+        return Scoring(
+            accuracy=evaluation.score.accuracy,
+            training_s=round(max(0.0, self.training_s - evaluation.wall_s), 3),
+            examples=examples,
+            epochs=round(examples / rows, 4),
+        )
+
+    @property
     def epochs_done(self) -> float:
         """Epochs of examples applied by the partition that is furthest behind."""
         if not self.reports:
@@ -125,6 +157,9 @@ class Telemetry:
     ) -> None:
         """All partitions have reported: work out rates, and write metrics and status."""
         self.reports = sorted(reports, key=lambda r: r.index)
+        # A partition that starts again forgets its first update, and all of them may.
+        seen = [self._first_update_at, *(r.first_update_at for r in self.reports)]
+        self._first_update_at = min((at for at in seen if at is not None), default=None)
         updates = min(r.version for r in self.reports)
         examples = min(r.examples for r in self.reports)
         now, history = self._clock(), self._history

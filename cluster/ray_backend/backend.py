@@ -53,6 +53,7 @@ from downpour.paramserver.transport.access import Access
 from downpour.paramserver.transport.local import Endpoint
 from downpour.paramserver.transport.security import Credentials, issue
 from downpour.workers.actor import EvaluatorActor, ReplicasActor
+from downpour.workers.messages import Keeping
 
 START_DEADLINE_S = 120.0
 PARTITION_CALLS = 4
@@ -272,9 +273,9 @@ class RayBackend:
         call = self._partitions[partition].snapshot.remote(folder_uri)
         return self._partition_ticket(partition, call)
 
-    def evaluate(self, best: float | None, best_path: str | None) -> Ticket:
-        """Score the current weights, and keep them if they beat `best`; gives an `Evaluation`."""
-        call = self._evaluator.evaluate.remote(best, best_path)
+    def evaluate(self, keeping: Keeping) -> Ticket:
+        """Score the current weights, and keep them as `keeping` says; gives an `Evaluation`."""
+        call = self._evaluator.evaluate.remote(keeping)
         return self._ticket(call, ProcessLost, "the evaluator")
 
     def wait(self, tickets: Collection[Ticket], timeout_s: float) -> list[Done]:

@@ -43,6 +43,8 @@ class Checkpoint:
     """What the guard of the warm start remembers (`cluster.controller.warm_start`), where there is
     one.
     """
+    scores: dict[str, Any] | None = None
+    """What is remembered of the run's scorings (`cluster.run.early_stopping`)."""
     files: tuple[SnapshotFile, ...]
     """One for each partition, in their order."""
 

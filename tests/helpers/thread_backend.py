@@ -37,6 +37,7 @@ from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.processors import processors
 from downpour.workers.actor import EvaluatorActor, ReplicasActor
+from downpour.workers.messages import Keeping
 
 KEY = bytes(range(32))
 
@@ -271,9 +272,9 @@ class ThreadBackend:
     def snapshot(self, partition: int, folder_uri: str) -> Future[Any]:
         return self.pool.submit(self.partitions[partition].snapshot, folder_uri)
 
-    def evaluate(self, best: float | None, best_path: str | None) -> Future[Any]:
+    def evaluate(self, keeping: Keeping) -> Future[Any]:
         assert self.evaluator is not None
-        return self.pool.submit(self.evaluator.evaluate, best, best_path)
+        return self.pool.submit(self.evaluator.evaluate, keeping)
 
     def wait(self, tickets: Collection[Future[Any]], timeout_s: float) -> list[Done]:
         done, _ = wait(tickets, timeout_s, return_when=FIRST_COMPLETED)

@@ -247,7 +247,7 @@ def test_replicas_come_and_go_while_the_run_trains(
     assert "from 2 replicas to 5" in events
     assert "from 5 replicas to 1" in events
     assert events.count("is let go") == 4
-    assert run.shown[-1].replicas == 1
+    assert run.shown[-1].replicas_wanted == 1
 
 
 def test_a_word_that_others_could_have_left_does_not_count(tmp_path: Path, data: str) -> None:

@@ -209,3 +209,64 @@ def test_whatever_is_lost_in_the_end_every_partition_has_settled_everything(seed
             book.census_lost()
             asked = None
     assert all((f == APPLIED).all() for p in partitions for f in p.flags.values())
+
+
+def test_a_run_that_ends_early_lends_only_what_some_partition_lacks() -> None:
+    book = lending(queued_windows=1)
+    leases = [lease for _, lease in book.lend([0, 1, 2])]
+    book.trained(0, leases[0], report(leases[0]))
+    one, other = Partition(), Partition()
+    for partition in (one, other):
+        partition.settle(0, *leases[0].batches)
+    one.settle(0, *leases[1].batches[:2])
+    other.settle(0, *leases[1].batches[1:3])
+    book.lost([0, 1, 2])
+    book.end_early()
+    assert list(book.lend([0, 1, 2])) == []
+    assert book.census(quiet=False) is None  # somebody may still push
+    census = book.census()
+    assert census is not None
+    assert (census.epochs, census.closing) == (tuple(range(EPOCHS)), True)
+    assert not book.finished
+    assert book.settle(census, [one.flags, other.flags]) == 2
+    again = list(book.lend([0, 1, 2]))
+    lacking = {leases[1].batches[0], leases[1].batches[2]}
+    assert {b for _, lease in again for b in lease.batches} == lacking
+    assert not book.finished
+    for replica, lease in again:
+        book.trained(replica, lease, report(lease))
+    assert book.finished
+    assert list(book.lend([0])) == []
+
+
+def test_a_run_that_ends_early_with_nothing_lacking_is_finished_at_once() -> None:
+    book = lending(queued_windows=1)
+    ((_, lease),) = book.lend([0])
+    partition = Partition()
+    partition.settle(0, *lease.batches[:1])
+    book.lost([0])
+    book.end_early()
+    census = book.census()
+    assert census is not None
+    assert book.settle(census, [partition.flags, partition.flags]) is None
+    assert book.finished
+
+
+def test_a_partition_lost_at_an_early_end_is_asked_again() -> None:
+    book = lending(queued_windows=1)
+    ((_, lease),) = book.lend([0])
+    one, saved = Partition(), Partition().saved()
+    one.settle(0, *lease.batches)
+    book.lost([0])
+    book.end_early()
+    census = book.census()
+    assert census is not None
+    book.settle(census, [one.flags, one.flags])
+    assert book.finished
+    book.partition_lost(promoted=False)
+    assert not book.finished
+    census = book.census()
+    assert census is not None
+    assert book.settle(census, [one.flags, saved]) == len(lease.batches)
+    ((_, again),) = book.lend([1])
+    assert sorted(again.batches) == sorted(lease.batches)

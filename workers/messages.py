@@ -1,0 +1,20 @@
+"""What the workers' actors are told and tell: plain frozen data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Which weights the evaluator writes once it has scored them, and where."""
+
+    best_path: str | None = None
+    """Where weights go that beat `best`; none keeps none of them."""
+    best: float | None = None
+    """The accuracy to beat; none is beaten by any."""
+    model_path: str | None = None
+    """Where weights go that reach `goal`; none keeps none of them."""
+    goal: float = math.inf
+    """The accuracy to reach; -inf is reached by any."""
