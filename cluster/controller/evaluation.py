@@ -149,7 +149,7 @@ class Evaluating:
         return True
 
     def _score(self, goal: float) -> None:
-        """Score the current weights; keep them as the best, and as the model if they reach `goal`."""
+        """Score the current weights; keep the best, and as the model those that reach `goal`."""
         self._under_way = True
         began_s = self._clock()
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from downpour.cluster.config.policy import PolicyConfig
-from downpour.cluster.run.early_stopping import Ended, EarlyStopping, Scoring
+from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring
 
 
 def scoring(accuracy: float, training_s: float = 1.0) -> Scoring:
