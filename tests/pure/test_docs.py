@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = ("models", "paramserver", "shuffler", "workers", "cluster", "benchmarks")
 IN_ROOT = {path.name for path in ROOT.iterdir()} - {"runs", ".venv"}
 SUFFIXES = (".py", ".md", ".toml", ".yaml", ".lock")
@@ -181,7 +181,7 @@ def wrong_link(page: Path, target: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_names_only_what_there_is(page):
     text = page.read_text(encoding="utf-8")
     found = [f"{n}: `{span}` {why}" for n, span in code_spans(text) if (why := wrong(span))]
