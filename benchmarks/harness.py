@@ -26,7 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from downpour.benchmarks.baselines.common import INPUTS, LABELS
+from downpour.benchmarks.baselines.common import INPUTS, LABELS, TEST
 from downpour.cluster.config.paths import checkout
 from downpour.cluster.errors import UserError
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
@@ -53,10 +53,14 @@ class Settings:
     """Only show that it works: one short round with few workers and no dashboard."""
     only: tuple[str, ...] = ()
     """Peers or sizes to run, besides the limit; all if empty."""
+    seeds: int = 3
+    """Seeds with which each setting learns, where learning is compared."""
 
     def __post_init__(self) -> None:
         if self.repeat < 1:
             raise BadSettings(f"repeat is {self.repeat}: give at least 1")
+        if self.seeds < 1:
+            raise BadSettings(f"seeds is {self.seeds}: give at least 1")
         if not 0 < self.seconds < float("inf"):
             raise BadSettings(f"seconds is {self.seconds}: give a number above 0")
 
@@ -64,7 +68,9 @@ class Settings:
         """The options of `downpour bench` that give these settings."""
         if self.quick:
             return ["--quick", *self._only()]
-        return ["--repeat", str(self.repeat), "--seconds", f"{self.seconds:g}", *self._only()]
+        seeds = [] if self.seeds == Settings.seeds else ["--seeds", str(self.seeds)]
+        times = ["--repeat", str(self.repeat), "--seconds", f"{self.seconds:g}"]
+        return [*times, *seeds, *self._only()]
 
     def _only(self) -> list[str]:
         return [word for name in self.only for word in ("--only", name)]
@@ -72,7 +78,7 @@ class Settings:
     @classmethod
     def quickly(cls, only: tuple[str, ...] = ()) -> Settings:
         """Enough to show that everything works."""
-        return cls(repeat=1, seconds=0.5, warmup_s=0.2, quick=True, only=only)
+        return cls(repeat=1, seconds=0.5, warmup_s=0.2, quick=True, only=only, seeds=1)
 
 
 class BadSettings(UserError, ValueError):
@@ -192,18 +198,28 @@ def show(report: Report, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def decoded_mnist(quick: bool) -> Iterator[str]:
-    """A folder with the bundled training split, decoded once for all plain loops."""
+def decoded_mnist(quick: bool, *, test: bool = False) -> Iterator[str]:
+    """A folder with the bundled training split, decoded once for all plain loops.
+
+    With `test` the test split is there too, in files whose names begin with `TEST`. `quick` leaves
+    the first few thousand examples.
+    """
+    with tempfile.TemporaryDirectory(prefix="downpour-bench-") as folder:
+        _decode_mnist("train", 4096 if quick else None, Path(folder), "")
+        if test:
+            _decode_mnist("test", 1000 if quick else None, Path(folder), TEST)
+        yield folder
+
+
+def _decode_mnist(split: str, limit: int | None, folder: Path, prefix: str) -> None:
     from downpour.cluster.config.recipes import BINARY_MNIST
     from downpour.shuffler.dataset.reader import RowReader
     from downpour.shuffler.dataset.records import Dataset
     from downpour.shuffler.images.decode import decode
 
-    dataset = Dataset.open(BUNDLED_MNIST, "train")
-    rows = np.arange(min(dataset.num_rows, 4096 if quick else dataset.num_rows), dtype=np.int64)
+    dataset = Dataset.open(BUNDLED_MNIST, split)
+    rows = np.arange(min(dataset.num_rows, limit or dataset.num_rows), dtype=np.int64)
     with contextlib.closing(RowReader(dataset)) as reader:
         inputs, labels = decode(reader.take(rows), BINARY_MNIST, rows=rows)
-    with tempfile.TemporaryDirectory(prefix="downpour-bench-") as folder:
-        np.save(Path(folder) / INPUTS, inputs)
-        np.save(Path(folder) / LABELS, labels)
-        yield folder
+    np.save(folder / f"{prefix}{INPUTS}", inputs)
+    np.save(folder / f"{prefix}{LABELS}", labels)

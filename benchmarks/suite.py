@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,8 +25,12 @@ MODULES = {
     "recovery": "downpour.benchmarks.recovery",
     "shuffle": "downpour.benchmarks.shuffle",
     "policies": "downpour.benchmarks.policies",
+    "learning": "downpour.benchmarks.learning.benchmark",
 }
-"""Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them."""
+"""Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them.
+
+One with `plot(record, path)` draws its record as a PNG, which is kept beside it.
+"""
 
 
 def run(name: str, settings: Settings, *, as_json: bool, save: bool) -> int:
@@ -44,7 +49,8 @@ def run(name: str, settings: Settings, *, as_json: bool, save: bool) -> int:
         if not as_json:
             harness.show(report, shown)
         if save:
-            progress.print(f"kept in {harness.save(plain[-1])}", style="dim", soft_wrap=True)
+            for path in _keep(each, plain[-1]):
+                progress.print(f"kept in {path}", style="dim", soft_wrap=True)
     if as_json:
         print(json.dumps(_unwrapped(plain)))
     return 0
@@ -53,6 +59,15 @@ def run(name: str, settings: Settings, *, as_json: bool, save: bool) -> int:
 def _run(name: str, settings: Settings, say: Say) -> Report:
     report: Report = importlib.import_module(MODULES[name]).run(settings, say)
     return report
+
+
+def _keep(name: str, plain: dict[str, Any]) -> list[Path]:
+    paths = [harness.save(plain)]
+    plot = getattr(importlib.import_module(MODULES[name]), "plot", None)
+    if plot is not None:
+        paths.append(paths[0].with_suffix(".png"))
+        plot(plain, paths[-1])
+    return paths
 
 
 def _unwrapped(plain: Sequence[dict[str, Any]]) -> Any:

@@ -199,7 +199,7 @@ class Follower:
         """The next line that is wanted, soon after it is written."""
         give_up_s = time.monotonic() + deadline_s
         while time.monotonic() < give_up_s:
-            for line in self._lines():
+            for line in self.lines():
                 if wanted(line):
                     return line
             if self._child.process.poll() is not None:
@@ -215,7 +215,8 @@ class Follower:
         deadline_s = max(0.0, at_s - time.time()) + LINE_DEADLINE_S
         return self.next(lambda line: "replicas_alive" in line and line["time"] >= at_s, deadline_s)
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines that were written since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:

@@ -1,7 +1,8 @@
 """What all baselines share: their setup, the data, one training step, and when to count.
 
 A baseline is run as `python -m downpour.benchmarks.baselines.NAME SETUP RESULT`, with a `Setup` as
-JSON and the path that its measurements are written to as JSON.
+JSON and the path that its measurements are written to as JSON. Some can be given a `Lesson`
+(`lesson`) in its place, and write how they learned.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,11 +25,16 @@ from torch.nn import functional
 from downpour.benchmarks.models import FACTORIES
 from downpour.benchmarks.processes import die_with_parent
 
+if TYPE_CHECKING:
+    from downpour.benchmarks.baselines.lesson import Lesson
+
 CONTEXT = multiprocessing.get_context("fork")
 """A baseline's module forks its processes before anything has started a thread: ten imports of
 torch would take longer than what is measured.
 """
 INPUTS, LABELS = "inputs.npy", "labels.npy"
+TEST = "test-"
+"""What the names of these files begin with for the test split."""
 START_DEADLINE_S = 180.0
 
 
@@ -40,17 +46,9 @@ class Barrier(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a baseline is to do."""
+class Task:
+    """The network and its optimizer."""
 
-    data: str
-    """Folder with the decoded training split: `inputs.npy` float32 [N, 784], `labels.npy`."""
-    workers: int
-    """Processes that compute gradients."""
-    seconds: float
-    """How long to measure."""
-    warmup_s: float
-    """How long to run before that."""
     model: str = "mnist"
     """A name of `benchmarks.models.FACTORIES`."""
     batch_size: int = 32
@@ -61,12 +59,12 @@ class Setup:
     """Momentum, as torch.optim.SGD has it."""
     fused: bool = False
     """torch's fused implementation of SGD in place of the default one."""
-    dashboard: bool = False
-    """Ray's dashboard beside it, where Ray is in it."""
+    seed: int = 0
+    """What the initial weights come from."""
 
     def build(self) -> nn.Module:
         """The network, the same in every process."""
-        return FACTORIES[self.model](seed=0)
+        return FACTORIES[self.model](seed=self.seed)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Momentum SGD."""
@@ -76,6 +74,22 @@ class Setup:
             momentum=self.momentum,
             fused=self.fused or None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup(Task):
+    """What a baseline is to measure."""
+
+    data: str
+    """Folder with the decoded training split: `inputs.npy` float32 [N, 784], `labels.npy`."""
+    workers: int
+    """Processes that compute gradients."""
+    seconds: float
+    """How long to measure."""
+    warmup_s: float
+    """How long to run before that."""
+    dashboard: bool = False
+    """Ray's dashboard beside it, where Ray is in it."""
 
     def batches(self, worker: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Mini-batches without end, ready in memory: the data cost a plain loop nothing."""
@@ -122,11 +136,19 @@ def join(processes: list[ForkProcess], deadline_s: float) -> None:
             raise RuntimeError(f"{process.name} ended with {process.exitcode}")
 
 
-def child_main(measure: Callable[[Setup], dict[str, Any]]) -> None:
-    """The main of a baseline's module."""
-    setup = Setup(**json.loads(sys.argv[1]))
-    result = Path(sys.argv[2])
-    value = measure(setup)
+def child_main(
+    measure: Callable[[Setup], dict[str, Any]],
+    learn: Callable[[Lesson], dict[str, Any]] | None = None,
+) -> None:
+    """The main of a baseline's module: measure a `Setup`, or learn a `Lesson`."""
+    from downpour.benchmarks.baselines.lesson import Lesson
+
+    asked, result = json.loads(sys.argv[1]), Path(sys.argv[2])
+    if "goal" in asked:
+        assert learn is not None
+        value = learn(Lesson(**asked))
+    else:
+        value = measure(Setup(**asked))
     partial = result.with_suffix(".partial")
     partial.write_text(json.dumps(value))
     partial.rename(result)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from downpour.benchmarks.baselines.common import (
     CONTEXT,
@@ -25,23 +27,34 @@ from downpour.benchmarks.baselines.common import (
     gradient_of,
     join,
 )
+from downpour.benchmarks.baselines.lesson import Course, Examiner, Examples, Lesson, set_rate
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
 
 PROBE_STEPS = 20
 
 
-def run(rank: int, setup: Setup, store: str, results: SimpleQueue[Any]) -> None:
-    """One rank."""
+def join_group(rank: int, task: Setup | Lesson, store: str) -> DistributedDataParallel:
+    """Join the group of all ranks; returns the network, wrapped."""
     begin_child()
     warnings.simplefilter("ignore")
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=setup.workers
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=task.workers
     )
-    model = DistributedDataParallel(
-        setup.build().train(), broadcast_buffers=False, gradient_as_bucket_view=True
+    return DistributedDataParallel(
+        task.build().train(), broadcast_buffers=False, gradient_as_bucket_view=True
     )
+
+
+def run(rank: int, setup: Setup, store: str, results: SimpleQueue[Any]) -> None:
+    """One rank that measures."""
+    model = join_group(rank, setup, store)
+    import torch.distributed as dist
+
     batches = setup.batches(rank)
     optimizer = setup.optimizer(model)
 
@@ -71,19 +84,57 @@ def run(rank: int, setup: Setup, store: str, results: SimpleQueue[Any]) -> None:
     dist.destroy_process_group()
 
 
-def measure(setup: Setup) -> dict[str, Any]:
-    """Mini-batches a second over all ranks."""
+def run_lesson(rank: int, lesson: Lesson, store: str, results: SimpleQueue[Any]) -> None:
+    """One rank that learns; the first one conducts."""
+    model = join_group(rank, lesson, store)
+    net: nn.Module = model.module
+    import torch.distributed as dist
+
+    examples, course = Examples(lesson), Course(lesson)
+    examiner = Examiner(lesson) if rank == 0 else None
+    optimizer = lesson.optimizer(model)
+    for span in lesson.spans(multiple=lesson.workers):
+        dist.barrier()
+        with course.training():
+            set_rate(optimizer, lesson.rate(span.epoch))
+            for index in range(span.start + rank, span.stop, lesson.workers):
+                inputs, targets = examples.batch(span.epoch, index)
+                optimizer.zero_grad()
+                gradient_of(model, inputs, targets)
+                optimizer.step()
+            dist.barrier()
+        if examiner is not None:
+            with course.scoring():
+                accuracies = examiner.score(net)
+            course.look(span, accuracies, averaged=lesson.workers)
+        over = torch.tensor([course.over])
+        dist.broadcast(over, 0)
+        if over:
+            break
+    if rank == 0:
+        results.put(course.result())
+    dist.destroy_process_group()
+
+
+def _on_all_ranks(run_rank: Callable[..., None], task: Setup | Lesson, deadline_s: float) -> Any:
+    """Run `run_rank` in a process for each rank, and return what the first one puts."""
     results = CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as folder:
         store = str(Path(folder) / "store")
         processes = [
-            CONTEXT.Process(target=run, args=(i, setup, store, results), name=f"rank {i}")
-            for i in range(setup.workers)
+            CONTEXT.Process(target=run_rank, args=(i, task, store, results), name=f"rank {i}")
+            for i in range(task.workers)
         ]
         for process in processes:
             process.start()
-        join(processes, START_DEADLINE_S + 3 * (setup.warmup_s + setup.seconds))
-    iterations, step_s = results.get()
+        join(processes, deadline_s)
+    return results.get()
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    """Mini-batches a second over all ranks."""
+    deadline_s = START_DEADLINE_S + 3 * (setup.warmup_s + setup.seconds)
+    iterations, step_s = _on_all_ranks(run, setup, deadline_s)
     return {
         "updates_per_s": setup.workers / step_s,
         "updates": setup.workers * iterations,
@@ -91,5 +142,11 @@ def measure(setup: Setup) -> dict[str, Any]:
     }
 
 
+def learn(lesson: Lesson) -> dict[str, Any]:
+    """All ranks, to the goal."""
+    result: dict[str, Any] = _on_all_ranks(run_lesson, lesson, lesson.deadline_s)
+    return result
+
+
 if __name__ == "__main__":
-    child_main(measure)
+    child_main(measure, learn)

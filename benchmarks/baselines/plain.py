@@ -1,6 +1,7 @@
 """The limit: plain training loops, a process for each core, that share nothing.
 
-No server, no communication: each has its own weights and `torch.optim.SGD`.
+No server, no communication: each has its own weights and `torch.optim.SGD`. Where learning is
+compared, there is one, on one core.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from downpour.benchmarks.baselines.common import (
     gradient_of,
     join,
 )
+from downpour.benchmarks.baselines.lesson import Course, Examiner, Examples, Lesson, set_rate
 
 
 def loop(worker: int, setup: Setup, barrier: Barrier, results: SimpleQueue[Any]) -> None:
@@ -60,5 +62,27 @@ def measure(setup: Setup) -> dict[str, Any]:
     }
 
 
+def learn(lesson: Lesson) -> dict[str, Any]:
+    """One loop on one core, to its goal."""
+    begin_child()
+    examples, examiner, course = Examples(lesson), Examiner(lesson), Course(lesson)
+    model = lesson.build().train()
+    optimizer = lesson.optimizer(model)
+    for span in lesson.spans():
+        with course.training():
+            set_rate(optimizer, lesson.rate(span.epoch))
+            for index in range(span.start, span.stop):
+                inputs, targets = examples.batch(span.epoch, index)
+                optimizer.zero_grad()
+                gradient_of(model, inputs, targets)
+                optimizer.step()
+        with course.scoring():
+            accuracies = examiner.score(model)
+        course.look(span, accuracies)
+        if course.over:
+            break
+    return course.result()
+
+
 if __name__ == "__main__":
-    child_main(measure)
+    child_main(measure, learn)

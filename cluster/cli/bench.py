@@ -6,7 +6,7 @@ import click
 
 BENCHMARKS = (
     *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
-    *("recovery", "shuffle", "policies"),
+    *("recovery", "shuffle", "policies", "learning"),
     "all",
 )
 
@@ -15,6 +15,7 @@ BENCHMARKS = (
 @click.argument("name", type=click.Choice(BENCHMARKS))
 @click.option("--repeat", default=3, show_default=True, help="Rounds; medians are shown.")
 @click.option("--seconds", default=10.0, show_default=True, help="Seconds that each is measured.")
+@click.option("--seeds", default=3, show_default=True, help="Of learning: trainings of each peer.")
 @click.option("--only", multiple=True, help="Peers or sizes to run; may be given several times.")
 @click.option("--quick", is_flag=True, help="Only show that it works, in seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: raw output and medians.")
@@ -25,6 +26,7 @@ def bench(
     name: str,
     repeat: int,
     seconds: float,
+    seeds: int,
     only: tuple[str, ...],
     quick: bool,
     as_json: bool,
@@ -35,7 +37,9 @@ def bench(
     from downpour.benchmarks.harness import Settings
 
     settings = (
-        Settings.quickly(only) if quick else Settings(repeat=repeat, seconds=seconds, only=only)
+        Settings.quickly(only)
+        if quick
+        else Settings(repeat=repeat, seconds=seconds, seeds=seeds, only=only)
     )
     return suite.run(name, settings, as_json=as_json, save=save)
 

@@ -57,6 +57,22 @@ def test_replicas(tmp_path: Path) -> None:
     assert measured["staleness_mean"] > 1
 
 
+def test_learning(tmp_path: Path) -> None:
+    chosen = ("downpour", "ddp", "rpc", "ray")
+    options = [word for name in chosen for word in ("--only", name)]
+    record = bench("learning", *options, tmp_path=tmp_path)
+    assert set(record["result"]) == {"plain", *chosen}
+    for name, found in record["result"].items():
+        (curve,) = [round_[name] for round_ in record["rounds"]]
+        assert found["best_accuracy"] > 0.3, name
+        assert found["goals"]["0.3"]["arrived"] == 1
+        assert found["goals"]["0.3"]["training_s"] > 0
+        assert found["startup_s"] == curve["startup_s"] > 0
+        examples = [look["examples"] for look in curve["looks"]]
+        assert examples == sorted(examples)
+    assert record["result"]["plain"]["goals"]["0.3"]["ratio_to_plain"] == 1
+
+
 def test_startup(tmp_path: Path) -> None:
     result = bench("startup", tmp_path=tmp_path)["result"]
     assert result["ray_init_and_actor_s"] > 0

@@ -1,0 +1,140 @@
+"""The search for a peer's best setting: the same for all. Pure, but for the trials it is given.
+
+Shapes (workers and mini-batch size) are tried first, at the first rate and decay; then every rate
+and decay at the best shape. A trial ends once it has taken longer than the best one so far, so the
+first candidates should be good guesses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from downpour.benchmarks.learning.curve import Curve
+
+REFERENCE_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is computed at a time."""
+
+    workers: int
+    """Processes, ranks or replicas that compute gradients."""
+    batch_size: int
+    """Examples in the mini-batch of one of them."""
+    averaged: bool = False
+    """The workers' mini-batches make one step together."""
+
+    @property
+    def step_examples(self) -> int:
+        """Examples in the gradient of one step."""
+        return self.batch_size * (self.workers if self.averaged else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a training can be told."""
+
+    shape: Shape
+    base_rate: float
+    """The rate for steps of 32 examples; larger steps get more by the linear rule."""
+    decay: float
+    """What the rate is multiplied by every epoch."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate for this shape (Goyal et al. 2017: proportional to the examples of a step)."""
+        return self.base_rate * self.shape.step_examples / REFERENCE_BATCH
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.shape.batch_size}, rate {self.learning_rate:g} x{self.decay:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """All settings of a peer."""
+
+    shapes: tuple[Shape, ...]
+    base_rates: tuple[float, ...]
+    decays: tuple[float, ...]
+
+    def settings(self, shape: Shape) -> list[Setting]:
+        """Every rate and decay for `shape`, the first of each first."""
+        return [
+            Setting(shape=shape, base_rate=rate, decay=decay)
+            for rate, decay in itertools.product(self.base_rates, self.decays)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A setting, and what came of it."""
+
+    setting: Setting
+    curve: Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search came to."""
+
+    best: Setting
+    trials: tuple[Trial, ...]
+    left_out: int
+    """Candidates that were not tried, since the time for the search was over."""
+
+
+def search(
+    grid: Grid,
+    *,
+    goal: float,
+    bound_s: float,
+    budget_s: float,
+    trial: Callable[[Setting, float], Curve],
+    clock: Callable[[], float],
+) -> Found:
+    """Find the setting that has the accuracy `goal` after the fewest training seconds.
+
+    If none gets there, the best is the one with the highest accuracy. A grid of one setting needs
+    no trial.
+
+    Args:
+        grid: the candidates.
+        goal: the accuracy that counts.
+        bound_s: training seconds of a trial at most.
+        budget_s: seconds by `clock` after which no further trial begins.
+        trial: trains with a setting for so many training seconds at most.
+        clock: seconds.
+    """
+    give_up_s = clock() + budget_s
+    trials: list[Trial] = []
+    left_out = 0
+
+    def attempt(candidates: Sequence[Setting]) -> None:
+        nonlocal left_out
+        for setting in candidates:
+            if clock() >= give_up_s and trials:
+                left_out += 1
+                continue
+            limit_s = min([bound_s, *(t.curve.seconds_to(goal) for t in trials)])
+            trials.append(Trial(setting=setting, curve=trial(setting, limit_s)))
+
+    first = [grid.settings(shape)[0] for shape in grid.shapes]
+    rest = grid.settings(grid.shapes[0])[1:]
+    if len(first) == 1 and not rest:
+        return Found(best=first[0], trials=(), left_out=0)
+    attempt(first)
+    attempt(grid.settings(best_of(trials, goal).setting.shape)[1:])
+    return Found(best=best_of(trials, goal).setting, trials=tuple(trials), left_out=left_out)
+
+
+def best_of(trials: Sequence[Trial], goal: float) -> Trial:
+    """The first to arrive; if none does, the one with the highest accuracy."""
+    arrived = [t for t in trials if t.curve.seconds_to(goal) < math.inf]
+    if arrived:
+        return min(arrived, key=lambda t: t.curve.seconds_to(goal))
+    return max(trials, key=lambda t: t.curve.best)
