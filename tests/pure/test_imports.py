@@ -5,6 +5,7 @@ imported at the edges only; no room has more modules than one can see at a glanc
 """
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +28,13 @@ BASES = {"errors", "messages", "workers.spec", "processors", "paths"}
 """Modules of a package's own folder that its rooms rest on; the others there rest on the rooms."""
 
 
+@functools.cache
+def imports_and_calls(source: str) -> tuple[ast.Import | ast.ImportFrom | ast.Call, ...]:
+    """The nodes of a source that may import something, wherever they stand."""
+    wanted = ast.Import | ast.ImportFrom | ast.Call
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, wanted))
+
+
 def module_of(root: Path, file: Path) -> str:
     """The name of a source, below `downpour`."""
     return ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -38,7 +46,7 @@ def imported_modules(source: str, package: tuple[str, ...]) -> Iterator[tuple[in
     Imports for type checking count: they couple two packages as much as any other. So do those
     through `import_module` and `__import__` with a literal name.
     """
-    for node in ast.walk(ast.parse(source)):
+    for node in imports_and_calls(source):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -59,7 +67,7 @@ def imported_modules(source: str, package: tuple[str, ...]) -> Iterator[tuple[in
 
 def bare(source: str) -> Iterator[tuple[int, str]]:
     """Yields imports of our packages by names that a user's own packages may bear."""
-    for node in ast.walk(ast.parse(source)):
+    for node in imports_and_calls(source):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
