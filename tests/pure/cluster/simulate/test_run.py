@@ -8,11 +8,22 @@ import pytest
 from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.cluster.simulate import run as simulated
 from downpour.cluster.simulate.inputs import Costs, Faults, Inputs, Machines, Spread
 from downpour.cluster.simulate.options import SimulateConfig, configured, make_inputs
 from downpour.cluster.simulate.run import Forecast, Simulation
 
 STEP_S, APPLY_S = 0.001, 0.0002
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[800, pytest.param(simulated.FEWEST_UPDATES, marks=pytest.mark.soak)],
+    ids=["short", "whole"],
+)
+def fewest_updates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What figures are taken over: fewer updates than users get, but in the soak."""
+    monkeypatch.setattr(simulated, "FEWEST_UPDATES", request.param)
 
 
 def config(replicas: int, steps: int = 5, **given: object) -> RunConfig:
@@ -191,11 +202,11 @@ def test_deaths_cost_time_and_no_mini_batch(partitions: int) -> None:
         assert found.repeated > 0
 
 
-def test_thousands_of_replicas_are_kept_in_one_histogram() -> None:
-    """Every turn of a slot lies between its pull and its push: 5 x 500, and what is kept back."""
-    simulation = Simulation(inputs(config(500, 5), spread=0.2))
+def test_many_replicas_are_kept_in_one_histogram() -> None:
+    """Every turn of a slot lies between its pull and its push: 5 x 100, and what is kept back."""
+    simulation = Simulation(inputs(config(100, 5), spread=0.2))
     found = simulation.forecast()
-    assert found.staleness.summary()["mean"] == pytest.approx(2_500, rel=0.01)
+    assert found.staleness.summary()["mean"] == pytest.approx(500, rel=0.02)
     partition = simulation.partitions[0]
     assert list(partition.state.staleness.dump()) == [0]
     partition.save()

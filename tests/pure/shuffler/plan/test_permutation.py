@@ -20,7 +20,16 @@ def is_bijection(order: np.ndarray, n: int) -> bool:
     return bool((np.bincount(order, minlength=n) == 1).all()) and order.shape == (n,)
 
 
-@pytest.mark.parametrize("sizes", [range(1, 300), range(300, 5000, 37), AROUND_POWERS])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        range(1, 140),
+        np.random.default_rng(0).integers(140, 5000, 60).tolist(),
+        AROUND_POWERS,
+        pytest.param(range(140, 5000), marks=pytest.mark.soak),
+    ],
+    ids=["few", "drawn", "powers", "all"],
+)
 def test_bijection_and_inverse(sizes):
     for n in sizes:
         permutation = Permutation(n, stream_key(0, "test", n))
@@ -54,9 +63,11 @@ def z_score(counts: np.ndarray, expected: float) -> float:
     return (chi_square - freedom) / math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("n", [4, 5])
-def test_every_order_of_few_values_is_equally_likely(n):
-    samples = 1200
+@pytest.mark.parametrize(
+    ("n", "samples"),
+    [(4, 500), (5, 600), *(pytest.param(n, 12_000, marks=pytest.mark.soak) for n in (4, 5))],
+)
+def test_every_order_of_few_values_is_equally_likely(n, samples):
     seen = Counter(
         tuple(Permutation(n, stream_key(1, "uniform", i)).order().tolist()) for i in range(samples)
     )
@@ -64,18 +75,15 @@ def test_every_order_of_few_values_is_equally_likely(n):
     assert abs(z_score(counts, samples / len(counts))) < 4
 
 
-def test_distances_are_uniform():
+@pytest.mark.parametrize("samples", [200, pytest.param(4000, marks=pytest.mark.soak)])
+def test_distances_are_uniform(samples):
     """Neighbours land at every distance alike; three rounds fail this."""
-    n, samples = 80, 1600
-    pairs = np.stack(
-        [
-            Permutation(n, stream_key(2, "pairs", i)).forward(np.array([0, 1]))
-            for i in range(samples)
-        ]
-    )
+    n = 80
+    orders = [Permutation(n, stream_key(2, "pairs", i)).order() for i in range(samples)]
+    pairs = np.stack(orders).reshape(-1, 2)  # no value is in two of them
     counts = np.bincount((pairs[:, 1] - pairs[:, 0]) % n, minlength=n)
     assert counts[0] == 0
-    assert abs(z_score(counts[1:], samples / (n - 1))) < 4
+    assert abs(z_score(counts[1:], len(pairs) / (n - 1))) < 4
 
 
 def test_golden_values():

@@ -39,8 +39,17 @@ def repeats(plan: Plan, epochs: int) -> int:
     return int(np.maximum(met - 1, 0).sum()) // 2
 
 
-def test_each_row_once_for_every_size_to_some_thousands():
-    for num_rows in range(32, 2500):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        range(32, 200),
+        np.random.default_rng(0).integers(200, 2500, 200).tolist(),
+        pytest.param(range(200, 2500), marks=pytest.mark.soak),
+    ],
+    ids=["few", "drawn", "all"],
+)
+def test_each_row_once_for_every_size_to_some_thousands(sizes):
+    for num_rows in sizes:
         plan = Plan(num_rows=num_rows, seed=num_rows)
         assert_each_row_once(plan, plan.max_epochs - 1)
 
