@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.statistics import StatisticsRule
 from downpour.paramserver.rules.update import Regulariser, check_fraction
 from downpour.paramserver.transport.names import NODE, TransportName, WireDtypeName
-
-if TYPE_CHECKING:
-    pass
-
 
 PARTITION_BYTES = 1 << 24
 """Weights for which another partition pays: below this, a push costs more than its bytes."""

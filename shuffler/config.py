@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.plan.plan import Strategy
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import settings_of
 from downpour.cluster.config.run import RunConfig
 
@@ -22,7 +23,7 @@ def describe(config: RunConfig, console: Console) -> None:
 
     from downpour.models.inception import Inception
 
-    spec = config.model_spec()
+    spec = model_spec(config)
     model = spec.build_flat()
     console.print(f"[bold]{config.recipe}[/bold]: {config.model.model}")
     table = Table(box=None, pad_edge=False)

@@ -6,14 +6,10 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 ConfigT = TypeVar("ConfigT")
 

@@ -1,12 +1,15 @@
-"""How long a run is, and what it does on the way."""
+"""How long a run is, and what it does on the way.
+
+Here are also the pure decisions that follow from these values and the progress of a run.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    pass
+from downpour.workers.config import ReplicaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +72,27 @@ class PolicyConfig:
             if getattr(self, name) <= 0:
                 value = getattr(self, name)
                 raise ValueError(f"{name.replace('_', ' ')} is {value}: give more than 0 seconds")
+
+
+def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
+    """How many replicas train after `epochs_done` epochs: the warm start, then an even ramp."""
+    if epochs_done < config.warm_start_epochs:
+        return 1
+    if not config.ramp_epochs:
+        return config.replicas
+    share = min(1.0, (epochs_done - config.warm_start_epochs) / config.ramp_epochs)
+    return max(1, min(config.replicas, 1 + int(share * (config.replicas - 1))))
+
+
+def next_evaluation_s(
+    config: PolicyConfig, began_s: float, ended_s: float, shortest_s: float = math.inf
+) -> float:
+    """When to score again after a scoring from `began_s` to `ended_s`; all on one clock.
+
+    The next one is due after `evaluate_every_s`, or as much later as keeps scoring to its share of
+    the time. A scoring that took more than twice the shortest one (`shortest_s`) was held up: the
+    machine was suspended, or busy with something else. It counts as twice the shortest, because the
+    wait is not what scoring costs.
+    """
+    took_s = min(ended_s - began_s, 2 * shortest_s)
+    return max(ended_s, began_s + max(config.evaluate_every_s, took_s / config.evaluation_share))

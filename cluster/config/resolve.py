@@ -6,9 +6,15 @@ and what an actor gets at each start or connect, such as keys and endpoints (`ra
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from downpour.cluster.config.derive import (
+    make_decoder,
+    make_plan,
+    model_spec,
+    step_config,
+    update_config,
+)
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.config.run import RunConfig
 from downpour.paramserver.partition.ranges import split
@@ -83,8 +89,8 @@ class RunSpecs:
 
 def resolve(config: RunConfig, facts: Facts) -> RunSpecs:
     """What each actor of a run of `config` is told, given the facts."""
-    plan = config.plan(facts.num_rows, facts.shard_rows)
-    model, update = config.model_spec(), config.update_config(plan)
+    plan = make_plan(config, facts.num_rows, facts.shard_rows)
+    model, update = model_spec(config), update_config(config, plan)
     room = facts.num_processors if facts.gpu_places is None else facts.gpu_places
     count = num_processes(config.replicas, room)
     threads = num_threads(config.policy, count, facts.num_processors)
@@ -112,8 +118,8 @@ def resolve(config: RunConfig, facts: Facts) -> RunSpecs:
             ReplicasSpec(
                 replicas=members,
                 model=model,
-                steps=config.step_config(),
-                decoder=config.decoder(),
+                steps=step_config(config),
+                decoder=make_decoder(config),
                 num_threads=threads,
                 queued_windows=config.replicas.queued_windows,
             )
@@ -166,26 +172,3 @@ def num_threads(config: PolicyConfig, num_processes: int, num_processors: int) -
     the machine is busy, and a replay would find other bits.
     """
     return 1 if config.record_pushes else max(1, num_processors // num_processes)
-
-
-def active_replicas(config: ReplicaConfig, epochs_done: float) -> int:
-    """How many replicas train after `epochs_done` epochs: the warm start, then an even ramp."""
-    if epochs_done < config.warm_start_epochs:
-        return 1
-    if not config.ramp_epochs:
-        return config.replicas
-    share = min(1.0, (epochs_done - config.warm_start_epochs) / config.ramp_epochs)
-    return max(1, min(config.replicas, 1 + int(share * (config.replicas - 1))))
-
-
-def next_evaluation_s(
-    config: PolicyConfig, began_s: float, ended_s: float, shortest_s: float = math.inf
-) -> float:
-    """When to score again after a scoring that took from `began_s` to `ended_s`, on one clock.
-
-    Every `evaluate_every_s`, or as much later as keeps scoring to its share of the time. One that
-    took more than twice the shortest was held up (a machine that was suspended, or busy with
-    something else), and counts as twice the shortest: the wait is not what scoring costs.
-    """
-    took_s = min(ended_s - began_s, 2 * shortest_s)
-    return max(ended_s, began_s + max(config.evaluate_every_s, took_s / config.evaluation_share))

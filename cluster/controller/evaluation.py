@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from downpour.cluster.config.policy import PolicyConfig
-from downpour.cluster.config.resolve import next_evaluation_s
+from downpour.cluster.config.policy import PolicyConfig, next_evaluation_s
 from downpour.cluster.controller.backend import (
     Backend,
     Done,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from downpour.cluster.config.resolve import active_replicas
+from downpour.cluster.config.policy import active_replicas
 from downpour.cluster.controller.coverage import Flags, settled_by_all, settled_by_some
 from downpour.cluster.controller.lease_book import Lease, LeaseBook
 from downpour.cluster.controller.warm_start import Course, RampGuard

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from downpour.cluster.config.derive import make_decoder
 from downpour.cluster.config.placement import disk_of
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import RunFailed
@@ -112,7 +113,7 @@ class Shufflers:
         calls = {
             id: look.options(
                 num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(id, soft=False)
-            ).remote(uri, inventory, self._config.decoder(), self._config.model.num_classes)
+            ).remote(uri, inventory, make_decoder(self._config), self._config.model.num_classes)
             for id, uri in uris.items()
         }
         held = {id: self._answer(call, nodes[id].address) for id, call in calls.items()}

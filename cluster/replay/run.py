@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.fs
 
+from downpour.cluster.config.derive import model_spec, update_config
 from downpour.cluster.errors import UserError
 from downpour.cluster.replay.replay import Replay, Taken
 from downpour.cluster.run.checkpoint import CheckpointStore, partitions_before
@@ -79,9 +80,9 @@ def replay_run(
     replay = Replay(
         branches,
         partitions=model.cut(count),
-        config=config.update_config(data.plan),
+        config=update_config(config, data.plan),
         weights=torch.from_numpy(model.weights),
-        recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),
+        recomputer=Recomputer(model_spec(config), loader(config, data.plan)),
         seen=seen,
         taken=taken,
     )

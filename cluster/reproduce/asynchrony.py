@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
@@ -201,7 +202,7 @@ class _Scorer:
         from downpour.workers.evaluation.evaluator import Evaluator
         from downpour.workers.evaluation.split import SplitBatches
 
-        plan, spec = check_data(config).plan, config.model_spec()
+        plan, spec = check_data(config).plan, model_spec(config)
         self.looks: list[dict[str, Any]] = []
         self._per_epoch = plan.num_batches
         total = config.policy.epochs * plan.num_batches

@@ -6,12 +6,8 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from downpour.cluster.run.folder import ABOUT_RECORD
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_about(folder: Path, *, threads: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from downpour.cluster.config import recipes
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import BEST, DATA, MODEL, RunFolder
@@ -73,7 +74,7 @@ def load(run: Path, *, best: bool = False, weights: str | None = None) -> Traine
             other = "--last" if best else "--best"
             raise UserError(f"{path} does not exist (yet): wait for the run to end, or try {other}")
     config = recipes.admit(folder.config())
-    network = Network.load(config.model_spec(), str(path))
+    network = Network.load(model_spec(config), str(path))
     return Trained(folder=folder, config=config, weights=path, network=network)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from downpour.cluster.config import recipes
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
@@ -86,7 +87,7 @@ def predict(
         simulated,
         options,
         num_rows=check_data(config).plan.num_rows,
-        num_parameters=config.model_spec().build_flat().layout.num_parameters,
+        num_parameters=model_spec(config).build_flat().layout.num_parameters,
         like=measured,
     )
     console = Console(stderr=True)
@@ -104,7 +105,7 @@ def predict(
 
 def partitions_of(config: RunConfig) -> int:
     """How many partitions a run of `config` has on this machine."""
-    layout = config.model_spec().build_flat().layout
+    layout = model_spec(config).build_flat().layout
     return config.server.num_partitions(layout.num_parameters, processors())
 
 

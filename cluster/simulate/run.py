@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from downpour.cluster.config.resolve import next_evaluation_s, num_processes, num_threads
+from downpour.cluster.config.derive import make_plan, step_config, update_config
+from downpour.cluster.config.policy import next_evaluation_s
+from downpour.cluster.config.resolve import num_processes, num_threads
 from downpour.cluster.controller.lease_book import Lease, LeaseBook
 from downpour.cluster.errors import UserError
 from downpour.cluster.simulate.clock import Clock, Processors, Wire
@@ -99,14 +101,15 @@ class Simulation:
             for i in range(count)
         ]
         self._wires = [Wire(clock, machines.bytes_per_s, machines.latency_s) for _ in range(count)]
-        self._plan = dataclasses.replace(self._config.plan(inputs.num_rows), past_bound="rekey")
+        plan = make_plan(self._config, inputs.num_rows)
+        self._plan = dataclasses.replace(plan, past_bound="rekey")
         unit = self._config.replicas.steps.n_push
         self.book = LeaseBook(self._plan, UNLIMITED_EPOCHS, unit=unit)
         self._first_server = machines.machines if machines.server_machines else 0
         self.partitions = [
             VirtualPartition(
                 i,
-                config=self._config.update_config(self._plan),
+                config=update_config(self._config, self._plan),
                 clock=clock,
                 processors=self._machines[self._machine_of(i)],
                 costs=inputs.costs,
@@ -167,7 +170,7 @@ class Simulation:
         inputs, machine = self._inputs, member.machine
         process = VirtualProcess(
             replicas=member.replicas,
-            config=self._config.step_config(),
+            config=step_config(self._config),
             clock=self.clock,
             processors=self._machines[machine],
             costs=inputs.costs,

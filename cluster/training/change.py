@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from downpour.cluster.config import recipes
+from downpour.cluster.config.derive import model_spec, update_config
 from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
@@ -13,9 +13,6 @@ from downpour.cluster.run.checkpoint import CheckpointStore, partitions_before
 from downpour.cluster.run.folder import CONFIG, RunFolder
 from downpour.cluster.training.inputs import Data, build_model, check_data_unchanged, loader
 from downpour.workers.spec import DeviceName
-
-if TYPE_CHECKING:
-    pass
 
 
 def change(
@@ -70,8 +67,8 @@ def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int)
             store,
             checkpoint,
             partitions,
-            config=config.update_config(data.plan),
+            config=update_config(config, data.plan),
             epochs=config.policy.epochs,
-            recomputer=Recomputer(config.model_spec(), loader(config, data.plan)),
+            recomputer=Recomputer(model_spec(config), loader(config, data.plan)),
         )
     return new

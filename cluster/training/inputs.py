@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from downpour.cluster.config.derive import make_decoder, make_plan, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import DATA, RunFolder
@@ -73,11 +74,11 @@ def check_data(config: RunConfig) -> Data:
     _check_split(config, config.data.eval_split, Decoder(spec=config.model.input))
     train: Dataset | Inventory
     if config.data.node_folder is None:
-        train = _check_split(config, config.data.train_split, config.decoder())
+        train = _check_split(config, config.data.train_split, make_decoder(config))
     else:
         train = Inventory.read(config.data.data, config.data.train_split)
     return Data(
-        plan=config.plan(train.num_rows, train.shard_rows),
+        plan=make_plan(config, train.num_rows, train.shard_rows),
         fingerprint=train.fingerprint,
         class_names=train.class_names,
     )
@@ -94,7 +95,7 @@ def _check_split(config: RunConfig, split_name: str, decoder: Decoder) -> Datase
 
 def build_model(config: RunConfig) -> Model:
     """Build the network of `config`. This is what imports PyTorch."""
-    model = config.model_spec().build_flat("cpu")
+    model = model_spec(config).build_flat("cpu")
     return Model(
         weights=model.weights.numpy(),
         num_features=model.layout.num_features,
@@ -121,7 +122,7 @@ def loader(config: RunConfig, plan: Plan) -> Callable[[int, int], tuple[Tensor, 
 
     dataset = Dataset.open(config.data.data, config.data.train_split)
     reader = RowReader(dataset, num_classes=config.model.num_classes)
-    decoder = config.decoder()
+    decoder = make_decoder(config)
 
     def load(epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         rows = plan.rows(epoch, batch)

@@ -6,12 +6,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from downpour.cluster.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def ray_address(given: str | None) -> str:

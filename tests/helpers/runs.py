@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from downpour.cluster.config.derive import make_plan
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.controller import Controller
 from downpour.cluster.controller.lease_book import Lease
@@ -32,7 +33,8 @@ class Run:
         self.folder = RunFolder.open(folder) if resume else RunFolder.create(folder, config)
         self.store = CheckpointStore(self.folder.checkpoints_uri)
         self.resumed = self.store.latest()[0] if resume else None
-        self.plan = config.plan(Dataset.open(config.data.data, config.data.train_split).num_rows)
+        dataset = Dataset.open(config.data.data, config.data.train_split)
+        self.plan = make_plan(config, dataset.num_rows)
         self.backend = ThreadBackend(config, self.plan, resumed=self.resumed, store=self.store)
         self.shown: list[Progress] = []
         self.controller = Controller(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.resolve import Facts, resolve
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import (
@@ -55,7 +56,7 @@ class ThreadBackend:
         store: CheckpointStore | None = None,
     ) -> None:
         self.config, self.plan = config, plan
-        self.spec = config.model_spec()
+        self.spec = model_spec(config)
         model = self.spec.build_flat("cpu")
         layout = model.layout
         num_processes = min(num_processes, config.replicas.replicas)

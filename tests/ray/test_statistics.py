@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from downpour.cluster.config.derive import make_plan, model_spec
 from downpour.cluster.run.folder import RunFolder
 from downpour.models.flat import FlatModel
 from downpour.models.fold import fold
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture(scope="module")
 def trained(folder: RunFolder) -> Evaluator:
     config = folder.config()
-    spec = config.model_spec()
+    spec = model_spec(config)
     evaluator = Evaluator(spec, SplitBatches(spec, config.data.data, config.data.eval_split))
     evaluator.load(str(folder.path / "model.safetensors"))
     return evaluator
@@ -54,7 +55,7 @@ def training_batches(folder: RunFolder) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch's mini-batches, by the plan."""
     config = folder.config()
     dataset = Dataset.open(config.data.data, config.data.train_split)
-    reader, plan = RowReader(dataset), config.plan(dataset.num_rows)
+    reader, plan = RowReader(dataset), make_plan(config, dataset.num_rows)
     for window in plan.window_order(0).tolist():
         rows, lengths = plan.rows_of(0, plan.window_batches_order(0, window))
         inputs, labels = decode(reader.take(rows), config.model.input)
@@ -64,7 +65,7 @@ def training_batches(folder: RunFolder) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def test_the_server_kept_what_algorithm_2_recomputes(folder: RunFolder, trained: Evaluator) -> None:
-    model = FlatModel(folder.config().model_spec().build())
+    model = FlatModel(model_spec(folder.config()).build())
     model.bind(trained.weights)
     recomputed = population_statistics(model, training_batches(folder))
     kept = trained.statistics
@@ -87,7 +88,7 @@ def test_folding_the_statistics_in_changes_nothing_but_rounding(
     config = folder.config()
     folded = fold(trained._model.module)
     assert not any("Norm" in type(m).__name__ for m in folded.modules())
-    batches = SplitBatches(config.model_spec(), config.data.data, config.data.eval_split)
+    batches = SplitBatches(model_spec(config), config.data.data, config.data.eval_split)
     with torch.inference_mode():
         for inputs, _ in batches():
             torch.testing.assert_close(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.controller.backend import ProcessLost, RunFailed
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.errors import user_message
@@ -65,7 +66,7 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
     run.assert_exactly_once(outcome)
     assert outcome.reports[0].staleness == {0: [252]}  # always computed on the latest version
 
-    model = FlatModel(config.model_spec().build())
+    model = FlatModel(model_spec(config).build())
     named = dict(model.module.named_parameters())
     decayed = [named[e.name] for e in model.layout.entries if e.decays]
     others = [named[e.name] for e in model.layout.entries if not e.decays]

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 from rich.console import Console
 
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.controller.members import Outcome
@@ -75,7 +76,7 @@ def test_a_run_ends_at_the_first_scoring_that_reaches_the_accuracy(
     assert all(a < 0.7 for a in scored[:-1])
 
     # The model is what reached it.
-    spec = run.config.model_spec()
+    spec = model_spec(run.config)
     evaluator = Evaluator(spec, SplitBatches(spec, data, "test"))
     evaluator.load(str(run.folder.path / MODEL))
     assert evaluator.score().accuracy == accuracy

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from downpour.cluster.config.derive import make_decoder, model_spec, step_config
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
 from downpour.models.errors import ModelError
@@ -60,10 +61,10 @@ def test_members_that_were_spares_train_like_others(
 def test_an_error_of_its_second_half_comes_to_who_waits_for_it(data: str) -> None:
     spare = ReplicasSpare()
     config = tiny.config(data)
-    broken = config.model_spec()
+    broken = model_spec(config)
     object.__setattr__(broken, "name", "no-such-model")
     spec = ReplicasSpec(
-        replicas=(0,), model=broken, steps=config.step_config(), decoder=config.decoder()
+        replicas=(0,), model=broken, steps=step_config(config), decoder=make_decoder(config)
     )
     with pytest.raises(ModelError):
         spare.assume(spec)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from downpour.cluster.config.derive import make_plan
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import CheckpointStore
@@ -43,7 +44,7 @@ def test_a_run_whose_partitions_were_killed_and_that_was_resumed(tmp_path: Path,
     config, folder = tiny.config(data, epochs=4), tmp_path / "run"
     killed_stopped_and_resumed(folder, config, deaths={8: 1, 16: 0}, stop_at=24)
     assert len(record.files(folder / "record")) == 3 + 2 + 3
-    q = config.plan(1000).num_batches
+    q = make_plan(config, 1000).num_batches
     versions: dict[int, list[int]] = {0: [], 1: [], 2: []}
     batches: set[tuple[int, int, int]] = set()
 

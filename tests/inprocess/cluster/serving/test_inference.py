@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from downpour.cluster.cli.commands import downpour
 from downpour.cluster.config import recipes
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError, run_cli
@@ -76,7 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _make_run(path: Path, config: RunConfig) -> None:
     folder = RunFolder.create(path, config)
     folder.write_json("data.json", {"train_fingerprint": "", "class_names": list(NAMES)})
-    spec = config.model_spec()
+    spec = model_spec(config)
     flat = spec.build_flat("cpu")
     rows, labels = _training_rows(config)
     inputs = torch.from_numpy(decode_any_size(rows, spec))
@@ -142,7 +143,7 @@ class TestEvaluate:
         from downpour.workers.evaluation.split import SplitBatches
 
         config = RunFolder.open(place / "one").config()
-        spec = config.model_spec()
+        spec = model_spec(config)
         evaluator = Evaluator(spec, SplitBatches(spec, config.data.data, "test"))
         evaluator.load(str(place / "one" / "model.safetensors"))
         score = evaluator.score()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from downpour.cluster.config.derive import model_spec, update_config
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.training.inputs import loader
@@ -88,7 +89,7 @@ def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
     sizes = [len(rounds.taken[0][start]) for start in sorted(first)]
     assert sizes == [8] * (total // 8) + [total % 8] * (total % 8 > 0)
 
-    model = FlatModel(run.config.model_spec().build())
+    model = FlatModel(model_spec(run.config).build())
     rate = config.server.schedule.learning_rate
     optimizer = torch.optim.SGD(model.module.parameters(), lr=rate, momentum=0.9)
     reader = RowReader(Dataset.open(data, "train"))
@@ -168,9 +169,9 @@ def test_a_run_goes_on_with_another_number_of_partitions(tmp_path: Path, data: s
         run.store,
         checkpoint,
         2,
-        config=config.update_config(run.plan),
+        config=update_config(config, run.plan),
         epochs=3,
-        recomputer=Recomputer(config.model_spec(), loader(config, run.plan)),
+        recomputer=Recomputer(model_spec(config), loader(config, run.plan)),
     )
     server = dataclasses.replace(config.server, partitions=2)
     again = Run(tmp_path / "run", dataclasses.replace(config, server=server), resume=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from downpour.cluster.config.derive import make_decoder, model_spec, step_config
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.errors import UserError
@@ -185,9 +186,9 @@ def test_without_a_gpu_nothing_is_started(
     change(folder, found, device="cuda")
     with pytest.raises(DeviceMissing, match="there is no GPU here: give --replica-device cpu"):
         train(folder, found, resume=False, address=None, dashboard=False, console=None)
-    steps = folder.config().step_config()
+    steps = step_config(folder.config())
     spec = ReplicasSpec(
-        replicas=(0,), model=config.model_spec(), steps=steps, decoder=config.decoder()
+        replicas=(0,), model=model_spec(config), steps=steps, decoder=make_decoder(config)
     )
     with pytest.raises(DeviceMissing, match="there is no GPU in a process of replicas: give"):
         actor.ReplicasActor(spec)

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from downpour.cluster.config import inception_recipes, recipes
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.plain import to_plain
-from downpour.cluster.config.policy import PolicyConfig
-from downpour.cluster.config.resolve import next_evaluation_s
+from downpour.cluster.config.policy import PolicyConfig, next_evaluation_s
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 
@@ -65,7 +65,7 @@ def test_the_ensemble_is_six_changed_bn_x30() -> None:
 
 def test_smaller_networks_by_options() -> None:
     given = {"width": 0.25, "image_size": 32, "stem_stride": 4, "num_classes": 10}
-    spec = apply(recipes.find("bn-x5"), given).model_spec()
+    spec = model_spec(apply(recipes.find("bn-x5"), given))
     assert spec.image.input_shape == (3, 32, 32)
     model = spec.build_flat()
     assert model.layout.num_parameters == 641_938
@@ -74,7 +74,7 @@ def test_smaller_networks_by_options() -> None:
 def test_every_recipe_builds_its_network() -> None:
     for name in ("inception", "bn-x5-sigmoid", "ensemble-6"):
         config = apply(recipes.find(name), {"width": 0.0625, "image_size": 32})
-        assert config.model_spec().build_flat().layout.num_parameters > 0
+        assert model_spec(config).build_flat().layout.num_parameters > 0
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import json
 import pytest
 
 from downpour.cluster.config import recipes
+from downpour.cluster.config.derive import make_plan, model_spec, step_config, update_config
 from downpour.cluster.config.options import OptionError, apply, settings_of
 from downpour.cluster.config.plain import from_plain, to_plain
-from downpour.cluster.config.policy import PolicyConfig
-from downpour.cluster.config.resolve import active_replicas, num_processes, num_threads
+from downpour.cluster.config.policy import PolicyConfig, active_replicas
+from downpour.cluster.config.resolve import num_processes, num_threads
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.paramserver.config import ServerConfig
@@ -80,10 +81,10 @@ def test_json_and_back() -> None:
 
 def test_rules_by_name() -> None:
     config = apply(recipes.find("mnist-bn"), {"rule": "adagrad"})
-    plan = config.plan(60_000)
-    assert config.update_config(plan).rule == Adagrad()
-    assert recipes.find("mnist-bn").update_config(plan).rule == Momentum(momentum=0.9)
-    assert config.update_config(plan).batches_per_epoch == 1875
+    plan = make_plan(config, 60_000)
+    assert update_config(config, plan).rule == Adagrad()
+    assert update_config(recipes.find("mnist-bn"), plan).rule == Momentum(momentum=0.9)
+    assert update_config(config, plan).batches_per_epoch == 1875
 
 
 def test_recorded_steps_are_computed_on_one_thread() -> None:
@@ -109,15 +110,15 @@ def test_processes_are_as_many_as_processors_unless_told() -> None:
 
 def test_the_initial_weights_depend_on_the_seed_alone() -> None:
     config = recipes.find("mnist-bn")
-    assert config.model_spec().seed == config.model_spec().seed
+    assert model_spec(config).seed == model_spec(config).seed
     other = apply(config, {"seed": 1})
-    assert other.model_spec().seed != config.model_spec().seed
+    assert model_spec(other).seed != model_spec(config).seed
 
 
 def test_bounded_staleness_is_told_to_the_replicas_and_needs_a_version_for_each_push() -> None:
     config = apply(recipes.find("mnist-bn"), {"staleness_policy": "bounded"})
-    assert config.step_config().by_permit
-    assert not recipes.find("mnist-bn").step_config().by_permit
+    assert step_config(config).by_permit
+    assert not step_config(recipes.find("mnist-bn")).by_permit
     with pytest.raises(OptionError, match="n fetch 1 and n push 2: give both the same value"):
         apply(config, {"n_push": 2})
 
@@ -163,10 +164,10 @@ def test_compensation_is_configured_and_survives_json() -> None:
     }
     config = apply(recipes.find("mnist-bn"), options)
     assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
-    assert config.update_config(config.plan(60_000)).policy.strength == 0.1
-    assert config.step_config().by_push
-    assert not config.step_config().by_permit
-    assert not recipes.find("mnist-bn").step_config().by_push
+    assert update_config(config, make_plan(config, 60_000)).policy.strength == 0.1
+    assert step_config(config).by_push
+    assert not step_config(config).by_permit
+    assert not step_config(recipes.find("mnist-bn")).by_push
 
 
 @pytest.mark.parametrize(
@@ -192,10 +193,10 @@ def test_rounds_are_configured_and_survive_json(pushes: int | None, expected: in
     given = {"staleness_policy": "synchronous", "round_pushes": pushes}
     config = apply(recipes.find("mnist-bn"), given)
     assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
-    update = config.update_config(config.plan(60_000))
+    update = update_config(config, make_plan(config, 60_000))
     assert (update.policy.round_pushes, update.policy.round_steps) == (expected, 50)
     assert update.epochs == config.policy.epochs
-    assert config.step_config().by_permit
+    assert step_config(config).by_permit
 
 
 @pytest.mark.parametrize(
@@ -219,6 +220,6 @@ def test_a_device_is_told_to_the_replicas_and_survives_json() -> None:
     given = {"replica_device": "cuda", "gpus_per_process": 0.25}
     config = apply(recipes.find("mnist-bn"), given)
     assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config)))) == config
-    assert config.step_config().device == "cuda"
+    assert step_config(config).device == "cuda"
     assert config.replicas.gpu_share == 0.25
     assert recipes.find("mnist-bn").replicas.gpu_share is None
