@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from downpour.cluster.config import recipes
 from downpour.cluster.config.options import apply, given_in
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import EXIT_ERROR, UserError
+
+if TYPE_CHECKING:
+    from downpour.cluster.deploy.upload import Upload
 
 FILES = "`downpour train` and `downpour resume`"
 
@@ -65,11 +69,12 @@ def submit(
     from downpour.cluster.deploy import jobs
 
     if not follow:
-        check_job(arguments)
+        travels = check_job(arguments)
     elif job_id is None or arguments:
         raise UserError("--follow needs --id of a job, and no command")
     client = jobs.connect(address)
     if not follow:
+        click.echo(travels.line())
         job_id = jobs.submit(client, arguments, job_id)
         click.echo(f"job {job_id} submitted: {shlex.join(('downpour', *arguments))}")
         if not wait:
@@ -79,8 +84,14 @@ def submit(
     return jobs.follow(client, job_id)
 
 
-def check_job(arguments: tuple[str, ...]) -> None:
-    """Refuse here what the job would refuse on the cluster, before anything is uploaded."""
+def check_job(arguments: tuple[str, ...]) -> Upload:
+    """Refuse here what the job would refuse on the cluster, and return what would travel there.
+
+    Raises:
+        UserError: the command is wrong, or what it needs does not travel.
+    """
+    from downpour.cluster.deploy import upload
+
     if not arguments:
         raise UserError(f"no command: give one of {FILES} with its arguments")
     name, *rest = arguments
@@ -97,8 +108,13 @@ def check_job(arguments: tuple[str, ...]) -> None:
             f"{option} is {place}, which would be in the job's own folder and go with it: give "
             "the full path of a folder that the nodes share, such as /mnt/downpour/runs"
         )
-    if name == "train":
-        apply(recipes.find(parameters["recipe"]), given)
+    config = apply(recipes.find(parameters["recipe"]), given) if name == "train" else None
+    travels = upload.measure(Path.cwd())
+    upload.check_size(travels)
+    if config is not None:
+        for line in upload.missing(travels, parameters["recipe"], config):
+            click.echo(line, err=True)
+    return travels
 
 
 COMMANDS = (cluster_files, check, submit)

@@ -1,8 +1,12 @@
-"""Jobs on a Ray cluster: submitting one, and following its output. What it runs is a `downpour`."""
+"""Jobs on a Ray cluster: submitting one, and following its output.
+
+What a job runs is a command of `downpour`. What travels with it is `upload`'s.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -10,25 +14,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from downpour.cluster.config.paths import PACKAGE, checkout
+from downpour.cluster.config.paths import PACKAGE
+from downpour.cluster.deploy import upload
 from downpour.cluster.errors import EXIT_ERROR, UserError, one_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TOKEN_FILE = Path("~/.ray/auth_token")
 LOOK_AGAIN_S = 1.0
-EXCLUDES = (".git", ".venv", "runs", "__pycache__")
-"""What a job needs nothing of, wherever it is; .gitignore is honoured besides."""
-CHECKOUT_EXCLUDES = ("/docs", "/tests", "/downpour", "/benchmarks/results")
-"""The same in a checkout of Downpour, whose code travels as the package."""
+_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 
 
 def connect(address: str | None) -> Any:
-    """A client of the cluster's job API; a one-line error where it does not answer."""
+    """A client of the cluster's job API.
+
+    Args:
+        address: URL of the cluster's dashboard; None takes RAY_API_SERVER_ADDRESS, or else
+            `DEFAULT_ADDRESS`.
+
+    Raises:
+        UserError: the cluster does not answer, or refuses the token.
+    """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     if TOKEN_FILE.expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
         client.list_jobs()  # the first word is what tells whether the token is right
@@ -41,10 +53,12 @@ def connect(address: str | None) -> Any:
 
 
 def submit(client: Any, arguments: Sequence[str], job_id: str | None) -> str:
-    """Submit `downpour ARGUMENTS`; returns the job's id.
+    """Submit `downpour ARGUMENTS` with the working directory; return the job's id.
 
-    The working directory travels with the job, and this installation of Downpour beside it, so
-    that recipes of one's own are there and the nodes need the dependencies only.
+    This installation of Downpour travels as well, so the nodes need only its dependencies.
+
+    Raises:
+        UserError: the cluster refuses the job.
     """
     try:
         submitted: str = client.submit_job(
@@ -60,16 +74,19 @@ def submit(client: Any, arguments: Sequence[str], job_id: str | None) -> str:
 
 def runtime_env(working_dir: Path) -> dict[str, Any]:
     """Ray's runtime environment of a job that is submitted from `working_dir`."""
-    own = CHECKOUT_EXCLUDES if checkout() == working_dir.resolve() else ()
     return {
         "working_dir": str(working_dir),
         "py_modules": [str(PACKAGE)],
-        "excludes": [*EXCLUDES, *own],
+        "excludes": upload.excludes(working_dir),
     }
 
 
 def follow(client: Any, job_id: str) -> int:
-    """Print a job's output until it ends; gives the exit status for this command."""
+    """Print a job's output until it ends; return the exit status for this command.
+
+    Raises:
+        UserError: the cluster knows no such job, or the connection is lost.
+    """
     try:
         asyncio.run(_print(client, job_id))
         status, message = _ended(client, job_id)

@@ -20,6 +20,7 @@ runs/<name>/
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -32,6 +33,7 @@ from typing import Any
 from downpour.cluster.config.plain import from_plain, to_plain
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.shuffler.dataset.bundled import at_hand
 
 CONFIG, RESOLVED = "config.json", "resolved.json"
 DATA, STATUS = "data.json", "status.json"
@@ -104,8 +106,10 @@ class RunFolder:
         return f"{elsewhere.rstrip('/')}/{self.name}"
 
     def config(self) -> RunConfig:
-        """The configuration that the run began with."""
-        return from_plain(RunConfig, self.read_json(CONFIG))
+        """The configuration that the run began with; bundled data is this installation's."""
+        config = from_plain(RunConfig, self.read_json(CONFIG))
+        data = dataclasses.replace(config.data, data=at_hand(config.data.data))
+        return dataclasses.replace(config, data=data)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

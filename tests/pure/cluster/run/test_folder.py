@@ -1,5 +1,6 @@
 """A run's folder: made once, held by one process, written whole."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from downpour.cluster.config import recipes
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import RunFolder
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 
 
 def test_a_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -53,3 +55,15 @@ def test_a_damaged_configuration_is_a_line(tmp_path: Path) -> None:
     (folder.path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         folder.config()
+
+
+def test_bundled_data_of_another_installation_is_this_ones(tmp_path: Path) -> None:
+    config = recipes.find("mnist")
+    gone = "/tmp/ray/session_1/py_modules_files/_ray_pkg_1/downpour/data/mnist-binary"
+    for there, here in ((gone, BUNDLED_MNIST), ("/mnt/data/mnist-binar", "/mnt/data/mnist-binar")):
+        data = dataclasses.replace(config.data, data=there)
+        name = here.replace("/", "-")
+        folder = RunFolder.create(tmp_path / name, dataclasses.replace(config, data=data))
+        assert folder.config() == dataclasses.replace(
+            config, data=dataclasses.replace(config.data, data=here)
+        )
