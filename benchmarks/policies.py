@@ -89,7 +89,8 @@ def _pushes(num_parameters: int, policy: dict[str, Any]) -> Iterator[float]:
 
     from downpour.paramserver.messages import Push
     from downpour.paramserver.partition.ranges import split
-    from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+    from downpour.paramserver.partition.state import PartitionState
+    from downpour.paramserver.partition.update_config import UpdateConfig
     from downpour.paramserver.rules.policy import StalenessPolicy
     from downpour.paramserver.rules.update import Momentum
     from downpour.paramserver.transport.memory import PublishedWeights

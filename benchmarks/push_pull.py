@@ -41,7 +41,7 @@ from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, mach
 from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.messages import KEY_BYTES, Outcome
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import UpdateConfig
+from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Momentum
 from downpour.paramserver.server.server import PartitionServer

@@ -115,12 +115,12 @@ class PartitionActor:
             return PartitionReport(
                 index=server.partition.index,
                 version=state.version,
-                examples=state.examples,
-                rate=state.rate(),
-                staleness=state.staleness.dump(),
-                refusals=dict(state.refusals),
-                quarantined=tuple(sorted(state.quarantined)),
-                drift=state.statistics.drift(state.current.statistics),
+                examples=state.ledger.examples,
+                rate=state.ledger.rate(),
+                staleness=state.ledger.staleness.dump(),
+                refusals=dict(state.ledger.refusals),
+                quarantined=tuple(sorted(state.ledger.quarantined)),
+                drift=state.vectors.statistics.drift(state.current.statistics),
                 connections=server.num_connections,
                 connections_closed=server.dropped(),
                 first_update_at=server.first_update_at,
@@ -128,14 +128,14 @@ class PartitionActor:
                 updates_before=self._updates_before,
                 has_follower=server.has_follower,
                 cpu_s=time.thread_time(),  # this is run by the thread that serves
-                **state.counts(),
+                **state.ledger.counts(),
             )
 
         return server.call(look)
 
     def flags(self, epochs: Sequence[int]) -> dict[int, npt.NDArray[np.uint8]]:
         """What became of each mini-batch of these epochs: waiting, applied or refused."""
-        return self._server.call(lambda state: {e: state.applied.flags(e) for e in epochs})
+        return self._server.call(lambda state: {e: state.ledger.applied.flags(e) for e in epochs})
 
     def snapshot(self, folder_uri: str) -> SnapshotFile:
         """Write a snapshot into a folder; pushes wait only while the state is copied.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from downpour.paramserver.partition.ranges import Partition
-    from downpour.paramserver.partition.state import UpdateConfig
+    from downpour.paramserver.partition.update_config import UpdateConfig
     from downpour.paramserver.transport.local import Endpoint
     from downpour.paramserver.transport.security import Credentials
 

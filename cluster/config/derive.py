@@ -19,7 +19,7 @@ from downpour.shuffler.plan.plan import Plan
 from downpour.workers.spec import ModelSpec, StepConfig
 
 if TYPE_CHECKING:
-    from downpour.paramserver.partition.state import UpdateConfig
+    from downpour.paramserver.partition.update_config import UpdateConfig
 
 
 def make_plan(config: RunConfig, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
@@ -83,7 +83,7 @@ def step_config(config: RunConfig) -> StepConfig:
 
 def update_config(config: RunConfig, plan: Plan) -> UpdateConfig:
     """How a push changes a partition."""
-    from downpour.paramserver.partition.state import UpdateConfig
+    from downpour.paramserver.partition.update_config import UpdateConfig
 
     server = config.server
     return UpdateConfig(

@@ -31,7 +31,8 @@ from downpour.paramserver.partition.record import Branch, Entry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+    from downpour.paramserver.partition.state import PartitionState
+    from downpour.paramserver.partition.update_config import UpdateConfig
     from downpour.workers.recompute import Computed, Recomputer
 
 Key = tuple[int, int, int]
@@ -81,7 +82,7 @@ class _Line:
     def refuse(self, entry: Entry) -> None:
         """Settle a mini-batch as refused, as the partition did."""
         before = self.state.current
-        self.state.applied.add(entry.epoch, entry.batch, REFUSED)
+        self.state.ledger.applied.add(entry.epoch, entry.batch, REFUSED)
         self.state.close_last_round(self._room)
         if self.state.current is not before:
             self._spare = before
@@ -92,7 +93,7 @@ class _Line:
             return self._spare
         import torch
 
-        from downpour.paramserver.partition.state import Version
+        from downpour.paramserver.partition.vectors import Version
 
         current = self.state.current
         return Version(
@@ -235,7 +236,8 @@ class Replay:
     def _begin(self, branch: Branch, parent: PartitionState | None) -> None:
         import torch
 
-        from downpour.paramserver.partition.state import PartitionState, Version
+        from downpour.paramserver.partition.state import PartitionState
+        from downpour.paramserver.partition.vectors import Version
 
         partition = self._partitions[branch.partition]
         current, spare = (

@@ -1,20 +1,17 @@
 """A partition on the virtual clock: the server's own decisions, without weights.
 
-What becomes of a push is decided by `PartitionState`, and who may begin a step by `Admission` or
-`Rounds`, as on a real partition. The loop around them is modelled after
-`paramserver.server.server`: connections that have something are served in turn, a packet at a time,
-and a packet is answered when all of it has been taken.
+The server's `Ledger` decides what becomes of a push, and its `Permits` decide who may begin a step,
+as on a real partition. The loop around them is modelled on `paramserver.server.server`: connections
+that have sent something are served in turn, a packet at a time, and a packet is answered once all
+of it has been taken.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from downpour.cluster.simulate.clock import Body, Clock, Processors, Thread
 from downpour.cluster.simulate.inputs import Costs
@@ -22,19 +19,16 @@ from downpour.paramserver.admission.bounded import Admission
 from downpour.paramserver.admission.permits import Permit, Permits
 from downpour.paramserver.admission.rounds import Rounds
 from downpour.paramserver.messages import Outcome, PermitRequest, Push
-from downpour.paramserver.partition.ranges import split
+from downpour.paramserver.partition.ledger import make_ledger
 from downpour.paramserver.partition.staleness import Histogram, StalenessRecord
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.update import updates_in_place
 from downpour.paramserver.server.server import PUSHES_A_TURN
 
 Message = Push | PermitRequest
-NOTHING = torch.zeros(1)
-"""A gradient of the one parameter that there is; it never changes."""
-NO_MOMENTS = torch.zeros(1, 3, 0)
 
 
-class Pooled(StalenessRecord):
+class PooledStaleness(StalenessRecord):
     """A record of staleness that does not tell replicas apart.
 
     A histogram for each of 10,000 replicas, with 50,000 steps in flight, would be gigabytes.
@@ -43,40 +37,6 @@ class Pooled(StalenessRecord):
     def add(self, replica: int, staleness: int) -> None:
         """Count one applied push."""
         super().add(0, staleness)
-
-
-class Weightless(PartitionState):
-    """A partition's state without weights: all that is decided, and nothing that is computed."""
-
-    def __init__(self, config: UpdateConfig) -> None:
-        """Version 0."""
-        (partition,) = split(num_parameters=1, num_features=0, num_decayed=0, num_partitions=1)
-        super().__init__(
-            partition, config, Version(weights=torch.zeros(1), statistics=torch.empty(2, 0))
-        )
-
-        self.staleness = Pooled()
-
-    def load(self, meta: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-        """As the real one does it."""
-        super().load(meta, tensors)
-        self.staleness = Pooled(self.staleness.dump())
-
-    def take(self, push: Push) -> Outcome:
-        """Take in one push, whose gradient is as it should be."""
-        return self.apply(push, NOTHING, NO_MOMENTS)
-
-    def _measure(self, gradient: Tensor, moments: Tensor) -> tuple[float, float]:
-        return 0.0, 0.0
-
-    def _remembers(self, version: int) -> bool:
-        return True
-
-    def _update(self, *_: object) -> None:
-        pass
-
-    def _step(self, *_: object) -> None:
-        pass
 
 
 @dataclass(eq=False)
@@ -119,21 +79,21 @@ class VirtualPartition:
         self._push_by_push = updates_in_place(share)
         """Whether each version of a packet can be pulled, as `paramserver.server.server` does it.
         """
-        self.state = Weightless(config)
+        self.ledger = make_ledger(config, PooledStaleness())
         self.seen = Histogram()
         """Staleness of what was applied since somebody last emptied this."""
         self.applied = 0
         """Updates so far, those that a death has taken back among them."""
-        self._saved = self.state.dump()
+        self._saved = self.ledger.dump()
         self.up = False
         self._count = 0
         self.start()
 
     def start(self) -> None:
         """Serve from the last checkpoint on."""
-        self.state = Weightless(self._config)
-        self.state.load(*self._saved)
-        self.version = self.state.weights_version
+        self.ledger = make_ledger(self._config, PooledStaleness())
+        self.ledger.load(*self._saved)
+        self.version = self.ledger.weights_version
         """The version that a pull would get now."""
         policy = self._config.policy
         self._permits: Permits[tuple[Line, Push]] | None = None
@@ -149,7 +109,7 @@ class VirtualPartition:
 
     def save(self) -> None:
         """Take a checkpoint. What the copy costs is not modelled."""
-        self._saved = self.state.dump()
+        self._saved = self.ledger.dump()
 
     def die(self) -> None:
         """Lose everything since the last checkpoint."""
@@ -216,7 +176,7 @@ class VirtualPartition:
                 yield self._costs.apply.draw(self._rng)
                 answers.append((message.mailbox, self._apply(message)))
                 if self._push_by_push:
-                    self.version = self.state.weights_version
+                    self.version = self.ledger.weights_version
             elif not line.is_open:
                 continue
             elif isinstance(message, PermitRequest):
@@ -224,13 +184,13 @@ class VirtualPartition:
             else:
                 key = (line.number, message.mailbox)
                 self._permits.push(key, message.version, (line, message))
-        self.version = self.state.weights_version
+        self.version = self.ledger.weights_version
         if answers and line.is_open:
             line.answer(answers)
 
     def _apply(self, push: Push) -> Outcome:
-        staleness = self.state.staleness_of(push)
-        outcome = self.state.take(push)
+        staleness = self.ledger.staleness_of(push)
+        outcome = self.ledger.take(push)
         if outcome is Outcome.APPLIED:
             self.seen.add(staleness)
             self.applied += 1
@@ -238,14 +198,14 @@ class VirtualPartition:
 
     def _go_on(self, permits: Permits[tuple[Line, Push]]) -> Body:
         answers: dict[int, list[tuple[int, Outcome]]] = {}
-        while (due := permits.next(self.state.version, self.version)) is not None:
+        while (due := permits.next(self.ledger.version, self.version)) is not None:
             number, mailbox = due.key
             if isinstance(due, Permit):
                 outcome = Outcome.PERMITTED
             else:
                 yield self._costs.apply.draw(self._rng)
                 outcome = self._apply(due.push[1])
-                self.version = self.state.weights_version
+                self.version = self.ledger.weights_version
             answers.setdefault(number, []).append((mailbox, outcome))
         for number, told in answers.items():
             if self._lines[number].is_open:

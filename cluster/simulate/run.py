@@ -239,7 +239,7 @@ class Simulation:
         self._grant()
 
     def _settled(self, epoch: int) -> npt.NDArray[np.bool_]:
-        flags = [p.state.applied.flags(epoch) != WAITING for p in self.partitions]
+        flags = [p.ledger.applied.flags(epoch) != WAITING for p in self.partitions]
         settled: npt.NDArray[np.bool_] = np.logical_and.reduce(flags)
         return settled
 
@@ -356,7 +356,7 @@ class Simulation:
     @property
     def _settled_batches(self) -> int:
         """Mini-batches that every partition has settled, and that no death has taken back."""
-        return min(p.state.applied.num_applied for p in self.partitions)
+        return min(p.ledger.applied.num_applied for p in self.partitions)
 
     def _until(
         self, ready: Callable[[], bool], progress: Callable[[int, int], None], total: int
@@ -381,7 +381,7 @@ class Simulation:
         """Assert the invariants of everything that has any."""
         self.book.check()
         for partition in self.partitions:
-            partition.state.check()
+            partition.ledger.check()
 
     def _reading(self) -> _Reading:
         return _Reading(
@@ -417,7 +417,7 @@ class Simulation:
             pull_wait_ms=1e3 * counts.pull_s / max(1, counts.steps),
             busy=(busy(0), busy(self._first_server)),
             deaths=end.deaths - begin.deaths,
-            repeated=sum(p.state.outcomes[Outcome.DUPLICATE] for p in self.partitions),
+            repeated=sum(p.ledger.outcomes[Outcome.DUPLICATE] for p in self.partitions),
         )
 
 

@@ -26,7 +26,8 @@ from downpour.paramserver.partition.snapshot import Snapshot
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+    from downpour.paramserver.partition.state import PartitionState
+    from downpour.paramserver.partition.update_config import UpdateConfig
     from downpour.workers.recompute import Recomputer
 
 
@@ -87,7 +88,7 @@ def level(states: Sequence[PartitionState], epochs: int, recomputer: Recomputer)
     """Apply what some partitions have settled and others have not; gives how much that was."""
     count = 0
     for epoch in range(epochs):
-        waiting = np.stack([state.applied.flags(epoch) == WAITING for state in states])
+        waiting = np.stack([state.ledger.applied.flags(epoch) == WAITING for state in states])
         for batch in np.flatnonzero(waiting.any(axis=0) & ~waiting.all(axis=0)).tolist():
             for state in states:
                 part = state.partition
@@ -117,7 +118,8 @@ def level(states: Sequence[PartitionState], epochs: int, recomputer: Recomputer)
 def _state(taken: Snapshot, config: UpdateConfig) -> PartitionState:
     import torch
 
-    from downpour.paramserver.partition.state import PartitionState, Version
+    from downpour.paramserver.partition.state import PartitionState
+    from downpour.paramserver.partition.vectors import Version
 
     part = taken.partition
     current = Version(
@@ -137,10 +139,10 @@ def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
 
 def _cut(name: str, whole: Tensor, part: Partition) -> Tensor:
     """A partition's share of a joined tensor."""
-    from downpour.paramserver.partition.round import MOMENTS
+    from downpour.paramserver.partition.combiner import ROUND_MOMENTS
 
     if name.startswith("applied."):
         return whole
-    if name in ("statistics", "ledger", MOMENTS):
+    if name in ("statistics", "ledger", ROUND_MOMENTS):
         return whole[..., part.feature_start : part.feature_stop].contiguous()
     return whole[part.start : part.stop]

@@ -69,7 +69,12 @@ class StalenessRecord:
 
     def __init__(self, by_replica: Mapping[int, Sequence[int]] | None = None) -> None:
         """A record that starts from `by_replica`, as `dump` gave it."""
-        self._by_replica = {r: Histogram(c) for r, c in (by_replica or {}).items()}
+        self._by_replica: dict[int, Histogram] = {}
+        self.load(by_replica or {})
+
+    def load(self, by_replica: Mapping[int, Sequence[int]]) -> None:
+        """Start again from `by_replica`, as `dump` gave it."""
+        self._by_replica = {r: Histogram(c) for r, c in by_replica.items()}
 
     def add(self, replica: int, staleness: int) -> None:
         """Count one applied push."""

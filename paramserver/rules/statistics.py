@@ -7,11 +7,11 @@ unbiased variance. From them the server keeps two things:
   `mean <- mean + a * (mu_B - mean)`, the same for the variance, with `a = max(1 - decay, 1/(n+1))`
   for the n-th update from 0 on. Early on this is the plain average, so there is no start-up bias.
   A feature with fewer than two values in the mini-batch, which has no variance, keeps its average;
-* a ledger over the last `window` updates, a monoid (count, mean, m2) merged by Chan's formula,
-  float64: the pooled moments of every value seen in the window.
+* the recent moments: over the last `window` updates, a monoid (count, mean, m2) merged by Chan's
+  formula, float64: the pooled moments of every value seen in the window.
 
-The two differ in meaning: Algorithm 2 averages the variances *within* mini-batches; the ledger's
-variance includes the variance *between* their means, too.
+The two differ in meaning: Algorithm 2 averages the variances *within* mini-batches; the variance of
+the recent moments includes the variance *between* their means, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Array = npt.NDArray[np.float64]
 NUM_BLOCKS = 8
 """A window is kept as this many blocks, and slides by a block at a time."""
 MAX_PENDING = 32
-"""Mini-batches whose moments the ledger merges in one go."""
+"""Mini-batches whose moments are merged in one go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class StatisticsRule:
     decay: float = field(default=0.99, metadata={"cli": "statistics-decay"})
     """Share of a moving average kept at each applied mini-batch, in [0, 1)."""
     window: int = field(default=1024, metadata={"cli": "statistics-window"})
-    """Updates that the ledger looks back on."""
+    """Updates that the recent moments look back on."""
 
     def __post_init__(self) -> None:
         check_fraction("statistics decay", self.decay)
@@ -74,11 +74,11 @@ class Block:
         self.count = total
 
 
-class Ledger:
+class RecentMoments:
     """Pooled moments over (about) the last `window` updates."""
 
     def __init__(self, num_features: int, window: int) -> None:
-        """An empty ledger."""
+        """Nothing seen yet."""
         self._num_features = num_features
         self._per_block = max(1, window // NUM_BLOCKS)
         self._blocks: deque[Block] = deque([Block(num_features)], maxlen=NUM_BLOCKS)
@@ -126,7 +126,7 @@ class Ledger:
     def load(self, blocks: Array, in_block: int) -> None:
         """Go on from what `dump` gave."""
         if not len(blocks) or blocks.shape[1:] != (3, self._num_features):
-            raise ValueError(f"the ledger is {list(blocks.shape)}")
+            raise ValueError(f"the recent moments are {list(blocks.shape)}")
         self._num_pending = 0
         self._blocks.clear()
         for count, mean, m2 in blocks:
@@ -143,7 +143,7 @@ class BatchStatistics:
         """Nothing seen yet."""
         self.rule = rule
         self.num_updates = 0
-        self.ledger = Ledger(num_features, rule.window)
+        self.recent = RecentMoments(num_features, rule.window)
 
     def update(self, current: Tensor, moments: Tensor, out: Tensor) -> None:
         """Merge a mini-batch's `moments` [3, F] into `current` [2, F], writing to `out` [2, F]."""
@@ -154,16 +154,16 @@ class BatchStatistics:
         if values.size and values[0].min() < 2:
             new = torch.where(moments[0] < 2, current, new)
         torch.lerp(current, new, weight, out=out)
-        self.ledger.add(values)
+        self.recent.add(values)
         self.num_updates += 1
 
     def drift(self, current: Tensor) -> float:
         """Mean over features of `|moving mean - pooled mean| / sqrt(pooled variance)`.
 
-        `current` are the moving averages [2, F]; pooled are the moments of the ledger's window. 0
-        where there are no features, or nothing has been seen of them.
+        `current` are the moving averages [2, F]; pooled are the recent moments. 0 if
+        there are no features, or nothing has been seen of them.
         """
-        pooled = self.ledger.pooled()
+        pooled = self.recent.pooled()
         known = pooled.count > 1
         if not known.any():
             return 0.0
@@ -173,10 +173,10 @@ class BatchStatistics:
 
     def dump(self) -> tuple[dict[str, int], dict[str, Array]]:
         """Metadata and arrays that `load` takes."""
-        blocks, in_block = self.ledger.dump()
+        blocks, in_block = self.recent.dump()
         return {"num_updates": self.num_updates, "in_block": in_block}, {"ledger": blocks}
 
     def load(self, meta: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
         """Go on from what `dump` gave."""
         self.num_updates = int(meta["num_updates"])
-        self.ledger.load(arrays["ledger"], int(meta["in_block"]))
+        self.recent.load(arrays["ledger"], int(meta["in_block"]))

@@ -37,7 +37,9 @@ from downpour.paramserver.messages import KEY_BYTES, Answer, Outcome, Push, deco
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.record import PushRecord
 from downpour.paramserver.partition.snapshot import Snapshot
-from downpour.paramserver.partition.state import Arrival, PartitionState, UpdateConfig
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Arrival
 from downpour.paramserver.server.connections import Connections, Sides
 from downpour.paramserver.server.inbox import Door
 from downpour.paramserver.server.pending_pushes import Held, Holding
@@ -172,7 +174,7 @@ class PartitionServer:
     def record(self, folder: Path) -> None:
         """Record every push in `folder`; to be called before `start`."""
         state = self._state
-        state.record = PushRecord(
+        state.ledger.record = PushRecord(
             folder, self.partition.index, state.version, follows=self._following is not None
         )
 
@@ -465,8 +467,8 @@ class PartitionServer:
         with contextlib.suppress(OSError, ValueError):  # where the primary's end was seen
             self._epoll.unregister(following)
         following.close()
-        if state.record is not None:
-            state.record.promote()
+        if state.ledger.record is not None:
+            state.ledger.record.promote()
         self._epoll.register(self._listener.socket, select.EPOLLIN)
 
     def _follow(self, following: Following) -> bool:

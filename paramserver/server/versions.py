@@ -10,7 +10,9 @@ from torch import Tensor
 
 from downpour.paramserver.messages import Answer, Outcome
 from downpour.paramserver.partition.ranges import Partition
-from downpour.paramserver.partition.state import Arrival, PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Arrival, Version
 from downpour.paramserver.rules.update import updates_in_place
 from downpour.paramserver.server.connections import Sides
 from downpour.paramserver.transport.frames import as_bytes

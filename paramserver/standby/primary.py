@@ -254,7 +254,7 @@ class Lead(Generic[Peer]):
             peer, clock=self._clock, deadline_s=self._deadline_s
         )
         meta, tensors = state.dump(memory.tensors)
-        meta |= {"quarantined": sorted(state.quarantined), **about}
+        meta |= {"quarantined": sorted(state.ledger.quarantined), **about}
         try:
             link.hand_over(Snapshot(partition=state.partition, meta=meta, tensors=tensors), memory)
             for source in sources:

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from downpour.paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
 from downpour.paramserver.partition.ranges import Partition
-from downpour.paramserver.partition.state import Version
+from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.update import updates_in_place
 
 _F_SEAL_FUTURE_WRITE = 0x0010  # fcntl.h; Python has no name for it yet

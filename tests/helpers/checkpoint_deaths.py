@@ -16,7 +16,9 @@ import torch
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore, slowest
 from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Version
 
 PARTITIONS = split(num_parameters=4096, num_features=8, num_decayed=0, num_partitions=2)
 

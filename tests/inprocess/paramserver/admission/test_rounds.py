@@ -1,6 +1,7 @@
 """Synchronous rounds in the whole system: torch's SGD on their mini-batches, drops, deaths."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from downpour.cluster.training.repartition import repartition
 from downpour.models.flat import FlatModel
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.messages import Outcome
-from downpour.paramserver.partition.state import Arrival, PartitionState
+from downpour.paramserver.partition.combiner import Place
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.vectors import Arrival
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
@@ -46,17 +49,20 @@ class Rounds:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken: dict[int, dict[int, list[tuple[int, int]]]] = {}
-        decide = PartitionState._decide
+        apply_all = PartitionState.apply_all
 
-        def noted(state: PartitionState, arrival: Arrival) -> tuple[Outcome, float]:
-            push, start = arrival[0], state.weights_version
-            outcome, rate = decide(state, arrival)
+        def noted(
+            state: PartitionState, arrivals: Sequence[Arrival], into: Place | None = None
+        ) -> list[Outcome]:
+            ((push, _, _),) = arrivals  # with permits, pushes are applied one at a time
+            start = state.weights_version
+            (outcome,) = apply_all(state, arrivals, into)
             if outcome is Outcome.APPLIED:
                 of = self.taken.setdefault(state.partition.index, {})
                 of.setdefault(start, []).append((push.epoch, push.batches[0]))
-            return outcome, rate
+            return [outcome]
 
-        monkeypatch.setattr(PartitionState, "_decide", noted)
+        monkeypatch.setattr(PartitionState, "apply_all", noted)
 
 
 @pytest.mark.timeout(120)

@@ -14,7 +14,9 @@ from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Version
 
 torch.set_num_threads(1)
 
@@ -184,8 +186,12 @@ def test_a_snapshot_is_a_copy() -> None:
     state = used_state()
     _, tensors = state.dump()
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    for tensor in (state.current.weights, state.current.statistics, *state.rule_state.values()):
+    for tensor in (
+        state.current.weights,
+        state.current.statistics,
+        *state.vectors.rule_state.values(),
+    ):
         tensor.fill_(7)
-    state.statistics.ledger.pooled()
-    state.statistics.ledger.add(torch.ones(3, PARTITION.num_features).numpy())
+    state.vectors.statistics.recent.pooled()
+    state.vectors.statistics.recent.add(torch.ones(3, PARTITION.num_features).numpy())
     assert all(torch.equal(before[name], tensors[name]) for name in tensors)

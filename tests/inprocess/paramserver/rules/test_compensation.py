@@ -14,8 +14,9 @@ from downpour.cluster.config.run import RunConfig
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.messages import Push
+from downpour.paramserver.partition.combiner import CompensatedCombiner
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.server.server import PartitionServer
 from downpour.workers.replica.replicas import Replicas
@@ -45,7 +46,7 @@ class Witness:
         self.computed: dict[tuple[int, tuple[int, ...]], list[np.ndarray[Any, Any]]] = {}
         self.checked = self.moved = 0
         self.wrong: list[tuple[int, Push]] = []
-        lock, send, update = threading.Lock(), Replicas._push, PartitionState._update
+        lock, send, update = threading.Lock(), Replicas._push, CompensatedCombiner._update
 
         def pushing(replicas: Replicas, turn: Any, norm: float) -> None:
             key = turn.task.window.epoch, turn.batches
@@ -54,20 +55,20 @@ class Witness:
                 self.computed.setdefault(key, []).append(turn.fetched.slot.weights.copy())
             send(replicas, turn, norm)
 
-        def updating(state: PartitionState, push: Push, *args: Any) -> None:
-            moved = args[3]
-            pulled = state._past[push.version] if moved else state.current.weights
-            part = state.partition
+        def updating(combiner: CompensatedCombiner, push: Push, *args: Any) -> None:
+            vectors, moved = combiner._vectors, push.version != args[3]
+            pulled = combiner.past[push.version] if moved else vectors.current.weights
+            part = vectors.partition
             with lock:
                 found = self.computed[push.epoch, push.batches]
                 self.checked += 1
                 self.moved += moved
                 if not any(_same(w[part.start : part.stop], pulled) for w in found):
                     self.wrong.append((part.index, push))
-            update(state, push, *args)
+            update(combiner, push, *args)
 
         monkeypatch.setattr(Replicas, "_push", pushing)
-        monkeypatch.setattr(PartitionState, "_update", updating)
+        monkeypatch.setattr(CompensatedCombiner, "_update", updating)
 
 
 def _same(a: np.ndarray[Any, Any], b: Tensor) -> bool:

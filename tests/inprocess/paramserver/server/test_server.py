@@ -62,7 +62,8 @@ from downpour.paramserver.messages import (
 from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.snapshot import Snapshot
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD, Adagrad, Momentum, Nesterov, Regulariser, Rule
 from downpour.paramserver.server.connections import GREETING_DEADLINE_S
@@ -454,7 +455,7 @@ def test_a_push_of_several_mini_batches(cluster: Cluster) -> None:
     client = cluster.client(num_mailboxes=1, depth=3)
     assert push(client, 0, batches=(4, 5, 6), examples=96) is Outcome.APPLIED
     assert push(client, 0, batches=(6, 7)) is Outcome.REFUSED_MIXED
-    assert cluster.servers[0].call(lambda state: state.examples) == 96
+    assert cluster.servers[0].call(lambda state: state.ledger.examples) == 96
 
 
 def test_pulls_are_of_the_latest_version_with_its_statistics(two: Cluster) -> None:
@@ -737,7 +738,7 @@ def test_a_gradient_that_is_not_finite_under_a_header_that_is(two: Cluster) -> N
     send(client, 0)
     assert settle(client) == (Outcome.APPLIED, Outcome.REFUSED_GRADIENT)
     assert two.versions() == [1, 0]
-    assert two.servers[1].call(lambda state: dict(state.refusals)) == {0: 1}
+    assert two.servers[1].call(lambda state: dict(state.ledger.refusals)) == {0: 1}
 
 
 def test_fuzz(cluster: Cluster, bystander: Bystander) -> None:
@@ -828,7 +829,7 @@ def test_a_client_that_closes_with_pushes_in_flight(cluster: Cluster, bystander:
     client.close()
     by_deadline(lambda: has_connections(cluster.servers[0], 1))
     # What was sent may have been applied, each once or not at all, but whole.
-    flags = cluster.servers[0].call(lambda state: state.applied.flags(0))
+    flags = cluster.servers[0].call(lambda state: state.ledger.applied.flags(0))
     total = gradient_of(bystander.batch) + sum(
         (gradient_of(b) for b in range(3) if flags[b]), torch.zeros(P)
     )
@@ -861,8 +862,8 @@ for batch in itertools.count():
 
 
 def look(state: PartitionState) -> tuple[dict[int, npt.NDArray[np.uint8]], int, Tensor]:
-    epochs = (*state.applied.complete_epochs, *state.applied.open_epochs)
-    flags = {epoch: state.applied.flags(epoch) for epoch in epochs}
+    epochs = (*state.ledger.applied.complete_epochs, *state.ledger.applied.open_epochs)
+    flags = {epoch: state.ledger.applied.flags(epoch) for epoch in epochs}
     return flags, state.version, state.current.weights.clone()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.errors import ConnectionLost, Fenced
 from downpour.paramserver.messages import Outcome
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Adagrad, Momentum, Nesterov, Regulariser
@@ -83,7 +84,7 @@ def pair() -> Iterator[Pair]:
 def dumped(server: PartitionServer) -> tuple[dict[str, object], dict[str, Tensor]]:
     def dump(state: PartitionState) -> tuple[dict[str, object], dict[str, Tensor]]:
         meta, tensors = state.dump()
-        return {**meta, "quarantined": sorted(state.quarantined)}, tensors
+        return {**meta, "quarantined": sorted(state.ledger.quarantined)}, tensors
 
     return server.call(dump)
 
@@ -262,7 +263,7 @@ def test_nothing_that_was_answered_or_seen_is_lost_wherever_the_primary_dies(
         pass
     assert isinstance(pair.primary.failure, Killed)
     pair.fail_over()
-    flags = pair.follower.call(lambda state: state.applied.flags(0))
+    flags = pair.follower.call(lambda state: state.ledger.applied.flags(0))
     assert flags[sorted(told)].all()  # none that was answered is missing
     assert pair.versions()[0] >= seen  # and no version that was seen
     held = int((flags != 0).sum())

@@ -95,7 +95,7 @@ def test_nothing_answered_or_published_is_lost_with_the_process(seed: int) -> No
         process.join(DEADLINE_S)
         follower.promote()
         version = follower.call(lambda state: state.version)
-        flags = follower.call(lambda state: state.applied.flags(0))
+        flags = follower.call(lambda state: state.ledger.applied.flags(0))
         assert version >= seen
         assert flags[sorted(told)].all()
         assert pushed <= Q

@@ -625,7 +625,7 @@ def test_a_push_that_breaks_off_is_not_applied(one: Networked) -> None:
         half = encode(a_push(1))
         say(channel, prefix(len(half), PAYLOAD) + half + bytes(PAYLOAD // 2))
         channel.socket.close()
-    assert one.servers[0].call(lambda state: state.applied.flags(0)[1]) == 0
+    assert one.servers[0].call(lambda state: state.ledger.applied.flags(0)[1]) == 0
 
 
 def test_a_push_that_stops_halfway_is_given_up_in_time(keys: RunCredentials | None) -> None:
@@ -667,7 +667,7 @@ def test_a_broken_seal(how: str) -> None:
             data = data[:50] + bytes([data[50] ^ 1]) + data[51:]
         elif how == "twice":
             channel.socket.sendall(data)  # a push like any other, of a gradient of zeros
-            by_deadline(lambda: one.servers[0].call(lambda s: s.applied.flags(0)[1]) == 1)
+            by_deadline(lambda: one.servers[0].call(lambda s: s.ledger.applied.flags(0)[1]) == 1)
         elif how == "of another connection":
             data = sealed_blocks(one)[1]
         else:

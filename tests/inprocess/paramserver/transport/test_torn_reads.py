@@ -27,7 +27,8 @@ from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
 from downpour.paramserver.messages import KEY_BYTES
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import UpdateConfig, Version
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD
 from downpour.paramserver.server.server import PartitionServer

@@ -108,7 +108,7 @@ def test_nothing_is_applied_beyond_the_bound_and_nothing_is_dropped() -> None:
     simulation = Simulation(inputs(run, spread=0.5))
     found = simulation.forecast()
     assert 0 < found.staleness.summary()["max"] <= 30
-    assert simulation.partitions[0].state.counts()["dropped"] == 0
+    assert simulation.partitions[0].ledger.counts()["dropped"] == 0
 
 
 def test_what_is_dropped_is_lent_again() -> None:
@@ -116,7 +116,7 @@ def test_what_is_dropped_is_lent_again() -> None:
     simulation = Simulation(inputs(run, spread=0.2))
     found = simulation.forecast()
     assert found.staleness.summary()["max"] <= 50
-    assert simulation.partitions[0].state.counts()["dropped"] > 0
+    assert simulation.partitions[0].ledger.counts()["dropped"] > 0
     assert simulation.book.num_returned > 0
 
 
@@ -128,7 +128,7 @@ def test_a_compensated_run_is_an_asynchronous_one_with_a_bound() -> None:
     run = config(10, 5, staleness_policy="compensate", staleness_bound=51)
     simulation = Simulation(inputs(run, spread=0.2))
     assert simulation.forecast().staleness.summary()["max"] <= 51
-    assert simulation.partitions[0].state.counts()["dropped"] > 0
+    assert simulation.partitions[0].ledger.counts()["dropped"] > 0
 
 
 def test_rounds_wait_for_their_slowest_and_backup_workers_do_not_let_them() -> None:
@@ -150,8 +150,8 @@ def test_rounds_wait_for_their_slowest_and_backup_workers_do_not_let_them() -> N
     assert slow == sum(member.step_times > 1 for member in backed._members)
     waiting, going = whole.forecast(), backed.forecast()
     assert waiting.staleness.summary()["max"] == going.staleness.summary()["max"] == 0
-    assert whole.partitions[0].state.counts()["dropped"] == 0
-    assert backed.partitions[0].state.counts()["dropped"] > 0
+    assert whole.partitions[0].ledger.counts()["dropped"] == 0
+    assert backed.partitions[0].ledger.counts()["dropped"] > 0
     assert backed.book.num_returned > 0
     assert waiting.updates_per_s < 8 / (10 * STEP_S)
     assert going.updates_per_s > 3 * waiting.updates_per_s
@@ -196,7 +196,7 @@ def test_deaths_cost_time_and_no_mini_batch(partitions: int) -> None:
     # Exactly once: what the book counts as done, every partition has settled, and once only.
     for epoch in range(simulation.book.epochs_finished):
         for partition in simulation.partitions:
-            assert (partition.state.applied.flags(epoch) != 0).all()
+            assert (partition.ledger.applied.flags(epoch) != 0).all()
     assert simulation.book.epochs_finished > 0
     if partitions == 2:  # of two, the one that lived is told again what the other lost
         assert found.repeated > 0
@@ -208,12 +208,12 @@ def test_many_replicas_are_kept_in_one_histogram() -> None:
     found = simulation.forecast()
     assert found.staleness.summary()["mean"] == pytest.approx(500, rel=0.02)
     partition = simulation.partitions[0]
-    assert list(partition.state.staleness.dump()) == [0]
+    assert list(partition.ledger.staleness.dump()) == [0]
     partition.save()
     partition.start()  # from its checkpoint: a record of the same kind
-    assert partition.state.staleness.all().total == partition.state.version > 0
-    partition.state.staleness.add(7, 1)
-    assert list(partition.state.staleness.dump()) == [0]
+    assert partition.ledger.staleness.all().total == partition.ledger.version > 0
+    partition.ledger.staleness.add(7, 1)
+    assert list(partition.ledger.staleness.dump()) == [0]
 
 
 def test_a_run_that_dies_all_the_time_says_so() -> None:

@@ -16,8 +16,11 @@ from downpour.paramserver.admission.rounds import Rounds
 from downpour.paramserver.errors import BadConfiguration, MalformedMessage
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.applied_set import WAITING
+from downpour.paramserver.partition.ledger import RoundLedger
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import Arrival, PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.statistics import BatchStatistics
@@ -106,7 +109,7 @@ def test_rounds_are_steps_on_the_mean_over_their_examples() -> None:
         assert bench.state.weights_version == bench.state.version
         weights = bench.state.current.weights.clone()  # so that roundings do not add up
         bench.state.check()
-    assert bench.state.staleness.dump() == {0: [10]}
+    assert bench.state.ledger.staleness.dump() == {0: [10]}
 
 
 def test_moments_are_merged_when_the_round_ends_in_the_order_of_the_pushes() -> None:
@@ -129,7 +132,7 @@ def test_what_is_late_is_dropped_and_may_come_again() -> None:
     assert bench.take(2, 2) is Outcome.APPLIED
     assert bench.take(2, 2) is Outcome.DUPLICATE
     assert bench.state.version == 3
-    assert bench.state.counts()["dropped"] == 1
+    assert bench.state.ledger.counts()["dropped"] == 1
 
 
 def test_in_one_packet_what_comes_after_the_round_is_late() -> None:
@@ -256,7 +259,7 @@ class Net:
             self.slot[name, box] = {"at": "idle"}
 
     def settled(self, batch: int) -> bool:
-        return all(s.applied.get(0, batch) != WAITING for s in self.states)
+        return all(s.ledger.applied.get(0, batch) != WAITING for s in self.states)
 
     def actions(self) -> list[Callable[[], None]]:
         found: list[Callable[[], None]] = []
@@ -390,9 +393,9 @@ def test_in_whatever_order_messages_come_everything_is_settled_once(
         net.run()
         for state in net.states:
             assert state.weights_version == state.version  # the last round is closed
-            assert state.applied.num_applied + state.applied.num_refused == Q
-            assert state.version == state.applied.num_applied
-            dropped += state.counts()["dropped"]
+            assert state.ledger.applied.num_applied + state.ledger.applied.num_refused == Q
+            assert state.version == state.ledger.applied.num_applied
+            dropped += state.ledger.counts()["dropped"]
     if not kills:
         assert bool(dropped) == (slots > pushes)  # nothing is late where there is no backup
 
@@ -403,15 +406,15 @@ def test_without_backup_workers_and_deaths_every_partition_has_the_same_rounds(
     for seed in range(10):
         net = Net(seed, pushes=3, slots=3, partitions=3, kills=0, bad=False)
         taken: list[list[tuple[int, int]]] = [[], [], []]
-        decide = PartitionState._decide
+        enter = RoundLedger.enter
 
-        def noted(state: PartitionState, arrival: Arrival) -> tuple[Outcome, float]:
-            index = next(i for i, s in enumerate(net.states) if s is state)  # noqa: B023
-            taken[index].append((state.weights_version, arrival[0].batches[0]))  # noqa: B023
-            return decide(state, arrival)  # noqa: B023
+        def noted(ledger: RoundLedger, push: Push, outcome: Outcome, scale: float) -> float:
+            index = next(i for i, s in enumerate(net.states) if s.ledger is ledger)  # noqa: B023
+            taken[index].append((ledger.weights_version, push.batches[0]))  # noqa: B023
+            return enter(ledger, push, outcome, scale)  # noqa: B023
 
         with monkeypatch.context() as patch:
-            patch.setattr(PartitionState, "_decide", noted)
+            patch.setattr(RoundLedger, "enter", noted)
             net.run()
         assert len({frozenset(of) for of in taken}) == 1
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.staleness import Histogram, StalenessRecord
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Version
 
 torch.set_num_threads(1)
 
@@ -96,7 +98,7 @@ class Script:
         return outcome
 
     def counts(self) -> dict[int, list[int]]:
-        return self.state.staleness.dump()
+        return self.state.ledger.staleness.dump()
 
 
 class TestArrivals:
@@ -120,9 +122,9 @@ class TestArrivals:
         script.push(0)  # 4 -> 5: staleness 0
         script.push(1)  # 5 -> 6: pulled 0 still, staleness 5
         assert script.counts() == {0: [1, 1], 1: [0, 0, 0, 1, 0, 1], 2: [1, 1]}
-        assert script.state.staleness.all().counts.tolist() == [2, 2, 0, 1, 0, 1]
-        assert script.state.staleness.of(1).summary()["mean"] == 4
-        assert script.state.staleness.of(9).total == 0
+        assert script.state.ledger.staleness.all().counts.tolist() == [2, 2, 0, 1, 0, 1]
+        assert script.state.ledger.staleness.of(1).summary()["mean"] == 4
+        assert script.state.ledger.staleness.of(9).total == 0
 
     def test_refusals_make_nobody_staler(self) -> None:
         script = Script()
@@ -141,7 +143,7 @@ class TestArrivals:
             for turn in turns:
                 script.push(*turn)
                 script.pull(*turn)
-        whole = script.state.staleness.all()
+        whole = script.state.ledger.staleness.all()
         # The first round finds 0, 1, ... 49 pushes before it; from then on there are 49 always.
         assert whole.counts.tolist() == [1] * 49 + [1 + 3 * 50]
 

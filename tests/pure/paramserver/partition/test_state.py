@@ -16,7 +16,9 @@ from downpour.paramserver.errors import BadConfiguration, BadSnapshot
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
 from downpour.paramserver.partition.ranges import Partition, split
-from downpour.paramserver.partition.state import Arrival, PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Arrival, Version
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.statistics import StatisticsRule
@@ -208,13 +210,13 @@ def test_each_mini_batch_counts_once_whatever_arrives(arrivals: list[Event]) -> 
         assert state.version == oracle.version
         for epoch in range(EPOCHS):
             expected_flags = [oracle.settled.get((epoch, b), WAITING) for b in range(Q)]
-            assert state.applied.flags(epoch).tolist() == expected_flags
+            assert state.ledger.applied.flags(epoch).tolist() == expected_flags
         state.check()
     settled = list(oracle.settled.values())
-    assert state.examples == 4 * settled.count(APPLIED)
-    assert state.counts()["batches_applied"] == settled.count(APPLIED)
-    assert state.counts()["refused"] == settled.count(REFUSED)
-    assert sum(state.outcomes.values()) == len(arrivals)
+    assert state.ledger.examples == 4 * settled.count(APPLIED)
+    assert state.ledger.counts()["batches_applied"] == settled.count(APPLIED)
+    assert state.ledger.counts()["refused"] == settled.count(REFUSED)
+    assert sum(state.ledger.outcomes.values()) == len(arrivals)
 
 
 @pytest.mark.parametrize("rule", [SGD(), Momentum(), Nesterov(), Adagrad()])
@@ -288,7 +290,7 @@ def test_a_restored_partition_takes_just_what_it_lost(
     assert outcomes == [Outcome.DUPLICATE] * kept + [Outcome.APPLIED] * (Q - kept)
     total = sum((gradient_of(*name) for name in order), torch.zeros(P))
     assert torch.equal(restored.state.current.weights, -RATE * total)
-    assert restored.state.applied.complete_epochs == (0,)
+    assert restored.state.ledger.applied.complete_epochs == (0,)
 
 
 @pytest.fixture
@@ -301,32 +303,32 @@ def bench() -> Iterator[Bench]:
 def test_a_push_of_several_mini_batches_is_one_version(bench: Bench) -> None:
     event = Event(0, (4, 0, 2), "none", 0, 0)
     assert deliver(bench, event) is Outcome.APPLIED
-    assert (bench.state.version, bench.state.examples) == (1, 12)
+    assert (bench.state.version, bench.state.ledger.examples) == (1, 12)
     assert torch.equal(bench.state.current.weights, -RATE * event.gradient)
     # Of its moments, all three count: the plain average, as no average has decayed yet.
     expected = event.moments[:, 1:].mean(0)
     torch.testing.assert_close(bench.state.current.statistics, expected)
-    assert bench.state.statistics.ledger.pooled().count.tolist() == [12.0] * F
+    assert bench.state.vectors.statistics.recent.pooled().count.tolist() == [12.0] * F
 
 
 def test_a_unit_partly_held_is_refused_whole_and_its_rest_still_waits(bench: Bench) -> None:
     assert deliver(bench, Event(0, (1,), "none", 0, 0)) is Outcome.APPLIED
     assert deliver(bench, Event(0, (0, 1, 2), "none", 0, 0)) is Outcome.REFUSED_MIXED
-    assert bench.state.applied.flags(0).tolist() == [0, APPLIED, 0, 0, 0, 0]
+    assert bench.state.ledger.applied.flags(0).tolist() == [0, APPLIED, 0, 0, 0, 0]
     assert deliver(bench, Event(0, (0, 2), "none", 0, 0)) is Outcome.APPLIED
 
 
 def test_a_refusal_settles_so_that_a_sound_repeat_comes_too_late(bench: Bench) -> None:
     assert deliver(bench, Event(0, (1,), "gradient", 0, 2)) is Outcome.REFUSED_GRADIENT
     assert deliver(bench, Event(0, (1,), "none", 0, 0)) is Outcome.DUPLICATE
-    assert bench.state.refusals == {2: 1}
+    assert bench.state.ledger.refusals == {2: 1}
     assert bench.state.version == 0
 
 
 def test_a_repeat_is_a_duplicate_even_where_it_is_not_finite(bench: Bench) -> None:
     deliver(bench, Event(0, (1,), "none", 0, 0))
     assert deliver(bench, Event(0, (1,), "loss", 0, 0)) is Outcome.DUPLICATE
-    assert bench.state.refusals == {}
+    assert bench.state.ledger.refusals == {}
 
 
 def test_the_same_index_in_another_epoch_is_another_mini_batch(bench: Bench) -> None:
@@ -350,7 +352,7 @@ def test_the_rate_follows_examples_applied_and_clipping_the_norm_pushed() -> Non
     bench = Bench(config)
     for n, batch in enumerate((3, 1)):
         before = bench.state.current.weights.clone()
-        assert bench.state.rate() == 0.5**n
+        assert bench.state.ledger.rate() == 0.5**n
         event = Event(0, (batch,), "none", 0, 0)  # a norm of 3, as pushed
         deliver(bench, event)
         step = bench.state.current.weights - before

@@ -11,7 +11,9 @@ from torch import Tensor
 from downpour.paramserver.errors import BadConfiguration, BadSnapshot
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import Arrival, PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Arrival, Version
 from downpour.paramserver.rules.compensation import EPSILON, Compensation, make_compensation
 from downpour.paramserver.rules.policy import PolicyName, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
@@ -198,7 +200,7 @@ def test_any_order_of_pulls_and_packets_to_the_bit(
     assert dropped > 5
     assert compensated > 25
     for name, value in oracle.state.items():
-        assert torch.equal(bench.state.rule_state[name], value)
+        assert torch.equal(bench.state.vectors.rule_state[name], value)
     bench.state.check()
 
 

@@ -8,7 +8,9 @@ import torch
 from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.policy import Guard
 
 (PARTITION,) = split(num_parameters=32, num_features=0, num_decayed=0, num_partitions=1)
@@ -80,10 +82,10 @@ def test_a_replica_that_sends_poison_is_quarantined_and_nobody_else() -> None:
     for n in range(60):
         assert bench.push(1.0, replica=n % 4) is Outcome.APPLIED
     assert [bench.push(math.nan, replica=2) for _ in range(3)] == [Outcome.REFUSED_GRADIENT] * 3
-    assert bench.state.quarantined == {2}
-    settled = bench.state.applied.num_refused
+    assert bench.state.ledger.quarantined == {2}
+    settled = bench.state.ledger.applied.num_refused
     assert bench.push(1.0, replica=2) is Outcome.REFUSED_QUARANTINE
-    assert bench.state.applied.num_refused == settled, "another is to compute it"
+    assert bench.state.ledger.applied.num_refused == settled, "another is to compute it"
     assert bench.push(1.0, replica=1) is Outcome.APPLIED
 
 
@@ -93,14 +95,14 @@ def test_a_run_that_diverges_quarantines_nobody() -> None:
         bench.push(1.0, replica=n % 4)
     for n in range(400):
         bench.push(math.nan, replica=n % 4)
-    assert not bench.state.quarantined
+    assert not bench.state.ledger.quarantined
 
 
 def test_a_single_replica_is_not_quarantined() -> None:
     bench = Bench(Guard(quarantine_after=1))
     bench.push(1.0)
     bench.push(math.nan)
-    assert not bench.state.quarantined
+    assert not bench.state.ledger.quarantined
 
 
 def test_bounds_that_make_no_sense() -> None:

@@ -6,7 +6,9 @@ import torch
 from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.state import PartitionState, UpdateConfig, Version
+from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD
@@ -71,25 +73,25 @@ def test_a_dropped_push_changes_nothing_and_may_come_again() -> None:
     assert outcomes == [Outcome.APPLIED, Outcome.APPLIED, Outcome.REFUSED_STALE]
     assert server.version == 2
     assert torch.equal(server.current.weights, torch.full((16,), -2.0))
-    assert server.counts()["dropped"] == 1
+    assert server.ledger.counts()["dropped"] == 1
     assert not Outcome.REFUSED_STALE.settled
     assert push(server, 2, 1) is Outcome.APPLIED
     assert push(server, 2, 2) is Outcome.DUPLICATE
-    assert server.staleness.all().counts.tolist() == [1, 2]
+    assert server.ledger.staleness.all().counts.tolist() == [1, 2]
     server.check()
 
 
 def test_a_scaled_push_takes_its_share_of_the_rate() -> None:
     server = state(StalenessPolicy(staleness_policy="scale"))
     push(server, 0, 0)
-    assert server.mean_staleness == 0.0
+    assert server.ledger.mean_staleness == 0.0
     push(server, 1, 0)  # staleness 1 where 0 is usual: half the rate
     assert torch.equal(server.current.weights, torch.full((16,), -1.5))
-    assert server.mean_staleness == pytest.approx(0.01)
+    assert server.ledger.mean_staleness == pytest.approx(0.01)
     meta, tensors = server.dump()
     again = state(StalenessPolicy(staleness_policy="scale"))
     again.load(meta, tensors)
-    assert again.mean_staleness == server.mean_staleness
+    assert again.ledger.mean_staleness == server.ledger.mean_staleness
 
 
 def test_a_bound_below_nothing_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""BN statistics: moving averages against closed forms, the ledger against numpy on raw values."""
+"""BN statistics: moving averages against closed forms, the recent against numpy on raw values."""
 
 import json
 
@@ -12,7 +12,7 @@ from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.rules.statistics import (
     NUM_BLOCKS,
     BatchStatistics,
-    Ledger,
+    RecentMoments,
     StatisticsRule,
 )
 
@@ -93,59 +93,62 @@ class TestMovingAverages:
         assert torch.equal(held, self.run(rule, batches))
 
 
-class TestLedger:
+class TestRecentMoments:
     WINDOW = 2 * NUM_BLOCKS
 
     def kept(self, num: int, window: int) -> int:
-        """How many of `num` updates the ledger has let go of."""
+        """How many of `num` updates the recent has let go of."""
         per_block = window // NUM_BLOCKS
         blocks = -(-num // per_block)
         return max(0, blocks - NUM_BLOCKS) * per_block
 
     @pytest.mark.parametrize("num", [1, 2, 3, 15, 16, 17, 18, 19, 40, 41])
     def test_is_numpy_over_the_raw_values_in_the_window(self, num: int) -> None:
-        batches, ledger = raw_batches(num), Ledger(F, self.WINDOW)
+        batches, recent = raw_batches(num), RecentMoments(F, self.WINDOW)
         for values in batches:
-            ledger.add(moments_of(values))
-        raw, pooled = np.concatenate(batches[self.kept(num, self.WINDOW) :]), ledger.pooled()
+            recent.add(moments_of(values))
+        raw, pooled = np.concatenate(batches[self.kept(num, self.WINDOW) :]), recent.pooled()
         assert pooled.count.tolist() == [len(raw)] * F
         np.testing.assert_allclose(pooled.mean, raw.mean(0), rtol=1e-12)
         np.testing.assert_allclose(pooled.m2 / (len(raw) - 1), raw.var(0, ddof=1), rtol=1e-9)
 
     def test_slides_by_a_block_and_never_holds_less_than_the_window_less_a_block(self) -> None:
-        ledger, one = Ledger(1, self.WINDOW), np.array([[1.0], [0.0], [0.0]])
+        recent, one = RecentMoments(1, self.WINDOW), np.array([[1.0], [0.0], [0.0]])
         held = []
         for _ in range(2 * self.WINDOW):
-            ledger.add(one)
-            held.append(int(ledger.pooled().count[0]))
+            recent.add(one)
+            held.append(int(recent.pooled().count[0]))
         filling, sliding = held[: self.WINDOW], held[self.WINDOW :]
         assert filling == list(range(1, self.WINDOW + 1))
         assert sliding == [self.WINDOW - 1, self.WINDOW] * (self.WINDOW // 2)
 
     def test_holds_variance_between_means_that_moving_averages_leave_out(self) -> None:
         # Two mini-batches without variance, whose means are 0 and 2: four values 0, 0, 2, 2.
-        ledger = Ledger(1, self.WINDOW)
+        recent = RecentMoments(1, self.WINDOW)
         for mean in (0.0, 2.0):
-            ledger.add(np.array([[2.0], [mean], [0.0]]))
-        assert ledger.pooled().m2[0] == np.array([0, 0, 2, 2]).var() * 4
+            recent.add(np.array([[2.0], [mean], [0.0]]))
+        assert recent.pooled().m2[0] == np.array([0, 0, 2, 2]).var() * 4
 
     def test_counts_of_zero_change_nothing_and_of_one_have_no_variance(self) -> None:
-        ledger = Ledger(2, self.WINDOW)
-        ledger.add(np.array([[4, 4], [1, 1], [3, 3.0]]))
-        before = ledger.pooled()
-        ledger.add(np.array([[0, 1], [1e9, 1], [1e9, 1e9]]))
-        after = ledger.pooled()
+        recent = RecentMoments(2, self.WINDOW)
+        recent.add(np.array([[4, 4], [1, 1], [3, 3.0]]))
+        before = recent.pooled()
+        recent.add(np.array([[0, 1], [1e9, 1], [1e9, 1e9]]))
+        after = recent.pooled()
         assert after.count.tolist() == [4, 5]
         assert after.mean.tolist() == [1, 1]
         assert after.m2.tolist() == before.m2.tolist() == [9, 9]
 
     def test_an_offset_far_above_the_spread_does_not_cancel(self) -> None:
-        ledger, raw = Ledger(1, self.WINDOW), 1e8 + np.random.default_rng(0).normal(size=(8, 64))
+        recent, raw = (
+            RecentMoments(1, self.WINDOW),
+            1e8 + np.random.default_rng(0).normal(size=(8, 64)),
+        )
         for row in raw:
-            ledger.add(np.array([[64.0], [row.mean()], [row.var(ddof=1)]]))
+            recent.add(np.array([[64.0], [row.mean()], [row.var(ddof=1)]]))
         naive = (raw**2).sum() - raw.size * raw.mean() ** 2
         exact = ((raw - raw.mean()) ** 2).sum()
-        assert ledger.pooled().m2[0] == pytest.approx(exact, rel=1e-6)
+        assert recent.pooled().m2[0] == pytest.approx(exact, rel=1e-6)
         assert naive != pytest.approx(exact, rel=0.01), "this data would not have shown it"
 
 
@@ -173,10 +176,10 @@ def test_dump_and_load_then_going_on_changes_nothing(first: int) -> None:
 
 
 def test_the_window_may_be_another_after_a_restart() -> None:
-    long, batches = Ledger(F, 64), raw_batches(60)
+    long, batches = RecentMoments(F, 64), raw_batches(60)
     for values in batches[:6]:
         long.add(moments_of(values))
-    short = Ledger(F, 8)  # an update to a block, where the last block holds six already
+    short = RecentMoments(F, 8)  # an update to a block, where the last block holds six already
     short.load(*long.dump())
     for values in batches[6:]:
         short.add(moments_of(values))
@@ -187,8 +190,8 @@ def test_the_window_may_be_another_after_a_restart() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3, F), (1, 3, F + 1), (1, 2, F), (3, F)])
 def test_a_ledger_of_another_shape_is_not_loaded(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="ledger"):
-        Ledger(F, 16).load(np.zeros(shape), 0)
+    with pytest.raises(ValueError, match="recent"):
+        RecentMoments(F, 16).load(np.zeros(shape), 0)
 
 
 def test_features_cut_into_partitions_are_the_same_as_uncut() -> None:
@@ -200,7 +203,7 @@ def test_features_cut_into_partitions_are_the_same_as_uncut() -> None:
         for values in batches:
             part.update(piece, pushed(values)[:, low:high], piece)
         assert torch.equal(piece, held[:, low:high])
-        mine, all_ = part.ledger.pooled(), whole.ledger.pooled()
+        mine, all_ = part.recent.pooled(), whole.recent.pooled()
         for name in ("count", "mean", "m2"):
             assert np.array_equal(getattr(mine, name), getattr(all_, name)[low:high])
 

@@ -1,0 +1,102 @@
+"""The vectors of a partition, and one update of them.
+
+Which push is applied, and at which rate, is `ledger`'s decision; how several pushes become one
+version is `combiner`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from downpour.paramserver.errors import BadConfiguration
+from downpour.paramserver.messages import Push
+from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.rules.statistics import BatchStatistics
+
+Arrival = tuple[Push, Tensor, Tensor]
+"""A push with this partition's gradient, float32 [n], and moments, float32 [batches, 3, f]."""
+
+
+@dataclass(kw_only=True)
+class Version:
+    """Where the vectors of a version lie. The caller chooses; a later one may overwrite them."""
+
+    weights: Tensor
+    """float32 [n], n being the parameters of the partition."""
+    statistics: Tensor
+    """float32 [2, f], f being its features: moving averages of mean and unbiased variance."""
+
+
+def measure(gradient: Tensor, moments: Tensor) -> tuple[float, float]:
+    """Measure what `Ledger.is_sound` asks for, in one read of memory.
+
+    `isfinite().all()` would write a mask, too.
+
+    Args:
+        gradient: float32 [n].
+        moments: float32 [batches, 3, f].
+
+    Returns:
+        The gradient's squared length, and the sum of the moments.
+    """
+    total = float(moments.sum()) if moments.numel() else 0.0
+    return float(torch.dot(gradient, gradient)), total
+
+
+class Vectors:
+    """Weights, rule state and BN statistics of a partition."""
+
+    def __init__(self, partition: Partition, config: UpdateConfig, current: Version) -> None:
+        """Start from the weights and statistics that `current` holds.
+
+        Raises:
+            BadConfiguration: The weights are of another length than the partition's.
+        """
+        if current.weights.shape != (partition.num_parameters,):
+            raise BadConfiguration(
+                f"partition {partition.index} has {partition.num_parameters} parameters, but was "
+                f"given weights of shape {tuple(current.weights.shape)}"
+            )
+        self.partition = partition
+        self.config = config
+        self.current = current
+        """The latest version."""
+        self.rule_state = config.rule.init(partition.num_parameters)
+        """The rule's vectors, float32 [n] by name; a combiner's own are among them."""
+        self.statistics = BatchStatistics(partition.num_features, config.statistics)
+
+    def step(
+        self, gradient: Tensor, moments: Sequence[Tensor] | Tensor, rate: float, into: Version
+    ) -> None:
+        """Weight decay, the rule, and the BN statistics; `into` becomes the latest version.
+
+        Args:
+            gradient: float32 [n]; overwritten if weight decay or the rule does so.
+            moments: Of each mini-batch, float32 [3, f].
+            rate: The learning rate.
+            into: Where to write the new version; may be the latest one itself.
+        """
+        config, current = self.config, self.current
+        config.regulariser.decay(gradient, current.weights, self.partition.num_decayed)
+        config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
+        if self.partition.num_features:
+            source = current.statistics
+            for i in range(len(moments)):  # iterating over a tensor is slow
+                self.statistics.update(source, moments[i], into.statistics)
+                source = into.statistics
+        self.current = into
+
+    def large(self) -> dict[str, Tensor]:
+        """The vectors of a snapshot that are as long as the partition, by name."""
+        large = {"weights": self.current.weights, "statistics": self.current.statistics}
+        return large | {f"rule.{name}": vector for name, vector in self.rule_state.items()}
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        assert torch.isfinite(self.current.weights).all()
+        assert torch.isfinite(self.current.statistics).all()
