@@ -54,7 +54,8 @@ def train(
     with folder.locked():
         check_data_unchanged(folder, data)
         folder.clear_stop()  # of an earlier session
-        store = CheckpointStore(folder.checkpoints_uri, before := partitions_before(folder))
+        before = partitions_before(folder) if resume else config.server.partitions
+        store = CheckpointStore(folder.checkpoints_uri, before)
         resumed = _find_checkpoint(folder, store, console) if resume else None
         with (
             ThreadPoolExecutor(1) as pool,

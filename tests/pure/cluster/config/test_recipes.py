@@ -9,7 +9,6 @@ from downpour.cluster.config import inception_recipes, recipes
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.plain import to_plain
-from downpour.cluster.config.policy import PolicyConfig, next_evaluation_s
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 
@@ -97,13 +96,3 @@ def test_a_recipe_of_the_users_own(own: Any) -> None:
     ):
         with pytest.raises(UserError, match=words):
             recipes.find(name)
-
-
-def test_scoring_keeps_to_its_share_of_the_time() -> None:
-    policy = PolicyConfig(evaluate_every_s=5, evaluation_share=0.1)
-    assert next_evaluation_s(policy, 100, 100.2) == 105
-    assert next_evaluation_s(policy, 100, 103) == pytest.approx(130)
-    # Held up, as by a machine that was suspended: it costs no more than twice the shortest.
-    assert next_evaluation_s(policy, 100, 103, 2.0) == pytest.approx(130)
-    assert next_evaluation_s(policy, 100, 110, 2.0) == pytest.approx(140)
-    assert next_evaluation_s(policy, 100, 190, 2.0) == 190

@@ -1,20 +1,15 @@
 """Configuration: recipes hold together, values are refused with a remedy, pure decisions."""
 
-import dataclasses
 import json
 
 import pytest
 
 from downpour.cluster.config import recipes
-from downpour.cluster.config.derive import make_plan, model_spec, step_config, update_config
+from downpour.cluster.config.derive import make_plan, step_config, update_config
 from downpour.cluster.config.options import OptionError, apply, settings_of
 from downpour.cluster.config.plain import from_plain, to_plain
-from downpour.cluster.config.policy import PolicyConfig, active_replicas
-from downpour.cluster.config.resolve import num_processes, num_threads
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.paramserver.config import ServerConfig
-from downpour.paramserver.rules.update import Adagrad, Momentum
 from downpour.workers.config import ReplicaConfig
 
 
@@ -68,51 +63,6 @@ def test_a_bad_value_is_named_with_its_option(given: dict[str, object], words: s
         apply(recipes.find("mnist-bn"), given)
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
-
-
-def test_json_and_back() -> None:
-    config = dataclasses.replace(
-        recipes.find("mnist-bn"),
-        server=ServerConfig(rule="adagrad", clip_norm=None),
-        policy=PolicyConfig(max_refused=None),
-    )
-    assert from_plain(RunConfig, to_plain(config)) == config
-
-
-def test_rules_by_name() -> None:
-    config = apply(recipes.find("mnist-bn"), {"rule": "adagrad"})
-    plan = make_plan(config, 60_000)
-    assert update_config(config, plan).rule == Adagrad()
-    assert update_config(recipes.find("mnist-bn"), plan).rule == Momentum(momentum=0.9)
-    assert update_config(config, plan).batches_per_epoch == 1875
-
-
-def test_recorded_steps_are_computed_on_one_thread() -> None:
-    assert [num_threads(PolicyConfig(), count, 8) for count in (1, 3, 8, 20)] == [8, 2, 1, 1]
-    assert num_threads(PolicyConfig(record_pushes=True), 1, 8) == 1
-
-
-def test_the_warm_start_ramps_evenly() -> None:
-    config = ReplicaConfig(replicas=10, warm_start_epochs=1, ramp_epochs=9)
-    assert [active_replicas(config, e) for e in (0, 0.99, 1, 1.99, 2, 5.5, 9.99, 10, 19)] == [
-        *(1, 1, 1, 1, 2, 5, 9, 10, 10)
-    ]
-    assert active_replicas(ReplicaConfig(replicas=10), 0) == 10
-    assert active_replicas(ReplicaConfig(replicas=1, warm_start_epochs=1), 0) == 1
-
-
-def test_processes_are_as_many_as_processors_unless_told() -> None:
-    assert num_processes(ReplicaConfig(replicas=10), 2) == 2
-    assert num_processes(ReplicaConfig(replicas=10), 64) == 10
-    assert num_processes(ReplicaConfig(replicas=10, replicas_per_process=1), 2) == 10
-    assert num_processes(ReplicaConfig(replicas=10, replicas_per_process=3), 2) == 4
-
-
-def test_the_initial_weights_depend_on_the_seed_alone() -> None:
-    config = recipes.find("mnist-bn")
-    assert model_spec(config).seed == model_spec(config).seed
-    other = apply(config, {"seed": 1})
-    assert model_spec(other).seed != model_spec(config).seed
 
 
 def test_bounded_staleness_is_told_to_the_replicas_and_needs_a_version_for_each_push() -> None:

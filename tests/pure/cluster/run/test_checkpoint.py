@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from downpour.cluster.config import recipes
+from downpour.cluster.config.options import apply
 from downpour.cluster.errors import UserError
-from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore, slowest
+from downpour.cluster.run.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    partitions_before,
+    slowest,
+)
+from downpour.cluster.run.folder import RESOLVED, RunFolder
 from downpour.paramserver.partition.snapshot import SnapshotFile
 
 
@@ -102,3 +110,16 @@ def test_a_place_that_is_none_is_a_line() -> None:
     with pytest.raises(UserError, match="nowhere://x") as caught:
         CheckpointStore("nowhere://x")
     assert "\n" not in str(caught.value)
+
+
+def test_the_number_of_partitions_is_chosen_or_noted_or_that_of_the_newest_checkpoint(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder.create(tmp_path / "run", recipes.find("mnist-bn"))
+    assert partitions_before(folder) is None
+    write(CheckpointStore(folder.checkpoints_uri), 1)  # of a run from before it was noted
+    assert partitions_before(folder) == 2
+    folder.write_json(RESOLVED, {"partitions": 3, "processes": 2, "threads": 1})
+    assert partitions_before(folder) == 3
+    chosen = apply(recipes.find("mnist-bn"), {"partitions": 5})
+    assert partitions_before(RunFolder.create(tmp_path / "chosen", chosen)) == 5

@@ -1,0 +1,72 @@
+"""What a configuration says to each part of a run."""
+
+import dataclasses
+
+import pytest
+
+from downpour.cluster.config import recipes
+from downpour.cluster.config.derive import (
+    make_decoder,
+    make_plan,
+    model_spec,
+    step_config,
+    update_config,
+)
+from downpour.cluster.config.options import apply
+from downpour.paramserver.rules.update import Adagrad, Momentum
+from downpour.shuffler.errors import PlanError
+
+
+def test_rules_by_name() -> None:
+    config = apply(recipes.find("mnist-bn"), {"rule": "adagrad"})
+    plan = make_plan(config, 60_000)
+    assert update_config(config, plan).rule == Adagrad()
+    assert update_config(recipes.find("mnist-bn"), plan).rule == Momentum(momentum=0.9)
+    assert update_config(config, plan).batches_per_epoch == 1875
+
+
+def test_the_initial_weights_depend_on_the_seed_alone() -> None:
+    config = recipes.find("mnist-bn")
+    assert model_spec(config).seed == model_spec(config).seed
+    other = apply(config, {"seed": 1})
+    assert model_spec(other).seed != model_spec(config).seed
+
+
+def test_a_plan_that_is_too_short_for_the_run_is_refused() -> None:
+    config = apply(recipes.find("mnist-bn"), {"epochs": 1 << 20})
+    with pytest.raises(PlanError, match="epochs"):
+        make_plan(config, 60_000)
+    make_plan(apply(config, {"past_bound": "rekey"}), 60_000)
+
+
+def test_shards_matter_to_one_strategy_only() -> None:
+    config = recipes.find("mnist-bn")
+    assert make_plan(config, 60_000, (30_000, 30_000)).shard_rows == ()
+    within = apply(config, {"strategy": "within_shard"})
+    assert make_plan(within, 640, (320, 320)).shard_rows == (320, 320)
+
+
+def test_only_training_rows_are_varied_and_by_the_seed_of_the_run() -> None:
+    config = apply(recipes.find("bn-x5"), {"seed": 3, "on_bad_image": "skip"})
+    decoder = make_decoder(config)
+    assert decoder.augment == config.data.augment
+    assert (decoder.seed, decoder.on_bad_image) == (3, "skip")
+    assert decoder.spec == model_spec(config).image == config.model.input
+
+
+@pytest.mark.parametrize(
+    ("policy", "by_permit", "by_push"),
+    [
+        ("apply", False, False),
+        ("bounded", True, False),
+        ("synchronous", True, False),
+        ("compensate", False, True),
+    ],
+)
+def test_the_staleness_policy_decides_when_a_step_fetches(
+    policy: str, by_permit: bool, by_push: bool
+) -> None:
+    config = apply(recipes.find("mnist-bn"), {"staleness_policy": policy})
+    told = step_config(config)
+    assert (told.by_permit, told.by_push) == (by_permit, by_push)
+    assert dataclasses.replace(told, by_permit=False, by_push=False) == config.replicas.steps
