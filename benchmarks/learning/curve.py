@@ -86,7 +86,7 @@ def curve_of_run(
     without an update.
 
     Args:
-        lines: those of rates (with `replicas`) and of evaluations (with `accuracy`), as written.
+        lines: those of evaluations, which have `accuracy`, and of rates, as they were written.
         asked_at: Unix time of the command.
         epoch_examples: training examples in an epoch.
         ended: why the training ended.
@@ -95,7 +95,7 @@ def curve_of_run(
     """
     zero_at, points = asked_at, [(0, asked_at, 0)]
     for line in lines:
-        if "replicas" not in line:
+        if "accuracy" in line or "examples" not in line:
             continue
         if line["updates"] > points[-1][0]:
             points.append((line["updates"], line["time"], line["examples"]))

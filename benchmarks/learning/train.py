@@ -94,7 +94,7 @@ def follow(config: RunConfig, *, goal: float, bound_s: float) -> Curve:
     """Run `config` until its evaluations have the accuracy `goal`, and stop it then.
 
     Raises:
-        BenchmarkFailed: the run failed, or has made no update for a long time.
+        BenchmarkFailed: the run failed, or has made no update by the deadline of a start.
     """
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
         folder = RunFolder.create(Path(scratch) / "run", config)
@@ -110,10 +110,10 @@ def follow(config: RunConfig, *, goal: float, bound_s: float) -> Curve:
                     c.process.send_signal(signal.SIGTERM)
                     c.end(STOP_DEADLINE_S)
                     break
-                if not curve.looks and time.time() - asked_at > START_DEADLINE_S + bound_s:
+                if not watch.trains and time.time() - asked_at > START_DEADLINE_S:
                     raise BenchmarkFailed(
-                        f"{c.what} was not scored within {time.time() - asked_at:.0f} s: see "
-                        f"{c.log}, and try again on a machine that is less busy"
+                        f"{c.what} has made no update for {START_DEADLINE_S:.0f} s: see {c.log}, "
+                        "and try again on a machine that is less busy"
                     )
                 time.sleep(LOOK_EVERY_S)
             status = folder.path / STATUS
@@ -155,7 +155,15 @@ class _Watch:
             finished=finished,
         )
 
+    @property
+    def trains(self) -> bool:
+        """Whether there was an update."""
+        return bool(self._rates())
+
     def trained_s(self) -> float:
         """Seconds since the first line with an update."""
-        rates = [line for line in self._lines if "replicas" in line and line["updates"]]
+        rates = self._rates()
         return float(rates[-1]["time"] - rates[0]["time"]) if rates else 0.0
+
+    def _rates(self) -> list[dict[str, Any]]:
+        return [x for x in self._lines if "accuracy" not in x and x.get("examples")]

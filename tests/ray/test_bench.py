@@ -69,6 +69,7 @@ def test_learning(tmp_path: Path) -> None:
         assert found["goals"]["0.3"]["training_s"] > 0
         assert found["startup_s"] == curve["startup_s"] > 0
         examples = [look["examples"] for look in curve["looks"]]
+        assert examples[0] > 0
         assert examples == sorted(examples)
     assert record["result"]["plain"]["goals"]["0.3"]["ratio_to_plain"] == 1
 

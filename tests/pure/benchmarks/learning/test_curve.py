@@ -20,7 +20,7 @@ def look(seconds: float, accuracy: float, recomputed: float | None = None) -> Lo
 
 
 def rates(at: float, updates: int) -> dict[str, object]:
-    return {"time": at, "updates": updates, "examples": 32 * updates, "replicas": 2}
+    return {"time": at, "updates": updates, "examples": 32 * updates, "replicas_alive": 2}
 
 
 def scored(at: float, updates: int, accuracy: float) -> dict[str, object]:
