@@ -74,9 +74,7 @@ class _Bench:
             goal=self._bounds.goals[-1],
             bound_s=self._bounds.run_s,
             budget_s=self._bounds.search_s,
-            trial=lambda setting, bound_s: self._once(
-                peer, setting, SEARCH_SEED, bound_s, "learning, search"
-            ),
+            trial=lambda setting, bound_s: self._once(peer, setting, bound_s, None),
             clock=time.monotonic,
         )
         self.search_s[name] = round(time.monotonic() - began_s, 1)
@@ -92,26 +90,30 @@ class _Bench:
         goal, bounds = self._bounds.goals[-1], self._bounds
         best_s = min((t.curve.seconds_to(goal) for t in found.trials), default=math.inf)
         bound_s = min(bounds.run_s, bounds.patience * best_s)
-        return self._once(peer, found.best, seed, bound_s, f"learning, seed {seed}")
+        return self._once(peer, found.best, bound_s, seed)
 
-    def _once(self, peer: Peer, setting: Setting, seed: int, bound_s: float, what: str) -> Curve:
+    def _once(self, peer: Peer, setting: Setting, bound_s: float, seed: int | None) -> Curve:
+        """One training; without a seed it is one of the search."""
+        bounds, searches = self._bounds, seed is None
         curve = train(
             peer,
             setting,
-            seed=seed,
-            bounds=self._bounds,
+            seed=SEARCH_SEED if seed is None else seed,
+            bounds=bounds,
             bound_s=bound_s,
+            looks_per_epoch=(bounds.search_looks_per_epoch if searches else bounds.looks_per_epoch),
             data=self._data,
             num_examples=self._num_examples,
         )
-        goal = self._bounds.goals[-1]
+        goal = bounds.goals[-1]
         look = curve.arrival(goal)
         came = (
             f"{curve.best:.2%} at best, {curve.ended} after {curve.seconds:.1f} s"
             if look is None
             else f"{goal:.1%} after {look.seconds:.1f} s and {look.epoch:.1f} epochs"
         )
-        self._say(f"{what}: {title_of(peer, setting)}, {setting}: {came}")
+        what = "search" if searches else f"seed {seed}"
+        self._say(f"learning, {what}: {title_of(peer, setting)}, {setting}: {came}")
         return curve
 
 

@@ -40,12 +40,14 @@ class Bounds:
     """Epochs at most."""
     looks_per_epoch: int = 4
     """How often the others are scored. This system is scored as often as it bears."""
+    search_looks_per_epoch: int = 2
+    """The same in the search, where it only costs time."""
     evaluate_every_s: float = 0.5
     """Seconds between two scorings of this system, beside its training; longer where scoring would
     take more than its share of the time, as the run's configuration says."""
     recompute_examples: int = 5000
     """Training examples from which Algorithm 2 recomputes the others' BN statistics."""
-    search_s: float = 150.0
+    search_s: float = 200.0
     """Seconds after which a peer's search begins no further trial."""
     run_s: float = 60.0
     """Training seconds of one training at most."""

@@ -30,6 +30,7 @@ def train(
     seed: int,
     bounds: Bounds,
     bound_s: float,
+    looks_per_epoch: int,
     data: str,
     num_examples: int,
 ) -> Curve:
@@ -41,6 +42,7 @@ def train(
         seed: of initial weights and order.
         bounds: goals, epochs and the like.
         bound_s: training seconds.
+        looks_per_epoch: how often all but this system are scored.
         data: folder with the decoded splits, for all but this system.
         num_examples: of its training split.
 
@@ -61,7 +63,7 @@ def train(
         "decay": setting.decay,
         "seed": seed,
         "epochs": bounds.epochs,
-        "looks_per_epoch": bounds.looks_per_epoch,
+        "looks_per_epoch": looks_per_epoch,
         "goal": bounds.goals[-1],
         "bound_s": bound_s,
         "recompute_examples": bounds.recompute_examples,
