@@ -21,7 +21,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import CONFIG, RESULT, STATUS, RunFolder
 
 
-@click.command(cls=ConfigCommand, name="recipes")
+@click.command(cls=ConfigCommand, name="recipes", named_by="recipe", find=recipes.find)
 @config_options(RunConfig)
 @click.argument("recipe", required=False)
 def list_recipes(recipe: str | None, given: dict[str, object]) -> None:

@@ -21,7 +21,7 @@ from downpour.cluster.run.folder import MAX_REPLICAS, STATUS, RunFolder
 from downpour.workers.spec import DeviceName
 
 
-@click.command(cls=ConfigCommand)
+@click.command(cls=ConfigCommand, named_by="recipe", find=recipes.find)
 @config_options(RunConfig)
 @click.argument("recipe")
 @click.option("--name", default=None, help="Name of the run; default: recipe, date and time.")
@@ -37,7 +37,10 @@ def train(
     dashboard: bool,
     given: dict[str, object],
 ) -> int:
-    """Train RECIPE from the beginning. `downpour recipes` lists the recipes."""
+    """Train RECIPE from the beginning. `downpour recipes` lists the recipes.
+
+    `downpour train RECIPE --help` shows the values of that recipe.
+    """
     from downpour.cluster.training import inputs, launch
 
     config = apply(recipes.find(recipe), given)

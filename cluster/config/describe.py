@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from downpour.cluster.config.derive import model_spec
-from downpour.cluster.config.options import settings_of
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.config.settings import settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,9 +47,7 @@ def describe(config: RunConfig, console: Console) -> None:
     )
     values = Table(box=None, pad_edge=False, show_header=False)
     for setting in settings_of(RunConfig):
-        value: Any = config
-        for name in setting.path:
-            value = getattr(value, name)
+        value = setting.value_in(config)
         values.add_row(setting.option, "none" if value is None else str(value))
     for name, value in config.model.all_arguments.items():
         values.add_row(f"[dim]network[/dim] {name}", str(value))

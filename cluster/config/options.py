@@ -21,21 +21,17 @@ is at import.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
-import textwrap
-import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from dataclasses import MISSING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from downpour.cluster.config.settings import Setting, settings_of
 from downpour.cluster.errors import UserError, one_line, user_message
 
 if TYPE_CHECKING:
@@ -44,91 +40,13 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT")
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
-_SCALARS: dict[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+
+_NAMED = "downpour.named_configuration"
+"""Key of a click context's `meta`: the configuration whose values the help shows."""
 
 
 class OptionError(UserError):
     """A value given on the command line that the configuration refuses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One field of a configuration as an option."""
-
-    name: str
-    """Name in snake case, unique in the configuration: the key in what `apply` is given."""
-
-    path: tuple[str, ...]
-    """Names of the fields that lead to it, from the outermost dataclass."""
-
-    owner: type
-    """The dataclass that has the field."""
-
-    param_type: click.ParamType[Any]
-    """How its text becomes a value."""
-
-    is_flag: bool
-    """Whether it is a pair of switches, `--x / --no-x`."""
-
-    default: object
-    """The field's default; `dataclasses.MISSING` if it has none."""
-
-    help: str
-    """The docstring under the field, on one line; empty if it has none."""
-
-    @property
-    def option(self) -> str:
-        """The option as a user types it."""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def off_option(self) -> str | None:
-        """The switch that turns a flag off; None for what is not a flag."""
-        return "--no-" + self.option[2:] if self.is_flag else None
-
-    def spelled(self, value: object) -> str:
-        """Returns the option with a value, as a user would have typed it."""
-        if self.off_option is not None:
-            return self.option if value else self.off_option
-        return f"{self.option} {_as_text(value)}"
-
-
-class OptionalValue(click.ParamType[Any]):
-    """A value of another type, or `none`."""
-
-    def __init__(self, inner: click.ParamType[Any]) -> None:
-        self.inner = inner
-        self.name = f"{inner.name}|none"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> object:
-        """Returns None for `none`, and otherwise what the inner type makes of `value`."""
-        if isinstance(value, str) and value.lower() == "none":
-            return None
-        return self.inner.convert(value, param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """Returns the inner type's form with `none` beside it."""
-        inner = self.inner.get_metavar(param, ctx) or self.inner.name.upper()
-        return f"{inner[:-1]}|none]" if inner.endswith("]") else f"{inner}|none"
-
-
-class TupleValue(click.ParamType[Any]):
-    """Values of one scalar type with commas between them."""
-
-    def __init__(self, inner: click.ParamType[Any]) -> None:
-        self.inner = inner
-        self.name = f"{inner.name},..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[object, ...]:
-        """Returns the values; none at all for an empty text."""
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in str(value).split(",")] if str(value).strip() else []
-        return tuple(self.inner.convert(part, param, ctx) for part in parts)
 
 
 class SettingOption(click.Option):
@@ -139,27 +57,62 @@ class SettingOption(click.Option):
         if setting.off_option is not None:
             declaration = f"{setting.option}/{setting.off_option}"
         self.section = _title(setting.owner)
+        self._setting = setting
         super().__init__(
             [setting.name, declaration],
             # The value only tells click that there is one: what counts for `apply` is what was
-            # given, and the default that is shown is the dataclass's.
+            # given, and the default that is shown is the configuration's.
             default=None,
             type=None if setting.is_flag else setting.param_type,
             is_flag=setting.is_flag or None,
             help=setting.help,
         )
-        self._shown_default = _shown_default(setting)
 
     def get_help_extra(self, ctx: click.Context) -> OptionHelpExtra:
-        """Returns what stands in brackets after the help: the dataclass's default."""
+        """Returns what stands in brackets after the help: the value without this option.
+
+        That is the value of the configuration that the command line names (see `ConfigCommand`),
+        or the dataclass's default.
+        """
         extra = super().get_help_extra(ctx)
-        if self._shown_default is not None:
-            extra["default"] = self._shown_default
+        named = ctx.meta.get(_NAMED, MISSING)
+        setting = self._setting
+        default = setting.default if named is MISSING else setting.value_in(named)
+        if (shown := setting.shown(default)) is not None:
+            extra["default"] = shown
         return extra
 
 
 class ConfigCommand(click.Command):
     """A command whose help lists the options of each configuration dataclass in a section."""
+
+    def __init__(
+        self,
+        *args: Any,
+        named_by: str | None = None,
+        find: Callable[[str], object] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A click command, as ever.
+
+        Args:
+            args: click's.
+            named_by: the argument that names a configuration, such as `recipe`; if the command
+                line has it, the help shows that configuration's values as defaults.
+            find: gives the configuration of that name.
+            kwargs: click's.
+        """
+        super().__init__(*args, **kwargs)
+        self._named_by, self._find = named_by, find
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses the command line; looks for the named configuration if help is asked for."""
+        # Click shows the help before it looks at any argument.
+        if self._named_by and self._find and not set(ctx.help_option_names).isdisjoint(args):
+            values, _, _ = self.make_parser(ctx).parse_args(list(args))
+            if isinstance(name := values.get(self._named_by), str):
+                ctx.meta[_NAMED] = self._find(name)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the command's own options first, then a section for each dataclass."""
@@ -174,28 +127,6 @@ class ConfigCommand(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
-
-
-@functools.cache
-def settings_of(config_class: type) -> tuple[Setting, ...]:
-    """Returns the settings of a configuration dataclass, in the order of its fields, flattened.
-
-    Raises:
-        TypeError: two fields share an option, or a field's type has no form on the command line;
-            the message names both fields, or the field, and the remedy.
-    """
-    settings = tuple(_walk(config_class, ()))
-    taken: dict[str, Setting] = {}
-    for setting in settings:
-        for option in filter(None, (setting.option, setting.off_option)):
-            other = taken.setdefault(option, setting)
-            if other is not setting:
-                raise TypeError(
-                    f"{config_class.__name__}: {'.'.join(other.path)} and "
-                    f"{'.'.join(setting.path)} both give {option}; rename one with "
-                    "field(metadata={'cli': 'other-name'})"
-                )
-    return settings
 
 
 def config_options(config_class: type) -> Callable[[CommandT], CommandT]:
@@ -302,108 +233,6 @@ def _replaced(config: ConfigT, changes: list[tuple[tuple[str, ...], object]]) ->
     for name, inner in deeper.items():
         values[name] = _replaced(getattr(config, name), inner)
     return dataclasses.replace(typing.cast("Any", config), **values)  # type: ignore[no-any-return]
-
-
-def _walk(config_class: type, path: tuple[str, ...]) -> typing.Iterator[Setting]:
-    if not dataclasses.is_dataclass(config_class):
-        raise TypeError(f"{config_class!r} is not a dataclass: options come from dataclasses only")
-    annotations = typing.get_type_hints(config_class)
-    docstrings = field_docstrings(config_class)
-    for field in dataclasses.fields(config_class):
-        cli = field.metadata.get("cli", True)
-        if cli is False or not field.init:
-            continue
-        annotation = annotations[field.name]
-        here = (*path, field.name)
-        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-            yield from _walk(annotation, here)
-            continue
-        param_type = _param_type(annotation)
-        if param_type is None:
-            raise TypeError(
-                f"{config_class.__name__}.{field.name}: {annotation} has no form on the command "
-                "line; leave it out with field(metadata={'cli': False})"
-            )
-        yield Setting(
-            name=cli.replace("-", "_") if isinstance(cli, str) else field.name,
-            path=here,
-            owner=config_class,
-            param_type=param_type,
-            is_flag=annotation is bool,
-            default=_default(field),
-            help=docstrings.get(field.name, ""),
-        )
-
-
-def _param_type(annotation: Any) -> click.ParamType[Any] | None:
-    """Returns how an annotation's values are read; None for a type without such a form."""
-    if annotation is bool:
-        return click.BOOL
-    if annotation in _SCALARS:
-        return _SCALARS[annotation]
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return click.Choice(list(arguments))
-    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        inner = _SCALARS.get(arguments[0])
-        return None if inner is None else TupleValue(inner)
-    if origin in (typing.Union, types.UnionType) and len(arguments) == 2:
-        rest = [argument for argument in arguments if argument is not type(None)]
-        inner = _param_type(rest[0]) if len(rest) == 1 else None
-        return None if inner is None else OptionalValue(inner)
-    return None
-
-
-@functools.cache
-def field_docstrings(config_class: type) -> Mapping[str, str]:
-    """Returns the docstring under each field of a dataclass and its bases, each on one line.
-
-    Python does not keep them, so they are read from the source; without a source (a class made in
-    a shell) there are none.
-    """
-    found: dict[str, str] = {}
-    for base in reversed(config_class.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        (definition,) = ast.parse(source).body
-        assert isinstance(definition, ast.ClassDef)
-        body = definition.body
-        for statement, following in itertools.pairwise(body):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-                and isinstance(following.value.value, str)
-            ):
-                found[statement.target.id] = " ".join(following.value.value.split())
-    return types.MappingProxyType(found)
-
-
-def _default(field: dataclasses.Field[Any]) -> object:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _shown_default(setting: Setting) -> str | None:
-    if setting.default is MISSING:
-        return None
-    if setting.off_option is not None:
-        return (setting.option if setting.default else setting.off_option)[2:]
-    return _as_text(setting.default)
-
-
-def _as_text(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value)
 
 
 def _title(owner: type) -> str:

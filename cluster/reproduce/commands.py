@@ -13,8 +13,9 @@ import click
 from rich.console import Console
 
 from downpour.cluster.config import inception_recipes
-from downpour.cluster.config.options import ConfigCommand, TupleValue, config_options
+from downpour.cluster.config.options import ConfigCommand, config_options
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.config.settings import TupleValue
 from downpour.cluster.errors import UserError
 
 output_option = click.option(

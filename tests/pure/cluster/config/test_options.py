@@ -1,72 +1,16 @@
 """Options derived from configuration dataclasses."""
 
-from dataclasses import MISSING, dataclass, field
-from typing import Literal
+import re
+from dataclasses import dataclass, replace
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from downpour.cluster.config.options import (
-    ConfigCommand,
-    OptionError,
-    apply,
-    config_options,
-    field_docstrings,
-    settings_of,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """The server."""
-
-    num_partitions: int = 2
-    """Partitions of the
-    parameters."""
-
-    rule: Literal["momentum", "adagrad"] = "momentum"
-    """Update rule."""
-
-    max_norm: float | None = None
-    """Largest gradient norm."""
-
-    def __post_init__(self):
-        if self.num_partitions < 1:
-            raise ValueError(f"num_partitions must be at least 1, got {self.num_partitions}")
-        if self.rule == "adagrad" and self.max_norm is not None:
-            raise ValueError(f"adagrad takes no max_norm, got {self.max_norm}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A run."""
-
-    name: str
-    """Name of the run."""
-
-    concurrent_steps: int = 5
-    """Steps in flight."""
-
-    warm_start: bool = True
-    """Ramp up."""
-
-    hidden: tuple[int, ...] = (100, 100)
-    """Units of each layer."""
-
-    server: ServerConfig = field(default_factory=ServerConfig)
-    """The server's part."""
-
-    secret: bytes = field(default=b"", metadata={"cli": False})
-    """Not for the command line."""
-
-    def __post_init__(self):
-        if self.concurrent_steps < self.server.num_partitions:
-            raise ValueError(
-                f"concurrent_steps ({self.concurrent_steps}) must be at least num_partitions "
-                f"({self.server.num_partitions})"
-            )
-
+from downpour.cluster.cli.training import train as real_train
+from downpour.cluster.config.options import ConfigCommand, OptionError, apply, config_options
+from downpour.cluster.errors import UserError
+from tests.helpers.settings import RunConfig, ServerConfig
 
 BASE = RunConfig(name="base")
 
@@ -89,39 +33,36 @@ def given_by(*argv):
     return given
 
 
-def test_nested_fields_are_flattened_in_order_and_may_opt_out():
-    assert [(s.option, s.path) for s in settings_of(RunConfig)] == [
-        ("--name", ("name",)),
-        ("--concurrent-steps", ("concurrent_steps",)),
-        ("--warm-start", ("warm_start",)),
-        ("--hidden", ("hidden",)),
-        ("--num-partitions", ("server", "num_partitions")),
-        ("--rule", ("server", "rule")),
-        ("--max-norm", ("server", "max_norm")),
-    ]
-    assert settings_of(RunConfig)[0].default is MISSING
+def test_help_shows_the_values_of_the_configuration_that_is_named():
+    server = ServerConfig(rule="adagrad", num_partitions=1)
+    other = replace(BASE, name="other", warm_start=False, hidden=(3,), server=server)
+
+    @click.command(cls=ConfigCommand, named_by="recipe", find={"other": other}.__getitem__)
+    @config_options(RunConfig)
+    @click.argument("recipe", required=False)
+    def command(recipe, given):
+        """Trains."""
+
+    def shown(*argv):
+        text = CliRunner().invoke(command, argv).output
+        return re.findall(r"\[default: (.*?)\]", " ".join(text.split()))
+
+    defaults = ["5", "warm-start", "100,100", "2", "momentum", "none"]
+    assert shown("--help") == defaults
+    values = ["other", "5", "no-warm-start", "3", "1", "adagrad", "none"]
+    assert shown("other", "--help") == shown("--rule", "momentum", "other", "--help") == values
+    assert shown("--help", "other") == values
 
 
-def test_help_is_the_docstring_under_each_field():
-    assert field_docstrings(ServerConfig)["num_partitions"] == "Partitions of the parameters."
-    assert set(field_docstrings(ServerConfig)) == {"num_partitions", "rule", "max_norm"}
-
-    class Plain:
-        x: int = 1
-        """Not a dataclass."""
-
-    assert field_docstrings(Plain) == {}
-
-
-def test_docstrings_are_inherited():
-    @dataclass(frozen=True, kw_only=True)
-    class Derived(ServerConfig):
-        rule: Literal["momentum", "adagrad"] = "adagrad"
-        """Another rule."""
-
-    docs = field_docstrings(Derived)
-    assert docs["rule"] == "Another rule."
-    assert docs["max_norm"] == "Largest gradient norm."
+def test_help_of_a_recipe_shows_its_values():
+    text = " ".join(CliRunner().invoke(real_train, ["mnist-bn", "--help"]).output.split())
+    assert re.search(r"--learning-rate FLOAT .{,80}?\[default: 0.15\]", text)
+    assert re.search(r"--ramp-epochs FLOAT .{,80}?\[default: 8\]", text)
+    text = " ".join(CliRunner().invoke(real_train, ["mnist", "--help"]).output.split())
+    assert re.search(r"--learning-rate FLOAT .{,80}?\[default: 0.02\]", text)
+    unknown = CliRunner().invoke(real_train, ["mnsit", "--help"])
+    assert isinstance(unknown.exception, UserError)
+    assert "did you mean mnist?" in str(unknown.exception)
 
 
 def test_help_shows_sections_types_and_defaults():
@@ -211,46 +152,6 @@ def test_a_defect_in_a_check_stays_a_defect():
 def test_an_unknown_setting_is_a_key_error():
     with pytest.raises(KeyError):
         apply(BASE, {"nonsense": 1})
-
-
-def test_two_fields_with_one_option_are_an_error_that_names_both():
-    @dataclass(frozen=True, kw_only=True)
-    class Clash:
-        rule: str = ""
-        server: ServerConfig = field(default_factory=ServerConfig)
-
-    # get_type_hints needs no help here: annotations are evaluated in this module.
-    with pytest.raises(TypeError, match=r"rule and server\.rule both give --rule"):
-        settings_of(Clash)
-
-
-def test_a_flag_that_is_turned_off_clashes_too():
-    @dataclass(frozen=True, kw_only=True)
-    class Clash:
-        shuffle: bool = True
-        no_shuffle: int = 1
-
-    with pytest.raises(TypeError, match="both give --no-shuffle"):
-        settings_of(Clash)
-
-
-def test_a_field_may_take_another_name():
-    @dataclass(frozen=True, kw_only=True)
-    class Renamed:
-        rule: str = field(default="a", metadata={"cli": "outer-rule"})
-        server: ServerConfig = field(default_factory=ServerConfig)
-
-    assert settings_of(Renamed)[0].option == "--outer-rule"
-    assert apply(Renamed(), {"outer_rule": "b"}) == Renamed(rule="b")
-
-
-def test_a_type_without_a_form_is_an_error_that_names_the_field():
-    @dataclass(frozen=True, kw_only=True)
-    class Bytes:
-        key: bytes = b""
-
-    with pytest.raises(TypeError, match=r"Bytes\.key: .*bytes.* has no form.*cli"):
-        settings_of(Bytes)
 
 
 def test_an_option_of_the_commands_own_must_not_take_a_settings_name():

@@ -6,9 +6,10 @@ import pytest
 
 from downpour.cluster.config import recipes
 from downpour.cluster.config.derive import make_plan, step_config, update_config
-from downpour.cluster.config.options import OptionError, apply, settings_of
+from downpour.cluster.config.options import OptionError, apply
 from downpour.cluster.config.plain import from_plain, to_plain
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.config.settings import settings_of
 from downpour.cluster.errors import UserError
 from downpour.workers.config import ReplicaConfig
 
