@@ -195,7 +195,7 @@ class Controller:
             self._backend.make_spares()
             self._partitions.followers.start_missing()
         self._mend()
-        if self._ended is None:
+        if self._ended is None and self._telemetry.has_begun:
             self._evaluating.score_if_due()
         self._checkpointer.begin_if_due()
 

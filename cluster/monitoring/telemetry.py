@@ -105,6 +105,11 @@ class Telemetry:
         return self._clock() - self._began_s
 
     @property
+    def has_begun(self) -> bool:
+        """Whether an update of this session is known of."""
+        return self._first_update_at is not None
+
+    @property
     def training_s(self) -> float:
         """Seconds since the first update, over all sessions."""
         if self._first_update_at is None:
