@@ -11,18 +11,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from downpour.models.errors import MomentsError
 from downpour.models.flat import FlatModel
 from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.transport.access import Access, way
 from downpour.paramserver.transport.local import Endpoint, machine
 from downpour.shuffler.delivery import Part, join
+from downpour.shuffler.errors import DatasetError, ShufflerError
 from downpour.shuffler.plan.keys import stream_key
 from downpour.workers.evaluation.evaluator import Evaluator, Score
 from downpour.workers.evaluation.split import SplitBatches
+from downpour.workers.evaluation.training_sample import TrainingSample
 from downpour.workers.messages import Keeping
 from downpour.workers.replica.replicas import (
     AnySlot,
@@ -50,7 +54,19 @@ class Evaluation:
     versions: tuple[int, ...]
     """Version of each partition."""
     score: Score
+    """With the BN statistics that were recomputed, if they were; else with the server's."""
     wall_s: float
+    moving: Score | None = None
+    """With the server's moving averages, if BN statistics were recomputed."""
+    num_recomputed: int = 0
+    """Mini-batches that they were recomputed on."""
+    note: str | None = None
+    """Why they were not, if they should have been."""
+
+    @property
+    def gap(self) -> float | None:
+        """How much accuracy the server's moving averages cost; None if nothing was recomputed."""
+        return None if self.moving is None else self.score.accuracy - self.moving.accuracy
 
 
 class ReplicasActor:
@@ -176,6 +192,22 @@ class EvaluatorActor:
         self._client: ParameterClient | None = None
         batches = SplitBatches(spec.model, spec.data, spec.split)
         self._evaluator = Evaluator(spec.model, batches)
+        self._sample: TrainingSample | None = None
+        self._most_s = 0.0
+        self._note: str | None = None
+        if spec.recompute is not None and self._evaluator.layout.num_features:
+            self._most_s = spec.recompute.most_s
+            try:
+                self._sample = TrainingSample(spec.recompute)
+            except (DatasetError, OSError) as error:
+                self._cannot_recompute(error)
+
+    def _cannot_recompute(self, error: Exception) -> None:
+        self._sample = None
+        self._note = (
+            f"the training split cannot be read where the evaluator is ({error}): accuracy is with "
+            "the server's moving averages of the BN statistics"
+        )
 
     def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, or connect anew if one was replaced; gives the process id."""
@@ -190,6 +222,9 @@ class EvaluatorActor:
     def evaluate(self, keeping: Keeping = NOTHING_KEPT) -> Evaluation:
         """Pull the latest version of every partition, and score it.
 
+        BN statistics are recomputed on training mini-batches with just these weights, if the spec
+        says so and there is batch normalization.
+
         If `keeping` says so, just these weights and statistics are written, under PyTorch's names,
         each file whole or not at all.
         """
@@ -198,14 +233,39 @@ class EvaluatorActor:
         assert client is not None, "connect comes before evaluate"
         versions = [0] * client.num_partitions
         client.pull_statistics(evaluator.weights.numpy(), evaluator.statistics.numpy(), versions)
-        score = evaluator.score()
+        score, moving, num_recomputed = self._score()
+        about: dict[str, Any] = {"versions": versions, "score": score}
+        about["num_recomputed"] = num_recomputed
         if keeping.model_path is not None and score.accuracy >= keeping.goal:
-            evaluator.save(keeping.model_path, versions=versions, score=score)
+            evaluator.save(keeping.model_path, **about)
         if keeping.best_path is not None and (
             keeping.best is None or score.accuracy > keeping.best
         ):
-            evaluator.save(keeping.best_path, versions=versions, score=score)
-        return Evaluation(versions=tuple(versions), score=score, wall_s=time.monotonic() - began_s)
+            evaluator.save(keeping.best_path, **about)
+        return Evaluation(
+            versions=tuple(versions),
+            score=score,
+            moving=moving,
+            num_recomputed=num_recomputed,
+            note=self._note,
+            wall_s=time.monotonic() - began_s,
+        )
+
+    def _score(self) -> tuple[Score, Score | None, int]:
+        """The score that counts, that of the server's averages, mini-batches recomputed on."""
+        began_s = time.monotonic()
+        moving = self._evaluator.score()
+        if self._sample is None:
+            return moving, None, 0
+        most_s = max(self._most_s, time.monotonic() - began_s)
+        try:
+            estimate = self._evaluator.recompute(self._sample(), most_s=most_s)
+        except MomentsError:  # these weights give nothing that is finite
+            return moving, None, 0
+        except (ShufflerError, OSError) as error:
+            self._cannot_recompute(error)
+            return moving, None, 0
+        return self._evaluator.score(), moving, estimate.num_batches
 
     def stop(self) -> None:
         """Close the connections."""

@@ -125,6 +125,26 @@ class ReplicasSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecomputeSpec:
+    """What the evaluator recomputes the BN statistics on."""
+
+    data: str
+    """The dataset: a folder or a pyarrow.fs URI."""
+    split: str
+    """The split that is trained on."""
+    batch_size: int
+    """Examples in a mini-batch, as in training."""
+    decoder: Decoder
+    """How training rows become inputs."""
+    num_classes: int
+    """Labels are in [0, number of classes)."""
+    seed: int
+    """Of the run: names the random streams."""
+    most_s: float
+    """Seconds that it may take, or as many as a pass over the scored split if these are more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluatorSpec:
     """The process that scores the weights."""
 
@@ -134,3 +154,6 @@ class EvaluatorSpec:
     """The dataset: a folder or a pyarrow.fs URI."""
     split: str
     """The split to score."""
+    recompute: RecomputeSpec | None = None
+    """What BN statistics are recomputed on for each scoring; none scores with the moving averages
+    of the server."""

@@ -74,7 +74,10 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
     if (folder.path / STATUS).exists():
         status |= folder.read_json(STATUS)
     if (folder.path / RESULT).exists():
-        status |= {"state": "finished", "accuracy": folder.read_json(RESULT)["accuracy"]}
+        result = folder.read_json(RESULT)
+        status |= {"state": "finished", "accuracy": result["accuracy"]}
+        if "ended_because" in result:
+            status["reason"] = result["ended_because"]
     elif status.get("state") != "stopped" and not folder.held():
         status["state"] = "died: `downpour resume` goes on with it"
     return status

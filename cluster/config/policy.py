@@ -24,6 +24,9 @@ class PolicyConfig:
     """Seconds between two scorings of the evaluation split; longer where scoring is slow."""
     evaluation_share: float = 0.1
     """Largest share of the time that scoring may take."""
+    bn_statistics: Literal["recomputed", "moving"] = "recomputed"
+    """What weights are scored with and written with: BN statistics that the evaluator recomputes on
+    training mini-batches (Algorithm 2), or the moving averages that the server keeps."""
     stop_at_accuracy: float | None = None
     """Accuracy@1 in (0, 1] at which the run is finished: at the first scoring that reaches it, with
     the weights that were scored. None trains every epoch."""

@@ -6,6 +6,7 @@ and what an actor gets at each start or connect, such as keys and endpoints (`ra
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from downpour.cluster.config.derive import (
@@ -22,7 +23,7 @@ from downpour.paramserver.spec import PartitionSpec
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.spec import ShufflerSpec
 from downpour.workers.config import ReplicaConfig
-from downpour.workers.spec import EvaluatorSpec, ReplicasSpec
+from downpour.workers.spec import EvaluatorSpec, RecomputeSpec, ReplicasSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,30 @@ def resolve(config: RunConfig, facts: Facts) -> RunSpecs:
             for members in spread(config.replicas.replicas, count)
         ),
         shufflers=shuffler_specs(config, plan),
-        evaluator=EvaluatorSpec(model=model, data=config.data.data, split=config.data.eval_split),
+        evaluator=EvaluatorSpec(
+            model=model,
+            data=config.data.data,
+            split=config.data.eval_split,
+            recompute=recompute_spec(config),
+        ),
+    )
+
+
+def recompute_spec(config: RunConfig) -> RecomputeSpec | None:
+    """What the evaluator recomputes BN statistics on, if it is to.
+
+    It may take what a scoring may take without becoming rarer.
+    """
+    if config.policy.bn_statistics == "moving":
+        return None
+    return RecomputeSpec(
+        data=config.data.data,
+        split=config.data.train_split,
+        batch_size=config.data.batch_size,
+        decoder=dataclasses.replace(make_decoder(config), on_bad_image="skip"),
+        num_classes=config.model.num_classes,
+        seed=config.policy.seed,
+        most_s=config.policy.evaluate_every_s * config.policy.evaluation_share,
     )
 
 

@@ -61,9 +61,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             queries={
                 "{{run}}": _gauge("accuracy"),
                 "best of {{run}}": _gauge("best_accuracy"),
+                "with the server's averages {{run}}": _gauge("moving_accuracy"),
             },
             unit="percentunit",
-            help="accuracy@1 on the evaluation split, with the server's BN statistics.",
+            help="accuracy@1 on the evaluation split, with recomputed BN statistics.",
         ),
         Panel(
             title="Loss",
@@ -93,6 +94,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             help="Versions between pull and push of the updates applied.",
         ),
         Panel(title="Pushes by staleness", queries={"at most {{le}}": _STALENESS}),
+        Panel(
+            title="Gap of BN statistics",
+            queries={"{{run}}": _gauge("bn_gap")},
+            unit="percentunit",
+            help="Accuracy with recomputed BN statistics less that with the server's averages.",
+        ),
         Panel(
             title="Drift of BN statistics",
             queries={"partition {{partition}}": _gauge("bn_drift", "run, partition")},

@@ -472,6 +472,7 @@ def _spark(values: Sequence[float], style: str) -> Text:
 RESULT_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("best_accuracy", "best accuracy", percent_text),
     ("accuracy", "last accuracy", percent_text),
+    ("moving_accuracy", "by server averages", percent_text),
     ("evaluation_loss", "evaluation loss", number_text),
     ("epochs", "epochs", lambda value: f"{value:,}"),
     ("examples", "examples", lambda value: f"{value:,}"),
@@ -505,6 +506,10 @@ def _result_rows(result: Mapping[str, object]) -> list[tuple[str, str, str]]:
         ]
         if parts:
             rows.append(("staleness", "   ".join(parts), ""))
+    reached = result.get("reached")
+    if isinstance(reached, Mapping) and reached:
+        parts = [f"{float(key):.1%} {_seconds(first)}" for key, first in reached.items()]
+        rows.append(("reached after", "   ".join(parts), ""))
     for key, value in result.items():
         if key in known or key in ("recipe", "run"):
             continue
@@ -514,6 +519,10 @@ def _result_rows(result: Mapping[str, object]) -> list[tuple[str, str, str]]:
             label, text = _measure(key, value)
             rows.append((label, text, ""))
     return rows
+
+
+def _seconds(first: Mapping[str, float]) -> str:
+    return f"{first['training_s']:.1f} s"
 
 
 def _measure(key: str, value: float) -> tuple[str, str]:

@@ -39,6 +39,7 @@ class _Curve:
 
 _CURVES = (
     _Curve(title="Accuracy on the evaluation split", key="accuracy", percent=True, from_zero=False),
+    _Curve(title="Gap: recomputed BN statistics less the server's", key="bn_gap", percent=True),
     _Curve(title="Training loss", key="loss", smooth=True),
     _Curve(title="Updates a second", key="updates_per_s"),
     _Curve(title="Mean staleness, in versions", key="staleness_mean"),
@@ -99,6 +100,7 @@ def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
         _tiles(result, status),
         f"<div class=curves>{''.join(figures)}</div>",
         _table("Result", {k: v for k, v in result.items() if not isinstance(v, dict | list)}),
+        _table("Accuracy reached", _reached(result)),
         _table(
             "News", {f"{e.get('time', 0) - metrics[0]['time']:+.0f} s": e["event"] for e in news}
         ),
@@ -127,6 +129,15 @@ def _tiles(result: Mapping[str, Any], status: Mapping[str, Any]) -> str:
     }
     shown = (f"<div><b>{v}</b><span>{k}</span></div>" for k, v in tiles.items() if v)
     return f"<div class=tiles>{''.join(shown)}</div>"
+
+
+def _reached(result: Mapping[str, Any]) -> dict[str, str]:
+    """By accuracy, when the run first had it."""
+    return {
+        f"{float(milestone):.1%}": f"{first['training_s']:,.1f} s of training, "
+        f"{first['epochs']:.2f} epochs"
+        for milestone, first in (result.get("reached") or {}).items()
+    }
 
 
 def _figure(curve: _Curve, metrics: Sequence[Mapping[str, Any]]) -> str:

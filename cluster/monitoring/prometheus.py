@@ -50,6 +50,14 @@ METRICS: Mapping[str, Metric] = {
     "downpour_accuracy": Metric(kind="gauge", help="Validation accuracy@1 in [0, 1]."),
     "downpour_best_accuracy": Metric(kind="gauge", help="The highest accuracy@1 so far."),
     "downpour_evaluation_loss": Metric(kind="gauge", help="Mean loss of the evaluation split."),
+    "downpour_moving_accuracy": Metric(
+        kind="gauge",
+        help="Validation accuracy@1 with the server's moving averages of the BN statistics.",
+    ),
+    "downpour_bn_gap": Metric(
+        kind="gauge",
+        help="Accuracy with recomputed BN statistics less that with the server's averages.",
+    ),
     "downpour_learning_rate": Metric(kind="gauge", help="The learning rate."),
     "downpour_staleness_pushes": Metric(
         kind="counter",
@@ -182,8 +190,8 @@ class PrometheusSink:
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
-        for name in ("accuracy", "best_accuracy", "evaluation_loss"):
-            if math.isfinite(values[name]):
+        for name in ("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "bn_gap"):
+            if name in values and math.isfinite(values[name]):
                 self._metric(f"downpour_{name}", values[name])
 
     def close(self) -> None:

@@ -69,6 +69,8 @@ class Telemetry:
         self._history: deque[tuple[float, int, int]] = deque()
         self._staleness: dict[str, float] = {}
         self._costs = Costs()
+        self._note: str | None = None
+        """What the evaluator has said of its BN statistics."""
         self.reports: list[PartitionReport] = []
         """The newest report of each partition, in their order."""
         self.evaluation: Evaluation | None = None
@@ -235,6 +237,13 @@ class Telemetry:
             "accuracy": accuracy,
             "evaluation_loss": evaluation.score.loss,
         }
+        if evaluation.moving is not None:
+            values["moving_accuracy"] = evaluation.moving.accuracy
+            values["bn_gap"] = round(evaluation.gap or 0.0, 6)
+        if evaluation.note != self._note:
+            self._note = evaluation.note
+            if self._note is not None:
+                self.event(self._note)
         self._write(lambda: self._folder.append_metrics(values))
         for sink in self._sinks:
             scored = {**values, "best_accuracy": self.best_accuracy}

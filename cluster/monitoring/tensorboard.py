@@ -26,6 +26,8 @@ CURVES = {
     "refused": "cluster/refused mini-batches",
     "accuracy": "evaluation/accuracy",
     "evaluation_loss": "evaluation/loss",
+    "moving_accuracy": "evaluation/accuracy with the server's averages",
+    "bn_gap": "batch normalization/gap in accuracy",
 }
 """Where a value of metrics.jsonl is drawn."""
 

@@ -73,8 +73,10 @@ def stop(
 def end(folder: RunFolder) -> str | None:
     """How a run ended, in words; None while it goes on."""
     if (folder.path / RESULT).exists():
-        accuracy = folder.read_json(RESULT)["accuracy"]
-        return f"finished with an accuracy of {accuracy:.2%}"
+        result = folder.read_json(RESULT)
+        early = result.get("ended_by", "epochs") != "epochs"
+        why = f": {result['ended_because']}" if early else ""
+        return f"finished with an accuracy of {result['accuracy']:.2%}{why}"
     status = _status(folder)
     if status.get("state") == "stopped":
         return f"stopped ({status.get('reason')}): `downpour resume {folder.path}` goes on"

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     log = root / "log"
     status = commands.run(
         *("train", "mnist-bn", "--runs", root, "--name", "a", "--no-dashboard"),
-        *(*arguments, *rates),
+        *(*arguments, *rates, "--bn-statistics", "moving"),
         log=log,
     )
     assert status == 0, log.read_text()

@@ -1,4 +1,4 @@
-"""Scoring weights with the server's BN statistics, and recomputing those by Algorithm 2.
+"""Scoring weights with BN statistics: those that the server keeps, or Algorithm 2's.
 
 Weights come in as flat vectors, from partitions or from a checkpoint; mini-batches come in as an
 iterable. Ray is not here.
@@ -7,7 +7,9 @@ iterable. Ray is not here.
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +17,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from downpour.models.batchnorm import DEFAULT_EPS
 from downpour.models.flat import FlatModel, flatten, state_dict
-from downpour.models.moments import Population
+from downpour.models.moments import Moments, Population
 from downpour.workers.spec import ModelSpec
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Inputs [m, ...] and int64 targets [m]."""
+PRECISION = 0.02
+"""The standard error at which an estimate of population statistics is good enough: the root mean
+square, over features, of how far normalized values are expected to be off, in standard deviations.
+About 120 mini-batches of 32 independent values."""
+LEAST_BATCHES = 8
+"""Fewer mini-batches do not tell how much they vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +75,28 @@ class Evaluator:
             num_examples=examples,
         )
 
-    def save(self, path: str, *, versions: Sequence[int], score: Score) -> None:
-        """Write what was scored as safetensors under PyTorch's names, whole or not at all."""
+    def recompute(self, batches: Batches, *, most_s: float = math.inf) -> PopulationEstimate:
+        """Replace `statistics` by Algorithm 2's for `weights`; see `estimate_population`."""
+        estimate = estimate_population(self._model, batches, precision=PRECISION, most_s=most_s)
+        self.statistics.copy_(estimate.statistics)
+        return estimate
+
+    def save(
+        self, path: str, *, versions: Sequence[int], score: Score, num_recomputed: int = 0
+    ) -> None:
+        """Write what was scored as safetensors under PyTorch's names, whole or not at all.
+
+        `num_recomputed` mini-batches are what the statistics were recomputed on; 0 says that they
+        are the server's.
+        """
         state = state_dict(self.weights, self.statistics, self.layout)
         about = {
             "versions": list(versions),
             "accuracy": score.accuracy,
             "loss": score.loss,
             "num_examples": score.num_examples,
+            "bn_statistics": "recomputed" if num_recomputed else "moving",
+            "mini_batches": num_recomputed,
         }
         partial = f"{path}.partial"
         safetensors.torch.save_file(
@@ -91,19 +114,89 @@ class Evaluator:
         self.statistics.copy_(statistics)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PopulationEstimate:
+    """Population statistics from some mini-batches."""
+
+    statistics: Tensor
+    """float32 [2, F]: mean and unbiased variance."""
+    num_batches: int
+    """Mini-batches that they were computed on."""
+    standard_error: float
+    """How far normalized values are expected to be off, see `standard_error`; inf for fewer than
+    two mini-batches."""
+
+
 def population_statistics(model: FlatModel, batches: Batches) -> Tensor:
     """Algorithm 2, steps 8 to 10: statistics [2, F] recomputed with the weights frozen.
 
     `E[x]` is the mean over mini-batches of their means, `Var[x]` that of their unbiased variances,
     over all of `batches`. The model is left in inference mode, bound as it was.
     """
-    population = Population.empty(model.layout.num_features)
+    return estimate_population(model, batches).statistics
+
+
+def estimate_population(
+    model: FlatModel,
+    batches: Batches,
+    *,
+    precision: float = 0.0,
+    most_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+) -> PopulationEstimate:
+    """Algorithm 2's statistics over as many of `batches` as are needed.
+
+    Ends once, after `LEAST_BATCHES`, the estimate has a standard error of at most `precision`, or
+    `most_s` seconds are over. A mini-batch whose moments are not finite is left out, as the server
+    refuses it. The model is left in inference mode, bound as it was.
+
+    Raises `MomentsError` if there is no mini-batch to average.
+    """
+    num_features = model.layout.num_features
+    population = Population.empty(num_features)
+    between = Moments.empty(2 * num_features)
+    one, zero = torch.ones(2 * num_features), torch.zeros(2 * num_features)
+    error = math.inf
+    began_s = clock()
     model.module.train()
-    with torch.no_grad():
-        for inputs, _ in batches:
-            model.module(inputs)
-            count, mean, variance = model.moments
-            population = population.merge(Population.from_batch(count, mean, variance))
-    model.module.eval()
-    mean, variance = population.compute()
-    return torch.stack([mean, variance]).to(torch.float32)
+    try:
+        with torch.no_grad():
+            for number, (inputs, _) in enumerate(batches, 1):
+                model.module(inputs)
+                count, mean, variance = model.moments
+                both = torch.cat([mean, variance])
+                if bool(torch.isfinite(both).all()):
+                    population = population.merge(Population.from_batch(count, mean, variance))
+                    between = between.merge(Moments.from_batch(one, both, zero))
+                if number < LEAST_BATCHES:
+                    continue
+                if population.num_batches >= 2:
+                    error = standard_error(population, between)
+                if error <= precision or clock() - began_s >= most_s:
+                    break
+    finally:
+        model.module.eval()
+    return PopulationEstimate(
+        statistics=torch.stack(population.compute()).to(torch.float32),
+        num_batches=population.num_batches,
+        standard_error=error,
+    )
+
+
+def standard_error(population: Population, between: Moments, eps: float = DEFAULT_EPS) -> float:
+    """How far values normalized by an estimate are expected to be from those by the population.
+
+    `between` are the moments, over the k mini-batches of `population`, of their means and unbiased
+    variances: [2F]. With s^2 the variance over mini-batches, the estimates' own variances are
+    `s^2(mean)/k` and `s^2(var)/k`. A normalized value moves by `d(mean)/sqrt(var + eps)`, and is
+    scaled by `1 + d(var)/(2*(var + eps))` to first order. The result is the root mean square of
+    both together over features, in the unit of `disagreement`; 0 for a model without features.
+    """
+    num_features = len(population.mean)
+    if not num_features:
+        return 0.0
+    _, spread = between.compute()
+    of_mean, of_variance = spread[:num_features], spread[num_features:]
+    scale = population.variance + eps
+    square = of_mean / scale + of_variance / (2 * scale).square()
+    return float((square.mean() / population.num_batches).sqrt())
