@@ -68,6 +68,7 @@ def submit(
     """
     from downpour.cluster.deploy import jobs
 
+    jobs.use_token()
     if not follow:
         travels = check_job(arguments)
     elif job_id is None or arguments:

@@ -21,7 +21,17 @@ from downpour.cluster.errors import EXIT_ERROR, UserError, one_line
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TOKEN_FILE = Path("~/.ray/auth_token")
 LOOK_AGAIN_S = 1.0
-_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+_TALKATIVE = (
+    *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers of Ray that tell of each package; `downpour submit` has said what it sends."""
+
+
+def use_token() -> None:
+    """Have Ray show the user's token, if there is one. Ray looks when it is imported, and once."""
+    if TOKEN_FILE.expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def connect(address: str | None) -> Any:
@@ -35,11 +45,10 @@ def connect(address: str | None) -> Any:
         UserError: the cluster does not answer, or refuses the token.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    if TOKEN_FILE.expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    use_token()
     from ray.job_submission import JobSubmissionClient
 
-    for name in _LOGGERS:
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)

@@ -20,6 +20,10 @@ SOURCES = (
 )
 
 
+DEADLINE_S = 180.0
+"""For a command: twice what a training run takes on a busy machine."""
+
+
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
     """What a command that must succeed prints."""
     done = subprocess.run(
@@ -29,7 +33,7 @@ def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> s
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -1,0 +1,149 @@
+"""A project of one's own, whose packages have the names of Downpour's, with Downpour from a wheel.
+
+It trains its own recipe here and as a job on a cluster whose nodes have the dependencies only.
+"""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import commands, wheel
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+RECIPES = """
+from cluster.names import NAME
+from models.mine import recipe as example
+import dataclasses
+
+def recipe():
+    return dataclasses.replace(example(), recipe=NAME)
+"""
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> wheel.Environment:
+    """The user's environment, with the wheel."""
+    folder = tmp_path_factory.mktemp("user")
+    environment = wheel.environment(folder / "venv")
+    environment.install(wheel.build(folder))
+    return environment
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The example as a project whose packages are `models`, `workers` and `cluster`."""
+    folder = tmp_path / "project"
+    text = (commands.ROOT / "examples" / "own_model.py").read_text()
+    files = {
+        "models/mine.py": text.replace("examples.own_model:", "models.mine:"),
+        "workers/__init__.py": "",
+        "workers/recipes.py": RECIPES,
+        "cluster/names.py": "NAME = 'mine'\n",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home with a token for Ray."""
+    folder = tmp_path / "home"
+    (folder / ".ray").mkdir(parents=True)
+    (folder / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    return folder
+
+
+@pytest.fixture
+def head(home: Path, tmp_path: Path) -> Iterator[str]:
+    """A head with token authentication, in an environment without Downpour; its dashboard's URL."""
+    nodes = wheel.environment(tmp_path / "nodes")
+    port = commands.free_port()
+    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
+        variables = {**nodes.variables(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": short}
+        log = tmp_path / "head.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [
+                    *(nodes.python, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+                    *("--node-ip-address=127.0.0.1", f"--port={commands.free_port()}"),
+                    *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+                    *(
+                        "--dashboard-agent-listen-port=0",
+                        f"--ray-client-server-port={commands.free_port()}",
+                    ),
+                    *("--min-worker-port=0", "--max-worker-port=0"),
+                    *("--num-cpus=4", f"--object-store-memory={2**28}"),
+                ],
+                env=variables,
+                cwd=short,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            commands.wait_for(
+                lambda: b"Ray runtime started" in log.read_bytes() or process.poll() is not None,
+                "the head",
+            )
+            assert process.poll() is None, log.read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            family = set(commands.descendants(process.pid))
+            commands.end(process)
+            commands.wait_for(lambda: not commands.alive(family), "the end of the head's processes")
+
+
+def test_it_trains_here(user: wheel.Environment, project: Path, home: Path) -> None:
+    variables = user.variables(home)
+
+    def downpour(*arguments: str) -> str:
+        return wheel.run(user.downpour, *arguments, cwd=project, env=variables)
+
+    options = ("--epochs", "1", "--replicas", "2", "--name", "own", "--no-dashboard")
+    downpour("train", "workers.recipes:recipe", *options)
+    found = commands.result(project / "runs" / "own")
+    assert found["recipe"] == "mine"
+    assert found["accuracy"] > 0.85
+    assert found["exactly_once"]
+    assert '"accuracy": ' in downpour("evaluate", "runs/own")
+    wrong = subprocess.run(
+        [user.downpour, "train", "workers.recipes:nothing"],
+        cwd=project,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert "has no function 'nothing'" in wrong.stderr
+
+
+def test_it_trains_as_a_job(
+    user: wheel.Environment, project: Path, home: Path, head: str, tmp_path: Path
+) -> None:
+    variables = user.variables(home)
+    runs = tmp_path / "shared" / "runs"
+    (project / "runs").mkdir()
+    (project / "runs" / "large").write_text("not sent")
+    submit = (user.downpour, "submit", "--address", head)
+    train = ("train", "workers.recipes:recipe", "--runs", runs, "--name", "job")
+    small = ("--epochs", "1", "--replicas", "2")
+    said = wheel.run(*submit, *train, *small, cwd=project, env=variables)
+    assert f"uploading {project} (4 files, 0.0 MiB; not runs/) and downpour" in said
+    found = commands.result(runs / "job")
+    assert found["recipe"] == "mine"
+    assert found["exactly_once"]
+    # The data of the run was in the job's copy of Downpour, and that goes with the cluster.
+    config = (runs / "job" / "config.json").read_text()
+    (runs / "job" / "config.json").write_text(config.replace("_ray_pkg_", "_ray_gone_"))
+    scored = wheel.run(user.downpour, "evaluate", runs / "job", cwd=project, env=variables)
+    assert f'"accuracy": {found["accuracy"]}' in scored
