@@ -19,6 +19,7 @@ from downpour.cluster.controller.checkpointing import Checkpointer
 from downpour.cluster.controller.coverage import (
     Flags,
     refused_by_any,
+    same,
     settled_by_some,
     settled_once,
     unfinished_epochs,
@@ -393,6 +394,9 @@ class Controller:
         finished = self._lending.finished
         self._telemetry.phase = "finishing" if finished else "stopping"
         self._progress()
+        # Those who were stopped may have left pushes that their partitions have yet to see.
+        ending = self._ended is not None and finished
+        before = self._partitions.answers(self._flags_of_all) if ending else None
         written = self._checkpointer.write_last()
         if not written and finished and not self._partitions.all_up:
             return None
@@ -412,8 +416,10 @@ class Controller:
             flags = self._partitions.answers(self._flags_of_all)
             if flags is None or self._lending.reopening:
                 return None
-            if self._ended is not None and any(settled_by_some(flags, e).any() for e in flags[0]):
-                self._end_early()  # a push was still on its way
+            if ending and any(settled_by_some(flags, e).any() for e in flags[0]):
+                self._end_early()
+                return None
+            if ending and (before is None or not same(before, flags)):
                 return None
             whole = self._ended is None
             exactly_once = settled_once(flags, self._telemetry.reports, whole=whole)

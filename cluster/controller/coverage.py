@@ -51,6 +51,15 @@ def settled_once(
     return not any(settled_by_some(answers, epoch).any() for epoch in answers[0])
 
 
+def same(answers: Sequence[Flags], others: Sequence[Flags]) -> bool:
+    """Whether every partition has settled just what it had."""
+    return all(
+        np.array_equal(flags[epoch], before[epoch])
+        for flags, before in zip(answers, others, strict=True)
+        for epoch in flags
+    )
+
+
 def unfinished_epochs(answers: Sequence[Flags]) -> dict[int, int]:
     """By epoch that was begun and not completed, how many of its mini-batches are settled."""
     settled = {epoch: settled_by_all(answers, epoch) for epoch in answers[0]}

@@ -76,7 +76,8 @@ class Lending:
         """Whether every mini-batch of every epoch is done, or all that a run trained which ends
         early.
         """
-        return self._book.finished and (self._closed or not self._ending)
+        whole = self._book.finished and not self.reopening
+        return whole and (self._closed or not self._ending)
 
     @property
     def held(self) -> int | None:
