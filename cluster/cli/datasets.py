@@ -8,11 +8,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from downpour.cluster.cli.shared import (
-    progress_bar,
-)
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.datasets.inspection import InspectConfig
+from downpour.cluster.monitoring.bars import progress_bar
 from downpour.shuffler.ingest.ingest import IngestConfig
 
 

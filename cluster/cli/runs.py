@@ -10,14 +10,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from downpour.cluster.cli.shared import (
-    RUNS,
-    cell,
-)
+from downpour.cluster.cli.shared import RUNS
 from downpour.cluster.config import recipes
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.cluster.monitoring.texts import cell_text
 from downpour.cluster.run.folder import CONFIG, RESULT, STATUS, RunFolder
 
 
@@ -64,7 +62,7 @@ def status(run: Path | None, runs: Path, as_json: bool) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for row in rows:
-        table.add_row(*(cell(row.get(column)) for column in columns))
+        table.add_row(*(cell_text(row.get(column)) for column in columns))
     Console().print(table)
 
 

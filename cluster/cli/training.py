@@ -128,18 +128,14 @@ def replay(run: Path) -> int:
 
     For runs that were trained with --record-pushes.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
+    from downpour.cluster.monitoring.bars import progress_bar
     from downpour.cluster.replay.run import replay_run
 
-    folder = RunFolder.open(run)
     console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("pushes", total=None)
+    with progress_bar("pushes", console=console) as show:
         found = replay_run(
-            folder,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            RunFolder.open(run),
+            show,
             lambda line: console.print(line, style="yellow", markup=False),
         )
     click.echo(f"{found.pushes:,} pushes, to versions {', '.join(map(str, found.versions))}")

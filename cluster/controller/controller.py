@@ -33,8 +33,8 @@ from downpour.cluster.controller.members import Outcome
 from downpour.cluster.controller.partitions import Partitions
 from downpour.cluster.controller.pending_calls import Tickets
 from downpour.cluster.controller.replica_processes import Processes
-from downpour.cluster.monitoring.display import Progress
 from downpour.cluster.monitoring.observation import Sink
+from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.monitoring.telemetry import Telemetry
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.cluster.run.early_stopping import EarlyStopping, Ended

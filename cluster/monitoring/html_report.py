@@ -21,6 +21,7 @@ from downpour.cluster.monitoring.plots import (
     series,
     smoothed,
 )
+from downpour.cluster.monitoring.texts import cell_text, percent_text
 from downpour.cluster.run.folder import EVENTS, RESULT, STATUS, RunFolder
 
 REPORT = "report.html"
@@ -119,15 +120,19 @@ def _tiles(result: Mapping[str, Any], status: Mapping[str, Any]) -> str:
     known = {**status, **result}
     staleness = known.get("staleness") or {"mean": known.get("staleness_mean")}
     tiles = {
-        "accuracy@1": _percent(known.get("accuracy")),
-        "best accuracy@1": _percent(known.get("best_accuracy")),
-        "updates": _number(known.get("updates")),
-        "updates a second": _number(known.get("updates_per_s")),
-        "mean staleness": _number(staleness.get("mean")),
-        "seconds of training": _number(known.get("training_s")),
-        "every example exactly once": {True: "yes", False: "no"}.get(known.get("exactly_once")),  # type: ignore[arg-type]
+        "accuracy@1": (known.get("accuracy"), percent_text),
+        "best accuracy@1": (known.get("best_accuracy"), percent_text),
+        "updates": (known.get("updates"), cell_text),
+        "updates a second": (known.get("updates_per_s"), cell_text),
+        "mean staleness": (staleness.get("mean"), cell_text),
+        "seconds of training": (known.get("training_s"), cell_text),
+        "every example exactly once": (known.get("exactly_once"), cell_text),
     }
-    shown = (f"<div><b>{v}</b><span>{k}</span></div>" for k, v in tiles.items() if v)
+    shown = (
+        f"<div><b>{_text(write(value))}</b><span>{label}</span></div>"
+        for label, (value, write) in tiles.items()
+        if value is not None
+    )
     return f"<div class=tiles>{''.join(shown)}</div>"
 
 
@@ -146,7 +151,7 @@ def _figure(curve: _Curve, metrics: Sequence[Mapping[str, Any]]) -> str:
         return ""
     low, high = (0.0 if curve.from_zero else min(ys)), max(ys)
     high = high if high > low else low + 1.0
-    show = _percent if curve.percent else _number
+    show = percent_text if curve.percent else cell_text
     lines = [("raw", ys), ("curve", smoothed(ys))] if curve.smooth else [("curve", ys)]
     drawn = "".join(
         f'<polyline class="{kind}" points="{_points(xs, values, low, high)}"/>'
@@ -179,7 +184,9 @@ def _histogram(buckets: Sequence[Sequence[float]]) -> str:
         for low, n in pairs
     )
     title = "Staleness of the updates applied, in versions"
-    return _frame(title, "share of updates", bars, (0, most / total), (first, last - 1), _percent)
+    return _frame(
+        title, "share of updates", bars, (0, most / total), (first, last - 1), percent_text
+    )
 
 
 def _frame(
@@ -200,7 +207,7 @@ def _frame(
         )
     ends = ((x_range[0], _LEFT, "start"), (x_range[1], _WIDTH - 8, "end"))
     marks = "".join(
-        f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{_number(value)}</text>'
+        f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{cell_text(value)}</text>'
         for value, x, anchor in ends
     )
     return (
@@ -214,28 +221,10 @@ def _table(title: str, rows: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     cells = "".join(
-        f"<tr><th>{_text(key.replace('_', ' '))}<td>{_text(_cell(value))}"
+        f"<tr><th>{_text(key.replace('_', ' '))}<td>{_text(cell_text(value))}"
         for key, value in rows.items()
     )
     return f"<h2>{title}</h2><table>{cells}</table>"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return _number(value) or "–" if isinstance(value, int | float | None) else str(value)
-
-
-def _number(value: float | None) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.2f}%"
 
 
 def _text(value: str) -> str:

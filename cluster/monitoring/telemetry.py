@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.monitoring.costs import Costs
-from downpour.cluster.monitoring.display import Progress
 from downpour.cluster.monitoring.observation import Leases, Observation, Sink
+from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.run.early_stopping import Scoring
 from downpour.cluster.run.folder import STATUS, RunFolder
 from downpour.paramserver.partition.staleness import Histogram

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from downpour.cluster.errors import UserError
-from downpour.cluster.monitoring.display import Progress, TrainingDisplay, plain_line
+from downpour.cluster.monitoring.display import TrainingDisplay
+from downpour.cluster.monitoring.progress import Progress, plain_line
 from downpour.cluster.run.folder import METRICS, RESULT, STATUS, RunFolder
 
 EVERY_S = 0.5

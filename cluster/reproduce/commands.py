@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,10 @@ from downpour.cluster.config.options import ConfigCommand, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import TupleValue
 from downpour.cluster.errors import UserError
+from downpour.cluster.monitoring.bars import progress_bar
+
+LINES_EVERY_S = 5.0
+"""Between two lines on how far an experiment is, if there is no terminal."""
 
 output_option = click.option(
     "--output",
@@ -51,7 +53,7 @@ def mnist(output: Path | None, as_json: bool, **given: Any) -> None:
 
     import torch
 
-    from downpour.cluster.reproduce.mnist import MnistConfig, summary, train
+    from downpour.cluster.reproduce.mnist import VARIANTS, MnistConfig, summary, train
     from downpour.cluster.reproduce.mnist_report import make_report
 
     values = {name: value for name, value in given.items() if value is not None}
@@ -62,9 +64,15 @@ def mnist(output: Path | None, as_json: bool, **given: Any) -> None:
     folder = output or Path("runs", "reproduce", "mnist")
     torch.set_num_threads(1)
     console = Console(stderr=True)
-    show = progress(console, config.steps, variants=2)
+    done = dict.fromkeys(VARIANTS, 0)
     try:
-        found = train(config, folder / "state", show=show)
+        with progress_bar("steps", console=console, lines_every_s=LINES_EVERY_S) as show:
+
+            def told(variant: str, step: int) -> None:
+                done[variant] = step
+                show(sum(done.values()), len(done) * config.steps)
+
+            found = train(config, folder / "state", show=told)
     except KeyboardInterrupt:
         console.print("stopped: the same command goes on from what was saved")
         raise
@@ -230,12 +238,13 @@ def asynchrony(
     measured = {}
     for number, name in enumerate(flights, 1):
         console.print(f"{name}: computed again and scored ({number} of {len(flights)})")
-        measured[name] = experiment.measure(
-            folder / "runs" / name,
-            looks=looks,
-            progress=counted(console, "pushes"),
-            say=lambda line: console.print(line, style="yellow", markup=False),
-        )
+        with progress_bar("pushes", console=console, lines_every_s=LINES_EVERY_S) as show:
+            measured[name] = experiment.measure(
+                folder / "runs" / name,
+                looks=looks,
+                progress=show,
+                say=lambda line: console.print(line, style="yellow", markup=False),
+            )
     page = make_report(folder, runs, measured, curves, seeds=seeds, command=command_line())
     click.echo(str(page))
     return 0
@@ -244,47 +253,3 @@ def asynchrony(
 def command_line() -> str:
     """The command as a user would type it again."""
     return shlex.join(["downpour", *sys.argv[1:]])
-
-
-def counted(console: Console, what: str, *, every_s: float = 5.0) -> Callable[[int, int], None]:
-    """What shows `done` of `total`, once in `every_s`, with the time left."""
-    began_s = last_s = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last_s
-        now = time.monotonic()
-        if now - last_s < every_s or not done:
-            return
-        last_s = now
-        left_s = (now - began_s) * (total - done) / done
-        console.print(f"{done:,} of {total:,} {what}  {left_s:.0f} s left", highlight=False)
-
-    return show
-
-
-def progress(
-    console: Console, steps: int, *, variants: int, every_s: float = 5.0
-) -> Callable[[str, int], None]:
-    """What shows how far an experiment is, and the time left, once in `every_s`."""
-    done: dict[str, int] = {}
-    first: dict[str, tuple[float, int]] = {}
-    last_s = 0.0
-
-    def show(variant: str, step: int) -> None:
-        nonlocal last_s
-        now = time.monotonic()
-        first.setdefault(variant, (now, step))
-        done[variant] = step
-        if now - last_s < every_s and step < steps:
-            return
-        last_s = now
-        since, before = first[variant]
-        rate = (step - before) / (now - since) if now > since else 0.0
-        left = steps * variants - sum(done.values())
-        eta = f"{left / rate / 60:.1f} min left" if rate else "–"
-        console.print(
-            f"{variant}: {step:,} of {steps:,} steps  {rate:,.0f} steps/s  {eta}",
-            highlight=False,
-        )
-
-    return show

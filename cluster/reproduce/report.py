@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downpour.cluster.monitoring.texts import cell_text
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; what is in its cells is escaped."""
     head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     lines = [
-        "<tr>" + "".join(f"<td>{html.escape(_cell(cell))}</td>" for cell in row) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(cell_text(cell))}</td>" for cell in row) + "</tr>"
         for row in rows
     ]
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
@@ -102,11 +103,3 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

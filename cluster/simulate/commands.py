@@ -78,8 +78,8 @@ def predict(
     show_progress: bool = False,
 ) -> Forecast:
     """What a run of `config` would show."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
+    from downpour.cluster.monitoring.bars import progress_bar
+    from downpour.cluster.simulate.run import Simulation
     from downpour.cluster.training.inputs import check_data
 
     simulated = configured(config, options)
@@ -90,16 +90,10 @@ def predict(
         num_parameters=model_spec(config).build_flat().layout.num_parameters,
         like=measured,
     )
-    console = Console(stderr=True)
-    columns = ("updates", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = show_progress and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("updates", total=None)
-        from downpour.cluster.simulate.run import Simulation
-
+    with progress_bar("updates", console=Console(stderr=True, quiet=not show_progress)) as show:
         return Simulation(inputs).forecast(
             seconds=options.seconds,
-            progress=lambda done, total: bar.update(task, completed=done, total=total or None),
+            progress=lambda done, total: show(done, total or None),
         )
 
 

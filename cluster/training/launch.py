@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from downpour.cluster.config.resolve import Facts, RunSpecs, resolve
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.monitoring.display import Progress, TrainingDisplay
+from downpour.cluster.monitoring.display import TrainingDisplay
+from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore, partitions_before
 from downpour.cluster.run.folder import RECORD, RESOLVED, RESULT, RunFolder
 from downpour.cluster.training.inputs import Data, Model, build_model, check_data_unchanged

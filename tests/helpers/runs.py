@@ -13,7 +13,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.controller import Controller
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.controller.members import Outcome
-from downpour.cluster.monitoring.display import Progress
+from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.replay.replay import Taken
 from downpour.cluster.replay.run import Replayed, replay_run
 from downpour.cluster.run.checkpoint import CheckpointStore

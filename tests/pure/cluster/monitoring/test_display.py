@@ -8,41 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from downpour.cluster.monitoring.display import (
-    MAX_HISTORY,
-    Progress,
-    TrainingDisplay,
-    clock_text,
-    percent_text,
-    plain_line,
-    print_result,
-    rate_text,
-    sparkline,
-    training_panel,
-)
-
-FULL = Progress(
-    elapsed_s=83.2,
-    phase="training",
-    epoch=3,
-    epochs=10,
-    examples=250_000,
-    total_examples=600_000,
-    updates=7812,
-    updates_per_s=1204.3,
-    examples_per_s=38_500.0,
-    loss=0.08123456,
-    accuracy=0.9781,
-    best_accuracy=0.979,
-    staleness_mean=48.91,
-    staleness_p99=71.0,
-    replicas_alive=9,
-    replicas_wanted=10,
-    duplicates=0,
-    refused=3,
-)
-EMPTY = Progress(elapsed_s=0.0, phase="starting Ray")
-RISING = {"accuracy": [i / 60 for i in range(60)], "loss": [1 / (i + 1) for i in range(60)]}
+from downpour.cluster.monitoring.display import MAX_HISTORY, TrainingDisplay, print_result
+from downpour.cluster.monitoring.progress import plain_line
+from tests.helpers.progress import EMPTY, FULL
 
 
 class FakeClock:
@@ -61,82 +29,6 @@ def terminal(width=100, encoding="utf-8"):
 def written(console):
     console.file.flush()
     return console.file.buffer.getvalue().decode(console.file.encoding)
-
-
-def rendered(progress, width=100, **kwargs):
-    console = Console(file=io.StringIO(), width=width, _environ={})
-    console.print(training_panel(progress, RISING, title="mnist-bn", width=width, **kwargs))
-    return console.file.getvalue()
-
-
-def broken_values():
-    """States with each number missing, NaN, infinite, negative or absurd."""
-    for field in dataclasses.fields(Progress):
-        if field.name == "phase":
-            continue
-        numbers = [0, -1, 10**18]
-        if "float" in str(field.type):
-            numbers += [math.nan, math.inf, -math.inf]
-        if field.name != "elapsed_s":
-            numbers.append(None)
-        for number in numbers:
-            yield dataclasses.replace(FULL, **{field.name: number})
-
-
-def test_fraction_and_remaining_time():
-    assert FULL.fraction == pytest.approx(250 / 600)
-    assert FULL.remaining_s == pytest.approx(350_000 / 38_500)
-    assert EMPTY.fraction is None
-    assert EMPTY.remaining_s is None
-    assert dataclasses.replace(FULL, examples_per_s=0.0).remaining_s is None
-    assert dataclasses.replace(FULL, examples=700_000).fraction == 1.0
-
-
-def test_a_plain_line_says_what_matters_and_no_more_than_is_known():
-    assert plain_line(FULL) == (
-        "[1:23] training  epoch 3/10  42%  accuracy 97.81% (best 97.90%)  loss 0.08123  "
-        "1,204 updates/s  staleness 48.9 (p99 71.0)  replicas 9/10  3 refused  ETA 0:09"
-    )
-    assert plain_line(EMPTY) == "[0:00] starting Ray"
-
-
-def test_the_panel_shows_every_number():
-    text = rendered(FULL)
-    for part in (
-        "mnist-bn · training",
-        "42%   ETA 0:09",
-        "3/10",
-        "7,812 updates",
-        "97.81%   best 97.90%",
-        "0.08123",
-        "1,204 updates/s   38,500 examples/s",
-        "48.9 mean   71.0 p99",
-        "9/10",
-        "0 duplicates   3 refused",
-        "1:23",
-        "▁▁▂",
-    ):
-        assert part in text
-    assert len({len(line) for line in text.splitlines()}) == 1  # the border closes
-
-
-def test_the_panel_before_anything_is_known():
-    text = rendered(EMPTY)
-    assert "starting Ray" in text
-    assert "accuracy" not in text
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 300])
-def test_no_width_breaks_the_panel_or_is_overrun(width):
-    for progress in (FULL, EMPTY):
-        lines = rendered(progress, width=width).splitlines()
-        assert max(map(len, lines)) <= width
-
-
-def test_no_value_breaks_the_panel_or_the_line():
-    for progress in broken_values():
-        assert rendered(progress)
-        assert "\n" not in plain_line(progress)
 
 
 @pytest.mark.parametrize("width", [5, 100])
@@ -226,29 +118,6 @@ def test_history_is_bounded_and_keeps_the_newest():
     assert display._history["accuracy"] == [0.5]
 
 
-def test_sparkline_means_shares_and_bounds():
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([0, 0, 7, 7], 2) == "▁█"
-    assert sparkline([3, 3, 3], 8) == "▅▅▅"
-    assert sparkline([math.nan, 1, math.inf, 2], 8) == "▁█"
-    assert sparkline([], 8) == sparkline([1], 0) == ""
-    assert len(sparkline(list(range(1000)), 24)) == 24
-    assert sparkline([-1.7e308, 1.7e308], 8).isprintable()
-
-
-def test_texts():
-    assert [clock_text(s) for s in (0, 61, 3661, 90_061, 180_000)] == [
-        "0:00",
-        "1:01",
-        "1:01:01",
-        "1 day 1:01:01",
-        "2 days 2:00:00",
-    ]
-    assert clock_text(math.inf) == clock_text(None) == percent_text(None) == "–"
-    assert rate_text(99.95) == "100.0"
-    assert rate_text(12345.6) == "12,346"
-
-
 def test_the_result_table():
     console = Console(file=io.StringIO(), width=80, _environ={})
     result = {
@@ -276,7 +145,7 @@ def test_the_result_table():
         "│ staleness │ mean 48.9 p99 71.0 │",
         "│ seed │ 7 │",
         "│ time to first update │ 4.25 s │",
-        "│ exactly once │ True │",
+        "│ exactly once │ yes │",
         "│ run │ runs/mnist-bn [1] │",
     ]
 
