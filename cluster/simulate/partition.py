@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from downpour.cluster.simulate.clock import Body, Clock, Processors, Thread
 from downpour.cluster.simulate.inputs import Costs
-from downpour.paramserver.admission.bounded import Admission
+from downpour.paramserver.admission.bounded import BoundedPermits
 from downpour.paramserver.admission.permits import Permit, Permits
-from downpour.paramserver.admission.rounds import Rounds
+from downpour.paramserver.admission.rounds import RoundPermits
 from downpour.paramserver.messages import Outcome, PermitRequest, Push
 from downpour.paramserver.partition.ledger import make_ledger
 from downpour.paramserver.partition.staleness import Histogram, StalenessRecord
@@ -98,9 +98,9 @@ class VirtualPartition:
         policy = self._config.policy
         self._permits: Permits[tuple[Line, Push]] | None = None
         if policy.staleness_policy == "bounded":
-            self._permits = Admission(policy.staleness_bound)
+            self._permits = BoundedPermits(policy.staleness_bound)
         elif policy.staleness_policy == "synchronous":
-            self._permits = Rounds(policy.round_steps or policy.round_pushes or 1)
+            self._permits = RoundPermits(policy.round_steps or policy.round_pushes or 1)
         self._lines: dict[int, Line] = {}
         self._ready: dict[int, Line] = {}
         """Connections that have something, in the order in which they had it."""

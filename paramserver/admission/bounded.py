@@ -22,7 +22,7 @@ from __future__ import annotations
 from downpour.paramserver.admission.permits import Key, Permit, Permits, T, Turn
 
 
-class Admission(Permits[T]):
+class BoundedPermits(Permits[T]):
     """Who may begin, and whose push is next, where staleness is bounded."""
 
     def __init__(self, bound: int) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from downpour.paramserver.admission.permits import Key, Permit, Permits, T, Turn
 
 
-class Rounds(Permits[T]):
+class RoundPermits(Permits[T]):
     """Who may begin, and whose push is next, where gradients are applied in rounds.
 
     Permits bear the start of the round in which they were given.

@@ -102,7 +102,7 @@ class StalenessPolicy:
         `scale` is relative, `min(1, (mean + 1) / (staleness + 1))`: with 50 steps in flight the
         mean is about 49, and dividing the rate by staleness outright would stop the training.
         `synchronous` counts from the version of the round's weights, so whatever is stale is late.
-        `bounded` never gets to see what is beyond the bound (`bounded.Admission`); if it did, it
+        `bounded` never gets to see what is beyond the bound (`BoundedPermits`); if it did, it
         would not apply it either.
         """
         if self.staleness_policy == "synchronous" and staleness > 0:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 from downpour.paramserver.errors import ConnectionLost, ServerError
 from downpour.paramserver.partition.ranges import Partition
-from downpour.paramserver.transport.handshake import Admitted
+from downpour.paramserver.transport.handshake import Accepted
 from downpour.paramserver.transport.local import Listener, ServerSide
 from downpour.paramserver.transport.network import NetworkSide
 
-GREETING_DEADLINE_S = 10.0
+HANDSHAKE_DEADLINE_S = 10.0
 STALL_DEADLINE_S = 60.0
 """How long a connection over the network may stay in the middle of a frame without a byte."""
 SWEEP_EVERY_S = 0.5
@@ -50,7 +50,7 @@ class Connections:
         self._next_sweep_s = -math.inf
 
     def accept(self, listener: Listener) -> None:
-        """Take in all who wait on this machine; they have still to be greeted."""
+        """Take in all who wait on this machine; their handshake is still to come."""
         while True:
             try:
                 peer = listener.accept()
@@ -62,10 +62,10 @@ class Connections:
             if self._has_room(peer):
                 self._add(ServerSide(peer, self._clock()))
 
-    def seat(self, admitted: Admitted) -> None:
-        """Take in somebody who came over the network, and has been greeted."""
-        if self._has_room(admitted.channel.socket):
-            self._add(NetworkSide(admitted, self._partition, self._clock()))
+    def add_network(self, accepted: Accepted) -> None:
+        """Take in a connection over the network whose handshake is done."""
+        if self._has_room(accepted.channel.socket):
+            self._add(NetworkSide(accepted, self._partition, self._clock()))
 
     def _has_room(self, peer: socket.socket) -> bool:
         if len(self.sides) < MAX_CONNECTIONS:
@@ -102,7 +102,7 @@ class Connections:
             if isinstance(side, NetworkSide):
                 if side.stalled_since(now_s) < now_s - STALL_DEADLINE_S:
                     late.append((fd, "stalled"))
-            elif not side.greeted and side.since_s < now_s - GREETING_DEADLINE_S:
+            elif not side.greeted and side.since_s < now_s - HANDSHAKE_DEADLINE_S:
                 late.append((fd, "no hello"))
         for fd, reason in late:
             self._drop(fd, reason)

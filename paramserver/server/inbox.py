@@ -1,4 +1,4 @@
-"""What other threads hand to the one that owns a partition's state, and by which they wake it."""
+"""What other threads hand to the thread that owns a partition's state, and how they wake it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,45 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from downpour.paramserver.partition.state import PartitionState
-from downpour.paramserver.server.command import Command
-from downpour.paramserver.transport.handshake import Admitted
+from downpour.paramserver.transport.handshake import Accepted
 
 T = TypeVar("T")
 
 
-class Door:
-    """Commands, and connections that have been greeted. Whatever is handed in is taken, or told
-    that the thread has ended.
+class Command(Generic[T]):
+    """A function to be run on the state; `future` gets its result."""
+
+    def __init__(self, function: Callable[[PartitionState], T]) -> None:
+        """Not run yet."""
+        self.future: Future[T] = Future()
+        self._function = function
+
+    def run(self, state: PartitionState) -> None:
+        """Run the function. An error that is no `Exception` is raised here, too."""
+        try:
+            result = self._function(state)
+        except BaseException as error:
+            self.future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self.future.set_result(result)
+
+
+class Inbox:
+    """Commands, and accepted connections, for the serving thread.
+
+    Whatever is handed in is taken, or told that the thread has ended.
     """
 
     def __init__(self, why_ended: Callable[[], BaseException]) -> None:
-        """`why_ended` gives what those are told who come too late."""
+        """`why_ended` gives the error for those who come too late."""
         self._why_ended = why_ended
         self._commands: queue.SimpleQueue[Command[Any]] = queue.SimpleQueue()
-        self._admitted: queue.SimpleQueue[Admitted] = queue.SimpleQueue()
+        self._accepted: queue.SimpleQueue[Accepted] = queue.SimpleQueue()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable when there is something to take."""
         # Of all of these, which end with the thread.
@@ -36,7 +56,14 @@ class Door:
     # On any thread
 
     def call(self, function: Callable[[PartitionState], T]) -> Future[T]:
-        """Have `function` run on the state; raises `why_ended`."""
+        """Hand in a function to be run on the state.
+
+        Returns:
+            A future with what `function` returns or raises.
+
+        Raises:
+            BaseException: The serving thread has ended: what `why_ended` gave.
+        """
         command = Command(function)
         with self._lock:
             if self._ended:
@@ -45,13 +72,13 @@ class Door:
             os.eventfd_write(self.wake, 1)
         return command.future
 
-    def admit(self, admitted: Admitted) -> None:
-        """Hand in a connection that has been greeted."""
+    def connect(self, accepted: Accepted) -> None:
+        """Hand in a connection whose handshake is done."""
         with self._lock:
             if self._ended:
-                admitted.channel.socket.close()
+                accepted.channel.socket.close()
                 return
-            self._admitted.put(admitted)
+            self._accepted.put(accepted)
             os.eventfd_write(self.wake, 1)
 
     def ring(self) -> None:
@@ -62,16 +89,16 @@ class Door:
 
     # On the thread that owns the state
 
-    def take_admitted(self) -> Iterator[Admitted]:
-        """All connections that have been handed in; what wakes us is read before we look."""
+    def take_connections(self) -> Iterator[Accepted]:
+        """Yield the connections that were handed in; reads the wake-up before it looks."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake)
         with contextlib.suppress(queue.Empty):
             while True:
-                yield self._admitted.get_nowait()
+                yield self._accepted.get_nowait()
 
     def take_commands(self) -> Iterator[Command[Any]]:
-        """All commands that wait."""
+        """Yield the commands that wait."""
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -80,7 +107,11 @@ class Door:
             yield command
 
     def close(self) -> bool:
-        """Take nothing more in; false where that was so."""
+        """Take nothing more in.
+
+        Returns:
+            False if it was closed before.
+        """
         with self._lock:
             if self._ended:
                 return False
@@ -92,6 +123,6 @@ class Door:
         """Close the connections, and fail the commands, that nobody takes any more."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._admitted.get_nowait().channel.socket.close()
+                self._accepted.get_nowait().channel.socket.close()
         for command in self.take_commands():
             command.future.set_exception(self._why_ended())

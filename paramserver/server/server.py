@@ -1,20 +1,20 @@
 """One partition, served: a thread that takes pushes off sockets and publishes versions.
 
-The thread owns the partition's state. Everything else that wants to see or change it (`call`) is
-run by that thread between two pushes, so there is no lock and no half-applied state to be seen.
-Deciding what a push does is `state`'s, publishing what comes of it `versions`'; who is connected,
-`connections`'; what other threads want, `door`'s; moving bytes, `transport`'s.
+The thread owns the partition's state. Whoever else wants to see or change it (`call`) has that
+thread do so between two pushes, so there is no lock, and nobody sees a half-applied state.
+
+What a push does is `state`'s, when it is applied `admission`'s. `versions` publishes what comes of
+it, `replies` sends it back, `connections` knows who is there, `inbox` has what other threads want,
+and `standby.roles` deals with a second process. `transport` moves the bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import select
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,51 +22,38 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from downpour.paramserver.admission.bounded import Admission
-from downpour.paramserver.admission.permits import Permit, Turn
-from downpour.paramserver.admission.rounds import Rounds
 from downpour.paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
     DeadlineExceeded,
-    Diverged,
-    MalformedMessage,
     ServerError,
 )
-from downpour.paramserver.messages import KEY_BYTES, Answer, Outcome, Push, decode_all, encode
+from downpour.paramserver.messages import KEY_BYTES
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.record import PushRecord
 from downpour.paramserver.partition.snapshot import Snapshot
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
-from downpour.paramserver.partition.vectors import Arrival
+from downpour.paramserver.server.admission import make_admission
 from downpour.paramserver.server.connections import Connections, Sides
-from downpour.paramserver.server.inbox import Door
-from downpour.paramserver.server.pending_pushes import Held, Holding
+from downpour.paramserver.server.inbox import Inbox
+from downpour.paramserver.server.replies import Replies
 from downpour.paramserver.server.versions import Versions
-from downpour.paramserver.standby.follower import PACKETS_A_TURN, Following
-from downpour.paramserver.standby.primary import FOLLOWER_DEADLINE_S, Lead, Source
-from downpour.paramserver.transport.handshake import NetworkListen, Porter
+from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S, Source
+from downpour.paramserver.standby.primary_link import PrimaryLink
+from downpour.paramserver.standby.roles import Follower, Replication
+from downpour.paramserver.transport.handshake import NetworkAcceptor, NetworkListen, NoNetwork
 from downpour.paramserver.transport.local import Endpoint, Listener, ServerSide, machine
 from downpour.paramserver.transport.network import NetworkSide
 from downpour.paramserver.transport.patience import Patience
+from downpour.paramserver.transport.poller import Poller
 from downpour.paramserver.transport.replication import Handover
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PUSHES_A_TURN = 16
-"""Pushes taken from one connection before the next has its turn."""
-
-
-def _source(side: ServerSide) -> Source:
-    assert side.views is not None
-    return Source(
-        number=side.socket.fileno(),
-        num_mailboxes=len(side.views.gradients),
-        depth=side.depth,
-        fd=side.mailboxes_fd,
-    )
+"""Packets taken from one connection before the next has its turn."""
 
 
 class PartitionServer:
@@ -85,55 +72,60 @@ class PartitionServer:
         clock: Callable[[], float] = time.monotonic,
         follower_deadline_s: float = FOLLOWER_DEADLINE_S,
     ) -> None:
-        """Start from `weights` [num_parameters] as version 0, or go on from a snapshot.
+        """Start from `weights`, go on from `restore`, or follow the primary at `follow`.
 
-        Or `follow` the primary at that endpoint, from its state on, until `promote`.
+        Args:
+            partition: The partition to serve.
+            config: How pushes change it.
+            key: The run's key.
+            weights: float32 [n] of version 0; zeros by default.
+            restore: The state to go on from.
+            network: Where to listen for replicas on other machines; nowhere by default. Replicas
+                on this machine come through shared memory.
+            follow: The primary to follow, from its state on, until `promote`.
+            clock: Seconds, monotonic.
+            follower_deadline_s: How long a follower may take to apply a push before it is given up.
 
-        Replicas on this machine reach it through shared memory; others over the network, if
-        `network` says where to listen. A follower of its own is given up when it has not applied a
-        push for `follower_deadline_s`. Raises `BadConfiguration` for weights or a key of another
-        length, or an address that is not to be had, and `BadSnapshot`; of a follower, what
-        `Following` does.
+        Raises:
+            BadConfiguration: Weights or key are of another length, or the address to listen on is
+                not to be had.
+            BadSnapshot: `restore` is damaged, or of another partition or configuration.
+            ServerError: The primary cannot be followed. See `PrimaryLink`.
         """
-        if len(key) != KEY_BYTES:
-            raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
-        if weights is not None and weights.shape != (partition.num_parameters,):
-            raise BadConfiguration(
-                f"partition {partition.index} was given weights of shape {list(weights.shape)}: "
-                f"give [{partition.num_parameters}]"
-            )
-        if restore is not None:
-            restore.check(partition)
+        _check(partition, key, weights, restore)
         self.partition = partition
         self._key = key
         sides: Sides = {}
         self._versions = Versions(partition, config, sides, weights)
         self._state = self._versions.state
-        self._following: Following | None = None
-        """The way to our primary, until we are it."""
+        primary: PrimaryLink | None = None
         try:
             if follow is not None:
-                self._following = Following(follow, key=key, room=self._state.room())
-                restore = self._following.take_state()
+                primary = PrimaryLink(follow, key=key, room=self._state.room())
+                restore = primary.take_state()
                 first_update_at: Any = restore.meta.get("first_update_at")
                 self._versions.first_update_at = first_update_at
             if restore is not None:
                 self._state.load(restore.meta, restore.tensors)
         except BaseException:
             self._versions.close()
-            if self._following is not None:
-                self._following.close()
+            if primary is not None:
+                primary.close()
             raise
         self._versions.open()
-        self._door = Door(self._why_ended)
-        self._porter = None
+        self._inbox = Inbox(self._why_ended)
+        self._network: NetworkAcceptor | NoNetwork = NoNetwork()
         if network is not None:
             try:
-                self._porter = Porter(
-                    network, partition=partition, key=key, admit=self._door.admit, clock=clock
+                self._network = NetworkAcceptor(
+                    network,
+                    partition=partition,
+                    key=key,
+                    accepted=self._inbox.connect,
+                    clock=clock,
                 )
             except BaseException:
-                self._door.close()
+                self._inbox.close()
                 self._versions.close()
                 raise
         self._listener = Listener()
@@ -141,30 +133,30 @@ class PartitionServer:
             partition=partition,
             machine=machine(),
             address=self._listener.address,
-            network=self._porter.address if self._porter else None,
+            network=self._network.address,
         )
-        policy = config.policy
-        self._holding: Holding | None = None
-        self._take, self._take_network = self._take_at_once, self._take_network_at_once
-        if policy.staleness_policy == "bounded":
-            self._holding = Holding(Admission(policy.staleness_bound))
-        elif policy.staleness_policy == "synchronous":
-            self._holding = Holding(Rounds(policy.round_steps or policy.round_pushes or 1))
-        if self._holding is not None:
-            self._take, self._take_network = self._holding.take, self._holding.take_network
         self._scratch = torch.empty(0)
         """Where a gradient that came as 16 bits is float32 again."""
-        self._epoll = select.epoll()
-        self._lead: Lead[ServerSide] = Lead(
+        self._poller = Poller()
+        self._connections = Connections(
+            partition, sides, epoll=self._poller.epoll, clock=clock, gone=self._on_gone
+        )
+        self._replies = Replies(self._connections, self._versions)
+        self._replication: Replication[ServerSide] = Replication(
             partition.index,
-            epoll=self._epoll,
-            answer=self._answer,
+            poller=self._poller,
+            answer=self._replies.answer,
             clock=clock,
             deadline_s=follower_deadline_s,
         )
-        self._connections = Connections(
-            partition, sides, epoll=self._epoll, clock=clock, gone=self._on_gone
+        self._admission = make_admission(
+            config.policy, self._versions, self._replication, self._replies
         )
+        if primary is not None:
+            self._replication.follow(primary, self._state, self._versions.apply_shared)
+        else:
+            self._poller.watch(self._listener.socket, self._accept)
+        self._poller.watch(self._inbox.wake, self._obey)
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(
@@ -172,26 +164,30 @@ class PartitionServer:
         )
 
     def record(self, folder: Path) -> None:
-        """Record every push in `folder`; to be called before `start`."""
-        state = self._state
-        state.ledger.record = PushRecord(
-            folder, self.partition.index, state.version, follows=self._following is not None
-        )
+        """Record every push in `folder`; to be called before `start`.
+
+        Raises:
+            OSError: The record cannot be written.
+        """
+        follows = isinstance(self._replication.role, Follower)
+        ledger = self._state.ledger
+        ledger.record = PushRecord(folder, self.partition.index, ledger.version, follows=follows)
 
     def start(self) -> PartitionServer:
         """Start serving."""
         self._thread.start()
-        if self._porter is not None:
-            self._porter.start()
+        self._network.start()
         return self
 
     def call(self, function: Callable[[PartitionState], T], deadline_s: float = 60.0) -> T:
         """Run `function` on the state between two pushes, and return what it returns.
 
-        Raises what ended the serving thread, if anything did; `ConnectionLost` after `stop`; and
-        `DeadlineExceeded`, in which case `function` may still run.
+        Raises:
+            BaseException: What ended the serving thread, if anything did.
+            ConnectionLost: The server was stopped.
+            DeadlineExceeded: There was no answer before the deadline; `function` may still run.
         """
-        future = self._door.call(function)
+        future = self._inbox.call(function)
         try:
             return future.result(deadline_s)
         except FutureTimeoutError:
@@ -201,17 +197,31 @@ class PartitionServer:
                 f"partition {self.partition.index} has not answered for {deadline_s} s"
             ) from None
 
+    def promote(self, deadline_s: float = 60.0) -> None:
+        """Be the partition, with everything that the primary has published or answered.
+
+        Does nothing the second time.
+
+        Raises:
+            Fenced: The primary went on without this follower, which is then of no use.
+            DeadlineExceeded: There was no answer before the deadline.
+        """
+        self.call(self._become_primary, deadline_s)
+
     @property
     def failure(self) -> BaseException | None:
         """What ended the serving thread, if anything did."""
         return self._failure
 
+    @property
+    def has_follower(self) -> bool:
+        """Whether every push is applied by a second process, too."""
+        return self._replication.role.has_follower
+
     def dropped(self) -> dict[str, int]:
-        """Connections closed by us, by reason; those that were refused at the greeting, too."""
-        dropped = self._connections.dropped
-        if self._porter is None:
-            return dict(dropped)
-        return dict(Counter(dict(dropped)) + Counter(dict(self._porter.dropped)))
+        """Return the connections that we closed, by reason; failed handshakes are among them."""
+        ours, network = dict(self._connections.dropped), dict(self._network.dropped)
+        return dict(Counter(ours) + Counter(network))  # copies: other threads count meanwhile
 
     @property
     def first_update_at(self) -> float | None:
@@ -229,17 +239,23 @@ class PartitionServer:
         return len(self._connections.sides)
 
     def stop(self, deadline_s: float = 10.0) -> None:
-        """Stop serving, and close every connection. Does nothing the second time."""
+        """Stop serving, and close every connection. Does nothing the second time.
+
+        Raises:
+            DeadlineExceeded: The serving thread has not ended before the deadline.
+        """
         if self._thread.ident is None:  # never started
             self._end()
             return
         self._stopping = True
-        self._door.ring()
+        self._inbox.ring()
         self._thread.join(deadline_s)
         if self._thread.is_alive():
             raise DeadlineExceeded(
                 f"partition {self.partition.index} has not stopped for {deadline_s} s"
             )
+
+    # On the serving thread
 
     def _run(self) -> None:
         try:
@@ -252,68 +268,55 @@ class PartitionServer:
             self._end()
 
     def _end(self) -> None:
-        if not self._door.close():
+        if not self._inbox.close():
             return
-        if self._porter is not None:
-            self._porter.stop()
+        self._network.stop()
         self._connections.close()
-        self._lead.close()
-        if self._following is not None:
-            self._following.close()
-        self._epoll.close()
+        self._replication.close()
+        self._poller.close()
         self._listener.close()
         self._versions.close()
-        self._door.turn_away()
+        self._inbox.turn_away()
 
     def _why_ended(self) -> BaseException:
         return self._failure or ConnectionLost(f"partition {self.partition.index} was stopped")
 
     def _loop(self) -> None:
-        patience, listening = Patience(), self._listener.socket.fileno()
-        self._epoll.register(self._following or listening, select.EPOLLIN)
-        self._epoll.register(self._door.wake, select.EPOLLIN)
+        patience, poller, sides = Patience(), self._poller, self._connections.sides
+        replication, admission = self._replication, self._admission
         while not self._stopping:
-            for fd, _ in patience.wait(self._epoll, 1.0):
-                if fd == listening:
-                    self._connections.accept(self._listener)
-                elif fd == self._door.wake:
-                    self._obey()
-                elif self._following is not None:
-                    self._follow(self._following)
-                elif self._lead.is_follower(fd):
-                    self._lead.hear()
-                elif fd in self._connections.sides:  # it may have been dropped in this very turn
+            for fd, _ in patience.wait(poller.epoll, 1.0):
+                if fd in sides:
                     self._serve(fd)
-            self._lead.check()
+                elif fd in poller.handlers:  # or it was dropped in this very turn
+                    poller.handlers[fd]()
+            replication.role.check()
             self._connections.drop_silent()
-            if self._holding is not None:
-                self._go_on(self._holding)
+            admission.advance()
+
+    def _accept(self) -> None:
+        self._connections.accept(self._listener)
 
     def _obey(self) -> None:
-        for admitted in self._door.take_admitted():
-            self._connections.seat(admitted)
-        for command in self._door.take_commands():
+        for accepted in self._inbox.take_connections():
+            self._connections.add_network(accepted)
+        for command in self._inbox.take_commands():
             command.run(self._state)
-            self._lead.raise_if_fenced()
+            self._replication.raise_if_fenced()
 
     def _serve(self, fd: int) -> None:
         side = self._connections.sides[fd]
         try:
             if isinstance(side, NetworkSide):
                 self._serve_network(side)
-                return
-            if not side.greeted:
-                if side.greet(self.partition, self._versions.published, self._key):
-                    if side.follows:
-                        self._receive_follower(fd)
-                    else:
-                        self._lead.opened(_source(side))
-                return
-            for _ in range(PUSHES_A_TURN):
-                data = side.receive()
-                if data is None:
-                    return
-                self._take(side, data)
+            elif not side.greeted:
+                self._greet(fd, side)
+            else:
+                for _ in range(PUSHES_A_TURN):
+                    data = side.receive()
+                    if data is None:
+                        return
+                    self._admission.take(side, data)
         except (ServerError, OSError) as error:
             if not isinstance(error, ConnectionLost):
                 # As text: a record that is kept would keep the error's frames, and all they map.
@@ -321,172 +324,78 @@ class PartitionServer:
                 log.warning("partition %d closed a connection: %s", index, why)
             self._connections.failed(fd, error)
 
-    def _take_at_once(self, side: ServerSide, data: bytes) -> None:
-        arrivals: list[Arrival] = []
-        for push in decode_all(data):
-            if not isinstance(push, Push):
-                raise MalformedMessage(f"{type(push).__name__} in place of a push")
-            views, count, box = side.views, len(push.batches), push.mailbox
-            if views is None or box >= len(views.gradients) or count > side.depth:
-                raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
-            arrivals.append((push, views.gradients[box], views.moments[box][:count]))
-        self._lead.forward(side.socket.fileno(), self._state.version, data)
-        # Readers wait for what is written over.
-        at_once = 1 if self._versions.in_place else len(arrivals)
-        answers: list[Answer] = []
-        for first in range(0, len(arrivals), at_once):
-            answers += self._apply_all(arrivals[first : first + at_once])
-        self._lead.answer(side, answers)
-
     def _serve_network(self, side: NetworkSide) -> None:
         side.allow()
         while (push := side.next()) is not None:
             if not side.is_float32 and len(self._scratch) < self.partition.num_parameters:
                 self._scratch = torch.empty(self.partition.num_parameters)
             moments = side.moments[: len(push.batches)]
-            self._take_network(side, push, side.gradient(self._scratch), moments)
+            self._admission.take_network(side, push, side.gradient(self._scratch), moments)
         if side.asks:
-            if self._holding is None:
-                raise MalformedMessage("a permit is asked for, and none is needed")
-            self._holding.ask(side.socket.fileno(), side.asks)
+            self._admission.ask(side.socket.fileno(), side.asks)
             side.asks.clear()
-        self._send(side)
+        self._replies.send(side)
 
-    def _take_network_at_once(
-        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
-    ) -> None:
-        side.answer(*self._apply_all([(push, gradient, moments)]))
-
-    def _send(self, side: NetworkSide) -> None:
-        while True:
-            if side.pulls and not side.sending:
-                self._versions.send(side)
-            all_sent = side.flush()  # answers and weights at once: each call wakes the peer
-            if not all_sent or not side.pulls:
-                break
-        self._connections.watch_writable(side, not all_sent)
-
-    def _apply_all(self, arrivals: Sequence[Arrival]) -> list[Answer]:
-        shared = self._lead.has_follower or self._following is not None
-        return self._versions.apply_all(arrivals, shared=shared)
-
-    def _go_on(self, holding: Holding) -> None:
-        """Apply every push whose turn it is, and give every permit that there is."""
-        answers: dict[int, list[Answer]] = {}
-        while True:
-            while (due := self._due(holding)) is not None:
-                fd, box = due.key
-                if isinstance(due, Permit):
-                    version = self._state.version
-                    answer = Answer(mailbox=box, outcome=Outcome.PERMITTED, version=version)
-                else:
-                    held = due.push
-                    self._lead.forward(fd, self._state.version, encode(held.push))
-                    (answer,) = self._apply_all([held])
-                answers.setdefault(fd, []).append(answer)
-            if not answers:
-                return
-            fd, batch = answers.popitem()
-            self._tell(fd, batch)  # where it is gone, others may go on
-
-    def _due(self, holding: Holding) -> Permit | Turn[Held] | None:
-        return holding.next(self._state.version, self._state.weights_version)
-
-    def _tell(self, fd: int, answers: Sequence[Answer]) -> None:
-        side = self._connections.sides.get(fd)
-        if side is None:
+    def _greet(self, fd: int, side: ServerSide) -> None:
+        if not side.greet(self.partition, self._versions.published, self._key):
             return
-        try:
-            if isinstance(side, ServerSide):
-                self._lead.answer(side, answers)
-                return
-            for answer in answers:
-                side.answer(answer)
-            self._send(side)
-        except (ServerError, OSError) as error:
-            self._connections.failed(fd, error)
+        if side.follows:
+            self._receive_follower(fd)
+        else:
+            self._replication.role.opened(_source(side))
 
     def _on_gone(self, fd: int) -> None:
-        if self._holding is not None:
-            self._holding.leave(fd)
-        self._lead.closed(fd)
-
-    def _answer(self, side: ServerSide, answers: Sequence[Answer]) -> None:
-        """Send answers that waited for the follower, if their connection is there yet."""
-        fd = side.socket.fileno()
-        if self._connections.sides.get(fd) is side:
-            try:
-                side.answer(answers)
-            except ServerError as error:
-                self._connections.failed(fd, error)
-
-    # Followers, and primaries that we follow
-
-    @property
-    def has_follower(self) -> bool:
-        """Whether every push is applied by a second process, too."""
-        return self._lead.has_follower
+        self._admission.leave(fd)
+        self._replication.role.closed(fd)
 
     def _receive_follower(self, fd: int) -> None:
-        """Somebody wants to follow: not a connection like the others."""
+        """Take a follower's connection out of the others, and let it join."""
         peer = self._connections.hand_over(fd)
-        if self._porter is not None:
+        if self._network.address is not None:
             log.warning("partition %d takes no follower over a network", self.partition.index)
             peer.close()
             return
 
         def join(memory: Handover) -> None:
             self.call(
-                lambda state: self._lead.join(
+                lambda state: self._replication.join(
                     state, peer, memory, self._sources(), first_update_at=self.first_update_at
                 )
             )
 
-        self._lead.receive(peer, self._state.room(), join)
+        self._replication.receive(peer, self._state.room(), join)
 
     def _sources(self) -> list[Source]:
         sides = self._connections.sides.values()
         return [_source(s) for s in sides if isinstance(s, ServerSide) and s.views]
 
-    def promote(self, deadline_s: float = 60.0) -> None:
-        """Be the partition, with all that the primary has published or answered.
-
-        Raises `Fenced` where the primary had gone on without us; this follower is of no more use
-        then. Does nothing the second time.
-        """
-        self.call(self._become_primary, deadline_s)
-
     def _become_primary(self, state: PartitionState) -> None:
-        following = self._following
-        if following is None:
+        if not self._replication.promote():
             return
-        following.take_over()
-        while self._follow(following):
-            pass
-        self._following = None
-        with contextlib.suppress(OSError, ValueError):  # where the primary's end was seen
-            self._epoll.unregister(following)
-        following.close()
         if state.ledger.record is not None:
             state.ledger.record.promote()
-        self._epoll.register(self._listener.socket, select.EPOLLIN)
+        self._poller.watch(self._listener.socket, self._accept)
 
-    def _follow(self, following: Following) -> bool:
-        """Apply what has come from the primary; false once it is gone and all is applied."""
-        for _ in range(PACKETS_A_TURN):
-            try:
-                packet = following.packet()
-            except ConnectionLost:
-                with contextlib.suppress(OSError, ValueError):
-                    self._epoll.unregister(following)
-                return False
-            if packet is None:
-                break
-            version, arrivals = packet
-            if version != self._state.version:
-                raise Diverged(
-                    f"the primary is at version {version}, its follower at {self._state.version}"
-                )
-            self._apply_all(arrivals)
-        following.tell()
-        return True
+
+def _check(
+    partition: Partition, key: bytes, weights: Tensor | None, restore: Snapshot | None
+) -> None:
+    if len(key) != KEY_BYTES:
+        raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
+    if weights is not None and weights.shape != (partition.num_parameters,):
+        raise BadConfiguration(
+            f"partition {partition.index} was given weights of shape {list(weights.shape)}: "
+            f"give [{partition.num_parameters}]"
+        )
+    if restore is not None:
+        restore.check(partition)
+
+
+def _source(side: ServerSide) -> Source:
+    assert side.views is not None
+    return Source(
+        number=side.socket.fileno(),
+        num_mailboxes=len(side.views.gradients),
+        depth=side.depth,
+        fd=side.mailboxes_fd,
+    )

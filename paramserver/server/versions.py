@@ -77,6 +77,10 @@ class Versions:
                 self.first_update_at = self.last_update_at
         return answers
 
+    def apply_shared(self, arrivals: Sequence[Arrival]) -> list[Answer]:
+        """As `apply_all`, of gradients that another process reads, too."""
+        return self.apply_all(arrivals, shared=True)
+
     def _copied(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
         """These, with gradients that may be written over: the others are read by two."""
         while len(self._private) < len(arrivals):

@@ -10,7 +10,7 @@ import socket
 from downpour.paramserver.errors import ConnectionLost
 
 
-class Door:
+class Acceptor:
     """Accepts connections off a bound socket."""
 
     def __init__(self, listening: socket.socket) -> None:

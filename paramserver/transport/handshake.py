@@ -12,7 +12,7 @@ two sides alone, and the keys of the stream that follows come from them. Not enc
 keep strangers out, but not one who sits on the path.
 
 What is said is a generator over a `Pipe`, so that the client may wait for each word and the
-partition (`Porter`) for none.
+partition (`NetworkAcceptor`) for none.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from downpour.paramserver.messages import (
 )
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.transport import security
-from downpour.paramserver.transport.acceptor import Door
+from downpour.paramserver.transport.acceptor import Acceptor
 from downpour.paramserver.transport.channel import Channel, PlainChannel, SealedChannel, prepare
 from downpour.paramserver.transport.local import NetworkAddress
 from downpour.paramserver.transport.security import Credentials, TrafficKeys
@@ -341,14 +341,14 @@ class NetworkListen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admitted:
+class Accepted:
     """A connection whose peer has been greeted."""
 
     channel: Channel
     introduction: Introduction
 
 
-class _Guest:
+class _Pending:
     """A connection in the middle of its greeting."""
 
     def __init__(
@@ -402,7 +402,7 @@ class _Guest:
                 self.out = self.out[self.peer.send(self.out) :]
 
 
-class Porter:
+class NetworkAcceptor:
     """Listens on the network and greets whoever comes, on a thread of its own.
 
     So a handshake costs the serving thread nothing, and a peer that is slow, silent or a stranger
@@ -415,13 +415,13 @@ class Porter:
         *,
         partition: Partition,
         key: bytes,
-        admit: Callable[[Admitted], None],
+        accepted: Callable[[Accepted], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Bind. `admit` is called on the porter's thread, and owns what it is given."""
+        """Bind. `accepted` is called on this thread, and owns what it is given."""
         self._partition = partition
         self._key = key
-        self._admit = admit
+        self._accepted = accepted
         self._clock = clock
         credentials = listen.credentials
         self._tls = None if credentials is None else security.partition_tls(credentials)
@@ -429,7 +429,7 @@ class Porter:
         listening = socket.socket(family, socket.SOCK_STREAM)
         try:
             listening.bind((listen.host, 0))
-            self._door = Door(listening)
+            self._acceptor = Acceptor(listening)
         except OSError as error:
             listening.close()
             raise BadConfiguration(
@@ -440,11 +440,11 @@ class Porter:
         self.address = NetworkAddress(host=listen.advertise or listen.host, port=port)
         self.dropped: Counter[str] = Counter()
         """Connections that did not get past the greeting, by reason."""
-        self._guests: dict[int, _Guest] = {}
+        self._pending: dict[int, _Pending] = {}
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(
-            target=self._run, name=f"porter-{partition.index}", daemon=True
+            target=self._run, name=f"acceptor-{partition.index}", daemon=True
         )
 
     def start(self) -> None:
@@ -465,16 +465,16 @@ class Porter:
     def _run(self) -> None:
         try:
             with contextlib.closing(select.epoll()) as epoll:
-                epoll.register(self._door.socket.fileno(), select.EPOLLIN)
+                epoll.register(self._acceptor.socket.fileno(), select.EPOLLIN)
                 epoll.register(self._wake, select.EPOLLIN)
                 while not self._stopping:
-                    for fd, _ in epoll.poll(0.2 if self._guests else 60.0):
-                        if fd == self._door.socket.fileno():
+                    for fd, _ in epoll.poll(0.2 if self._pending else 60.0):
+                        if fd == self._acceptor.socket.fileno():
                             self._accept(epoll)
-                        elif fd in self._guests:
+                        elif fd in self._pending:
                             self._attend(epoll, fd)
                     late = self._clock() - GREETING_DEADLINE_S
-                    for fd in [f for f, g in self._guests.items() if g.since_s < late]:
+                    for fd in [f for f, g in self._pending.items() if g.since_s < late]:
                         self._drop(fd, "no hello")
         except Exception:
             log.exception("partition %d stopped listening", self._partition.index)
@@ -482,33 +482,33 @@ class Porter:
             self._end()
 
     def _end(self) -> None:
-        self._door.close()
-        for fd in list(self._guests):
+        self._acceptor.close()
+        for fd in list(self._pending):
             self._drop(fd, None)
 
     def _accept(self, epoll: select.epoll) -> None:
         while True:
             try:
-                peer = self._door.accept()
+                peer = self._acceptor.accept()
             except ServerError as error:
                 self.dropped[type(error).__name__] += 1
                 return
             if peer is None:
                 return
-            if len(self._guests) >= MAX_GUESTS:
+            if len(self._pending) >= MAX_GUESTS:
                 self.dropped["too many greetings"] += 1
                 peer.close()
                 continue
             pipe: Pipe = PlainPipe() if self._tls is None else TlsPipe(self._tls, is_server=True)
             greeting = greet_as_partition(pipe, self._key, self._partition)
             fd = peer.fileno()
-            self._guests[fd] = _Guest(peer, pipe, greeting, self._clock())
+            self._pending[fd] = _Pending(peer, pipe, greeting, self._clock())
             epoll.register(fd, select.EPOLLIN)
             self._attend(epoll, fd)
 
     def _attend(self, epoll: select.epoll, fd: int) -> None:
         """Go on with a guest's greeting; whatever goes wrong costs that guest alone."""
-        guest = self._guests[fd]
+        guest = self._pending[fd]
         try:
             over = guest.advance()
             if not over:
@@ -522,7 +522,7 @@ class Porter:
             return
         if over and guest.greeted is not None:
             epoll.unregister(fd)
-            del self._guests[fd]
+            del self._pending[fd]
             self._let_in(guest.peer, guest.greeted)
 
     def _let_in(self, peer: socket.socket, greeted: Greeted) -> None:
@@ -536,9 +536,26 @@ class Porter:
             self.dropped["ConnectionLost"] += 1
             peer.close()
             return
-        self._admit(Admitted(channel=channel, introduction=greeted.introduction))
+        self._accepted(Accepted(channel=channel, introduction=greeted.introduction))
 
     def _drop(self, fd: int, reason: str | None) -> None:
         if reason is not None:
             self.dropped[reason] += 1
-        self._guests.pop(fd).peer.close()
+        self._pending.pop(fd).peer.close()
+
+
+class NoNetwork:
+    """In place of a `NetworkAcceptor`: the partition does not listen on a network."""
+
+    address = None
+
+    def __init__(self) -> None:
+        """Nothing is bound."""
+        self.dropped: Counter[str] = Counter()
+        """Nobody comes, so nobody is dropped."""
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def stop(self, deadline_s: float = 10.0) -> None:
+        """Do nothing."""

@@ -46,7 +46,7 @@ from downpour.paramserver.messages import (
 )
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.transport import replication
-from downpour.paramserver.transport.acceptor import Door
+from downpour.paramserver.transport.acceptor import Acceptor
 from downpour.paramserver.transport.link import Pull, Weights
 from downpour.paramserver.transport.memory import (
     PAUSE_S,
@@ -104,7 +104,7 @@ class Endpoint:
     """None where the partition does not listen on a network."""
 
 
-class Listener(Door):
+class Listener(Acceptor):
     """The partition's listening socket."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class Listener(Door):
         super().__init__(listening)
 
     def accept(self) -> socket.socket | None:
-        """See `Door`; a connection by a process of this user. Else, `NotAuthenticated`."""
+        """See `Acceptor`; a connection by a process of this user. Else, `NotAuthenticated`."""
         peer = super().accept()
         if peer is None:
             return None

@@ -30,7 +30,7 @@ from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.transport.channel import SLICE_BYTES
 from downpour.paramserver.transport.compress import TORCH_DTYPES
 from downpour.paramserver.transport.frames import FrameReader, Outbox, as_bytes, frame
-from downpour.paramserver.transport.handshake import Admitted
+from downpour.paramserver.transport.handshake import Accepted
 
 _MAX_QUEUED = 2 * MAX_MAILBOXES
 UNPINNED = -1
@@ -39,12 +39,12 @@ UNPINNED = -1
 class NetworkSide:
     """One greeted connection as the partition sees it."""
 
-    def __init__(self, admitted: Admitted, partition: Partition, now_s: float) -> None:
+    def __init__(self, accepted: Accepted, partition: Partition, now_s: float) -> None:
         """Make room for one push; nothing is allocated for a peer after this."""
-        about = admitted.introduction
-        self.socket = admitted.channel.socket
+        about = accepted.introduction
+        self.socket = accepted.channel.socket
         self.num_mailboxes, self.depth = about.num_mailboxes, about.depth
-        self._channel = admitted.channel
+        self._channel = accepted.channel
         size = partition.num_parameters if about.num_mailboxes else 0
         self._gradient = torch.empty(size, dtype=TORCH_DTYPES[about.wire])
         self._gradient_bytes = as_bytes(self._gradient)

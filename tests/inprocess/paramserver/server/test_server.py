@@ -66,7 +66,7 @@ from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD, Adagrad, Momentum, Nesterov, Regulariser, Rule
-from downpour.paramserver.server.connections import GREETING_DEADLINE_S
+from downpour.paramserver.server.connections import HANDSHAKE_DEADLINE_S
 from downpour.paramserver.server.server import PUSHES_A_TURN, PartitionServer
 from downpour.paramserver.spec import PartitionSpec, PartitionStart, Restore
 from downpour.paramserver.transport.local import Endpoint
@@ -582,7 +582,7 @@ def test_a_peer_that_never_says_hello_is_dropped() -> None:
         client, server = cluster.client(num_mailboxes=1), cluster.servers[0]
         peer = cluster.peer()
         by_deadline(lambda: has_connections(server, 2))
-        now[0] += GREETING_DEADLINE_S - 1
+        now[0] += HANDSHAKE_DEADLINE_S - 1
         server.call(lambda _: None)
         server.call(lambda _: None)  # the first turn is over, in which it could have been dropped
         assert server.num_connections == 2
@@ -1022,7 +1022,7 @@ def test_calls_that_wait_when_the_server_ends_are_told(cluster: Cluster) -> None
     callers[0].start()
     assert inside.wait(DEADLINE_S)
     callers[1].start()
-    by_deadline(lambda: not server._door._commands.empty())
+    by_deadline(lambda: not server._inbox._commands.empty())
     gate.set()
     for caller in callers:
         caller.join(DEADLINE_S)

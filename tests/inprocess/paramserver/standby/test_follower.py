@@ -24,7 +24,8 @@ from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Adagrad, Momentum, Nesterov, Regulariser
 from downpour.paramserver.server.server import PartitionServer
-from downpour.paramserver.standby import primary
+from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S
+from downpour.paramserver.standby.roles import Primary
 from downpour.paramserver.transport import replication
 from tests.inprocess.paramserver.server.test_server import (
     DEADLINE_S,
@@ -204,9 +205,10 @@ def kill_at(server: PartitionServer, point: str, count: int) -> None:
             raise Killed
 
     def arm(state: PartitionState) -> None:
-        link = server._lead._link
-        assert link is not None
-        forward, apply_all, release = link.forward, state.apply_all, server._lead._release
+        primary = server._replication.role
+        assert isinstance(primary, Primary)
+        link, release = primary.link, primary.release
+        forward, apply_all = link.forward, state.apply_all
 
         def forwarding(*arguments: Any) -> None:
             if point == "before forwarding":
@@ -228,7 +230,7 @@ def kill_at(server: PartitionServer, point: str, count: int) -> None:
 
         link.forward = forwarding  # type: ignore[method-assign]
         state.apply_all = applying  # type: ignore[method-assign]
-        server._lead._release = releasing  # type: ignore[method-assign]
+        primary.release = releasing  # type: ignore[method-assign]
 
     server.call(arm)
 
@@ -334,7 +336,7 @@ def test_a_frozen_follower_is_given_up_at_the_deadline_and_can_never_be_the_part
         push(client, 0, (3,))
         by_deadline(lambda: pair.versions() == [4])
         assert client.collect(0.05) == []  # not answered: the follower does not have it
-        clock.now_s = primary.FOLLOWER_DEADLINE_S + 0.1
+        clock.now_s = FOLLOWER_DEADLINE_S + 0.1
         assert answered(client) == (Outcome.APPLIED,)
         assert not pair.primary.has_follower
         work_through(pair, range(4, 8), client)

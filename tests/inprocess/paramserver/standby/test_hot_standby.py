@@ -143,7 +143,7 @@ def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(
             follower.stop()
         elif lease.id > 40 and len(done) == 1:
             done.append("hangs")
-            backend.partitions[0]._server._lead._link._deadline_s = 0.2
+            backend.partitions[0]._server._replication.role.link._deadline_s = 0.2
             thaws.append(freeze(follower._server))
 
     outcome = run.go(harm)

@@ -46,12 +46,12 @@ from downpour.paramserver.messages import (
     encode,
 )
 from downpour.paramserver.rules.update import Momentum
-from downpour.paramserver.server.connections import GREETING_DEADLINE_S, STALL_DEADLINE_S
+from downpour.paramserver.server.connections import HANDSHAKE_DEADLINE_S, STALL_DEADLINE_S
 from downpour.paramserver.transport import handshake, network_client
 from downpour.paramserver.transport.access import Access
 from downpour.paramserver.transport.channel import BLOCK_BYTES, Channel, PlainChannel, SealedChannel
 from downpour.paramserver.transport.frames import as_bytes, frame
-from downpour.paramserver.transport.handshake import MAX_GUESTS, NetworkListen
+from downpour.paramserver.transport.handshake import MAX_GUESTS, NetworkAcceptor, NetworkListen
 from downpour.paramserver.transport.link import Pull
 from downpour.paramserver.transport.local import NetworkAddress
 from downpour.paramserver.transport.memory import NUM_SLOTS
@@ -533,10 +533,10 @@ def test_those_who_never_finish_their_greeting_are_dropped_in_time(
         client = one.client(num_mailboxes=1)
         silent, half = one.socket(), one.socket()
         half.sendall(b"\x16\x03\x01\x02" if keys else b"\x40")
-        porter = one.servers[0]._porter
-        assert porter is not None
-        by_deadline(lambda: len(porter._guests) == 2)
-        now[0] += GREETING_DEADLINE_S + 1
+        acceptor = one.servers[0]._network
+        assert isinstance(acceptor, NetworkAcceptor)
+        by_deadline(lambda: len(acceptor._pending) == 2)
+        now[0] += HANDSHAKE_DEADLINE_S + 1
         assert hung_up_on(silent)
         assert hung_up_on(half)
         by_deadline(lambda: one.dropped() == {"no hello": 2})
@@ -554,7 +554,7 @@ def test_no_more_than_so_many_are_greeted_at_a_time() -> None:
 def test_nobody_listens_on_a_network_unless_told_to() -> None:
     with contextlib.closing(Cluster()) as cluster:
         assert cluster.servers[0].endpoint.network is None
-        assert cluster.servers[0]._porter is None
+        assert cluster.servers[0]._network.address is None
     with contextlib.closing(Networked()) as one:
         assert one.address.host == "127.0.0.1"
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from downpour.paramserver.admission.bounded import Admission
+from downpour.paramserver.admission.bounded import BoundedPermits
 from downpour.paramserver.admission.permits import Key, Permit, Turn
 from downpour.paramserver.errors import MalformedMessage
 
@@ -12,7 +12,7 @@ A, B, C = (7, 0), (7, 1), (8, 0)
 
 
 def test_a_scripted_order_of_arrivals() -> None:
-    admission = Admission[str](bound=2)
+    admission = BoundedPermits[str](bound=2)
     for key in (A, B, C):
         admission.ask(key)
     assert [admission.next(0) for _ in range(4)] == [Permit(A), Permit(B), Permit(C), None]
@@ -36,7 +36,7 @@ def test_a_scripted_order_of_arrivals() -> None:
 
 
 def test_no_more_steps_than_the_bound_has_room_for() -> None:
-    admission = Admission[str](bound=0)
+    admission = BoundedPermits[str](bound=0)
     admission.ask(A)
     admission.ask(B)
     assert [admission.next(5), admission.next(5)] == [Permit(A), None]
@@ -45,7 +45,7 @@ def test_no_more_steps_than_the_bound_has_room_for() -> None:
 
 
 def test_who_is_gone_holds_nobody_up() -> None:
-    admission = Admission[str](bound=1)
+    admission = BoundedPermits[str](bound=1)
     for key in (A, C):
         admission.ask(key)
         assert admission.next(0) == Permit(key)
@@ -62,7 +62,7 @@ def test_who_is_gone_holds_nobody_up() -> None:
 
 
 def test_what_no_honest_client_sends() -> None:
-    admission = Admission[str](bound=1)
+    admission = BoundedPermits[str](bound=1)
     with pytest.raises(MalformedMessage, match="without a permit"):
         admission.push(A, 0, "a")
     admission.ask(A)
@@ -84,7 +84,7 @@ class Simulation:
     def __init__(self, *, slots: int, partitions: int, bound: int, steps: int, seed: int) -> None:
         self.random = random.Random(seed)
         self.bound, self.left = bound, steps
-        self.partitions = [Admission[int](bound) for _ in range(partitions)]
+        self.partitions = [BoundedPermits[int](bound) for _ in range(partitions)]
         self.versions = [0] * partitions
         self.applied: list[list[int]] = [[] for _ in range(partitions)]
         self.largest = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from downpour.paramserver.admission.permits import Key, Permit, Turn
-from downpour.paramserver.admission.rounds import Rounds
+from downpour.paramserver.admission.rounds import RoundPermits
 from downpour.paramserver.errors import BadConfiguration, MalformedMessage
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.applied_set import WAITING
@@ -192,7 +192,7 @@ def test_a_round_that_is_longer_than_rounds_are_now_is_closed() -> None:
 
 
 def test_permits_are_given_for_one_round_and_taken_back() -> None:
-    rounds: Rounds[str] = Rounds(3)
+    rounds: RoundPermits[str] = RoundPermits(3)
     for box in range(5):
         rounds.ask((1, box))
     assert [rounds.next(0, 0) for _ in range(3)] == [Permit((1, box)) for box in range(3)]
@@ -216,7 +216,7 @@ def test_permits_are_given_for_one_round_and_taken_back() -> None:
 
 
 def test_messages_that_nobody_may_send() -> None:
-    rounds: Rounds[str] = Rounds(2)
+    rounds: RoundPermits[str] = RoundPermits(2)
     rounds.ask((1, 0))
     with pytest.raises(MalformedMessage, match="a second permit"):
         rounds.ask((1, 0))
@@ -239,7 +239,7 @@ class Net:
         self.rng, self.kills, self.bad = random.Random(seed), kills, bad
         of = config(pushes, steps=slots)
         self.states = [PartitionState(PARTITION, of, new_version()) for _ in range(partitions)]
-        self.rounds: list[Rounds[Push]] = [Rounds(slots) for _ in range(partitions)]
+        self.rounds: list[RoundPermits[Push]] = [RoundPermits(slots) for _ in range(partitions)]
         self.partitions = partitions
         self.connections = [[i for i in range(slots) if i % 2 == c] for c in range(2)]
         self.names = itertools.count()

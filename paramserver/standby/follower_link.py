@@ -15,13 +15,10 @@ import logging
 import os
 import select
 import socket
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
-
-from torch import Tensor
 
 from downpour.paramserver.errors import (
     ConnectionLost,
@@ -33,7 +30,6 @@ from downpour.paramserver.errors import (
 from downpour.paramserver.messages import Answer
 from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.snapshot import Snapshot
-from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.transport import replication
 from downpour.paramserver.transport.replication import Handover
 
@@ -184,148 +180,3 @@ class Source:
     depth: int
     fd: int
     """Of the mailboxes' memory."""
-
-
-class Lead(Generic[Peer]):
-    """What a primary does for its follower, if it has one: used by the thread that serves."""
-
-    def __init__(
-        self,
-        index: int,
-        *,
-        epoll: select.epoll,
-        answer: Callable[[Peer, Sequence[Answer]], None],
-        clock: Callable[[], float],
-        deadline_s: float,
-    ) -> None:
-        """No follower yet. `answer` sends answers to a peer, and raises nothing."""
-        self._index, self._epoll, self._send_answers = index, epoll, answer
-        self._clock, self._deadline_s = clock, deadline_s
-        self._link: FollowerLink[Peer] | None = None
-        self._fenced: Fenced | None = None
-
-    @property
-    def has_follower(self) -> bool:
-        """Whether there is one that has the state."""
-        return self._link is not None
-
-    def is_follower(self, fd: int) -> bool:
-        """Whether that is a descriptor of the follower's."""
-        return self._link is not None and fd in (self._link.fileno(), self._link.count)
-
-    def receive(
-        self, peer: socket.socket, room: Mapping[str, Tensor], join: Callable[[Handover], None]
-    ) -> None:
-        """`peer` wants to follow: make memory for the state, on another thread, and have it `join`.
-
-        `room` has the shapes of its large tensors. Nobody waits while the memory is made.
-        """
-
-        def prepare() -> None:
-            memory = None
-            try:
-                memory = Handover(room)
-                join(memory)
-            except (ServerError, OSError) as error:
-                log.warning("partition %d takes no follower: %s", self._index, str(error))
-                peer.close()
-            finally:
-                if memory is not None:
-                    memory.close()
-
-        name = f"follower-{self._index}"
-        threading.Thread(target=prepare, name=name, daemon=True).start()
-
-    def join(
-        self,
-        state: PartitionState,
-        peer: socket.socket,
-        memory: Handover,
-        sources: Iterable[Source],
-        **about: object,
-    ) -> None:
-        """Hand the state over; from now on `peer` gets every packet. Run between two pushes.
-
-        `about` is what it is told besides.
-        """
-        if self._link is not None:
-            self._leave("another one has come")
-        link: FollowerLink[Peer] = FollowerLink(
-            peer, clock=self._clock, deadline_s=self._deadline_s
-        )
-        meta, tensors = state.dump(memory.tensors)
-        meta |= {"quarantined": sorted(state.ledger.quarantined), **about}
-        try:
-            link.hand_over(Snapshot(partition=state.partition, meta=meta, tensors=tensors), memory)
-            for source in sources:
-                link.open(source)
-        except ServerError:
-            link.close()
-            raise
-        self._link = link
-        self._epoll.register(link, select.EPOLLIN)
-        self._epoll.register(link.count, select.EPOLLIN)
-
-    def opened(self, source: Source) -> None:
-        """A replica's process has come."""
-        self._with(lambda link: link.open(source))
-
-    def closed(self, number: int) -> None:
-        """A replica's process is gone."""
-        self._with(lambda link: link.close_source(number))
-
-    def forward(self, source: int, version: int, packet: bytes) -> None:
-        """Before any push of it is applied, the follower is sent a packet."""
-        if self._link is not None:
-            self._with(lambda link: link.forward(source, version, packet))
-
-    def answer(self, peer: Peer, answers: Sequence[Answer]) -> None:
-        """Send answers, once the follower has all that it was sent until now."""
-        if self._link is None or self._link.is_level:
-            self._send_answers(peer, answers)
-        else:
-            self._link.owe(peer, answers)
-
-    def hear(self) -> None:
-        """The follower has said something: answer what it has applied."""
-        self._with(lambda link: self._release(link.due()))
-
-    def check(self) -> None:
-        """Give a follower up that is late."""
-        if self._link is not None:
-            self._with(lambda link: link.check())
-
-    def raise_if_fenced(self) -> None:
-        """Raise `Fenced` where that was raised to somebody who does not end by it."""
-        if self._fenced is not None:
-            raise self._fenced
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._link is not None:
-            self._link.close()
-
-    def _with(self, do: Callable[[FollowerLink[Peer]], None]) -> None:
-        if self._link is not None:
-            try:
-                do(self._link)
-            except ServerError as error:
-                self._leave(str(error))
-
-    def _leave(self, reason: str) -> None:
-        """Go on without the follower. Raises `Fenced` where it is the partition by now."""
-        link, self._link = self._link, None
-        assert link is not None
-        self._epoll.unregister(link)
-        self._epoll.unregister(link.count)
-        try:
-            owed = link.give_up()
-        except Fenced as error:
-            self._fenced = error
-            raise
-        log.warning("partition %d goes on without its follower: %s", self._index, reason)
-        self._release(owed)
-
-    def _release(self, owed: Sequence[tuple[Peer, Sequence[Answer]]]) -> None:
-        for peer, answers in owed:
-            self._send_answers(peer, answers)

@@ -36,7 +36,7 @@ PACKETS_A_TURN = 16
 """Packets applied before the primary is told, if there are so many."""
 
 
-class Forwarded(NamedTuple):
+class ForwardedPush(NamedTuple):
     """A push that the primary takes, with what belongs to it."""
 
     push: Push
@@ -44,7 +44,7 @@ class Forwarded(NamedTuple):
     moments: Tensor
 
 
-class Following:
+class PrimaryLink:
     """A connection to the primary, from which pushes come."""
 
     def __init__(self, endpoint: Endpoint, *, key: bytes, room: Mapping[str, Tensor]) -> None:
@@ -117,7 +117,7 @@ class Following:
         """For `epoll`: readable when pushes have come."""
         return self.socket.fileno()
 
-    def packet(self) -> tuple[int, list[Forwarded]] | None:
+    def packet(self) -> tuple[int, list[ForwardedPush]] | None:
         """The primary's version and the pushes that it took then; None where none waits.
 
         `ConnectionLost` once the primary is gone and all that it sent has been given.
@@ -138,11 +138,11 @@ class Following:
                 pushes = list(self._find(self._views[message.source], message.packet))
                 return message.version, pushes
 
-    def _find(self, views: MailboxViews, packet: bytes) -> Iterator[Forwarded]:
+    def _find(self, views: MailboxViews, packet: bytes) -> Iterator[ForwardedPush]:
         for push in decode_all(packet):
             assert isinstance(push, Push)  # the primary has looked
             box, count = push.mailbox, len(push.batches)
-            yield Forwarded(push, views.gradients[box], views.moments[box][:count])
+            yield ForwardedPush(push, views.gradients[box], views.moments[box][:count])
 
     def tell(self) -> None:
         """Say that all packets given until now are applied. Never waits."""

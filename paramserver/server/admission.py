@@ -1,0 +1,239 @@
+"""When a partition applies the pushes that come: at once, or by permits.
+
+With permits a step asks before it pulls, and its push waits for its turn. Who may begin and whose
+turn it is, is decided by `paramserver.admission`; here messages are turned into that, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from downpour.paramserver.admission.bounded import BoundedPermits
+from downpour.paramserver.admission.permits import Permit, Permits
+from downpour.paramserver.admission.rounds import RoundPermits
+from downpour.paramserver.errors import MalformedMessage, ServerError
+from downpour.paramserver.messages import (
+    Answer,
+    Outcome,
+    PermitRequest,
+    Push,
+    decode_all,
+    encode,
+)
+from downpour.paramserver.partition.vectors import Arrival
+from downpour.paramserver.rules.policy import StalenessPolicy
+from downpour.paramserver.server.replies import Replies
+from downpour.paramserver.server.versions import Versions
+from downpour.paramserver.standby.roles import Replication
+from downpour.paramserver.transport.local import ServerSide
+from downpour.paramserver.transport.network import NetworkSide
+
+
+class Admission(Protocol):
+    """Takes in what replicas send. Everything is called by the serving thread."""
+
+    def take(self, side: ServerSide, data: bytes) -> None:
+        """Take in a packet of a process on this machine.
+
+        Raises:
+            MalformedMessage: It is not what that process may send now.
+        """
+
+    def take_network(
+        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
+    ) -> None:
+        """Take in a push that came over the network.
+
+        Args:
+            side: Where it came from.
+            push: Its header.
+            gradient: float32 [n]; free for the next push when this returns.
+            moments: float32 [batches, 3, f]; likewise.
+
+        Raises:
+            MalformedMessage: That process may not push this now.
+        """
+
+    def ask(self, fd: int, mailboxes: Iterable[int]) -> None:
+        """Note that permits are wanted for these mailboxes of connection `fd`.
+
+        Raises:
+            MalformedMessage: They may not be asked for now.
+        """
+
+    def advance(self) -> None:
+        """Do whatever can be done now."""
+
+    def leave(self, fd: int) -> None:
+        """Forget a connection that is gone."""
+
+
+class OpenAdmission:
+    """Applies every push as it comes."""
+
+    def __init__(
+        self, versions: Versions, replication: Replication[ServerSide], replies: Replies
+    ) -> None:
+        """Pushes go to `versions`, and to a follower by `replication`."""
+        self._versions = versions
+        self._ledger = versions.state.ledger
+        self._replication = replication
+
+    def take(self, side: ServerSide, data: bytes) -> None:
+        """See `Admission`."""
+        arrivals: list[Arrival] = []
+        for push in decode_all(data):
+            if not isinstance(push, Push):
+                raise MalformedMessage(f"{type(push).__name__} in place of a push")
+            views, count, box = side.views, len(push.batches), push.mailbox
+            if views is None or box >= len(views.gradients) or count > side.depth:
+                raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
+            arrivals.append((push, views.gradients[box], views.moments[box][:count]))
+        versions, replication = self._versions, self._replication
+        replication.role.forward(side.socket.fileno(), self._ledger.version, data)
+        # Readers wait for what is written over.
+        at_once = 1 if versions.in_place else len(arrivals)
+        shared = replication.role.shares_gradients
+        answers: list[Answer] = []
+        for first in range(0, len(arrivals), at_once):
+            answers += versions.apply_all(arrivals[first : first + at_once], shared=shared)
+        replication.role.answer(side, answers)
+
+    def take_network(
+        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
+    ) -> None:
+        """See `Admission`."""
+        shared = self._replication.role.shares_gradients
+        side.answer(*self._versions.apply_all([(push, gradient, moments)], shared=shared))
+
+    def ask(self, fd: int, mailboxes: Iterable[int]) -> None:
+        """See `Admission`."""
+        raise MalformedMessage("a permit is asked for, and none is needed")
+
+    def advance(self) -> None:
+        """See `Admission`: nothing waits."""
+
+    def leave(self, fd: int) -> None:
+        """See `Admission`: nothing waits."""
+
+
+class PendingPush(NamedTuple):
+    """A push that waits for its turn."""
+
+    push: Push
+    gradient: Tensor
+    """float32 [n]"""
+    moments: Tensor
+    """float32 [batches, 3, f]"""
+
+
+class PermitAdmission:
+    """Lets steps begin by permit, and applies each push when its turn comes."""
+
+    def __init__(
+        self,
+        permits: Permits[PendingPush],
+        versions: Versions,
+        replication: Replication[ServerSide],
+        replies: Replies,
+    ) -> None:
+        """`permits` decides. Pushes go to `versions`, and to a follower by `replication`."""
+        self._permits = permits
+        self._versions = versions
+        self._ledger = versions.state.ledger
+        self._replication = replication
+        self._replies = replies
+
+    def take(self, side: ServerSide, data: bytes) -> None:
+        """See `Admission`."""
+        fd, views = side.socket.fileno(), side.views
+        for message in decode_all(data):
+            if not isinstance(message, Push | PermitRequest):
+                raise MalformedMessage(f"{type(message).__name__} in place of a push")
+            box = message.mailbox
+            if views is None or box >= len(views.gradients):
+                raise MalformedMessage(f"a {type(message).__name__} of mailbox {box}")
+            if isinstance(message, PermitRequest):
+                self._permits.ask((fd, box))
+                continue
+            count = len(message.batches)
+            if count > side.depth:
+                raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
+            pending = PendingPush(message, views.gradients[box], views.moments[box][:count])
+            self._permits.push((fd, box), message.version, pending)
+
+    def take_network(
+        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
+    ) -> None:
+        """See `Admission`."""
+        # The connection's next push is received where this one lies.
+        pending = PendingPush(push, gradient.clone(), moments.clone())
+        self._permits.push((side.socket.fileno(), push.mailbox), push.version, pending)
+
+    def ask(self, fd: int, mailboxes: Iterable[int]) -> None:
+        """See `Admission`."""
+        for box in mailboxes:
+            self._permits.ask((fd, box))
+
+    def advance(self) -> None:
+        """Apply every push whose turn it is, and give every permit that there is."""
+        ledger, permits = self._ledger, self._permits
+        answers: dict[int, list[Answer]] = {}
+        while True:
+            while (due := permits.next(ledger.version, ledger.weights_version)) is not None:
+                fd, box = due.key
+                if isinstance(due, Permit):
+                    answer = Answer(mailbox=box, outcome=Outcome.PERMITTED, version=ledger.version)
+                else:
+                    answer = self._apply(fd, due.push)
+                answers.setdefault(fd, []).append(answer)
+            if not answers:
+                return
+            fd, batch = answers.popitem()
+            self._tell(fd, batch)  # if the connection is gone, others may go on
+
+    def _apply(self, fd: int, pending: PendingPush) -> Answer:
+        replication = self._replication
+        replication.role.forward(fd, self._ledger.version, encode(pending.push))
+        shared = replication.role.shares_gradients
+        (answer,) = self._versions.apply_all([pending], shared=shared)
+        return answer
+
+    def _tell(self, fd: int, answers: Sequence[Answer]) -> None:
+        connections = self._replies.connections
+        side = connections.sides.get(fd)
+        if side is None:
+            return
+        try:
+            if isinstance(side, ServerSide):
+                self._replication.role.answer(side, answers)
+                return
+            for answer in answers:
+                side.answer(answer)
+            self._replies.send(side)
+        except (ServerError, OSError) as error:
+            connections.failed(fd, error)
+
+    def leave(self, fd: int) -> None:
+        """See `Admission`: its permits go to others."""
+        self._permits.leave(fd)
+
+
+def make_admission(
+    policy: StalenessPolicy,
+    versions: Versions,
+    replication: Replication[ServerSide],
+    replies: Replies,
+) -> Admission:
+    """Return the admission that a staleness policy needs."""
+    match policy.staleness_policy:
+        case "bounded":
+            permits: Permits[PendingPush] = BoundedPermits(policy.staleness_bound)
+        case "synchronous":
+            permits = RoundPermits(policy.round_steps or policy.round_pushes or 1)
+        case _:
+            return OpenAdmission(versions, replication, replies)
+    return PermitAdmission(permits, versions, replication, replies)
