@@ -823,6 +823,7 @@ def test_connections_take_turns(cluster: Cluster) -> None:
 
 def test_a_client_that_closes_with_pushes_in_flight(cluster: Cluster, bystander: Bystander) -> None:
     client = cluster.client(num_mailboxes=3)
+    by_deadline(lambda: has_connections(cluster.servers[0], 2))
     for mailbox in range(3):
         leave(client, mailbox, mailbox)
         send(client, mailbox, mailbox)
