@@ -93,7 +93,7 @@ def _pushes(num_parameters: int, policy: dict[str, Any]) -> Iterator[float]:
     from downpour.paramserver.partition.update_config import UpdateConfig
     from downpour.paramserver.rules.policy import StalenessPolicy
     from downpour.paramserver.rules.update import Momentum
-    from downpour.paramserver.transport.memory import PublishedWeights
+    from downpour.paramserver.transport.shared.published import PublishedWeights
 
     torch.set_num_threads(1)
     (part,) = split(num_parameters=num_parameters, num_features=0, num_decayed=0, num_partitions=1)

@@ -38,6 +38,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from rich.console import Console
 
 from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, machine, median, show
+from downpour.paramserver.access import Access
 from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.messages import KEY_BYTES, Outcome
 from downpour.paramserver.partition.ranges import split
@@ -45,11 +46,10 @@ from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Momentum
 from downpour.paramserver.server.server import PartitionServer
-from downpour.paramserver.transport.access import Access
-from downpour.paramserver.transport.channel import BLOCK_BYTES, TAG_BYTES
-from downpour.paramserver.transport.handshake import NetworkListen
-from downpour.paramserver.transport.local import Endpoint
-from downpour.paramserver.transport.security import Credentials, issue
+from downpour.paramserver.transport.endpoint import Endpoint
+from downpour.paramserver.transport.network.acceptor import NetworkListen
+from downpour.paramserver.transport.network.channel import BLOCK_BYTES, TAG_BYTES
+from downpour.paramserver.transport.network.security import Credentials, issue
 
 SIZES = {"0.4": 400_000, "4": 4_000_000, "45": 45_000_000}
 """Megabytes of weights -> bytes."""

@@ -21,10 +21,10 @@ from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.server.server import PartitionServer
 from downpour.paramserver.spec import PartitionSpec, PartitionStart, Restore
-from downpour.paramserver.transport.handshake import NetworkListen
-from downpour.paramserver.transport.local import Endpoint
+from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.names import NODE
-from downpour.paramserver.transport.security import Credentials
+from downpour.paramserver.transport.network.acceptor import NetworkListen
+from downpour.paramserver.transport.network.security import Credentials
 
 
 @dataclass(frozen=True, kw_only=True)

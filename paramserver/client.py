@@ -14,13 +14,14 @@ import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from downpour.paramserver.access import Access, connect
 from downpour.paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
 from downpour.paramserver.messages import MAX_BATCHES, MAX_MAILBOXES, Outcome, Push
-from downpour.paramserver.transport.access import Access, connect
+from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.link import Link, Pull, Weights
-from downpour.paramserver.transport.local import Connection, Endpoint
-from downpour.paramserver.transport.memory import Mailboxes
 from downpour.paramserver.transport.patience import Patience
+from downpour.paramserver.transport.shared.client import SharedConnection
+from downpour.paramserver.transport.shared.mailboxes import Mailboxes
 
 DEFAULT_ACCESS = Access()
 
@@ -96,7 +97,7 @@ class ParameterClient:
                 )
                 self._connections.append(connection)
                 self._poll.register(connection.fileno(), connection.events)
-                if not isinstance(connection, Connection):
+                if not isinstance(connection, SharedConnection):
                     self._network[connection.fileno()] = connection
                     self._network_poll.register(connection.fileno(), connection.events)
         except BaseException:

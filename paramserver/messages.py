@@ -23,6 +23,8 @@ KEY_BYTES = 32
 MAX_MAILBOXES = 256
 """Mailboxes of one connection. So many answers always fit into a socket's buffer (of 208 KiB, the
 kernel's default), so a partition need never wait for a client that is slow to take them."""
+MAX_MESSAGE = 8192
+"""Bytes of the longest message or packet of messages."""
 MAX_BATCHES = 1024
 """Mini-batches that one push may name."""
 NONCE_BYTES = PROOF_BYTES = 32
@@ -106,7 +108,7 @@ class Welcome:
 
     num_parameters: int
     num_features: int
-    num_slots: int
+    num_buffers: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,7 +268,7 @@ def encode(message: Message) -> bytes:
                 Kind.WELCOME,
                 message.num_parameters,
                 message.num_features,
-                message.num_slots,
+                message.num_buffers,
             )
         case PullRequest():
             return _PULL_REQUEST.pack(MAGIC, Kind.PULL_REQUEST, message.statistics)
@@ -320,8 +322,8 @@ def decode(data: bytes) -> Message:
                 depth=depth,
             )
         if kind == Kind.WELCOME:
-            _, _, parameters, features, slots = _WELCOME.unpack(data)
-            return Welcome(num_parameters=parameters, num_features=features, num_slots=slots)
+            _, _, parameters, features, buffers = _WELCOME.unpack(data)
+            return Welcome(num_parameters=parameters, num_features=features, num_buffers=buffers)
         if kind == Kind.PERMIT_REQUEST:
             return PermitRequest(mailbox=_PERMIT_REQUEST.unpack(data)[2])
         if kind in _BETWEEN_MACHINES:

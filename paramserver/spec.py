@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from downpour.paramserver.partition.ranges import Partition
     from downpour.paramserver.partition.update_config import UpdateConfig
-    from downpour.paramserver.transport.local import Endpoint
-    from downpour.paramserver.transport.security import Credentials
+    from downpour.paramserver.transport.endpoint import Endpoint
+    from downpour.paramserver.transport.network.security import Credentials
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from downpour.models.errors import MomentsError
 from downpour.models.flat import FlatModel
+from downpour.paramserver.access import Access, way
 from downpour.paramserver.client import ParameterClient
-from downpour.paramserver.transport.access import Access, way
-from downpour.paramserver.transport.local import Endpoint, machine
+from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.errors import DatasetError, ShufflerError
 from downpour.shuffler.plan.keys import stream_key

@@ -45,13 +45,13 @@ from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.cluster.run.provenance import write_about
+from downpour.paramserver.access import Access
 from downpour.paramserver.actor import FollowerActor, PartitionActor
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
 from downpour.paramserver.spec import Origin, PartitionSpec, PartitionStart, Restore
-from downpour.paramserver.transport.access import Access
-from downpour.paramserver.transport.local import Endpoint
-from downpour.paramserver.transport.security import Credentials, issue
+from downpour.paramserver.transport.endpoint import Endpoint
+from downpour.paramserver.transport.network.security import Credentials, issue
 from downpour.workers.actor import EvaluatorActor, ReplicasActor
 from downpour.workers.messages import Keeping
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from downpour.paramserver.errors import ConnectionLost, ServerError
 from downpour.paramserver.partition.ranges import Partition
-from downpour.paramserver.transport.handshake import Accepted
-from downpour.paramserver.transport.local import Listener, ServerSide
-from downpour.paramserver.transport.network import NetworkSide
+from downpour.paramserver.transport.network.acceptor import Accepted
+from downpour.paramserver.transport.network.server_side import NetworkSide
+from downpour.paramserver.transport.shared.server_side import Listener, SharedSide
 
 HANDSHAKE_DEADLINE_S = 10.0
 STALL_DEADLINE_S = 60.0
@@ -23,7 +23,7 @@ STALL_DEADLINE_S = 60.0
 SWEEP_EVERY_S = 0.5
 MAX_CONNECTIONS = 4096
 
-Sides = dict[int, ServerSide | NetworkSide]
+Sides = dict[int, SharedSide | NetworkSide]
 """Our sides of open connections, by descriptor."""
 
 
@@ -60,7 +60,7 @@ class Connections:
             if peer is None:
                 return
             if self._has_room(peer):
-                self._add(ServerSide(peer, self._clock()))
+                self._add(SharedSide(peer, self._clock()))
 
     def add_network(self, accepted: Accepted) -> None:
         """Take in a connection over the network whose handshake is done."""
@@ -74,7 +74,7 @@ class Connections:
         peer.close()
         return False
 
-    def _add(self, side: ServerSide | NetworkSide) -> None:
+    def _add(self, side: SharedSide | NetworkSide) -> None:
         fd = side.socket.fileno()
         self.sides[fd] = side
         self._epoll.register(fd, select.EPOLLIN)

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 from downpour.paramserver.partition.state import PartitionState
-from downpour.paramserver.transport.handshake import Accepted
+from downpour.paramserver.transport.network.acceptor import Accepted
 
 T = TypeVar("T")
 

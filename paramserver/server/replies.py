@@ -8,8 +8,8 @@ from downpour.paramserver.errors import ServerError
 from downpour.paramserver.messages import Answer
 from downpour.paramserver.server.connections import Connections
 from downpour.paramserver.server.versions import Versions
-from downpour.paramserver.transport.local import ServerSide
-from downpour.paramserver.transport.network import NetworkSide
+from downpour.paramserver.transport.network.server_side import NetworkSide
+from downpour.paramserver.transport.shared.server_side import SharedSide
 
 
 class Replies:
@@ -20,7 +20,7 @@ class Replies:
         self.connections = connections
         self._versions = versions
 
-    def answer(self, side: ServerSide, answers: Sequence[Answer]) -> None:
+    def answer(self, side: SharedSide, answers: Sequence[Answer]) -> None:
         """Send answers to a process on this machine, if it is still connected. Raises nothing."""
         fd = side.socket.fileno()
         if self.connections.sides.get(fd) is side:

@@ -3,7 +3,7 @@
 The thread owns the partition's state. Whoever else wants to see or change it (`call`) has that
 thread do so between two pushes, so there is no lock, and nobody sees a half-applied state.
 
-What a push does is `state`'s, when it is applied `admission`'s. `versions` publishes what comes of
+What a push does is `state`'s, when it is applied `intake`'s. `versions` publishes what comes of
 it, `replies` sends it back, `connections` knows who is there, `inbox` has what other threads want,
 and `standby.roles` deals with a second process. `transport` moves the bytes.
 """
@@ -34,20 +34,25 @@ from downpour.paramserver.partition.record import PushRecord
 from downpour.paramserver.partition.snapshot import Snapshot
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
-from downpour.paramserver.server.admission import make_admission
 from downpour.paramserver.server.connections import Connections, Sides
 from downpour.paramserver.server.inbox import Inbox
+from downpour.paramserver.server.intake import make_intake
 from downpour.paramserver.server.replies import Replies
 from downpour.paramserver.server.versions import Versions
 from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S, Source
 from downpour.paramserver.standby.primary_link import PrimaryLink
 from downpour.paramserver.standby.roles import Follower, Replication
-from downpour.paramserver.transport.handshake import NetworkAcceptor, NetworkListen, NoNetwork
-from downpour.paramserver.transport.local import Endpoint, Listener, ServerSide, machine
-from downpour.paramserver.transport.network import NetworkSide
+from downpour.paramserver.transport.endpoint import Endpoint, machine
+from downpour.paramserver.transport.network.acceptor import (
+    NetworkAcceptor,
+    NetworkListen,
+    NoNetwork,
+)
+from downpour.paramserver.transport.network.server_side import NetworkSide
 from downpour.paramserver.transport.patience import Patience
 from downpour.paramserver.transport.poller import Poller
-from downpour.paramserver.transport.replication import Handover
+from downpour.paramserver.transport.shared.replication import Handover
+from downpour.paramserver.transport.shared.server_side import Listener, SharedSide
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -142,16 +147,14 @@ class PartitionServer:
             partition, sides, epoll=self._poller.epoll, clock=clock, gone=self._on_gone
         )
         self._replies = Replies(self._connections, self._versions)
-        self._replication: Replication[ServerSide] = Replication(
+        self._replication: Replication[SharedSide] = Replication(
             partition.index,
             poller=self._poller,
             answer=self._replies.answer,
             clock=clock,
             deadline_s=follower_deadline_s,
         )
-        self._admission = make_admission(
-            config.policy, self._versions, self._replication, self._replies
-        )
+        self._intake = make_intake(config.policy, self._versions, self._replication, self._replies)
         if primary is not None:
             self._replication.follow(primary, self._state, self._versions.apply_shared)
         else:
@@ -283,7 +286,7 @@ class PartitionServer:
 
     def _loop(self) -> None:
         patience, poller, sides = Patience(), self._poller, self._connections.sides
-        replication, admission = self._replication, self._admission
+        replication, intake = self._replication, self._intake
         while not self._stopping:
             for fd, _ in patience.wait(poller.epoll, 1.0):
                 if fd in sides:
@@ -292,7 +295,7 @@ class PartitionServer:
                     poller.handlers[fd]()
             replication.role.check()
             self._connections.drop_silent()
-            admission.advance()
+            intake.advance()
 
     def _accept(self) -> None:
         self._connections.accept(self._listener)
@@ -316,7 +319,7 @@ class PartitionServer:
                     data = side.receive()
                     if data is None:
                         return
-                    self._admission.take(side, data)
+                    self._intake.take(side, data)
         except (ServerError, OSError) as error:
             if not isinstance(error, ConnectionLost):
                 # As text: a record that is kept would keep the error's frames, and all they map.
@@ -330,13 +333,13 @@ class PartitionServer:
             if not side.is_float32 and len(self._scratch) < self.partition.num_parameters:
                 self._scratch = torch.empty(self.partition.num_parameters)
             moments = side.moments[: len(push.batches)]
-            self._admission.take_network(side, push, side.gradient(self._scratch), moments)
+            self._intake.take_network(side, push, side.gradient(self._scratch), moments)
         if side.asks:
-            self._admission.ask(side.socket.fileno(), side.asks)
+            self._intake.ask(side.socket.fileno(), side.asks)
             side.asks.clear()
         self._replies.send(side)
 
-    def _greet(self, fd: int, side: ServerSide) -> None:
+    def _greet(self, fd: int, side: SharedSide) -> None:
         if not side.greet(self.partition, self._versions.published, self._key):
             return
         if side.follows:
@@ -345,7 +348,7 @@ class PartitionServer:
             self._replication.role.opened(_source(side))
 
     def _on_gone(self, fd: int) -> None:
-        self._admission.leave(fd)
+        self._intake.leave(fd)
         self._replication.role.closed(fd)
 
     def _receive_follower(self, fd: int) -> None:
@@ -367,7 +370,7 @@ class PartitionServer:
 
     def _sources(self) -> list[Source]:
         sides = self._connections.sides.values()
-        return [_source(s) for s in sides if isinstance(s, ServerSide) and s.views]
+        return [_source(s) for s in sides if isinstance(s, SharedSide) and s.views]
 
     def _become_primary(self, state: PartitionState) -> None:
         if not self._replication.promote():
@@ -391,7 +394,7 @@ def _check(
         restore.check(partition)
 
 
-def _source(side: ServerSide) -> Source:
+def _source(side: SharedSide) -> Source:
     assert side.views is not None
     return Source(
         number=side.socket.fileno(),

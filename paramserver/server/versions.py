@@ -15,9 +15,9 @@ from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.partition.vectors import Arrival, Version
 from downpour.paramserver.rules.update import updates_in_place
 from downpour.paramserver.server.connections import Sides
-from downpour.paramserver.transport.frames import as_bytes
-from downpour.paramserver.transport.memory import PublishedWeights, check_room
-from downpour.paramserver.transport.network import NetworkSide
+from downpour.paramserver.transport.network.frames import as_bytes
+from downpour.paramserver.transport.network.server_side import NetworkSide
+from downpour.paramserver.transport.shared.published import PublishedWeights, check_room
 
 
 class Versions:
@@ -47,7 +47,7 @@ class Versions:
         self.last_update_at: float | None = None
         """Unix time of the latest update since `open`."""
         self._sides = sides
-        self._slots = [
+        self._buffers = [
             (as_bytes(v.weights), as_bytes(v.statistics)) for v in self.published.versions
         ]
         self._private: list[Tensor] = []
@@ -92,16 +92,16 @@ class Versions:
 
     def _room(self) -> Version:
         """Where the next version goes: where the latest one is, unless somebody is reading it."""
-        slot = self.published.begin([side.pinned for side in self._sides.values()])
+        buffer = self.published.begin([side.pinned for side in self._sides.values()])
         for side in self._sides.values():
             if isinstance(side, NetworkSide):
-                side.detach(slot)  # nothing to do, except where all slots are pinned
-        return self.published.versions[slot]
+                side.detach(buffer)  # nothing to do, except where all buffers are pinned
+        return self.published.versions[buffer]
 
     def send(self, side: NetworkSide) -> None:
         """Begin to send the latest weights over the network."""
-        slot = self.published.current_slot
-        side.send_weights(slot, self.state.weights_version, *self._slots[slot])
+        buffer = self.published.current_buffer
+        side.send_weights(buffer, self.state.weights_version, *self._buffers[buffer])
 
     def close(self) -> None:
         """Give up the memory."""

@@ -30,8 +30,8 @@ from downpour.paramserver.errors import (
 from downpour.paramserver.messages import Answer
 from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.snapshot import Snapshot
-from downpour.paramserver.transport import replication
-from downpour.paramserver.transport.replication import Handover
+from downpour.paramserver.transport.shared import replication
+from downpour.paramserver.transport.shared.replication import Handover
 
 FOLLOWER_DEADLINE_S = 2.0
 """How long a packet may wait for its follower, and with it replicas for the answer."""

@@ -26,10 +26,11 @@ from downpour.paramserver.errors import (
 )
 from downpour.paramserver.messages import Push, decode_all
 from downpour.paramserver.partition.snapshot import Snapshot
-from downpour.paramserver.transport import replication
-from downpour.paramserver.transport.local import Endpoint, is_ours, machine
-from downpour.paramserver.transport.memory import MailboxViews
-from downpour.paramserver.transport.replication import Closed, Handover, Opened
+from downpour.paramserver.transport.endpoint import Endpoint, machine
+from downpour.paramserver.transport.shared import replication
+from downpour.paramserver.transport.shared.mailboxes import MailboxViews
+from downpour.paramserver.transport.shared.replication import Closed, Handover, Opened
+from downpour.paramserver.transport.shared.server_side import is_ours
 
 JOIN_DEADLINE_S = 30.0
 PACKETS_A_TURN = 16

@@ -23,7 +23,7 @@ from downpour.paramserver.partition.vectors import Arrival
 from downpour.paramserver.standby.follower_link import FollowerLink, Source
 from downpour.paramserver.standby.primary_link import PACKETS_A_TURN, PrimaryLink
 from downpour.paramserver.transport.poller import Poller
-from downpour.paramserver.transport.replication import Handover
+from downpour.paramserver.transport.shared.replication import Handover
 
 log = logging.getLogger(__name__)
 Peer = TypeVar("Peer")

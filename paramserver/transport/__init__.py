@@ -1,6 +1,6 @@
 """Transports between replicas and partitions: shared memory, and the network between machines.
 
-`access` chooses. `local` and `memory` are the one; of the other, `security` says who may talk,
-`greeting` how two sides find out, `channel` how bytes travel, `frames` what they mean, and
-`network` and `network_client` are its two sides.
+Here is what both have in common: where a partition is reached, what a client needs of a connection,
+how a thread waits. `shared` is the one transport, `network` the other. Which one a process takes is
+`paramserver.access`' choice.
 """

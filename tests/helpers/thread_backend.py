@@ -29,11 +29,11 @@ from downpour.cluster.controller.backend import (
 )
 from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
+from downpour.paramserver.access import Access
 from downpour.paramserver.actor import FollowerActor, PartitionActor
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
 from downpour.paramserver.spec import Origin, PartitionStart, Restore
-from downpour.paramserver.transport.access import Access
-from downpour.paramserver.transport.security import Credentials, issue
+from downpour.paramserver.transport.network.security import Credentials, issue
 from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.processors import processors

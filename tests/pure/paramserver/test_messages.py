@@ -43,7 +43,7 @@ hellos = st.builds(
     num_mailboxes=U32,
     depth=U32,
 )
-welcomes = st.builds(Welcome, num_parameters=U64, num_features=U64, num_slots=U32)
+welcomes = st.builds(Welcome, num_parameters=U64, num_features=U64, num_buffers=U32)
 pushes = st.builds(
     Push,
     mailbox=U32,
@@ -101,7 +101,7 @@ EXAMPLES: list[Message] = [
     PUSH,
     Answer(mailbox=1, outcome=Outcome.APPLIED, version=7),
     Hello(key=b"k" * KEY_BYTES, total_parameters=100, total_features=5, num_mailboxes=2, depth=1),
-    Welcome(num_parameters=100, num_features=5, num_slots=4),
+    Welcome(num_parameters=100, num_features=5, num_buffers=4),
     PullRequest(statistics=True),
     PermitRequest(mailbox=7),
     Weights(version=3, statistics=False),

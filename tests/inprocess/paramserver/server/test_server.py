@@ -69,8 +69,8 @@ from downpour.paramserver.rules.update import SGD, Adagrad, Momentum, Nesterov, 
 from downpour.paramserver.server.connections import HANDSHAKE_DEADLINE_S
 from downpour.paramserver.server.server import PUSHES_A_TURN, PartitionServer
 from downpour.paramserver.spec import PartitionSpec, PartitionStart, Restore
-from downpour.paramserver.transport.local import Endpoint
-from downpour.paramserver.transport.memory import Mailboxes
+from downpour.paramserver.transport.endpoint import Endpoint
+from downpour.paramserver.transport.shared.mailboxes import Mailboxes
 
 torch.set_num_threads(1)
 
@@ -622,7 +622,7 @@ BEFORE_HELLO: dict[str, bytes] = {
     "longer": HELLO + b"\0",
     "push": encode(a_push(0)),
     "answer": encode(Answer(mailbox=0, outcome=Outcome.APPLIED, version=9)),
-    "welcome": encode(Welcome(num_parameters=P, num_features=F, num_slots=4)),
+    "welcome": encode(Welcome(num_parameters=P, num_features=F, num_buffers=4)),
     "wrong key": encode(replace(GOOD_HELLO, key=b"x" * KEY_BYTES, num_mailboxes=0, depth=0)),
     "wrong model": encode(replace(GOOD_HELLO, total_parameters=1, num_mailboxes=0, depth=0)),
     "mailboxes without memory": HELLO,
@@ -635,7 +635,7 @@ AFTER_HELLO: dict[str, bytes] = {
     "longer": encode(a_push(0)) + b"\0",
     "hello again": HELLO,
     "answer": encode(Answer(mailbox=0, outcome=Outcome.APPLIED, version=9)),
-    "welcome": encode(Welcome(num_parameters=P, num_features=F, num_slots=4)),
+    "welcome": encode(Welcome(num_parameters=P, num_features=F, num_buffers=4)),
     "no such mailbox": encode(a_push(0, mailbox=2)),
     "a mailbox far away": encode(a_push(0, mailbox=2**32 - 1)),
     "deeper than the mailbox": encode(a_push(0, batches=(0, 1))),

@@ -26,7 +26,7 @@ from downpour.paramserver.rules.update import Adagrad, Momentum, Nesterov, Regul
 from downpour.paramserver.server.server import PartitionServer
 from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S
 from downpour.paramserver.standby.roles import Primary
-from downpour.paramserver.transport import replication
+from downpour.paramserver.transport.shared import replication
 from tests.inprocess.paramserver.server.test_server import (
     DEADLINE_S,
     EXACT,

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from downpour.paramserver.access import Access
 from downpour.paramserver.client import ParameterClient, Settled
 from downpour.paramserver.errors import (
     ConnectionLost,
@@ -47,16 +48,32 @@ from downpour.paramserver.messages import (
 )
 from downpour.paramserver.rules.update import Momentum
 from downpour.paramserver.server.connections import HANDSHAKE_DEADLINE_S, STALL_DEADLINE_S
-from downpour.paramserver.transport import handshake, network_client
-from downpour.paramserver.transport.access import Access
-from downpour.paramserver.transport.channel import BLOCK_BYTES, Channel, PlainChannel, SealedChannel
-from downpour.paramserver.transport.frames import as_bytes, frame
-from downpour.paramserver.transport.handshake import MAX_GUESTS, NetworkAcceptor, NetworkListen
+from downpour.paramserver.transport.endpoint import NetworkAddress
 from downpour.paramserver.transport.link import Pull
-from downpour.paramserver.transport.local import NetworkAddress
-from downpour.paramserver.transport.memory import NUM_SLOTS
-from downpour.paramserver.transport.network import NetworkSide
-from downpour.paramserver.transport.security import Credentials, RunCredentials, client_tls, issue
+from downpour.paramserver.transport.network import client as network_client
+from downpour.paramserver.transport.network.acceptor import (
+    MAX_HANDSHAKES,
+    NetworkAcceptor,
+    NetworkListen,
+)
+from downpour.paramserver.transport.network.channel import (
+    BLOCK_BYTES,
+    Channel,
+    PlainChannel,
+    SealedChannel,
+)
+from downpour.paramserver.transport.network.connect import connect
+from downpour.paramserver.transport.network.frames import as_bytes, frame
+from downpour.paramserver.transport.network.handshake import handshake_as_partition
+from downpour.paramserver.transport.network.pipe import PlainPipe
+from downpour.paramserver.transport.network.security import (
+    Credentials,
+    RunCredentials,
+    client_tls,
+    issue,
+)
+from downpour.paramserver.transport.network.server_side import NetworkSide
+from downpour.paramserver.transport.shared.published import NUM_BUFFERS
 from tests.helpers import tiny
 from tests.helpers.runs import Run
 from tests.helpers.thread_backend import ThreadBackend
@@ -126,7 +143,7 @@ class Networked(Cluster):
             depth=1,
             wire=WireDtype.FLOAT32,
         )
-        channel = handshake.connect(
+        channel = connect(
             self.address,
             partition=part,
             key=KEY,
@@ -345,7 +362,7 @@ def large(keys: RunCredentials | None) -> Iterator[Networked]:
         yield cluster
 
 
-@pytest.mark.parametrize("num_slow", [1, NUM_SLOTS])
+@pytest.mark.parametrize("num_slow", [1, NUM_BUFFERS])
 def test_weights_that_are_overtaken_while_they_are_sent_arrive_whole(
     large: Networked, monkeypatch: pytest.MonkeyPatch, num_slow: int
 ) -> None:
@@ -370,7 +387,7 @@ def test_weights_that_are_overtaken_while_they_are_sent_arrive_whole(
         by_deadline(lambda: large.servers[0].call(lambda _: len(pinned()) == len(pulls)))
         push_one(i)
     # Where every slot is being sent from, one of those is taken and the rest of it set aside.
-    expected = {0} if num_slow == 1 else {-1, *range(1, NUM_SLOTS)}
+    expected = {0} if num_slow == 1 else {-1, *range(1, NUM_BUFFERS)}
     assert large.servers[0].call(lambda _: pinned()) == expected
     push_one(num_slow)
     for i, (slow, pull, versions, weights) in enumerate(pulls):
@@ -544,8 +561,8 @@ def test_those_who_never_finish_their_greeting_are_dropped_in_time(
 
 
 def test_no_more_than_so_many_are_greeted_at_a_time() -> None:
-    with contextlib.closing(Networked()) as one, unharmed(one, "too many greetings"):
-        peers = [one.socket() for _ in range(MAX_GUESTS + 1)]
+    with contextlib.closing(Networked()) as one, unharmed(one, "too many handshakes"):
+        peers = [one.socket() for _ in range(MAX_HANDSHAKES + 1)]
         assert hung_up_on(peers[-1])
         for peer in peers:
             peer.close()
@@ -710,8 +727,8 @@ class Impostor:
 
     def _run(self) -> None:
         part = served.split(num_parameters=P, num_features=F, num_decayed=0, num_partitions=1)[0]
-        pipe = handshake.PlainPipe()
-        talk = handshake.greet_as_partition(pipe, KEY, part)
+        pipe = PlainPipe()
+        talk = handshake_as_partition(pipe, KEY, part)
         with self._listening, self._listening.accept()[0] as peer:
             peer.settimeout(DEADLINE_S)
             with contextlib.suppress(StopIteration):

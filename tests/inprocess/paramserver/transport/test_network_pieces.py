@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from downpour.paramserver.access import Access, way
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.errors import (
     MalformedMessage,
@@ -17,21 +18,28 @@ from downpour.paramserver.errors import (
 )
 from downpour.paramserver.messages import NONCE_BYTES, PROOF_BYTES, Hello, Introduction, WireDtype
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.transport import security
-from downpour.paramserver.transport.access import Access, way
-from downpour.paramserver.transport.compress import ErrorFeedback, Plain, encoder, wire_dtype
-from downpour.paramserver.transport.handshake import (
-    Greeted,
-    NetworkListen,
-    Pipe,
-    PlainPipe,
-    TlsPipe,
-    greet_as_client,
-    greet_as_partition,
-)
-from downpour.paramserver.transport.local import Endpoint, NetworkAddress
+from downpour.paramserver.transport.endpoint import Endpoint, NetworkAddress
 from downpour.paramserver.transport.names import NODE
-from downpour.paramserver.transport.security import RunCredentials, client_tls, issue, partition_tls
+from downpour.paramserver.transport.network import security
+from downpour.paramserver.transport.network.acceptor import NetworkListen
+from downpour.paramserver.transport.network.compress import (
+    ErrorFeedback,
+    Plain,
+    encoder,
+    wire_dtype,
+)
+from downpour.paramserver.transport.network.handshake import (
+    HandshakeResult,
+    handshake_as_client,
+    handshake_as_partition,
+)
+from downpour.paramserver.transport.network.pipe import Pipe, PlainPipe, TlsPipe
+from downpour.paramserver.transport.network.security import (
+    RunCredentials,
+    client_tls,
+    issue,
+    partition_tls,
+)
 
 torch.set_num_threads(1)
 
@@ -156,13 +164,13 @@ def converse(
     pipes: tuple[Pipe, Pipe],
     introduction: Introduction = HELLO,
     keys: tuple[bytes, bytes] = (KEY, KEY),
-) -> list[Greeted]:
+) -> list[HandshakeResult]:
     """Both sides of a greeting, in turns, until both are through; raises what either raises."""
     talks = [
-        greet_as_client(pipes[0], keys[0], PARTITION, introduction),
-        greet_as_partition(pipes[1], keys[1], PARTITION),
+        handshake_as_client(pipes[0], keys[0], PARTITION, introduction),
+        handshake_as_partition(pipes[1], keys[1], PARTITION),
     ]
-    done: dict[int, Greeted] = {}
+    done: dict[int, HandshakeResult] = {}
     for _ in range(20):
         for me in (0, 1):
             if me not in done:
@@ -232,7 +240,7 @@ def test_an_introduction_that_does_not_fit(changes: dict[str, int]) -> None:
 @given(st.binary(min_size=1, max_size=700))
 def test_random_bytes_in_place_of_a_greeting(data: bytes) -> None:
     pipe = PlainPipe()
-    talk = greet_as_partition(pipe, KEY, PARTITION)
+    talk = handshake_as_partition(pipe, KEY, PARTITION)
     next(talk)
     pipe.feed(data)
     with contextlib.suppress(ServerError):
@@ -249,7 +257,7 @@ def test_a_recorded_introduction_is_of_no_use_a_second_time() -> None:
 
     converse((Recorder(), PlainPipe()))
     pipe = PlainPipe()
-    talk = greet_as_partition(pipe, KEY, PARTITION)
+    talk = handshake_as_partition(pipe, KEY, PARTITION)
     next(talk)
     pipe.feed(b"".join(record))
     with pytest.raises(NotAuthenticated):

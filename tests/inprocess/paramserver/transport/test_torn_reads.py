@@ -32,8 +32,8 @@ from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD
 from downpour.paramserver.server.server import PartitionServer
-from downpour.paramserver.transport import memory
-from downpour.paramserver.transport.memory import PublishedWeights, WeightsReader
+from downpour.paramserver.transport.shared import published as published_weights
+from downpour.paramserver.transport.shared.published import PublishedWeights, WeightsReader
 
 torch.set_num_threads(1)
 
@@ -47,10 +47,10 @@ class Writer:
         self,
         num_parameters: int,
         num_features: int,
-        num_slots: int,
+        num_buffers: int,
         pinned: Callable[[], list[int]] | None = None,
     ) -> None:
-        self.shape = num_parameters, num_features, num_slots
+        self.shape = num_parameters, num_features, num_buffers
         self.pinned = pinned
         """The slots that are being read; None for all, so that the writer goes round."""
         self.published = PublishedWeights(*self.shape, in_place=True)
@@ -64,7 +64,7 @@ class Writer:
         self.published.commit(self.version)
 
     def _begin(self) -> Version:
-        pinned = range(self.published.num_slots) if self.pinned is None else self.pinned()
+        pinned = range(self.published.num_buffers) if self.pinned is None else self.pinned()
         return self.published.versions[self.published.begin(pinned)]
 
     def half_write(self) -> None:
@@ -109,7 +109,7 @@ class FirstLook:
     def __getitem__(self, place: int) -> int:
         if place not in self.found:
             value = int(self._header[place])
-            if value == memory._VOID:
+            if value == published_weights._VOID:
                 self.found.clear()  # both begin anew
                 return value
             self.found[place] = value
@@ -213,7 +213,7 @@ def test_a_version_begun_and_never_finished_is_seen_by_nobody() -> None:
 
 
 def test_a_reader_that_is_lapped_for_ever_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "MAX_TORN", 20)
+    monkeypatch.setattr(published_weights, "MAX_TORN", 20)
     scene = Interleaved(WeightsReader)
     scene.before("_weights", lap, times=1000)
     with pytest.raises(DeadlineExceeded, match="20 copies"):
@@ -240,12 +240,12 @@ class InPlace:
 
 def test_a_version_that_nobody_reads_is_written_over() -> None:
     scene = InPlace()
-    slots = {scene.writer.published.current_slot}
+    slots = {scene.writer.published.current_buffer}
     for version in range(2, 6):
         scene.writer.write()
         assert scene.reader.read(scene.weights) == version
         assert (scene.weights == version).all()
-        slots.add(scene.writer.published.current_slot)
+        slots.add(scene.writer.published.current_buffer)
     assert slots == {0}
     assert not scene.pin.any()
 
@@ -311,7 +311,7 @@ def test_a_slot_is_found_whatever_is_pinned() -> None:
     assert PublishedWeights(8, 0, SLOTS).begin([]) == 1, "small ones go to and fro"
     assert published.begin([0, 1]) == 2
     published.commit(1)
-    assert published.current_slot == 2
+    assert published.current_buffer == 2
     assert published.begin([2, 3, 7]) == 0
     assert published.begin(range(SLOTS)) == 3, "all are taken: then the next"
 
@@ -375,9 +375,9 @@ def test_readers_with_pins_in_other_processes() -> None:
         while any(reader.poll() is None for reader in readers):
             assert time.monotonic() < give_up_s
             for _ in range(50):
-                before = slots.current_slot
+                before = slots.current_buffer
                 writer.write()
-                found[slots.current_slot == before] += 1
+                found[slots.current_buffer == before] += 1
         for reader in readers:
             told = _told(reader)
             assert told["mixed"] == told["backwards"] == 0, told

@@ -186,7 +186,7 @@ def test_on_a_gpu_it_does_not_matter_how_far_ahead_steps_are_begun(
 
 @pytest.mark.gpu
 def test_mailboxes_are_page_locked_in_place_and_let_go(cuda: CudaDevice) -> None:
-    from downpour.paramserver.transport.memory import Mailboxes
+    from downpour.paramserver.transport.shared.mailboxes import Mailboxes
 
     for _ in range(2):  # the second mapping may be at the first one's address
         boxes = Mailboxes(100_000, 10, 3, 2)

@@ -18,7 +18,7 @@ from downpour.paramserver.rules.compensation import EPSILON, Compensation, make_
 from downpour.paramserver.rules.policy import PolicyName, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD, Momentum, Regulariser, Rule
-from downpour.paramserver.transport.memory import NUM_SLOTS, PublishedWeights
+from downpour.paramserver.transport.shared.published import NUM_BUFFERS, PublishedWeights
 
 torch.set_num_threads(1)
 
@@ -245,12 +245,12 @@ def test_a_snapshot_of_another_policy_is_refused() -> None:
 
 def test_versions_that_may_be_needed_are_not_written_over() -> None:
     published = PublishedWeights(8, 0, kept=5)
-    assert published.num_slots == NUM_SLOTS + 5
+    assert published.num_buffers == NUM_BUFFERS + 5
     rng = random.Random(1)
     slots, used = {0: 0}, set[int]()
     version = 0
     for _ in range(400):
-        pinned = rng.sample(range(published.num_slots), rng.randint(0, 4))
+        pinned = rng.sample(range(published.num_buffers), rng.randint(0, 4))
         slot = published.begin(pinned)
         assert slot not in {s for v, s in slots.items() if v >= version - 5}
         version += rng.choice((1, 1, 2, 4))
@@ -262,7 +262,7 @@ def test_versions_that_may_be_needed_are_not_written_over() -> None:
         version += 4
         published.begin()
         published.commit(version)
-        slots[version] = published.current_slot
+        slots[version] = published.current_buffer
     assert len({slots[v] for v in list(slots)[-20:]}) <= 4
 
 
@@ -272,7 +272,7 @@ def test_memory_is_reused_in_the_order_in_which_caches_like_it() -> None:
     for version in range(1, 200):
         published.begin()
         published.commit(version)
-    assert published.current_slot <= 52
+    assert published.current_buffer <= 52
 
 
 def test_a_shell_that_takes_back_what_is_needed_loses_it() -> None:

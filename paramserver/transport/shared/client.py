@@ -1,22 +1,12 @@
-"""The co-located connection: a unix socket as doorbell beside shared memory.
-
-A SEQPACKET socket in Linux's abstract namespace keeps message boundaries, has no file to leave
-behind, and tells either side at once when the other dies. The first message of a connection
-(`Hello`, with the mailboxes' memfd) has to bear the run's key, from a process of the same user.
-"""
+"""A process's side of a connection to a partition on the same machine."""
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
-import secrets
 import select
 import socket
-import struct
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +22,7 @@ from downpour.paramserver.errors import (
 )
 from downpour.paramserver.messages import (
     KEY_BYTES,
-    MAX_BATCHES,
-    MAX_MAILBOXES,
+    MAX_MESSAGE,
     Answer,
     Hello,
     PermitRequest,
@@ -44,190 +33,21 @@ from downpour.paramserver.messages import (
     encode,
     encode_all,
 )
-from downpour.paramserver.partition.ranges import Partition
-from downpour.paramserver.transport import replication
-from downpour.paramserver.transport.acceptor import Acceptor
+from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.link import Pull, Weights
-from downpour.paramserver.transport.memory import (
+from downpour.paramserver.transport.shared.mailboxes import Mailboxes
+from downpour.paramserver.transport.shared.published import (
     PAUSE_S,
     SPINS,
-    Mailboxes,
-    MailboxViews,
-    PublishedWeights,
     WeightsReader,
-    supported,
 )
+from downpour.paramserver.transport.shared.server_side import is_ours, receive_with_fds
 
-MAX_MESSAGE = 8192
 USUAL_PUSH, LARGEST_PUSH = 64, 4160
 """More than the bytes of a push with one mini-batch, and of one with the most there may be."""
-_PEER_CREDENTIALS = struct.Struct("3i")
-_SEND_BUFFER_BYTES = 1 << 18
 
 
-def machine() -> str:
-    """Names the machine (the kernel and network namespace) that this process runs on."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
-
-
-def is_ours(peer: socket.socket) -> bool:
-    """Whether the other side is a process of this user."""
-    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    return bool(_PEER_CREDENTIALS.unpack(raw)[1] == os.geteuid())
-
-
-def _receive_with_fds(peer: socket.socket) -> tuple[bytes, list[int]]:
-    # A child that is started now must not inherit what comes.
-    data, fds, _, _ = socket.recv_fds(peer, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
-    return data, fds
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkAddress:
-    """Where a partition is reached from other machines."""
-
-    host: str
-    port: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """Where a partition is reached. Plain data, which travels through Ray."""
-
-    partition: Partition
-    machine: str
-    address: str
-    """Name in the abstract socket namespace of `machine`."""
-    network: NetworkAddress | None = None
-    """None where the partition does not listen on a network."""
-
-
-class Listener(Acceptor):
-    """The partition's listening socket."""
-
-    def __init__(self) -> None:
-        """Listen under a random name."""
-        if not supported():
-            raise NotColocated("shared memory needs Linux memfds on x86-64, which are not here")
-        self.address = f"downpour-{secrets.token_hex(16)}"
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listening.bind(b"\0" + self.address.encode())
-        super().__init__(listening)
-
-    def accept(self) -> socket.socket | None:
-        """See `Acceptor`; a connection by a process of this user. Else, `NotAuthenticated`."""
-        peer = super().accept()
-        if peer is None:
-            return None
-        if not is_ours(peer):
-            peer.close()
-            raise NotAuthenticated("a connection by another user")
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        return peer
-
-
-class ServerSide:
-    """One accepted connection as the partition sees it."""
-
-    def __init__(self, peer: socket.socket, since_s: float) -> None:
-        """Not yet greeted."""
-        self.socket = peer
-        self.since_s = since_s
-        self.views: MailboxViews | None = None
-        self.mailboxes_fd = -1
-        """Of the memory behind `views`."""
-        self.greeted = False
-        self.follows = False
-        """It is no replica's, but of a process that wants to follow this partition."""
-        self.depth = 0
-
-    def greet(self, partition: Partition, published: PublishedWeights, key: bytes) -> bool:
-        """Take the `Hello`. False where it has not come yet; raises where it is no good."""
-        try:
-            data, fds = _receive_with_fds(self.socket)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise ConnectionLost(str(error)) from None
-        try:
-            if not data:
-                raise ConnectionLost("the peer left before it said hello")
-            if replication.is_follow(data):
-                replication.check_follow(data, key, partition)
-                self.greeted = self.follows = True
-                return True
-            hello = decode(data)
-            if not isinstance(hello, Hello):
-                raise MalformedMessage(f"{type(hello).__name__} came before hello")
-            if not hmac.compare_digest(hello.key, key):
-                raise NotAuthenticated("hello with a key that is not this run's")
-            shape = (hello.total_parameters, hello.total_features)
-            if shape != (partition.total_parameters, partition.total_features):
-                raise MalformedMessage(f"hello for a model of {shape} parameters and features")
-            num, depth = hello.num_mailboxes, hello.depth
-            if not fds or not depth:
-                raise MalformedMessage("hello without the memory of mailboxes")
-            if num > MAX_MAILBOXES or depth > MAX_BATCHES:
-                raise MalformedMessage(f"hello with {num} mailboxes of depth {depth}")
-            self.views = MailboxViews(os.dup(fds[0]), partition, num, depth)
-            self.mailboxes_fd = fds.pop()
-            self.depth = depth
-        finally:
-            for fd in fds:
-                os.close(fd)
-        welcome = Welcome(
-            num_parameters=partition.num_parameters,
-            num_features=partition.num_features,
-            num_slots=published.num_slots,
-        )
-        try:
-            socket.send_fds(self.socket, [encode(welcome)], [published.fd])
-        except OSError as error:
-            raise ConnectionLost(str(error)) from None
-        self.greeted = True
-        return True
-
-    @property
-    def pinned(self) -> int:
-        """The slot of the weights that the peer is reading; -1 for none."""
-        return -1 if self.views is None else self.views.pinned
-
-    def receive(self) -> bytes | None:
-        """The next message's bytes, or None where none waits; `ConnectionLost` at the end."""
-        try:
-            data = self.socket.recv(MAX_MESSAGE)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise ConnectionLost(str(error)) from None
-        if not data:
-            raise ConnectionLost("the peer closed the connection")
-        return data
-
-    def answer(self, answers: Sequence[Answer]) -> None:
-        """Send the answers to a packet.
-
-        A peer too slow to take them is given up, so that none can hold us up.
-        """
-        try:
-            self.socket.send(encode_all(answers))
-        except BlockingIOError:
-            raise DeadlineExceeded("the peer has left its answers unread") from None
-        except OSError as error:
-            raise ConnectionLost(f"an answer could not be sent: {error}") from None
-
-    def close(self) -> None:
-        """Close the socket, and let go of the mailboxes."""
-        self.socket.close()
-        self.views = None
-        if self.mailboxes_fd >= 0:
-            os.close(self.mailboxes_fd)
-            self.mailboxes_fd = -1
-
-
-class Connection:
+class SharedConnection:
     """A process of replicas' connection to one partition on the same machine. A `Link`."""
 
     events = select.POLLIN
@@ -290,7 +110,7 @@ class Connection:
         self.moved = 0
 
     def _welcome(self, pin: npt.NDArray[np.int64]) -> WeightsReader:
-        data, fds = _receive_with_fds(self.socket)
+        data, fds = receive_with_fds(self.socket)
         try:
             if not data:
                 raise NotAuthenticated(
@@ -303,7 +123,7 @@ class Connection:
                 raise MalformedMessage("hello was not answered with a welcome")
             if (welcome.num_parameters, welcome.num_features) != expected:
                 raise MalformedMessage("the partition that answered is not the one asked for")
-            return WeightsReader(fds.pop(), *expected, welcome.num_slots, pin)
+            return WeightsReader(fds.pop(), *expected, welcome.num_buffers, pin)
         finally:
             for fd in fds:
                 os.close(fd)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from downpour.paramserver.messages import WireDtype
-from downpour.paramserver.transport.channel import SLICE_BYTES
-from downpour.paramserver.transport.frames import as_bytes
 from downpour.paramserver.transport.names import WireDtypeName
+from downpour.paramserver.transport.network.channel import SLICE_BYTES
+from downpour.paramserver.transport.network.frames import as_bytes
 
 TORCH_DTYPES = {
     WireDtype.FLOAT32: torch.float32,

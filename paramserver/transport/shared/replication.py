@@ -28,7 +28,7 @@ from downpour.paramserver.messages import KEY_BYTES
 from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.snapshot import Snapshot
-from downpour.paramserver.transport.memory import check_memory, create_memory, floats
+from downpour.paramserver.transport.shared.memory import check_memory, create_memory, floats
 
 MAGIC = b"DPRF"
 FOLLOW, JOINED, MAILBOXES, GONE, PUSHES = range(1, 6)

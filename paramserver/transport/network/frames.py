@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from downpour.paramserver.errors import MalformedMessage
-from downpour.paramserver.messages import Message, decode, encode
-from downpour.paramserver.transport.channel import Channel
-from downpour.paramserver.transport.local import MAX_MESSAGE
+from downpour.paramserver.messages import MAX_MESSAGE, Message, decode, encode
+from downpour.paramserver.transport.network.channel import Channel
 
 _PREFIX = struct.Struct("<IQ")
 if TYPE_CHECKING:

@@ -28,14 +28,14 @@ from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.server.replies import Replies
 from downpour.paramserver.server.versions import Versions
 from downpour.paramserver.standby.roles import Replication
-from downpour.paramserver.transport.local import ServerSide
-from downpour.paramserver.transport.network import NetworkSide
+from downpour.paramserver.transport.network.server_side import NetworkSide
+from downpour.paramserver.transport.shared.server_side import SharedSide
 
 
-class Admission(Protocol):
+class Intake(Protocol):
     """Takes in what replicas send. Everything is called by the serving thread."""
 
-    def take(self, side: ServerSide, data: bytes) -> None:
+    def take(self, side: SharedSide, data: bytes) -> None:
         """Take in a packet of a process on this machine.
 
         Raises:
@@ -71,19 +71,19 @@ class Admission(Protocol):
         """Forget a connection that is gone."""
 
 
-class OpenAdmission:
+class OpenIntake:
     """Applies every push as it comes."""
 
     def __init__(
-        self, versions: Versions, replication: Replication[ServerSide], replies: Replies
+        self, versions: Versions, replication: Replication[SharedSide], replies: Replies
     ) -> None:
         """Pushes go to `versions`, and to a follower by `replication`."""
         self._versions = versions
         self._ledger = versions.state.ledger
         self._replication = replication
 
-    def take(self, side: ServerSide, data: bytes) -> None:
-        """See `Admission`."""
+    def take(self, side: SharedSide, data: bytes) -> None:
+        """See `Intake`."""
         arrivals: list[Arrival] = []
         for push in decode_all(data):
             if not isinstance(push, Push):
@@ -105,19 +105,19 @@ class OpenAdmission:
     def take_network(
         self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
     ) -> None:
-        """See `Admission`."""
+        """See `Intake`."""
         shared = self._replication.role.shares_gradients
         side.answer(*self._versions.apply_all([(push, gradient, moments)], shared=shared))
 
     def ask(self, fd: int, mailboxes: Iterable[int]) -> None:
-        """See `Admission`."""
+        """See `Intake`."""
         raise MalformedMessage("a permit is asked for, and none is needed")
 
     def advance(self) -> None:
-        """See `Admission`: nothing waits."""
+        """See `Intake`: nothing waits."""
 
     def leave(self, fd: int) -> None:
-        """See `Admission`: nothing waits."""
+        """See `Intake`: nothing waits."""
 
 
 class PendingPush(NamedTuple):
@@ -130,14 +130,14 @@ class PendingPush(NamedTuple):
     """float32 [batches, 3, f]"""
 
 
-class PermitAdmission:
+class PermitIntake:
     """Lets steps begin by permit, and applies each push when its turn comes."""
 
     def __init__(
         self,
         permits: Permits[PendingPush],
         versions: Versions,
-        replication: Replication[ServerSide],
+        replication: Replication[SharedSide],
         replies: Replies,
     ) -> None:
         """`permits` decides. Pushes go to `versions`, and to a follower by `replication`."""
@@ -147,8 +147,8 @@ class PermitAdmission:
         self._replication = replication
         self._replies = replies
 
-    def take(self, side: ServerSide, data: bytes) -> None:
-        """See `Admission`."""
+    def take(self, side: SharedSide, data: bytes) -> None:
+        """See `Intake`."""
         fd, views = side.socket.fileno(), side.views
         for message in decode_all(data):
             if not isinstance(message, Push | PermitRequest):
@@ -168,13 +168,13 @@ class PermitAdmission:
     def take_network(
         self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
     ) -> None:
-        """See `Admission`."""
+        """See `Intake`."""
         # The connection's next push is received where this one lies.
         pending = PendingPush(push, gradient.clone(), moments.clone())
         self._permits.push((side.socket.fileno(), push.mailbox), push.version, pending)
 
     def ask(self, fd: int, mailboxes: Iterable[int]) -> None:
-        """See `Admission`."""
+        """See `Intake`."""
         for box in mailboxes:
             self._permits.ask((fd, box))
 
@@ -208,7 +208,7 @@ class PermitAdmission:
         if side is None:
             return
         try:
-            if isinstance(side, ServerSide):
+            if isinstance(side, SharedSide):
                 self._replication.role.answer(side, answers)
                 return
             for answer in answers:
@@ -218,22 +218,22 @@ class PermitAdmission:
             connections.failed(fd, error)
 
     def leave(self, fd: int) -> None:
-        """See `Admission`: its permits go to others."""
+        """See `Intake`: its permits go to others."""
         self._permits.leave(fd)
 
 
-def make_admission(
+def make_intake(
     policy: StalenessPolicy,
     versions: Versions,
-    replication: Replication[ServerSide],
+    replication: Replication[SharedSide],
     replies: Replies,
-) -> Admission:
-    """Return the admission that a staleness policy needs."""
+) -> Intake:
+    """Return the intake that a staleness policy needs."""
     match policy.staleness_policy:
         case "bounded":
             permits: Permits[PendingPush] = BoundedPermits(policy.staleness_bound)
         case "synchronous":
             permits = RoundPermits(policy.round_steps or policy.round_pushes or 1)
         case _:
-            return OpenAdmission(versions, replication, replies)
-    return PermitAdmission(permits, versions, replication, replies)
+            return OpenIntake(versions, replication, replies)
+    return PermitIntake(permits, versions, replication, replies)

@@ -5,8 +5,8 @@ A push is a frame whose payload is the partition's slice of the gradient and of 
 have come and written as far as the kernel takes them, some megabytes at a time, so that a large
 push does not keep the others waiting.
 
-Weights are sent from the slot that they were published in, which is pinned meanwhile. Where the
-writer has to take that slot all the same before they have gone, the rest is set aside first
+Weights are sent from the buffer that they were published in, which is pinned meanwhile. Where the
+writer has to take that buffer all the same before they have gone, the rest is set aside first
 (`detach`); both happen on the serving thread, so what a client gets is one version, whole.
 """
 
@@ -27,10 +27,10 @@ from downpour.paramserver.messages import (
     WireDtype,
 )
 from downpour.paramserver.partition.ranges import Partition
-from downpour.paramserver.transport.channel import SLICE_BYTES
-from downpour.paramserver.transport.compress import TORCH_DTYPES
-from downpour.paramserver.transport.frames import FrameReader, Outbox, as_bytes, frame
-from downpour.paramserver.transport.handshake import Accepted
+from downpour.paramserver.transport.network.acceptor import Accepted
+from downpour.paramserver.transport.network.channel import SLICE_BYTES
+from downpour.paramserver.transport.network.compress import TORCH_DTYPES
+from downpour.paramserver.transport.network.frames import FrameReader, Outbox, as_bytes, frame
 
 _MAX_QUEUED = 2 * MAX_MAILBOXES
 UNPINNED = -1
@@ -61,7 +61,7 @@ class NetworkSide:
         self.asks: list[int] = []
         """Mailboxes for which permits have been asked for; the server takes them out."""
         self.pinned = UNPINNED
-        """Slot whose weights are being sent; -1 for none, or ones that were set aside."""
+        """Buffer whose weights are being sent; -1 for none, or ones that were set aside."""
         self.sending = False
         """Whether weights are being sent."""
         self._aside = bytearray()
@@ -114,18 +114,18 @@ class NetworkSide:
         self._outbox.put(frame(answer))
 
     def send_weights(
-        self, slot: int, version: int, weights: memoryview, statistics: memoryview
+        self, buffer: int, version: int, weights: memoryview, statistics: memoryview
     ) -> None:
-        """Queue what answers the oldest pull: the version in `slot`."""
+        """Queue what answers the oldest pull: the version in `buffer`."""
         assert not self.sending
         wanted = self.pulls.pop(0).statistics
         payload = [weights, statistics] if wanted else [weights]
         self._outbox.put(frame(Weights(version=version, statistics=wanted), payload))
-        self.pinned, self.sending = slot, True
+        self.pinned, self.sending = buffer, True
 
-    def detach(self, slot: int) -> None:
-        """`slot` is about to be written: set aside what is still to be sent of it."""
-        if self.pinned != slot:
+    def detach(self, buffer: int) -> None:
+        """`buffer` is about to be written: set aside what is still to be sent of it."""
+        if self.pinned != buffer:
             return
         views = self._outbox.views
         num_bytes = sum(map(len, views))

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from downpour.paramserver.errors import NotColocated
-from downpour.paramserver.transport.compress import wire_dtype
+from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.link import Link
-from downpour.paramserver.transport.local import Connection, Endpoint, machine
-from downpour.paramserver.transport.memory import Mailboxes
 from downpour.paramserver.transport.names import TransportName, WireDtypeName
-from downpour.paramserver.transport.network_client import NetworkConnection
-from downpour.paramserver.transport.security import Credentials
+from downpour.paramserver.transport.network.client import NetworkConnection
+from downpour.paramserver.transport.network.compress import wire_dtype
+from downpour.paramserver.transport.network.security import Credentials
+from downpour.paramserver.transport.shared.client import SharedConnection
+from downpour.paramserver.transport.shared.mailboxes import Mailboxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def connect(
 ) -> Link:
     """Connect a process to a partition. Raises `ServerError` of every kind."""
     if way(endpoint, access.transport, machine()) == "shared":
-        return Connection(
+        return SharedConnection(
             endpoint, key=key, mailboxes=mailboxes, deadline_s=deadline_s, bell_every=bell_every
         )
     return NetworkConnection(

@@ -37,15 +37,21 @@ from downpour.paramserver.messages import (
     Weights,
     WireDtype,
 )
-from downpour.paramserver.transport import handshake
-from downpour.paramserver.transport.channel import SLICE_BYTES, Channel
-from downpour.paramserver.transport.compress import TORCH_DTYPES, encoder
-from downpour.paramserver.transport.frames import FrameReader, Outbox, as_bytes, head, memory_of
+from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.link import Pull
 from downpour.paramserver.transport.link import Weights as Array
-from downpour.paramserver.transport.local import Endpoint
-from downpour.paramserver.transport.memory import Mailboxes
-from downpour.paramserver.transport.security import Credentials
+from downpour.paramserver.transport.network.channel import SLICE_BYTES, Channel
+from downpour.paramserver.transport.network.compress import TORCH_DTYPES, encoder
+from downpour.paramserver.transport.network.connect import connect
+from downpour.paramserver.transport.network.frames import (
+    FrameReader,
+    Outbox,
+    as_bytes,
+    head,
+    memory_of,
+)
+from downpour.paramserver.transport.network.security import Credentials
+from downpour.paramserver.transport.shared.mailboxes import Mailboxes
 
 THREAD_BYTES = 1 << 19
 """Slices of the weights of this size and more get a thread."""
@@ -216,7 +222,7 @@ class NetworkConnection:
         self._sent_bytes = [as_bytes(m) for m in self._sent_moments]
         self._gradient_bytes = TORCH_DTYPES[wire].itemsize * partition.num_parameters
         self._set_bytes = 12 * partition.num_features
-        channel = handshake.connect(
+        channel = connect(
             endpoint.network,
             partition=partition,
             key=key,

@@ -1,0 +1,1 @@
+"""Shared memory between a partition and the processes on its machine."""
