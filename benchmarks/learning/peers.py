@@ -61,7 +61,7 @@ class Bounds:
 
 FULL = Bounds()
 QUICK = Bounds(
-    goals=(0.3, 0.5), base_rates=(0.1,), decays=(0.75,), epochs=2, evaluate_every_s=0.2, run_s=20.0
+    goals=(0.3, 0.5), base_rates=(0.1,), decays=(0.75,), epochs=4, evaluate_every_s=0.2, run_s=20.0
 )
 """Enough to show that everything works, on a few thousand examples."""
 
