@@ -107,8 +107,11 @@ def follow(config: RunConfig, *, goal: float, bound_s: float) -> Curve:
             ended: Ended = "out of epochs"
             while c.process.poll() is None:
                 curve = watch.curve(ended)
-                if curve.arrival(goal) is not None or watch.trained_s() >= bound_s:
-                    ended = "arrived" if curve.arrival(goal) is not None else "out of time"
+                arrived = curve.arrival(goal) is not None
+                # The evaluator is the last to come up; a run without a look would say nothing.
+                out_of_time = watch.trained_s() >= bound_s and bool(curve.looks)
+                if arrived or out_of_time:
+                    ended = "arrived" if arrived else "out of time"
                     c.process.send_signal(signal.SIGTERM)
                     c.end(STOP_DEADLINE_S)
                     break
