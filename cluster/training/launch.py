@@ -1,16 +1,23 @@
-"""From a configuration to a finished run: starts Ray and the actors, and writes what came out."""
+"""A session of a run, from its folder to its end.
+
+    train               the whole of a session, with the run's folder locked
+      _open             what the folder says: configuration, checkpoint to go on from
+      _train_on_ray     starts Ray; PyTorch is imported and the network built meanwhile
+        _resolve        looks at the cluster, and gives every actor its spec
+        _control        starts the actors, and lets the controller train
+      conclude, stopped what is left of it (`result`)
+
+Not here: decisions while it trains (`cluster.controller`), and how actors are started and reached
+(`cluster.ray_backend`).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.config.resolve import Facts, RunSpecs, resolve
@@ -21,16 +28,41 @@ from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore, partitions_before
 from downpour.cluster.run.folder import RECORD, RESOLVED, RESULT, RunFolder
 from downpour.cluster.training.inputs import Data, Model, build_model, check_data_unchanged
+from downpour.cluster.training.process import process_age_s, stop_on_signals
 from downpour.cluster.training.result import conclude, stopped
 from downpour.cluster.training.session import on_ray, ray_address
 from downpour.paramserver.messages import KEY_BYTES
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
-    from downpour.cluster.controller.controller import Controller
+    from downpour.cluster.controller.members import Outcome
     from downpour.cluster.monitoring.observation import Sink
-    from downpour.cluster.ray_backend.backend import RayBackend
     from downpour.cluster.ray_backend.nodes import Nodes
+
+Show = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """What is known of a session before Ray starts."""
+
+    folder: RunFolder
+    config: RunConfig
+    data: Data
+    num_partitions: int | None
+    """Partitions that the run has had so far, or that somebody chose; None if neither."""
+    store: CheckpointStore
+    resumed: Checkpoint | None
+    """What it goes on from."""
+    began_at: float
+    """Unix time."""
+    began_s: float
+    """The same by the monotonic clock."""
+    console: Any
+
+    def phase(self, show: Show, phase: str) -> None:
+        """Show what is being waited for."""
+        show(Progress(elapsed_s=time.time() - self.began_at, phase=phase))
 
 
 def train(
@@ -43,74 +75,39 @@ def train(
     console: Any,
     age_s: float | None = None,
 ) -> int:
-    """Train the run of `folder` to its end; returns the exit status of the process.
+    """Train the run of `folder` to its end, or until somebody stops it.
 
-    `data` is what `check_data` found for its configuration. The run began `age_s` ago; None says
-    that the process is for this run, and began with it.
+    Args:
+        folder: the run's.
+        data: what `check_data` found for the run's configuration.
+        resume: whether to go on from the newest checkpoint.
+        address: the Ray cluster to run on; None takes RAY_ADDRESS, or starts Ray here.
+        dashboard: start Ray's dashboard with a cluster of our own.
+        console: a rich console, for progress and messages.
+        age_s: seconds ago that the run began; None says that this process is for this run, and
+            began with it.
+
+    Returns:
+        The exit status for the process: 0, or 128 and the number of the signal that stopped it.
+
+    Raises:
+        UserError: the run cannot be trained; the text names the value and the remedy.
+        RunFailed: the run gave up.
     """
     age_s = process_age_s() if age_s is None else age_s
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
-    config = folder.config()
-    _check_device(config, address)
+    _check_device(folder.config(), address)
     with folder.locked():
-        check_data_unchanged(folder, data)
-        folder.clear_stop()  # of an earlier session
-        before = partitions_before(folder) if resume else config.server.partitions
-        store = CheckpointStore(folder.checkpoints_uri, before)
-        resumed = _find_checkpoint(folder, store, console) if resume else None
-        with (
-            ThreadPoolExecutor(1) as pool,
-            TrainingDisplay(folder.name, console=console) as display,
-        ):
-            display.update(Progress(elapsed_s=time.time() - began_at, phase="starting Ray"))
-            # Importing PyTorch takes as long as half of Ray's start, which mostly waits; before
-            # that the two would only take Python's lock from each other.
-            building: list[Future[Model]] = []
-            with on_ray(
-                address=address,
-                dashboard=dashboard,
-                meanwhile=lambda: building.append(pool.submit(build_model, config)),
-            ) as dashboard_url:
-                if dashboard_url:
-                    console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
-                from downpour.cluster.controller.controller import Controller
-
-                model = building[0].result()
-                partitions = config.server.num_partitions(
-                    model.num_parameters, processors(), before
-                )
-                nodes = _nodes(folder, config, partitions, display.update, began_at)
-                specs = resolve(config, _facts(folder, config, data, model, partitions, nodes))
-                nodes.check_room(specs.resolved.processes)
-                folder.write_json(RESOLVED, asdict(specs.resolved))
-                backend = _backend(config, specs, model, resumed, store, nodes)
-                sinks = _sinks(folder, config, model)
-                controller = Controller(
-                    config=config,
-                    plan=specs.plan,
-                    backend=backend,
-                    folder=folder,
-                    store=store,
-                    show=display.update,
-                    say=lambda line: console.print(line, style="yellow", markup=False),
-                    sinks=sinks,
-                    resumed=resumed,
-                    began_s=began_s,
-                )
-                try:
-                    with _stop_on_signals(controller):
-                        outcome = controller.run()
-                finally:
-                    backend.stop()
-                    for sink in sinks:
-                        sink.close()
+        session = _open(folder, data, resume, began_at, began_s, console)
+        with TrainingDisplay(folder.name, console=console) as display:
+            outcome, reason = _train_on_ray(session, display.update, address, dashboard)
         if outcome.finished:
-            return conclude(folder, config, outcome, began_at, console)
-        return stopped(folder, controller.stop_reason or "stopped", outcome, console)
+            return conclude(folder, session.config, outcome, began_at, console)
+        return stopped(folder, reason or "stopped", outcome, console)
 
 
 def _check_device(config: RunConfig, address: str | None) -> None:
-    """Look for the replicas' device, where they will be on this machine alone."""
+    """Look for the replicas' device, if they will be on this machine alone."""
     if config.replicas.steps.device == "cpu" or ray_address(address) != "local":
         return
     from downpour.workers.step.device import check_device
@@ -118,94 +115,32 @@ def _check_device(config: RunConfig, address: str | None) -> None:
     check_device(config.replicas.steps.device)
 
 
-def _sinks(folder: RunFolder, config: RunConfig, model: Model) -> list[Sink]:
-    """Who is told the figures of the run."""
-    from downpour.cluster.monitoring.prometheus import PrometheusSink
-    from downpour.cluster.monitoring.tensorboard import TensorBoardSink
-
-    steps, policy = config.replicas.steps, config.server.policy
-    itemsize = 4 if config.server.network.wire_dtype == "float32" else 2
-    prometheus = PrometheusSink(
-        run=folder.name,
-        push_bytes=model.weights.size * itemsize,
-        pull_bytes=model.weights.nbytes,
-        steps_per_push=steps.n_push,
-        steps_per_pull=steps.n_fetch,
-        staleness_bound=policy.staleness_bound,
-    )
-    return [prometheus, TensorBoardSink(folder.path)]
-
-
-def _nodes(
-    folder: RunFolder,
-    config: RunConfig,
-    num_partitions: int,
-    show: Callable[[Progress], None],
-    began_at: float,
-) -> Nodes:
-    """The nodes of the cluster, once all are there that the run is to wait for."""
-    from downpour.cluster.ray_backend.nodes import Nodes
-
-    nodes = Nodes(config.placement, config.replicas.gpu_share)
-    nodes.await_all(
-        config.replicas,
-        num_partitions,
-        config.data.shufflers,
-        lambda phase: show(Progress(elapsed_s=time.time() - began_at, phase=phase)),
-    )
-    nodes.check_folder(folder.path)
-    return nodes
-
-
-def _facts(
-    folder: RunFolder,
-    config: RunConfig,
-    data: Data,
-    model: Model,
-    num_partitions: int,
-    nodes: Nodes,
-) -> Facts:
-    """What the data, the network and the cluster are."""
-    return Facts(
-        num_rows=data.plan.num_rows,
-        shard_rows=data.plan.shard_rows,
-        num_parameters=model.num_parameters,
-        num_features=model.num_features,
-        num_decayed=model.num_decayed,
-        num_partitions=num_partitions,
-        num_nodes=nodes.count,
-        num_processors=nodes.processors(processors()),
-        gpu_places=nodes.gpu_places(),
-        record=str(folder.path / RECORD) if config.policy.record_pushes else None,
-    )
-
-
-def _backend(
-    config: RunConfig,
-    specs: RunSpecs,
-    model: Model,
-    resumed: Checkpoint | None,
-    store: CheckpointStore,
-    nodes: Nodes,
-) -> RayBackend:
-    from downpour.cluster.ray_backend.backend import RayBackend
-
-    return RayBackend(
+def _open(
+    folder: RunFolder, data: Data, resume: bool, began_at: float, began_s: float, console: Any
+) -> _Session:
+    config = folder.config()
+    check_data_unchanged(folder, data)
+    folder.clear_stop()  # of an earlier session
+    num_partitions = partitions_before(folder) if resume else config.server.partitions
+    store = CheckpointStore(folder.checkpoints_uri, num_partitions)
+    return _Session(
+        folder=folder,
         config=config,
-        specs=specs,
-        weights=model.weights,
-        key=secrets.token_bytes(KEY_BYTES),
-        nodes=nodes,
-        resumed=resumed,
+        data=data,
+        num_partitions=num_partitions,
         store=store,
+        resumed=_find_checkpoint(folder, store, console) if resume else None,
+        began_at=began_at,
+        began_s=began_s,
+        console=console,
     )
 
 
 def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) -> Checkpoint | None:
     if (folder.path / RESULT).exists():
         raise UserError(
-            f"{folder.path} is finished: its result is in {RESULT}; train a new run, or give "
-            "this one more with `downpour train`"
+            f"{folder.path} is finished: its result is in {RESULT}; train a new run with "
+            "`downpour train`"
         )
     checkpoint, passed = store.latest()
     for problem in passed:
@@ -219,30 +154,115 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
     return checkpoint
 
 
-@contextlib.contextmanager
-def _stop_on_signals(controller: Controller) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one ends at once."""
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in names}
+def _train_on_ray(
+    session: _Session, show: Show, address: str | None, dashboard: bool
+) -> tuple[Outcome, str | None]:
+    """Start Ray and train; gives what came out, and why it stopped if it did."""
+    session.phase(show, "starting Ray")
+    # Importing PyTorch takes as long as half of Ray's start, which mostly waits. It begins once Ray
+    # is imported: before that the two would only take Python's lock from each other.
+    building: list[Future[Model]] = []
+    with (
+        ThreadPoolExecutor(1) as pool,
+        on_ray(
+            address=address,
+            dashboard=dashboard,
+            meanwhile=lambda: building.append(pool.submit(build_model, session.config)),
+        ) as dashboard_url,
+    ):
+        if dashboard_url:
+            session.console.print(f"Ray's dashboard: http://{dashboard_url}", style="dim")
+        model = building[0].result()
+        specs, nodes = _resolve(session, model, show)
+        return _control(session, model, specs, nodes, show)
 
-    def ask(number: int, _: Any) -> None:
-        controller.request_stop(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
 
-    for number in names:
-        signal.signal(number, ask)
+def _resolve(session: _Session, model: Model, show: Show) -> tuple[RunSpecs, Nodes]:
+    """The specs of all actors, once all nodes are there that the run is to wait for."""
+    from downpour.cluster.ray_backend.nodes import Nodes
+
+    config, folder, plan = session.config, session.folder, session.data.plan
+    num_partitions = config.server.num_partitions(
+        model.num_parameters, processors(), session.num_partitions
+    )
+    nodes = Nodes(config.placement, config.replicas.gpu_share)
+    nodes.await_all(
+        config.replicas,
+        num_partitions,
+        config.data.shufflers,
+        lambda phase: session.phase(show, phase),
+    )
+    nodes.check_folder(folder.path)
+    facts = Facts(
+        num_rows=plan.num_rows,
+        shard_rows=plan.shard_rows,
+        num_parameters=model.num_parameters,
+        num_features=model.num_features,
+        num_decayed=model.num_decayed,
+        num_partitions=num_partitions,
+        num_nodes=nodes.count,
+        num_processors=nodes.processors(processors()),
+        gpu_places=nodes.gpu_places(),
+        record=str(folder.path / RECORD) if config.policy.record_pushes else None,
+    )
+    specs = resolve(config, facts)
+    nodes.check_room(specs.resolved.processes)
+    folder.write_json(RESOLVED, asdict(specs.resolved))
+    return specs, nodes
+
+
+def _control(
+    session: _Session, model: Model, specs: RunSpecs, nodes: Nodes, show: Show
+) -> tuple[Outcome, str | None]:
+    """Start the actors and train; gives what came out, and why it stopped if it did."""
+    from downpour.cluster.controller.controller import Controller
+    from downpour.cluster.ray_backend.backend import RayBackend
+
+    backend = RayBackend(
+        config=session.config,
+        specs=specs,
+        weights=model.weights,
+        key=secrets.token_bytes(KEY_BYTES),
+        nodes=nodes,
+        resumed=session.resumed,
+        store=session.store,
+    )
+    sinks = _sinks(session, model)
+    controller = Controller(
+        config=session.config,
+        plan=specs.plan,
+        backend=backend,
+        folder=session.folder,
+        store=session.store,
+        show=show,
+        say=lambda line: session.console.print(line, style="yellow", markup=False),
+        sinks=sinks,
+        resumed=session.resumed,
+        began_s=session.began_s,
+    )
     try:
-        yield
+        with stop_on_signals(controller.request_stop):
+            outcome = controller.run()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        backend.stop()
+        for sink in sinks:
+            sink.close()
+    return outcome, controller.stop_reason
 
 
-def process_age_s() -> float:
-    """Seconds since this process was started, where the system tells."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:
-        return 0.0
-    return uptime_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+def _sinks(session: _Session, model: Model) -> list[Sink]:
+    """Who is told the figures of the run."""
+    from downpour.cluster.monitoring.prometheus import PrometheusSink
+    from downpour.cluster.monitoring.tensorboard import TensorBoardSink
+
+    server, steps = session.config.server, session.config.replicas.steps
+    itemsize = 4 if server.network.wire_dtype == "float32" else 2
+    prometheus = PrometheusSink(
+        run=session.folder.name,
+        push_bytes=model.weights.size * itemsize,
+        pull_bytes=model.weights.nbytes,
+        steps_per_push=steps.n_push,
+        steps_per_pull=steps.n_fetch,
+        staleness_bound=server.policy.staleness_bound,
+    )
+    return [prometheus, TensorBoardSink(session.folder.path)]
