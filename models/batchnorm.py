@@ -37,9 +37,15 @@ class BatchNorm(nn.Module):
     server merges them; inference reads what the server made of them from `running_mean` and
     `running_var`. A second training forward replaces the moments of the first.
 
+    **Mini-batches together.** With `together = k > 1` a training forward takes k mini-batches of
+    m examples at once, example i of mini-batch j in row `i*k + j` (`interleaved`), and normalizes
+    each by its own moments, as Algorithm 1 demands: `[m*k, C, ...]` is `[m, k*C, ...]` in the same
+    memory, so one kernel sees k*C features. The moments are then `[k*C]`, mini-batch by
+    mini-batch.
+
     All five are float32 `[C]` and belong to the layer until `bind` points them at columns of
-    shared buffers. The last two start as 0 and 1, and are in the `state_dict` under the names
-    that PyTorch's layers use; the first three are scratch and are not.
+    shared buffers, where the first three are `[k*C]`. The last two start as 0 and 1, and are in the
+    `state_dict` under the names that PyTorch's layers use; the first three are scratch and are not.
 
     Parameters: `weight` is gamma, `[C]`, initially 1; `bias` is beta, `[C]`, initially 0.
     """
@@ -60,6 +66,7 @@ class BatchNorm(nn.Module):
             raise ModelError(f"eps is {eps}: give a positive number, such as {DEFAULT_EPS}")
         self.num_features = num_features
         self.eps = eps
+        self.together = 1
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         for name in ("batch_count", "batch_mean", "batch_variance"):
@@ -67,25 +74,45 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def bind(self, *, moments: Tensor, statistics: Tensor) -> None:
+    def bind(self, *, moments: Tensor, statistics: Tensor, together: int = 1) -> None:
         """Points the layer at the caller's memory; copies nothing.
 
-        `moments` is float32 `[3, C]` (count, mean, unbiased variance), written by each training
-        forward. `statistics` is float32 `[2, C]` (mean, unbiased variance of the population),
-        read by inference. Both may be column ranges of wider buffers. What `moments` holds
-        beforehand does not matter, NaN included. Raises `LayoutError` for another shape.
+        `moments` is float32 `[3, k*C]` (count, mean, unbiased variance; k is `together`), written
+        by each training forward. `statistics` is float32 `[2, C]` (mean, unbiased variance of the
+        population), read by inference. Both may be column ranges of wider buffers. What `moments`
+        holds beforehand does not matter, NaN included.
+
+        Raises:
+            LayoutError: another shape or dtype.
         """
-        for what, tensor, rows in (("moments", moments, 3), ("statistics", statistics, 2)):
-            if tensor.shape != (rows, self.num_features) or tensor.dtype != torch.float32:
+        columns = together * self.num_features
+        for what, tensor, shape in (
+            ("moments", moments, (3, columns)),
+            ("statistics", statistics, (2, self.num_features)),
+        ):
+            if tensor.shape != shape or tensor.dtype != torch.float32:
                 raise LayoutError(
                     f"{what} is {tensor.dtype} {list(tensor.shape)}: this layer takes "
-                    f"torch.float32 [{rows}, {self.num_features}]"
+                    f"torch.float32 {list(shape)}"
                 )
+        self.together = together
         # Autograd keeps the tensors that its kernel was given and refuses to go back once they were
         # written to. Views share one such count, so one layer's moments would spoil another's;
         # `.data` has a count of its own.
         self.batch_count, self.batch_mean, self.batch_variance = (row.data for row in moments)
         self.running_mean, self.running_var = statistics[0], statistics[1]
+
+    def unbind(self, together: int) -> None:
+        """Gives the layer moments of its own, `[k*C]`, for so many mini-batches at a time.
+
+        They have the dtype of the weights, so a layer that was made float64 stays so.
+        """
+        self.together = together
+        columns = together * self.num_features
+        self.batch_count, self.batch_mean, self.batch_variance = (
+            torch.zeros(columns, dtype=self.weight.dtype, device=self.weight.device)
+            for _ in range(3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes `x`, `[m, C]` or `[m, C, p, q]`, by its own moments or the population's.
@@ -103,11 +130,18 @@ class BatchNorm(nn.Module):
             return functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        count = x.numel() // self.num_features
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        shape = x.shape
+        if self.together > 1:
+            x = x.reshape(shape[0] // self.together, -1, *shape[2:])
+            weight = weight.expand(self.together, -1).reshape(-1)
+            bias = bias.expand(self.together, -1).reshape(-1)
+        count = x.numel() // x.shape[1]
         if count < 2:
             raise BatchError(
                 f"batch normalization got {count} value per feature to train on "
-                f"(input of shape {list(x.shape)}): use mini-batches of 2 examples or more"
+                f"(input of shape {list(shape)}): use mini-batches of 2 examples or more"
             )
         # With momentum 1 the kernel's update, 0*old + 1*new, leaves this mini-batch's mean and
         # unbiased variance: the very numbers to push, without another pass over x. It is also
@@ -116,16 +150,17 @@ class BatchNorm(nn.Module):
         self.batch_count.data.fill_(count)
         self.batch_mean.data.zero_()
         self.batch_variance.data.zero_()
-        return functional.batch_norm(
+        y = functional.batch_norm(
             x,
             self.batch_mean,
             self.batch_variance,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training=True,
             momentum=1.0,
             eps=self.eps,
         )
+        return y if self.together == 1 else y.reshape(shape)
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""

@@ -218,13 +218,15 @@ class FlatModel:
         gradient: Tensor | None = None,
         moments: Tensor | None = None,
         statistics: Tensor | None = None,
+        together: int = 1,
     ) -> None:
         """Points every parameter and every batch normalization layer at these buffers.
 
         No copying: the model is from now on whatever the buffers hold. All are contiguous float32
         on one device: `weights` `[P]`; `gradient` `[P]`, or None for a model that only infers;
-        `moments` `[3, F]` (count, mean, unbiased variance), where training forwards leave the
-        mini-batch's; `statistics` `[2, F]` (mean, unbiased variance of the population), which
+        `moments` `[3, k*F]` (count, mean, unbiased variance), where training forwards leave those
+        of the k mini-batches that they take `together` (`BatchNorm`; `by_batch` tells them apart);
+        `statistics` `[2, F]` (mean, unbiased variance of the population), which
         inference uses. None for either of the last two means scratch memory of this object's
         own, with statistics of mean 0 and variance 1.
 
@@ -232,12 +234,12 @@ class FlatModel:
         """
         num_features = self.layout.num_features
         if moments is None:
-            moments = torch.zeros(3, num_features, device=weights.device)
+            moments = torch.zeros(3, together * num_features, device=weights.device)
         if statistics is None:
             statistics = torch.zeros(2, num_features, device=weights.device)
             statistics[1] = 1
         check_buffer("weights", weights, self.layout.num_parameters)
-        check_buffer("moments", moments, 3, num_features)
+        check_buffer("moments", moments, 3, together * num_features)
         check_buffer("statistics", statistics, 2, num_features)
         if gradient is not None:
             check_buffer("gradient", gradient, self.layout.num_parameters)
@@ -253,8 +255,11 @@ class FlatModel:
         for entry, place in zip(self.layout.entries, self._places, strict=True):
             _point(place, entry, weights, gradient)
         for feature, layer in zip(self.layout.features, self._norms, strict=True):
-            columns = slice(feature.start, feature.stop)
-            layer.bind(moments=moments[:, columns], statistics=statistics[:, columns])
+            layer.bind(
+                moments=moments[:, together * feature.start : together * feature.stop],
+                statistics=statistics[:, feature.start : feature.stop],
+                together=together,
+            )
         self._weights, self._gradient = weights, gradient
         self._moments, self._statistics = moments, statistics
 

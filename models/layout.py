@@ -88,6 +88,20 @@ class Layout:
         """How many leading elements take weight decay."""
         return max((entry.stop for entry in self.entries if entry.decays), default=0)
 
+    def moment_columns(self, together: int) -> Tensor:
+        """Where each mini-batch's moments are, of k that a model took `together`.
+
+        Returns:
+            int64 `[k, F]`: column j, f of mini-batch j's feature f in moments `[3, k*F]`, which
+            lie layer by layer and, within a layer, mini-batch by mini-batch.
+        """
+        columns = torch.empty(together, self.num_features, dtype=torch.int64)
+        for feature in self.features:
+            start, stop = together * feature.start, together * feature.stop
+            size = feature.stop - feature.start
+            columns[:, feature.start : feature.stop] = torch.arange(start, stop).view(-1, size)
+        return columns
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON. The totals are for readers."""
         return {

@@ -29,18 +29,20 @@ from downpour.workers.evaluation.split import SplitBatches
 from downpour.workers.evaluation.training_sample import TrainingSample
 from downpour.workers.messages import Keeping
 from downpour.workers.replica.replicas import (
-    AnySlot,
+    AnyModelCopy,
     ReplicaFailed,
     Replicas,
     WindowReport,
+)
+from downpour.workers.replica.rotation import (
     num_mailboxes,
     turns_together,
 )
 from downpour.workers.replica.windows import WindowDecoder
 from downpour.workers.spec import EvaluatorSpec, ReplicasSpec
 from downpour.workers.step.device import Lock, find_device
-from downpour.workers.step.device_slot import DeviceSlot, DeviceWorkshop
-from downpour.workers.step.slot import Mailbox, Slot, Workshop
+from downpour.workers.step.device_model_copy import DeviceModelCopy, DeviceStepContext
+from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
 
 STOP_DEADLINE_S = 10.0
 ANY_WAY = Access()
@@ -84,12 +86,12 @@ class ReplicasActor:
             self._device.seed(stream)
         self._spec = spec
         self._models = [spec.model.build_flat()]
-        self._num_slots = len(spec.replicas) * spec.steps.concurrent_steps
         self._client: ParameterClient | None = None
         self._windows = WindowDecoder(
             spec.decoder,
             num_threads=spec.num_threads,
             num_windows=len(spec.replicas) * spec.queued_windows,
+            together=spec.steps.together if spec.steps.fresh else 1,
         )
 
     def __repr__(self) -> str:
@@ -113,9 +115,9 @@ class ReplicasActor:
             endpoints,
             key=key,
             access=access,
-            num_mailboxes=num_mailboxes(self._num_slots, self._spec.steps, nearby),
-            depth=self._spec.steps.n_push,
-            bell_every=turns_together(self._num_slots),
+            num_mailboxes=num_mailboxes(len(self._spec.replicas), self._spec.steps, nearby),
+            depth=self._spec.steps.batches_per_push,
+            bell_every=turns_together(len(self._spec.replicas), self._spec.steps),
         )
         layout = self._models[0].layout
         pairs = zip(client.mailboxes.gradients, client.mailboxes.moments, strict=True)
@@ -124,26 +126,27 @@ class ReplicasActor:
             config=self._spec.steps,
             client=client,
             mailboxes=[Mailbox(i, layout, g, m) for i, (g, m) in enumerate(pairs)],
-            make_slot=self._slot_maker(client.mailboxes.memory),
+            make_copy=self._copy_maker(client.mailboxes.memory),
             ahead=0 if self._device is None else self._device.ahead,
         )
         self._thread = threading.Thread(target=self._replicas.run, name="steps", daemon=True)
         self._thread.start()
         return os.getpid()
 
-    def _slot_maker(self, mailboxes: Tensor) -> Callable[[], AnySlot]:
-        """What makes slots that share a workshop; `mailboxes` is the memory of all mailboxes."""
+    def _copy_maker(self, mailboxes: Tensor) -> Callable[[], AnyModelCopy]:
+        """What makes model copies that share a context; `mailboxes` is all mailboxes' memory."""
         spec = self._spec
         layout, loss, models = self._models[0].layout, spec.model.build_loss(), self._all_models()
         if self._device is None:
             choice = spec.steps.record_steps
             recorded = choice == "on" or (choice == "auto" and spec.model.is_ours)
-            workshop = Workshop(layout, loss=loss, recorded=recorded)
-            return lambda: Slot(next(models), workshop)
+            depth = spec.steps.batches_per_push
+            context = StepContext(layout, loss=loss, recorded=recorded, depth=depth)
+            return lambda: ModelCopy(next(models), context)
         self._lock = self._device.lock(mailboxes)
         direct = self._lock is not None
-        shared = DeviceWorkshop(layout, self._device, loss=loss, direct=direct)
-        return lambda: DeviceSlot(next(models), shared)
+        shared = DeviceStepContext(layout, self._device, loss=loss, direct=direct)
+        return lambda: DeviceModelCopy(next(models), shared)
 
     def _all_models(self) -> Iterator[FlatModel]:
         """The models that have been built, then new ones."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from downpour.workers.spec import ModelSpec
-from downpour.workers.step.slot import Mailbox, Slot, Workshop
+from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Recomputer:
         moments = torch.zeros(1, 3, layout.num_features)
         self._mailbox = Mailbox(0, layout, gradient, moments)
         # Not recorded: a replay trusts as little as it can.
-        self._slot = Slot(model, Workshop(layout, loss=spec.build_loss(), recorded=False))
+        self._slot = ModelCopy(model, StepContext(layout, loss=spec.build_loss(), recorded=False))
 
     @property
     def weights(self) -> npt.NDArray[np.float32]:

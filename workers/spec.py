@@ -68,6 +68,7 @@ class ModelSpec:
 
 
 Recorded = Literal["auto", "on", "off"]
+InFlight = Literal["auto", "all"]
 DeviceName = Literal["cpu", "cuda"]
 
 
@@ -81,6 +82,13 @@ class StepConfig:
     """Steps between two fetches of the weights, in each slot (Dean et al. 2012, section 4.1)."""
     n_push: int = 1
     """Steps whose gradients are added up before they are pushed, in each slot."""
+    in_flight: InFlight = "auto"
+    """Which steps hold weights at the same time. `auto`: those that processors and links are busy
+    with, so that weights are as fresh as the hardware allows. `all`: the concurrent steps of every
+    replica, as on a cluster on which all of them really run at once."""
+    steps_together: int | None = None
+    """Concurrent steps of a replica that begin on the same weights and are pushed as one, each
+    mini-batch normalized by itself; none is all of them with in flight auto, and 1 otherwise."""
     record_steps: Recorded = "auto"
     """Whether a step is recorded and its kernels run without autograd. `auto`: for the models that
     come with this package. `on`: for your own, if it decides nothing anew (say by Python's random
@@ -102,8 +110,34 @@ class StepConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
+        together = self.steps_together
+        if together is not None and not 1 <= together <= self.concurrent_steps:
+            raise ValueError(
+                f"steps together is {together}, and concurrent steps {self.concurrent_steps}: "
+                "give at least 1, and at most as many; or none"
+            )
         if self.n_push > 1024:
             raise ValueError(f"n push is {self.n_push}: give at most 1024")
+
+    @property
+    def together(self) -> int:
+        """Mini-batches that a step takes at most, if turns pull fresh weights."""
+        return self.concurrent_steps if self.steps_together is None else self.steps_together
+
+    @property
+    def fresh(self) -> bool:
+        """Whether a step pulls its weights when it begins, not when the turn before ended.
+
+        Permits, fetching and pushing every so many steps, and a device's overlapping steps are
+        defined over steps that are all in flight.
+        """
+        plain = (self.n_fetch, self.n_push) == (1, 1) and not self.by_permit
+        return self.in_flight == "auto" and plain and self.device == "cpu"
+
+    @property
+    def batches_per_push(self) -> int:
+        """Mini-batches that a push names, unless a window ends with fewer."""
+        return self.together if self.fresh else self.n_push
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,12 @@ def _check_record(server: ServerConfig, replicas: ReplicaConfig) -> None:
     n_push, wire = replicas.steps.n_push, server.network.wire_dtype
     if n_push != 1:
         raise ValueError(f"record pushes is on, and n push is {n_push}: give n push 1")
+    together = replicas.steps.steps_together
+    if together is not None and together > 1:
+        raise ValueError(
+            f"record pushes is on, and steps together is {together}: a record names one mini-batch "
+            "a push; give steps together 1, or none"
+        )
     if wire != "float32":
         raise ValueError(
             f"record pushes is on, and wire dtype is {wire}, which adds what earlier "

@@ -73,11 +73,13 @@ def model_spec(config: RunConfig) -> ModelSpec:
 
 def step_config(config: RunConfig) -> StepConfig:
     """How replicas run their steps, with what the staleness policy asks of them."""
-    policy = config.server.policy.staleness_policy
+    policy, steps = config.server.policy.staleness_policy, config.replicas.steps
     return dataclasses.replace(
-        config.replicas.steps,
+        steps,
         by_permit=policy in ("bounded", "synchronous"),
         by_push=policy == "compensate",
+        # A record names one mini-batch a push.
+        steps_together=1 if config.policy.record_pushes else steps.steps_together,
     )
 
 

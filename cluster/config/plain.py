@@ -19,6 +19,19 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved run configuration as this version would have written it.
+
+    A run from before `in_flight` had all of its steps in flight and one mini-batch a push. It goes
+    on so, since its leases are cut that way.
+    """
+    replicas = plain.get("replicas", {})
+    steps = replicas.get("steps", {})
+    if "in_flight" in steps:
+        return plain
+    return {**plain, "replicas": {**replicas, "steps": {**steps, "in_flight": "all"}}}
+
+
 def from_plain(config_class: type[ConfigT], plain: Mapping[str, Any]) -> ConfigT:
     """The configuration that `to_plain` gave. Unknown and missing names are one-line errors."""
     hints = typing.get_type_hints(config_class)

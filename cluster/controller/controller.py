@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from downpour.cluster.config.derive import step_config
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import Backend, Done, ShufflerLost, Ticket
 from downpour.cluster.controller.checkpointing import Checkpointer
@@ -101,6 +102,7 @@ class Controller:
             plan,
             epochs=config.policy.epochs,
             replicas=config.replicas,
+            unit=step_config(config).batches_per_push,
             ramp=resumed.ramp if resumed else None,
         )
         self._losses = Losses(

@@ -46,15 +46,17 @@ class Lending:
         *,
         epochs: int,
         replicas: ReplicaConfig,
+        unit: int = 1,
         ramp: Mapping[str, Any] | None = None,
     ) -> None:
-        """Nothing has been trained on. `ramp` is what the guard of an earlier session remembered,
-        see `dump_ramp`.
+        """Nothing has been trained on. A push names `unit` mini-batches (`LeaseBook`). `ramp` is
+        what the guard of an earlier session remembered, see `dump_ramp`.
         """
         self._plan = plan
         self._epochs = epochs
         self._replicas = replicas
-        self._book = LeaseBook(plan, epochs, unit=replicas.steps.n_push)
+        self._unit = unit
+        self._book = LeaseBook(plan, epochs, unit=unit)
         self._guard = _guard(replicas, ramp)
         self._holding: Counter[int] = Counter()
         """Windows that each replica has in work or queued."""
@@ -246,7 +248,7 @@ class Lending:
         self._book = LeaseBook(
             self._plan,
             self._epochs,
-            unit=self._replicas.steps.n_push,
+            unit=self._unit,
             done={e: batches for e, batches in settled.items() if batches.any()},
         )
         self.reopening = False

@@ -72,6 +72,7 @@ def flight_runs(given: Mapping[str, object], seeds: Sequence[int]) -> dict[str, 
             {
                 "replicas": replicas,
                 "concurrent_steps": steps,
+                "in_flight": "all",
                 "seed": seed,
                 "record_pushes": True,
             },

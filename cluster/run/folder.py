@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from downpour.cluster.config.plain import from_plain, to_plain
+from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.shuffler.dataset.bundled import at_hand
@@ -107,7 +107,7 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """The configuration that the run began with; bundled data is this installation's."""
-        config = from_plain(RunConfig, self.read_json(CONFIG))
+        config = from_plain(RunConfig, upgraded(self.read_json(CONFIG)))
         data = dataclasses.replace(config.data, data=at_hand(config.data.data))
         return dataclasses.replace(config, data=data)
 

@@ -13,6 +13,7 @@ from downpour.cluster.simulate.inputs import Costs, Faults, Inputs, Machines, Sp
 from downpour.cluster.simulate.likeness import Likeness
 from downpour.paramserver.rules.policy import PolicyName
 from downpour.shuffler.processors import processors
+from downpour.workers.spec import InFlight
 
 ConfigT = TypeVar("ConfigT")
 MB = 1e6
@@ -26,6 +27,8 @@ class SimulateConfig:
     """Model replicas; none for the run's."""
     concurrent_steps: int | None = None
     """Steps that each has in flight; none for the run's."""
+    in_flight: InFlight | None = None
+    """Which steps hold weights at the same time, `auto` or `all`; none for the run's."""
     replicas_per_process: int | None = None
     """Replicas that share a process; none for the run's."""
     partitions: int | None = None
@@ -93,7 +96,11 @@ class SimulateConfig:
 
 def configured(config: RunConfig, given: SimulateConfig) -> RunConfig:
     """The run as it is to be simulated: all of its replicas train from the beginning."""
-    steps = _with(config.replicas.steps, concurrent_steps=given.concurrent_steps)
+    steps = _with(
+        config.replicas.steps,
+        concurrent_steps=given.concurrent_steps,
+        in_flight=given.in_flight,
+    )
     policy = _with(
         config.server.policy,
         staleness_policy=given.staleness_policy,

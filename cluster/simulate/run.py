@@ -103,7 +103,7 @@ class Simulation:
         self._wires = [Wire(clock, machines.bytes_per_s, machines.latency_s) for _ in range(count)]
         plan = make_plan(self._config, inputs.num_rows)
         self._plan = dataclasses.replace(plan, past_bound="rekey")
-        unit = self._config.replicas.steps.n_push
+        unit = step_config(self._config).batches_per_push
         self.book = LeaseBook(self._plan, UNLIMITED_EPOCHS, unit=unit)
         self._first_server = machines.machines if machines.server_machines else 0
         self.partitions = [

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from downpour.cluster.simulate.clock import Body, Processors, Thread, Wire
 from downpour.cluster.simulate.partition import Message, VirtualPartition
-from downpour.cluster.simulate.process import Fetched, VirtualProcess
+from downpour.cluster.simulate.process import VirtualProcess
 from downpour.paramserver.messages import Outcome
+from downpour.paramserver.transport.link import Pull
 
 
 class Local:
@@ -32,7 +33,7 @@ class Local:
         """Send a packet."""
         self._partition.come(self.line, packet)
 
-    def ask_weights(self, fetched: Fetched, process: VirtualProcess) -> None:
+    def ask_weights(self, pull: Pull, process: VirtualProcess) -> None:
         """Ask for weights; `process.pulled` is told of them."""
         raise AssertionError("weights nearby are copied")
 
@@ -56,7 +57,7 @@ class Remote:
         self._here, self._there, self._bytes = here, there, gradient_bytes
         self._came_s = self._sent_s = 0.0
         """When the last gradient or weights of this connection are there."""
-        self._asked: deque[Fetched] = deque()
+        self._asked: deque[Pull] = deque()
         """Pulls whose weights are on their way: they come in the order in which they were asked."""
         index = partition.index
 
@@ -64,11 +65,11 @@ class Remote:
             there.send(here, 0, lambda: process.answered(index, answers), self._sent_s)
 
         def send_weights(versions: list[int], version: int) -> None:
-            fetched = self._asked.popleft()
+            pull = self._asked.popleft()
 
             def arrived() -> None:
                 versions[index] = version
-                process.pulled(fetched)
+                process.pulled(pull)
 
             self._sent_s = there.send(here, weights_bytes, arrived)
 
@@ -85,12 +86,12 @@ class Remote:
             self._there, self._bytes * len(packet), lambda: partition.come(line, packet)
         )
 
-    def ask_weights(self, fetched: Fetched, process: VirtualProcess) -> None:
+    def ask_weights(self, pull: Pull, process: VirtualProcess) -> None:
         """Ask for weights; `process.pulled` is told of them."""
         partition, line = self._partition, self.line
-        self._asked.append(fetched)
+        self._asked.append(pull)
         self._here.send(
-            self._there, 0, lambda: partition.come(line, pull=fetched.versions), self._came_s
+            self._there, 0, lambda: partition.come(line, pull=pull.versions), self._came_s
         )
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional
 from downpour.models.layers import ConvBN, LinearBN
 from downpour.models.layout import Layout
 from downpour.models.mlp import MnistNet
-from downpour.workers.step.slot import Mailbox
+from downpour.workers.step.model_copy import Mailbox
 
 NAMES = ["mnist-bn", "mnist", "frozen", "images"]
 

@@ -18,7 +18,7 @@ from downpour.paramserver.rules.schedule import Schedule
 from downpour.shuffler.config import DataConfig
 from downpour.shuffler.images.decode import ImageSpec
 from downpour.workers.config import ModelConfig, ReplicaConfig
-from downpour.workers.spec import StepConfig
+from downpour.workers.spec import InFlight, StepConfig
 
 SIDE, CLASSES = 8, 4
 IMAGE = ImageSpec(height=SIDE, width=SIDE, channels=1, binary_threshold=127, flatten=True)
@@ -71,9 +71,10 @@ def config(
     n_push: int = 1,
     n_fetch: int = 1,
     learning_rate: float = 0.05,
+    in_flight: InFlight = "all",
     **policy: object,
 ) -> RunConfig:
-    """A run of a second or so."""
+    """A run of a second or so; with all its steps in flight, so that staleness is real."""
     arguments = {"batch_norm": True, "hidden": [16, 16], "inputs": SIDE * SIDE, "classes": CLASSES}
     return RunConfig(
         recipe="tiny",
@@ -87,7 +88,12 @@ def config(
         server=ServerConfig(partitions=partitions, schedule=Schedule(learning_rate=learning_rate)),
         replicas=ReplicaConfig(
             replicas=replicas,
-            steps=StepConfig(concurrent_steps=concurrent_steps, n_push=n_push, n_fetch=n_fetch),
+            steps=StepConfig(
+                concurrent_steps=concurrent_steps,
+                n_push=n_push,
+                n_fetch=n_fetch,
+                in_flight=in_flight,
+            ),
         ),
         policy=PolicyConfig(epochs=epochs, evaluate_every_s=0.5, **policy),  # type: ignore[arg-type]
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from downpour.workers.replica.replicas import BELL_EVERY
 from tests.helpers import commands
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -42,10 +41,12 @@ def test_training_the_bundled_digits(tmp_path: Path) -> None:
     assert wanted <= set(result)
     staleness = result["staleness"]
     assert {"mean", "p50", "p99", "max"} <= set(staleness)
-    # 4 x 5 steps in flight: 19 but for the start and the end; and what each of two processes has
-    # pushed without waking the partition yet, and has pulled some turns before it was wanted.
-    assert 10 < staleness["mean"] < 19 + 2 * (BELL_EVERY + BELL_EVERY - 1)
-    assert sum(count for _, count in staleness["histogram"]) == 3 * 2 * NUM_BATCHES
+    # Two processes that each have one push in flight: at most a few of the other's come between.
+    assert staleness["mean"] < 3
+    # A push is 5 mini-batches; the last of a window of 64 is shorter.
+    windows, rest = divmod(NUM_BATCHES, 64)
+    pushes = windows * -(-64 // 5) + -(-rest // 5)
+    assert sum(count for _, count in staleness["histogram"]) == 3 * 2 * pushes
     assert result["accuracy"] > 0.85
     assert (result["recipe"], result["seed"], result["replicas"]) == ("mnist-bn", 0, 4)
     assert (result["concurrent_steps"], result["batch_size"]) == (5, 32)

@@ -1,40 +1,19 @@
 """Model replicas and their concurrent steps, as one thread runs them.
 
-A process hosts one replica or more. Every replica has `concurrent_steps` slots; the slots of all
-of them take turns, slot by slot. A slot's turn is: compute the gradient on the weights that it
-pulled at the end of its last turn, push it, pull again. So between a slot's pull and its push
-come the turns of all others: its step is in flight all that time, and nothing but the processor
-is ever waited for. Weights that come over the network are asked for at the end of a turn, and
-waited for at the beginning of the next. Threads would run the same steps, at the price of handing
-Python's lock round at every kernel.
+Which operation comes next is `rotation`'s; here each is carried out, on model copies, mailboxes
+and the parameter server's client. Gradients are left in mailboxes. A push takes the mailbox that
+was freed last: its memory is most likely still in the processor's cache, on both sides. Threads
+would run the same steps, at the price of handing Python's lock round at every kernel.
 
-Turns that follow on each other share a pull, up to `BELL_EVERY` of them: the server, too, gets
-their pushes in one go, and until then would show them only what other processes have done. So
-weights are copied, and travel, that much less often, and stay in the cache from turn to turn; a
-step's weights are at most so many turns older.
-
-Gradients are left in mailboxes. A slot takes one that is free when it begins to compute, the one
-that was freed last: its memory is most likely still in the processor's cache, on both sides.
-
-A slot that is alone in its process has no others' turns to fill the time with: it pulls once its
-push is applied, so that one replica with one step in flight is ordinary SGD.
-
-Where staleness is bounded (`by_permit`), a slot asks for a permit before it pulls. It is passed
-over in the rotation until it has it, and again until its push is answered; nothing is waited for
-while another slot of the process could go on.
-
-Where a device computes, a step's result is read when the next step has been begun (`ahead`), so the
-device goes on while this thread pushes and pulls. Nothing is waited for before every step that was
-begun has been pushed.
-
-Windows of mini-batches come in from other threads (`assign`), and their completion is told by a
-future once every partition has answered every push.
+Windows of mini-batches come in from other threads (`assign`). A future tells of a window's end once
+every partition has answered every push.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -46,44 +25,35 @@ from torch import Tensor
 
 from downpour.paramserver.client import ParameterClient, Settled
 from downpour.paramserver.messages import Outcome
-from downpour.paramserver.transport.link import Pull
 from downpour.shuffler.delivery import Reading
 from downpour.workers.replica.cpu_usage import Meter, Spent
+from downpour.workers.replica.rotation import Op, Rotation, Task, Turn
 from downpour.workers.spec import StepConfig
-from downpour.workers.step.device_slot import DeviceSlot, Late
-from downpour.workers.step.slot import Mailbox, Slot, StepResult
+from downpour.workers.step.device_model_copy import DeviceModelCopy, PendingResult
+from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepResult
 
 IDLE_WAIT_S = 1.0
 PERMIT_WAIT_S = 0.1
-NEARBY_MAILBOXES = 12
-BELL_EVERY = 4
-"""Turns that share a pull, and pushes for which a partition next door is woken at a time."""
-AnySlot = Slot | DeviceSlot
+LEAD_EVERY = 256
+"""Turns after which the way of weights over the network is measured again."""
+AnyModelCopy = ModelCopy | DeviceModelCopy
 log = logging.getLogger(__name__)
-
-
-def num_mailboxes(slots: int, config: StepConfig, client_is_colocated: bool) -> int:
-    """How many mailboxes a process with so many slots needs.
-
-    Where the server is next door a push is answered within a few turns, and few mailboxes stay in
-    the cache. A push that travels, or is being added up over several steps, holds on to its own,
-    and so does one that waits for others where staleness is bounded.
-    """
-    if config.n_push > 1 or config.by_permit or not client_is_colocated:
-        return slots
-    return min(slots, NEARBY_MAILBOXES)
-
-
-def turns_together(slots: int) -> int:
-    """How many turns go together, in a process with so many slots.
-
-    Where these would be many of its steps in flight, none do.
-    """
-    return BELL_EVERY if slots >= 2 * BELL_EVERY else 1
 
 
 class ReplicaFailed(RuntimeError):
     """The thread that runs the steps came to an end by an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """One mini-batch, or several of m examples each with their rows interleaved."""
+
+    inputs: Tensor
+    """float32 [m*k, ...]: example i of mini-batch j is row i*k + j."""
+    targets: Tensor
+    """[m*k, ...], likewise."""
+    together: int = 1
+    """k."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +63,9 @@ class Window:
     epoch: int
     batches: tuple[int, ...]
     """Indices, in the order in which they are to run."""
-    load: Callable[[int], tuple[Tensor, Tensor]]
-    """Inputs and targets of the mini-batch at a place in that order; each is asked for once."""
+    load: Callable[[int, int], Sequence[Joined]]
+    """`load(place, count)`: the mini-batches at `count` places in that order, those of equal size
+    joined; each is asked for once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +95,12 @@ class WindowReport:
     """Rows whose image could not be decoded and that were left out, each with a line on why."""
 
 
-@dataclass(kw_only=True)
-class _Task:
-    """A window in progress."""
+@dataclass(kw_only=True, eq=False)
+class _WindowTask(Task):
+    """A window in progress, and what has come of it."""
 
     window: Window
     future: Future[WindowReport]
-    next: int = 0
-    settled: int = 0
     losses: float = 0.0
     examples: int = 0
     finite: int = 0
@@ -143,39 +112,67 @@ class _Task:
     pull_s: float = 0.0
 
 
-class _Fetched:
-    """Weights that were pulled for some turns, and the slot that has them."""
+class _Push:
+    """What a turn has found so far for the push that it works on."""
 
-    def __init__(self, slot: AnySlot, num_partitions: int, turn: int) -> None:
-        self.slot = slot
-        self.turn = turn
-        """Turns that the process had taken when they were pulled."""
-        self.versions = [0] * num_partitions
-        self.pull: Pull | None = None
-        self.users = 0
+    __slots__ = ("examples", "loss", "norm", "pushed_s")
 
-
-class _Turn:
-    """One concurrent step in the rotation, and the push that it is working on."""
-
-    def __init__(self, replica: int) -> None:
-        self.replica = replica
-        self.mailbox: Mailbox | None = None
-        self.in_flight = False
-        """Whether the push from `mailbox` has still to be answered."""
-        self.since_fetch = 0
-        self.fetched: _Fetched | None = None
-        self.begun = False
-        """Whether a step of it is begun and its result not read yet."""
-        self.asked = False
-        """Whether a permit has been asked for, or is there (`by_permit`)."""
-        self.task: _Task | None = None
-        self.batches: tuple[int, ...] = ()
-        self.first = 0
-        self.done = 0
+    def __init__(self) -> None:
         self.examples = 0
         self.loss = 0.0
+        """Sum over the examples."""
+        self.norm = 0.0
         self.pushed_s = 0.0
+
+
+class Way:
+    """How far ahead weights have to be asked for, from how long they take to come.
+
+    That is their way's time over a turn's: bandwidth times delay, in turns. It is measured with
+    nothing asked for ahead, at the beginning and then every `LEAD_EVERY` turns.
+    """
+
+    SHORT = 0.05
+    """A way that takes less than this share of a turn is not worth older weights."""
+    SAMPLES = 4
+
+    def __init__(self) -> None:
+        self._asked_s = self._came_s = math.nan
+        self._way_s: list[float] = []
+        self._turn_s: list[float] = []
+        self._turns = 0
+        self._lead = 0
+
+    def asked(self, now_s: float, lead: int) -> None:
+        """Weights have been asked for, `lead` turns ahead of their step."""
+        if not lead:
+            if self._came_s == self._came_s:
+                self._turn_s.append(now_s - self._came_s)
+            self._asked_s = now_s
+
+    def come(self, now_s: float, most: int) -> int:
+        """They have come; returns how many turns ahead to ask from now on, `most` at the most."""
+        self._turns += 1
+        if self._lead:
+            if self._turns % LEAD_EVERY:
+                return self._lead
+            self._lead, self._came_s = 0, math.nan
+            self._way_s, self._turn_s = [], []
+            return 0
+        self._way_s.append(now_s - self._asked_s)
+        self._came_s = now_s
+        if len(self._turn_s) >= self.SAMPLES:
+            way_s, turn_s = min(self._way_s), min(self._turn_s)
+            self._lead = turns_ahead(way_s, turn_s, most)
+            self._way_s, self._turn_s = [], []
+        return self._lead
+
+
+def turns_ahead(way_s: float, turn_s: float, most: int) -> int:
+    """How many turns ahead to ask for weights that take `way_s`, if a turn takes `turn_s`."""
+    if way_s <= Way.SHORT * turn_s:
+        return 0
+    return min(most, math.ceil(way_s / max(turn_s, 1e-9)))
 
 
 class Replicas:
@@ -188,58 +185,56 @@ class Replicas:
         config: StepConfig,
         client: ParameterClient,
         mailboxes: Sequence[Mailbox],
-        make_slot: Callable[[], AnySlot],
+        make_copy: Callable[[], AnyModelCopy],
         ahead: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`mailboxes` are the client's, at least as many as `num_mailboxes` says.
+        """Prepare the rotation; nothing runs before `run`.
 
-        A slot is made when one is wanted and none is free. `ahead` is how many steps may be begun
-        before the result of one is read: where a device computes them, it has something to do while
-        a step is pushed and weights are pulled.
+        Args:
+            replicas: numbers of the replicas that this process hosts.
+            config: how they run their steps.
+            client: the way to the partitions.
+            mailboxes: the client's, at least as many as `rotation.num_mailboxes` says.
+            make_copy: makes a model copy, when one is wanted and none is free.
+            ahead: steps that may be begun before the result of one is read. If a device computes
+                them, it has something to do while a step is pushed and weights are pulled.
+            clock: seconds.
         """
-        self._config = config
         self._client = client
         self._clock = clock
-        self._turns = [
-            _Turn(replica) for _ in range(config.concurrent_steps) for replica in replicas
-        ]
-        self._make_slot = make_slot
-        self._slots: list[AnySlot] = []
+        self._mailboxes = mailboxes
+        self._make_copy = make_copy
+        self._copies: list[AnyModelCopy] = []
         """Those that nobody uses."""
-        # A permit is for a version that is pulled after it was given.
-        self._together = 1 if config.by_permit else turns_together(len(self._turns))
-        self._ahead = ahead if len(self._turns) > 1 else 0
-        self._begun: deque[tuple[_Turn, StepResult | Late, int]] = deque()
-        """Steps whose results are still to be read, with their numbers of examples."""
-        self._latest: _Fetched | None = None
-        self._taken = 0
-        """Turns that had something to do, until now."""
-        self._free = list(mailboxes)
-        self._pushed: dict[int, _Turn] = {}
-        """Whose push is in which mailbox."""
-        self._queues: dict[int, deque[_Task]] = {replica: deque() for replica in replicas}
+        self._rotation: Rotation[_WindowTask] = Rotation(
+            replicas=replicas, config=config, num_mailboxes=len(mailboxes), ahead=ahead
+        )
+        self._found = {id(turn): _Push() for turn in self._rotation.turns}
+        self._results: deque[tuple[StepResult | PendingResult, int]] = deque()
+        """Of the rotation's `begun`, with their numbers of examples."""
+        self._way = Way()
         self._wake = threading.Condition()
-        self._stopping = False
         self._failure: Exception | None = None
         self._meter = Meter()
         self.steps = dict.fromkeys(replicas, 0)
-        """Steps computed so far, by replica."""
+        """Mini-batches computed so far, by replica."""
 
     def assign(self, replica: int, window: Window) -> Future[WindowReport]:
         """Queue a window for one of the replicas."""
         future: Future[WindowReport] = Future()
+        task = _WindowTask(epoch=window.epoch, batches=window.batches, window=window, future=future)
         with self._wake:
             if self._failure is not None:
                 raise self._failure
-            self._queues[replica].append(_Task(window=window, future=future))
+            self._rotation.assign(replica, task)
             self._wake.notify()
         return future
 
     def stop(self) -> None:
         """Let `run` return, once the step in hand is done."""
         with self._wake:
-            self._stopping = True
+            self._rotation.stopping = True
             self._wake.notify()
 
     def run(self) -> None:
@@ -255,209 +250,159 @@ class Replicas:
 
     def _abandon(self) -> None:
         """Wait for steps that will not be pushed: their copies write to mailboxes."""
-        for _, result, _ in self._begun:
+        for result, _ in self._results:
             with contextlib.suppress(Exception):  # the device's, which the process does not survive
                 _ = result.loss
-        self._begun.clear()
+        self._results.clear()
 
     def _fail(self, error: Exception) -> None:
         with self._wake:
             self._failure = error
-            tasks = {id(turn.task): turn.task for turn in self._turns if turn.task is not None}
-            tasks |= {id(task): task for queue in self._queues.values() for task in queue}
-        for task in tasks.values():
+            tasks = self._rotation.unfinished()
+        for task in tasks:
             if not task.future.done():
                 task.future.set_exception(error)
 
     def _run(self) -> None:
-        client = self._client
-        while not self._stopping:
-            worked = False
-            for turn in self._turns:
-                if turn.begun:
-                    self._conclude(0)  # it may go on only then
-                if turn.in_flight:
-                    if self._config.by_permit:
-                        continue  # it waits for others, maybe for some of this process
-                    self._await_answer(turn)  # the server is behind
-                worked |= self._take(turn)
+        rotation, client = self._rotation, self._client
+        for op in rotation.run():
+            turn = rotation.turn
+            if op is Op.COMPUTE:
+                self._compute(turn)
+            elif op is Op.READ:
+                self._read(turn)
+            elif op is Op.PUSH:
+                self._push(turn)
+            elif op is Op.COLLECT:
                 self._settle(client.collect())
-            if worked:
-                continue
-            self._conclude(0)
-            if self._config.by_permit and (self._pushed or client.num_asking):
+            elif op is Op.PULL:
+                self._pull(turn)
+            elif op is Op.WAIT:
+                self._settle(client.wait())
+            elif op is Op.AWAIT_WEIGHTS:
+                self._await_weights(turn)
+            elif op is Op.ASK:
+                assert turn.mailbox is not None
+                client.ask(turn.mailbox)
+                self._note_permits()
+            elif op is Op.WAIT_LONG:
                 client.flush()
                 # For another process's step, however long that takes: no deadline.
                 self._settle(client.collect(PERMIT_WAIT_S))
-                continue
-            if self._pushed:
-                self._settle(client.wait())
-                continue
-            with self._wake:
-                self._wake.wait_for(self._has_work, IDLE_WAIT_S)
-
-    def _await_answer(self, turn: _Turn) -> None:
-        while turn.in_flight:
-            self._settle(self._client.wait())
+            else:
+                self._reclaim()
+                with self._wake:
+                    self._wake.wait_for(self._has_work, IDLE_WAIT_S)
 
     def _has_work(self) -> bool:
-        return self._stopping or any(self._queues.values())
+        return self._rotation.stopping or self._rotation.has_work()
 
-    def _take(self, turn: _Turn) -> bool:
-        """One turn of a slot: a step, and what it leads to. False where it has nothing to do."""
-        if not turn.batches and not self._next_push(turn):
-            self._let_go(turn)  # it would be old by the time there is work
-            return False
-        if turn.fetched is None:
-            if self._config.by_permit and not self._permitted(turn):
-                return False
-            self._fetch(turn)
-        task, mailbox, fetched = turn.task, turn.mailbox, turn.fetched
+    def _compute(self, turn: Turn[_WindowTask]) -> None:
+        task, found, weights = turn.task, self._found[id(turn)], turn.weights
         assert task is not None
-        assert mailbox is not None
-        assert fetched is not None
-        if fetched.pull is not None and fetched.pull.waiting:
-            began_s = self._clock()
-            self._client.finish(fetched.pull)
-            task.pull_s += self._clock() - began_s
-        window, place = task.window, turn.first + turn.done
-        inputs, targets = window.load(place)
-        result = fetched.slot.step(inputs, targets, mailbox, turn.done)
-        self._taken += 1
-        self.steps[turn.replica] += 1
-        turn.begun = True
-        self._begun.append((turn, result, len(targets)))
-        self._conclude(self._ahead)
-        return True
-
-    def _conclude(self, ahead: int) -> None:
-        """Read results until those of at most `ahead` steps are left, in their order."""
-        while len(self._begun) > ahead:
-            turn, result, num_examples = self._begun[0]
-            loss, gradient_norm = result.loss, result.gradient_norm  # may wait, and fail
-            self._begun.popleft()
-            turn.begun = False
-            self._stepped(turn, loss, gradient_norm, num_examples)
-
-    def _stepped(self, turn: _Turn, loss: float, gradient_norm: float, num_examples: int) -> None:
-        """What a step leads to: a push, once there are enough of them, and other weights."""
-        assert turn.task is not None
-        turn.done += 1
-        turn.since_fetch += 1
-        turn.examples += num_examples
-        turn.loss += loss * num_examples
-        turn.task.examples += num_examples
-        by_permit, pushed = self._config.by_permit, turn.done == len(turn.batches)
-        if pushed:
-            self._push(turn, gradient_norm)
-            if by_permit:
-                self._let_go(turn)
-                turn.asked = False
-            elif len(self._turns) == 1:
-                self._await_answer(turn)
-        due = pushed if self._config.by_push else turn.since_fetch >= self._config.n_fetch
-        if due and not by_permit:
-            self._fetch(turn)
-
-    def _permitted(self, turn: _Turn) -> bool:
-        """Whether the step may begin; asks for it the first time."""
+        assert weights is not None
         assert turn.mailbox is not None
-        if not turn.asked:
-            turn.asked = True
-            self._client.ask(turn.mailbox.index)
-        return self._client.permitted(turn.mailbox.index)
+        if not turn.done:
+            found.examples, found.loss = 0, 0.0
+            if not turn.first:
+                task.started_s = self._clock()
+        mailbox, copy = self._mailboxes[turn.mailbox], weights.holder
+        parts = task.window.load(turn.first + turn.done, turn.count)
+        index, examples, losses = turn.done, 0, 0.0
+        for part in parts:
+            result = copy.step(part.inputs, part.targets, mailbox, index, part.together)
+            index += part.together
+            examples += len(part.targets)
+            if len(parts) > 1:
+                losses += result.loss * len(part.targets)
+        if len(parts) > 1:
+            result = StepResult(loss=losses / examples, gradient_norm=result.gradient_norm)
+        self.steps[turn.replica] += turn.count
+        self._results.append((result, examples))
 
-    def _next_push(self, turn: _Turn) -> bool:
-        queue = self._queues[turn.replica]
-        if not queue:
-            return False
-        while not self._free:
-            self._conclude(0)
-            self._settle(self._client.wait())
-        turn.mailbox = self._free.pop()
-        task, depth = queue[0], self._config.n_push
-        if not task.next:
-            task.started_s = self._clock()
-        turn.task, turn.first = task, task.next
-        turn.batches = task.window.batches[task.next : task.next + depth]
-        turn.done = turn.examples = 0
-        turn.loss = 0.0
-        task.next += len(turn.batches)
-        if task.next == len(task.window.batches):
-            queue.popleft()
-        return True
+    def _read(self, turn: Turn[_WindowTask]) -> None:
+        result, examples = self._results[0]
+        loss, norm = result.loss, result.gradient_norm  # may wait, and fail
+        self._results.popleft()
+        found = self._found[id(turn)]
+        found.examples += examples
+        found.loss += loss * examples
+        found.norm = norm
+        assert turn.task is not None
+        turn.task.examples += examples
 
-    def _fetch(self, turn: _Turn) -> None:
-        """Give a turn the latest weights, or those that its neighbours have just got."""
-        self._let_go(turn)
-        latest = self._latest
-        if latest is None or self._taken - latest.turn >= self._together:
-            slot = self._slots.pop() if self._slots else self._make_slot()
-            latest = self._latest = _Fetched(slot, self._client.num_partitions, self._taken)
-            latest.pull = self._client.start_pull(slot.weights, latest.versions)
-        latest.users += 1
-        turn.fetched = latest
-        turn.since_fetch = 0
-
-    def _let_go(self, turn: _Turn) -> None:
-        """A turn does not need its weights any more; the last one to say so frees the slot."""
-        fetched, turn.fetched = turn.fetched, None
-        if fetched is None:
-            return
-        fetched.users -= 1
-        if fetched.users:
-            return
-        if fetched is self._latest:
-            self._latest = None
-        if fetched.pull is not None and fetched.pull.waiting:
-            self._client.finish(fetched.pull)  # the next pull would write to the same weights
-        self._slots.append(fetched.slot)
-
-    def _push(self, turn: _Turn, gradient_norm: float) -> None:
-        task, mailbox = turn.task, turn.mailbox
+    def _push(self, turn: Turn[_WindowTask]) -> None:
+        task, found, weights = turn.task, self._found[id(turn)], turn.weights
         assert task is not None
-        assert mailbox is not None
-        assert turn.fetched is not None
-        loss = turn.loss / turn.examples
+        assert turn.mailbox is not None
+        assert weights is not None
+        loss = found.loss / found.examples
         if loss - loss == 0:  # finite
             task.losses += loss * len(turn.batches)
             task.finite += len(turn.batches)
         self._client.push(
-            mailbox=mailbox.index,
+            mailbox=turn.mailbox,
             replica=turn.replica,
-            epoch=task.window.epoch,
+            epoch=task.epoch,
             batches=turn.batches,
-            examples=turn.examples,
-            versions=turn.fetched.versions,
+            examples=found.examples,
+            versions=weights.pull.versions,
             loss=loss,
-            gradient_norm=gradient_norm,
+            gradient_norm=found.norm,
         )
-        turn.pushed_s = self._clock()
-        self._pushed[mailbox.index] = turn
-        turn.in_flight = True
+        found.pushed_s = self._clock()
+
+    def _pull(self, turn: Turn[_WindowTask]) -> None:
+        self._reclaim()
+        weights = turn.weights
+        assert weights is not None
+        copy = self._copies.pop() if self._copies else self._make_copy()
+        weights.holder = copy
+        versions = [0] * self._client.num_partitions
+        weights.pull = self._client.start_pull(copy.weights, versions)
+        if self._rotation.fresh and weights.pull.waiting:
+            self._way.asked(self._clock(), self._rotation.lead)
+
+    def _reclaim(self) -> None:
+        """Take back model copies whose weights nobody needs any more."""
+        dropped = self._rotation.dropped
+        while dropped:
+            self._copies.append(dropped.pop().holder)
+
+    def _await_weights(self, turn: Turn[_WindowTask]) -> None:
+        weights = turn.weights
+        assert weights is not None
+        began_s = self._clock()
+        self._client.finish(weights.pull)
+        now_s = self._clock()
+        if turn.task is not None:
+            turn.task.pull_s += now_s - began_s
+        if self._rotation.fresh:
+            self._rotation.lead = self._way.come(now_s, len(self._rotation.turns) - 1)
+
+    def _note_permits(self) -> None:
+        for mailbox in [m for m in self._rotation.asking if self._client.permitted(m)]:
+            self._rotation.permitted(mailbox)
 
     def _settle(self, settled: list[Settled]) -> None:
+        rotation = self._rotation
         for push in settled:
-            turn = self._pushed.pop(push.mailbox)
-            task, mailbox = turn.task, turn.mailbox
+            turn = rotation.answered(push.mailbox)
+            task = turn.task
             assert task is not None
-            assert mailbox is not None
-            self._free.append(mailbox)
-            turn.mailbox = None
-            turn.in_flight = False
-            task.push_s += self._clock() - turn.pushed_s
+            task.push_s += self._clock() - self._found[id(turn)].pushed_s
             task.pushes += 1
             if any(not outcome.settled for outcome in push.outcomes):
                 task.unsettled.extend(turn.batches)
             elif any(o in _REFUSED for o in push.outcomes):
                 task.refused.extend(turn.batches)
-            task.settled += len(turn.batches)
-            turn.batches = ()
-            turn.task = None
-            if task.settled == len(task.window.batches):
+            rotation.clear(turn)
+            if task.settled == len(task.batches):
                 task.future.set_result(self._report(turn.replica, task))
+        if rotation.asking:
+            self._note_permits()
 
-    def _report(self, replica: int, task: _Task) -> WindowReport:
+    def _report(self, replica: int, task: _WindowTask) -> WindowReport:
         window = task.window
         return WindowReport(
             replica=replica,
@@ -470,7 +415,7 @@ class Replicas:
             wall_s=self._clock() - task.started_s,
             push_s=task.push_s / max(1, task.pushes),
             pull_s=task.pull_s / len(window.batches),
-            spent=self._meter.read(self._taken),
+            spent=self._meter.read(self._rotation.taken),
         )
 
 

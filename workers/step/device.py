@@ -3,8 +3,8 @@
 A device does what it is given in the order of its *streams*, which run beside each other and
 beside the processor: one computes, one copies up (host to device), one down. What has to wait for
 another stream's work is told so by an event; the processor waits for an event where it reads what
-was copied. Nothing else orders anything, so each wait in `workers.step.device_slot` is there for a
-reason that docs/devices.md names.
+was copied. Nothing else orders anything, so each wait in `workers.step.device_model_copy` is
+there for a reason that docs/devices.md names.
 
 `HostDevice` is the same for plain memory: work is done as it is given, copies are plain copies,
 events are over when they are made. What runs on it is the code that runs on CUDA.

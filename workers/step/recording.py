@@ -4,7 +4,7 @@ On a small net most of a step's time is not arithmetic: it is Python walking thr
 autograd building a graph that is the same every time. `record` runs one step while it notes every
 kernel that PyTorch calls, forwards and backwards, and makes a plain function of the list. That
 function calls the same kernels on the same shapes, so its results are the same to the bit (the
-caller makes sure, see `workers.step.slot`), and it leaves the gradient where it is wanted.
+caller makes sure, see `workers.step.model_copy`), and it leaves the gradient where it is wanted.
 
 What depends on the mini-batch's values and not just on its shape cannot be recorded: `record`
 raises `CannotRecord` where it sees that. What it cannot see is Python's own randomness and other

@@ -209,3 +209,30 @@ class TestErrors:
             BatchNorm(0)
         with pytest.raises(ModelError, match=r"eps is 0\.0"):
             BatchNorm(4, eps=0.0)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 5)])
+def test_mini_batches_together_are_normalized_each_by_itself(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(3)
+    k, parts = 4, [torch.randn(*shape, requires_grad=True) for _ in range(4)]
+    together, alone = BatchNorm(3), BatchNorm(3)
+    for layer in (together, alone):
+        nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(2))
+    moments = torch.full((3, k * 3), torch.nan)
+    together.bind(moments=moments, statistics=torch.zeros(2, 3), together=k)
+    rows = torch.stack([p.detach() for p in parts], 1).flatten(0, 1).requires_grad_()
+    y = together(rows)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    assert rows.grad is not None
+    for j, part in enumerate(parts):
+        z = alone(part)
+        torch.testing.assert_close(y[j::k], z)
+        (z * weight[j::k]).sum().backward()
+        torch.testing.assert_close(rows.grad[j::k], part.grad)
+        columns = slice(3 * j, 3 * (j + 1))
+        for row, own in enumerate((alone.batch_count, alone.batch_mean, alone.batch_variance)):
+            torch.testing.assert_close(moments[row, columns], own)
+    torch.testing.assert_close(together.weight.grad, alone.weight.grad)
+    torch.testing.assert_close(together.bias.grad, alone.bias.grad)

@@ -28,7 +28,7 @@ def test_members_that_were_spares_train_like_others(
     asked: list[str] = []
 
     def in_two_halves(spare: type[Any], first_call: str) -> Any:
-        class Late(spare):  # type: ignore[misc]
+        class PendingResult(spare):  # type: ignore[misc]
             def __init__(self, *arguments: Any) -> None:
                 super().__init__()
                 assert "Spare" in repr(self)
@@ -41,7 +41,7 @@ def test_members_that_were_spares_train_like_others(
                     threading.Thread(target=self.assume, args=late).start()
                 return super().__getattribute__(name)
 
-        return Late
+        return PendingResult
 
     monkeypatch.setattr(thread_backend, "ReplicasActor", in_two_halves(ReplicasSpare, "connect"))
     late_partition = in_two_halves(PartitionSpare, "endpoint")

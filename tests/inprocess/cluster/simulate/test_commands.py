@@ -21,7 +21,7 @@ def invoke(*arguments: str) -> str:
 
 def test_a_recipe_with_costs_that_are_given(tmp_path: Path) -> None:
     picture = tmp_path / "staleness.png"
-    costs = ("--step-ms", "1", "--apply-ms", "0.2", "--processors", "4")
+    costs = ("--step-ms", "1", "--apply-ms", "0.2", "--processors", "4", "--in-flight", "all")
     plain = json.loads(invoke("mnist-bn", *costs, "--json", "--plot", str(picture)))
     assert plain["replicas"] == 10
     assert plain["processes"] == 4
@@ -40,12 +40,13 @@ def test_a_run_like_another(tmp_path: Path) -> None:
     rows = "".join(json.dumps(line(s)) + "\n" for s in range(12))
     (folder.path / METRICS).write_text(rows)
     assert str(BUNDLED_MNIST) == folder.config().data.data
-    plain = json.loads(invoke("--like", str(folder.path), "--processors", "2", "--json"))
+    run, every_step = str(folder.path), ("--processors", "2", "--in-flight", "all")
+    plain = json.loads(invoke("--like", run, *every_step, "--json"))
     assert plain["like"]["step_s"] == pytest.approx(0.004)
     # 4 ms of a step, 5 ms beside it (one thread computes a step), 2 ms of a push, 1 ms of reading;
     # of 2 processors 0.25 are taken and scoring has a little.
     assert plain["updates_per_s"] == pytest.approx((2 - 0.25) / 12e-3, rel=0.05)
-    assert "run it is like" in invoke("--like", str(folder.path))
+    assert "run it is like" in invoke("--like", run)
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,12 @@ class Witness:
         self.wrong: list[tuple[int, Push]] = []
         lock, send, update = threading.Lock(), Replicas._push, CompensatedCombiner._update
 
-        def pushing(replicas: Replicas, turn: Any, norm: float) -> None:
+        def pushing(replicas: Replicas, turn: Any) -> None:
             key = turn.task.window.epoch, turn.batches
             with lock:
                 # More than one where a mini-batch is computed again.
-                self.computed.setdefault(key, []).append(turn.fetched.slot.weights.copy())
-            send(replicas, turn, norm)
+                self.computed.setdefault(key, []).append(turn.weights.holder.weights.copy())
+            send(replicas, turn)
 
         def updating(combiner: CompensatedCombiner, push: Push, *args: Any) -> None:
             vectors, moved = combiner._vectors, push.version != args[3]

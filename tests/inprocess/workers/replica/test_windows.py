@@ -72,8 +72,8 @@ def test_parts_that_do_not_make_up_a_window(data):
 
 
 def loaded(window, count: int, order=None) -> list[tuple[np.ndarray, np.ndarray]]:
-    found = {place: window.load(place) for place in (order or range(count))}
-    return [(found[i][0].numpy(), found[i][1].numpy()) for i in range(count)]
+    found = {place: window.load(place, 1)[0] for place in (order or range(count))}
+    return [(found[i].inputs.numpy(), found[i].targets.numpy()) for i in range(count)]
 
 
 @pytest.mark.parametrize("order", [None, [1, 0, 4, 2, 3], [4, 3, 2, 1, 0]])
@@ -156,3 +156,30 @@ def test_an_error_comes_out_where_its_result_is_taken():
         assert [ahead.take(n) for n in (0, 1, 3)] == [0, 1, 3]
         with pytest.raises(DecodeError):
             ahead.take(2)
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
+def test_mini_batches_that_go_together_are_interleaved(data, monkeypatch, whole_bytes):
+    monkeypatch.setattr(windows, "WHOLE_BYTES", whole_bytes)
+    plan = Plan(num_rows=300, batch_size=16)
+    (shuffler,) = shufflers(data, plan, 1)
+    batches = (3, 9, 0, 18, 7)
+    delivery = join([shuffler.deliver(0, batches)])
+    alone = WindowDecoder(VARIED, num_threads=1, num_windows=1)
+    expected = loaded(alone.open(0, batches, delivery)[0], 5)
+    decoder = WindowDecoder(VARIED, num_threads=1, num_windows=1, together=2)
+    window, _ = decoder.open(0, batches, delivery)
+    found = [part for place in (0, 2, 4) for part in window.load(place, min(2, 5 - place))]
+    rows = []
+    for part in found:
+        for j in range(part.together):
+            step = slice(j, None, part.together)
+            rows.append((part.inputs[step].numpy(), part.targets[step].numpy()))
+    for (inputs, targets), (wanted, labels) in zip(rows, expected, strict=True):
+        assert (inputs == wanted).all()
+        assert (targets == labels).all()
+    lengths = delivery.lengths.tolist()
+    joined = [len(set(lengths[i : i + 2])) == 1 for i in (0, 2)]
+    assert [part.together for part in found].count(2) == sum(joined) > 0
+    decoder.close()
+    alone.close()

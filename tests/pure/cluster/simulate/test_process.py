@@ -11,10 +11,12 @@ from downpour.cluster.controller.lease_book import Lease
 from downpour.cluster.simulate.clock import Clock, Processors
 from downpour.cluster.simulate.inputs import Costs, Spread
 from downpour.cluster.simulate.partition import Message
-from downpour.cluster.simulate.process import Counts, Fetched, Task, VirtualProcess
+from downpour.cluster.simulate.process import Counts, Task, VirtualProcess
 from downpour.paramserver.client import Settled
 from downpour.paramserver.messages import Outcome, Push
-from downpour.workers.replica.replicas import Replicas, Window, num_mailboxes, turns_together
+from downpour.paramserver.transport.link import Pull
+from downpour.workers.replica.replicas import Joined, Replicas, Window
+from downpour.workers.replica.rotation import num_mailboxes, turns_together
 from downpour.workers.spec import StepConfig
 
 Story = list[tuple[int, tuple[int, ...]]]
@@ -45,7 +47,7 @@ class FakeClient(Recorder):
 
     def start_pull(self, weights: object, versions: list[int]) -> Any:
         self.seen.append("pull")
-        return SimpleNamespace(waiting=0)
+        return Pull(versions)
 
     def push(self, *, mailbox: int, replica: int, batches: tuple[int, ...], **_: object) -> None:
         self._outbox.append((mailbox, replica, batches))
@@ -71,19 +73,23 @@ class FakeClient(Recorder):
 
 def really(replicas: tuple[int, ...], config: StepConfig, story: Story) -> list[Any]:
     """What the real thread of steps does."""
-    slots = len(replicas) * config.concurrent_steps
-    client = FakeClient(turns_together(slots))
+    client = FakeClient(turns_together(len(replicas), config))
+    boxes = num_mailboxes(len(replicas), config, True)
     step = SimpleNamespace(loss=1.0, gradient_norm=1.0)
     real = Replicas(
         replicas=replicas,
         config=config,
         client=client,  # type: ignore[arg-type]
-        mailboxes=[SimpleNamespace(index=i) for i in range(num_mailboxes(slots, config, True))],  # type: ignore[misc]
-        make_slot=lambda: SimpleNamespace(weights=None, step=lambda *_: step),  # type: ignore[arg-type,return-value]
+        mailboxes=[SimpleNamespace(index=i) for i in range(boxes)],  # type: ignore[misc]
+        make_copy=lambda: SimpleNamespace(weights=None, step=lambda *_: step),  # type: ignore[arg-type,return-value]
     )
-    one = (torch.zeros(1, 1), torch.zeros(1))
+    one = Joined(torch.zeros(1, 1), torch.zeros(1))
+
+    def load(_place: int, count: int) -> list[Joined]:
+        return [one] * count
+
     futures = [
-        real.assign(replica, Window(epoch=0, batches=batches, load=lambda _: one))
+        real.assign(replica, Window(epoch=0, batches=batches, load=load))
         for replica, batches in story
     ]
     left = len(futures)
@@ -119,7 +125,7 @@ class FakeWay(Recorder):
         self.packet([(p.mailbox, p.replica, p.batches) for p in pushes])
         self._process.answered(0, [(p.mailbox, Outcome.APPLIED) for p in pushes])
 
-    def ask_weights(self, fetched: Fetched, process: VirtualProcess) -> None:
+    def ask_weights(self, pull: Pull, process: VirtualProcess) -> None:
         raise AssertionError("nothing is far away")
 
 
@@ -155,9 +161,13 @@ def virtually(replicas: tuple[int, ...], config: StepConfig, story: Story) -> li
     ("replicas", "config"),
     [
         ((0,), StepConfig(concurrent_steps=1)),
+        ((0,), StepConfig(concurrent_steps=1, in_flight="all")),
         ((0,), StepConfig(concurrent_steps=5)),
-        ((0, 2), StepConfig(concurrent_steps=5)),
+        ((0,), StepConfig(concurrent_steps=5, in_flight="all")),
+        ((0, 2), StepConfig(concurrent_steps=5, steps_together=2)),
+        ((0, 2), StepConfig(concurrent_steps=5, in_flight="all")),
         ((0, 2, 4, 6, 8), StepConfig(concurrent_steps=5)),
+        ((0, 2, 4, 6, 8), StepConfig(concurrent_steps=5, in_flight="all")),
         ((0, 2), StepConfig(concurrent_steps=5, n_fetch=3)),
         ((0, 2), StepConfig(concurrent_steps=5, n_push=2)),
         ((0, 2), StepConfig(concurrent_steps=4, n_push=3, n_fetch=2)),

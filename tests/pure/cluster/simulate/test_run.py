@@ -27,10 +27,13 @@ def fewest_updates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def config(replicas: int, steps: int = 5, **given: object) -> RunConfig:
-    return configured(
+    """All steps in flight, which is what the figures below are worked out for."""
+    run = configured(
         recipes.find("mnist-bn"),
         SimulateConfig(replicas=replicas, concurrent_steps=steps, **given),  # type: ignore[arg-type]
     )
+    in_flight = dataclasses.replace(run.replicas.steps, in_flight="all")
+    return dataclasses.replace(run, replicas=dataclasses.replace(run.replicas, steps=in_flight))
 
 
 def inputs(

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
 
 from downpour.paramserver.client import Settled
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.transport.link import Pull
-from downpour.workers.replica.replicas import BELL_EVERY, Replicas, Window
+from downpour.workers.replica.replicas import Joined, Replicas, Way, Window, turns_ahead
+from downpour.workers.replica.rotation import BELL_EVERY, num_mailboxes
 from downpour.workers.spec import StepConfig
-from downpour.workers.step.slot import StepResult
+from downpour.workers.step.model_copy import StepResult
 
 DEADLINE_S = 20.0
 
@@ -59,13 +59,13 @@ class CountingServer:
 
 
 class FakeSlot:
-    """Stands for `Slot`; tells the server on which weights a step was computed."""
+    """Stands for `ModelCopy`; tells the server on which weights a step was computed."""
 
     def __init__(self, server: CountingServer) -> None:
         self.weights = np.full(1, -1, np.float32)
         self._server = server
 
-    def step(self, inputs: Tensor, targets: Tensor, mailbox: Any, index: int) -> StepResult:
+    def step(self, *_: Any) -> StepResult:
         self._server.computed_on = int(self.weights[0])
         return StepResult(loss=1.0, gradient_norm=1.0)
 
@@ -79,7 +79,7 @@ def train(replicas: int, config: StepConfig, batches: int) -> tuple[CountingServ
     """Run so many mini-batches on each replica; gives the server and the slots that were made."""
     server, slots = CountingServer(), []
 
-    def make_slot() -> Any:
+    def make_copy() -> Any:
         slots.append(FakeSlot(server))
         return slots[-1]
 
@@ -88,10 +88,16 @@ def train(replicas: int, config: StepConfig, batches: int) -> tuple[CountingServ
         config=config,
         client=server,  # type: ignore[arg-type]
         mailboxes=[FakeMailbox(i) for i in range(replicas * config.concurrent_steps)],  # type: ignore[misc]
-        make_slot=make_slot,
+        make_copy=make_copy,
     )
-    one = torch.zeros(1, 1), torch.zeros(1)
-    window = Window(epoch=0, batches=tuple(range(batches)), load=lambda _: one)
+    one = Joined(torch.zeros(1, 1), torch.zeros(1))
+
+    def load(_place: int, count: int) -> list[Joined]:
+        return [one] * count
+
+    window = Window(
+        epoch=0, batches=tuple(range(batches)), load=lambda _place, count: [one] * count
+    )
     reports = [steps.assign(replica, window) for replica in range(replicas)]
     thread = threading.Thread(target=steps.run, daemon=True)
     thread.start()
@@ -111,7 +117,8 @@ def test_turns_that_follow_on_each_other_share_a_pull(
     replicas: int, concurrent_steps: int, together: int
 ) -> None:
     steps, batches = replicas * concurrent_steps, 40
-    server, slots = train(replicas, StepConfig(concurrent_steps=concurrent_steps), batches)
+    config = StepConfig(concurrent_steps=concurrent_steps, in_flight="all")
+    server, slots = train(replicas, config, batches)
     pushes = replicas * batches
     assert len(server.pushes) == pushes
     assert server.told == [computed for computed, _ in server.pushes], "the versions named are true"
@@ -196,14 +203,20 @@ def test_a_step_is_begun_before_the_last_ones_are_read(
     server = TellingServer(story)
     steps = Replicas(
         replicas=(0,),
-        config=StepConfig(concurrent_steps=slots),
+        config=StepConfig(concurrent_steps=slots, in_flight="all"),
         client=server,  # type: ignore[arg-type]
         mailboxes=[FakeMailbox(i) for i in range(mailboxes)],  # type: ignore[misc]
-        make_slot=lambda: LateSlot(story),  # type: ignore[arg-type,return-value]
+        make_copy=lambda: LateSlot(story),  # type: ignore[arg-type,return-value]
         ahead=ahead,
     )
-    one = torch.zeros(1, 1), torch.zeros(1)
-    window = Window(epoch=0, batches=tuple(range(batches)), load=lambda _: one)
+    one = Joined(torch.zeros(1, 1), torch.zeros(1))
+
+    def load(_place: int, count: int) -> list[Joined]:
+        return [one] * count
+
+    window = Window(
+        epoch=0, batches=tuple(range(batches)), load=lambda _place, count: [one] * count
+    )
     report = steps.assign(0, window)
     thread = threading.Thread(target=steps.run, daemon=True)
     thread.start()
@@ -220,3 +233,45 @@ def test_a_step_is_begun_before_the_last_ones_are_read(
         now += (what == "begun") - (what == "pushed")
         most = max(most, now)
     assert most == (1 if slots == 1 else min(ahead + 1, mailboxes))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "config", "boxes"),
+    [
+        (1, StepConfig(concurrent_steps=1), 1),
+        (1, StepConfig(concurrent_steps=5), 1),
+        (5, StepConfig(concurrent_steps=5), 2),
+        (3, StepConfig(concurrent_steps=5, steps_together=2), 2),
+        (2, StepConfig(concurrent_steps=3, steps_together=1), 2),
+    ],
+)
+def test_fresh_weights_are_pulled_when_a_turn_begins(
+    replicas: int, config: StepConfig, boxes: int
+) -> None:
+    """A lone process's steps are never stale, however many replicas it has."""
+    batches = 23
+    assert num_mailboxes(replicas, config, nearby=True) == boxes
+    server, copies = train(replicas, config, batches)
+    turns = -(-batches // config.together)
+    assert len(server.pushes) == len(server.pulls) == replicas * turns
+    assert server.told == [computed for computed, _ in server.pushes], "the versions named are true"
+    assert all(computed == met for computed, met in server.pushes)
+    assert len(copies) == 1
+
+
+def test_weights_are_asked_for_ahead_by_as_many_turns_as_their_way_takes() -> None:
+    assert turns_ahead(0.001, 1.0, 9) == 0
+    assert turns_ahead(0.2, 1.0, 9) == 1
+    assert turns_ahead(2.5, 1.0, 9) == 3
+    assert turns_ahead(2.5, 1.0, 2) == 2
+    assert turns_ahead(2.5, 1.0, 0) == 0
+    way, now_s, leads = Way(), 0.0, [0]
+    for _ in range(300):
+        way.asked(now_s, leads[-1])
+        now_s += 0.0 if leads[-1] else 1.5  # weights that were asked for ahead are there
+        leads.append(way.come(now_s, 9))
+        now_s += 1.0
+    assert leads[:4] == [0, 0, 0, 0]
+    assert leads[10] == 2
+    assert max(i for i, lead in enumerate(leads) if not lead) > 250, "the way is measured again"
+    assert leads[-1] == 2

@@ -10,18 +10,19 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from downpour.models.flat import FlatModel
+from downpour.workers.step import model_copy
 from downpour.workers.step.interpreter import CannotInterpret
-from downpour.workers.step.slot import Mailbox, Slot, Workshop
+from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
 from tests.helpers.networks import NAMES, batches, build, mailboxes
 
 
-def make(module: nn.Module, **options: object) -> tuple[Slot, Workshop, list[Mailbox]]:
+def make(module: nn.Module, **options: object) -> tuple[ModelCopy, StepContext, list[Mailbox]]:
     flat = FlatModel(module)
     initial = flat.weights.clone()
-    workshop = Workshop(flat.layout, **options)  # type: ignore[arg-type]
-    slot = Slot(flat, workshop)
+    context = StepContext(flat.layout, **options)  # type: ignore[arg-type]
+    slot = ModelCopy(flat, context)
     slot.weights[:] = initial.numpy()
-    return slot, workshop, mailboxes(flat.layout, 2)
+    return slot, context, mailboxes(flat.layout, 2)
 
 
 def refuse(graph: fx.Graph) -> Callable[..., Tensor]:
@@ -77,8 +78,8 @@ def test_gradient_moments_and_loss_are_autograds(name: str, recorded: bool) -> N
 
 
 def test_slots_share_a_recording_and_nothing_else() -> None:
-    slot, workshop, boxes = make(build("mnist-bn"), recorded=True)
-    other = Slot(FlatModel(build("mnist-bn")), workshop)
+    slot, context, boxes = make(build("mnist-bn"), recorded=True)
+    other = ModelCopy(FlatModel(build("mnist-bn")), context)
     other.weights[:] = slot.weights * 2
     (x, y), *_ = batches("mnist-bn", (4,))
     eager, _, plain = make(build("mnist-bn"), recorded=False)
@@ -90,7 +91,7 @@ def test_slots_share_a_recording_and_nothing_else() -> None:
         assert other.step(x, y, boxes[1], 0) == second
     assert torch.equal(boxes[0].gradient, plain[0].gradient)
     assert torch.equal(boxes[1].gradient, plain[1].gradient)
-    assert len(workshop.recordings) == 1
+    assert len(context.recordings) == 1
 
 
 class Looks(nn.Linear):
@@ -128,19 +129,19 @@ class Alternates(nn.Linear):
 
 @pytest.mark.parametrize("module", [Looks(6, 3), Remembers(), Alternates()], ids=type)
 def test_what_cannot_be_recorded_goes_on_without(module: nn.Module) -> None:
-    slot, workshop, boxes = make(module, recorded=True)
+    slot, context, boxes = make(module, recorded=True)
     for x, y in batches("mnist", (4,) * 5):
         slot.step(x, y, boxes[0], 0)
-    assert set(workshop.recordings.values()) == {None}
+    assert set(context.recordings.values()) == {None}
 
 
 def test_a_loss_that_is_not_finite_is_recorded_all_the_same() -> None:
-    slot, workshop, boxes = make(build("mnist"), recorded=True)
+    slot, context, boxes = make(build("mnist"), recorded=True)
     slot.weights[:] = float("nan")
     (x, y), *_ = batches("mnist", (4,))
     for _ in range(3):
         slot.step(x, y, boxes[0], 0)
-    assert None not in workshop.recordings.values()
+    assert None not in context.recordings.values()
 
 
 def test_recording_draws_no_random_numbers() -> None:
@@ -152,3 +153,80 @@ def test_recording_draws_no_random_numbers() -> None:
     slot, _, boxes = make(build("images"), recorded=False)
     torch.manual_seed(5)
     assert recorded == [slot.step(x, y, boxes[0], 0) for x, y in data]
+
+
+def interleave(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_mini_batches_together_are_the_same_ones_one_after_the_other(
+    name: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same weights: the gradients' sum to rounding, and each mini-batch's own moments."""
+    monkeypatch.setattr(model_copy.Trial, "next", lambda _: True)
+    flat = FlatModel(build(name))
+    initial = flat.weights.clone()
+    context = StepContext(flat.layout, recorded=recorded, depth=3)
+    joint, boxes = ModelCopy(flat, context), mailboxes(flat.layout, 2)
+    joint.weights[:] = initial.numpy()
+    plain, _, (alone, *_) = make(build(name), recorded=False)
+    data = batches(name, (4,) * 12)
+    for start in range(0, 12, 3):
+        group = data[start : start + 3]
+        x, y = interleave([x for x, _ in group]), interleave([y for _, y in group])
+        box = boxes[0]
+        found = joint.step(x, y, box, 0, 3)
+        expected = torch.zeros_like(box.gradient)
+        losses = []
+        for j, (inputs, targets) in enumerate(group):
+            losses.append(plain.step(inputs, targets, alone, 0).loss)
+            expected += alone.gradient
+            torch.testing.assert_close(box.moments[j], alone.moments[0], rtol=1e-4, atol=1e-5)
+        difference = torch.linalg.vector_norm(box.gradient - expected)
+        assert difference <= 1e-3 * torch.linalg.vector_norm(expected)
+        assert found.loss == pytest.approx(sum(losses) / 3, rel=1e-4)
+        assert found.gradient_norm == pytest.approx(model_copy.norm(box.gradient))
+    assert context.joinable
+    assert bool(context.recordings) == recorded
+
+
+class Mixing(nn.Module):
+    """Subtracts the mean over all rows that it sees, which no layer of ours does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build("mnist-bn")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y - y.mean()
+
+
+def test_a_model_that_mixes_rows_is_not_joined(caplog: pytest.LogCaptureFixture) -> None:
+    def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs**2).mean()  # cross-entropy would not see the subtraction
+
+    flat = FlatModel(Mixing())
+    initial = flat.weights.clone()
+    context = StepContext(flat.layout, loss=squares, recorded=False, depth=2)
+    copy, boxes = ModelCopy(flat, context), mailboxes(flat.layout, 2)
+    copy.weights[:] = initial.numpy()
+    (x0, y0), (x1, y1) = batches("mnist-bn", (4, 4))
+    copy.step(interleave([x0, x1]), interleave([y0, y1]), boxes[0], 0, 2)
+    assert context.joinable is False
+    assert "mixes the rows" in caplog.text
+    copy.step(x0, y0, boxes[1], 0)
+    copy.step(x1, y1, boxes[1], 1)
+    torch.testing.assert_close(boxes[0].gradient, boxes[1].gradient)
+
+
+def test_the_faster_way_is_taken_once_both_have_been_tried() -> None:
+    trial = model_copy.Trial()
+    for _ in range(2 * trial.TRIES):
+        joined = trial.next()
+        assert trial.joined is None
+        trial.add(joined, 2.0 if joined else 1.0)
+    assert trial.joined is False
+    assert not trial.next()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from downpour.models.flat import FlatModel
 from downpour.workers.step.device import CudaDevice, Device, HostDevice, cuda_problem
-from downpour.workers.step.device_slot import DeviceSlot, DeviceWorkshop
-from downpour.workers.step.slot import Mailbox, Slot, Workshop
+from downpour.workers.step.device_model_copy import DeviceModelCopy, DeviceStepContext
+from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
 from tests.helpers.late import LateDevice, Wait
 from tests.helpers.networks import NAMES, batches, build, mailboxes
 
@@ -61,16 +61,19 @@ def story(name: str, slots: list[Any], boxes: list[Mailbox], *, ahead: int) -> l
 def oracle(name: str) -> list[Found]:
     """The same on processors, one step after the other."""
     models = [FlatModel(build(name)) for _ in range(NUM_SLOTS)]
-    workshop = Workshop(models[0].layout, recorded=False)
+    context = StepContext(models[0].layout, recorded=False)
     return story(
-        name, [Slot(m, workshop) for m in models], mailboxes(models[0].layout, NUM_BOXES), ahead=0
+        name,
+        [ModelCopy(m, context) for m in models],
+        mailboxes(models[0].layout, NUM_BOXES),
+        ahead=0,
     )
 
 
 def on(device: Device, name: str, *, direct: bool = True, ahead: int = 1) -> list[Found]:
     models = [FlatModel(build(name)) for _ in range(NUM_SLOTS)]
-    workshop = DeviceWorkshop(models[0].layout, device, direct=direct)
-    slots = [DeviceSlot(m, workshop) for m in models]
+    context = DeviceStepContext(models[0].layout, device, direct=direct)
+    slots = [DeviceModelCopy(m, context) for m in models]
     return story(name, slots, mailboxes(models[0].layout, NUM_BOXES), ahead=ahead)
 
 
@@ -101,13 +104,13 @@ def test_late_copies_change_nothing(name: str, seed: int | None, direct: bool) -
 def test_a_result_may_be_left_unread() -> None:
     """Berths are few: the third step waits for the first, whoever reads what it found."""
     model = FlatModel(build("mnist-bn"))
-    workshop = DeviceWorkshop(model.layout, LateDevice())
-    slot, boxes = DeviceSlot(model, workshop), mailboxes(model.layout, NUM_BOXES)
+    context = DeviceStepContext(model.layout, LateDevice())
+    slot, boxes = DeviceModelCopy(model, context), mailboxes(model.layout, NUM_BOXES)
     slot.weights[:] = FlatModel(build("mnist-bn")).weights.numpy()
     data = batches("mnist-bn", SIZES[:NUM_BOXES])
     results = [slot.step(x, y, boxes[i], 0) for i, (x, y) in enumerate(data)]
     plain = FlatModel(build("mnist-bn"))
-    direct = Slot(plain, Workshop(plain.layout, recorded=False))
+    direct = ModelCopy(plain, StepContext(plain.layout, recorded=False))
     direct.weights[:] = FlatModel(build("mnist-bn")).weights.numpy()
     others = mailboxes(plain.layout, NUM_BOXES)
     for i, (x, y) in enumerate(data):
@@ -139,14 +142,16 @@ def test_without_this_wait_the_results_are_others(wait: Wait) -> None:
 def test_without_the_wait_for_a_berth_the_results_are_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert same(on(LateDevice(), "mnist-bn", ahead=3), oracle("mnist-bn")), "berths are waited for"
+    assert same(on(LateDevice(), "mnist-bn", ahead=3), oracle("mnist-bn")), (
+        "step buffers are waited for"
+    )
 
-    def berth(self: DeviceWorkshop) -> Any:
-        found = self._berths[self._next]
-        self._next = (self._next + 1) % len(self._berths)
+    def buffers(self: DeviceStepContext) -> Any:
+        found = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
         return found
 
-    monkeypatch.setattr(DeviceWorkshop, "berth", berth)
+    monkeypatch.setattr(DeviceStepContext, "buffers", buffers)
     assert not same(on(LateDevice(), "mnist-bn", ahead=3), oracle("mnist-bn"))
 
 

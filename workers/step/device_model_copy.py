@@ -1,4 +1,4 @@
-"""A slot whose model lives on a device; `workers.step.slot` has the slot for processors.
+"""A slot whose model lives on a device; `workers.step.model_copy` has the slot for processors.
 
 Weights go up in one copy from the page-locked buffer that a pull writes to; gradient and moments
 come down to the mailbox, and with them, in one copy more, loss and gradient norm. A step only gives
@@ -23,10 +23,10 @@ from downpour.models.layout import Layout
 from downpour.models.registry import Loss
 from downpour.workers.step.device import Device, Stream
 from downpour.workers.step.eager import differentiate
-from downpour.workers.step.slot import Mailbox, StepResult, norm, root
+from downpour.workers.step.model_copy import Mailbox, StepResult, norm, root
 
 
-class Late:
+class PendingResult:
     """What a step will have found: reading it waits until all of it is in the mailbox."""
 
     def __init__(self, finish: Callable[[], StepResult]) -> None:
@@ -51,7 +51,7 @@ class Late:
         return self.wait().gradient_norm
 
 
-class _Berth:
+class _StepBuffers:
     """Room for one step that is under way, on the device and on the host."""
 
     def __init__(self, layout: Layout, device: Device) -> None:
@@ -70,7 +70,7 @@ class _Berth:
         self._host_gradient: Tensor | None = None
         self._host_moments: Tensor | None = None
         self._rooms: dict[str, tuple[Tensor, Tensor]] = {}
-        self.result: Late | None = None
+        self.result: PendingResult | None = None
         """Of the last step that was here."""
 
     @property
@@ -101,8 +101,8 @@ class _Berth:
         return there
 
 
-class DeviceWorkshop:
-    """What the slots of a process share: the device, room for moments, and berths."""
+class DeviceStepContext:
+    """What the slots of a process share: the device, room for moments, and step buffers."""
 
     def __init__(
         self,
@@ -117,30 +117,30 @@ class DeviceWorkshop:
         self.loss = loss.to(device.where) if isinstance(loss, nn.Module) else loss
         self.direct = direct
         self.moments = torch.zeros(3, layout.num_features, device=device.where)
-        self._berths = [_Berth(layout, device) for _ in range(device.ahead + 1)]
+        self._buffers = [_StepBuffers(layout, device) for _ in range(device.ahead + 1)]
         self._next = 0
         device.finish()
 
-    def berth(self) -> _Berth:
-        """The berth whose step was begun first; waits until that is over."""
-        berth = self._berths[self._next]
-        self._next = (self._next + 1) % len(self._berths)
-        if berth.result is not None:
-            berth.result.wait()
-        return berth
+    def buffers(self) -> _StepBuffers:
+        """The buffers whose step was begun first; waits until that is over."""
+        buffers = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        if buffers.result is not None:
+            buffers.result.wait()
+        return buffers
 
 
-class DeviceSlot:
-    """The weights and the model of one concurrent step; see `workers.step.slot.Slot`."""
+class DeviceModelCopy:
+    """The weights and the model of one concurrent step; see `workers.step.model_copy.ModelCopy`."""
 
-    def __init__(self, model: FlatModel, workshop: DeviceWorkshop) -> None:
+    def __init__(self, model: FlatModel, context: DeviceStepContext) -> None:
         """Bind `model` to weights of this slot's own, on the device."""
-        device, num_parameters = workshop.device, model.layout.num_parameters
-        self._workshop = workshop
+        device, num_parameters = context.device, model.layout.num_parameters
+        self._context = context
         self._there = torch.zeros(num_parameters, device=device.where)
         self._here = device.page_locked(num_parameters).zero_()
         self._weights: npt.NDArray[np.float32] = self._here.numpy()
-        model.bind(self._there, moments=workshop.moments)
+        model.bind(self._there, moments=context.moments)
         self._module = model.module.train()
         _move_buffers(self._module, device.where)
         self._trained = [(i, p) for i, p in enumerate(model.parameters) if p.requires_grad]
@@ -160,37 +160,40 @@ class DeviceSlot:
         self._filled = True
         return self._weights
 
-    def step(self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, index: int) -> Late:
+    def step(
+        self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, index: int, together: int = 1
+    ) -> PendingResult:
         """Begin on a mini-batch's gradient; `index` is its place in the push, from 0.
 
         From the second on, the gradient is added to those before it, whose results must have been
         read by then. Inputs and targets may be used again at once, the mailbox when the result
-        has been read.
+        has been read. Mini-batches are not joined here: `together` is 1.
         """
-        workshop, device = self._workshop, self._workshop.device
-        berth = workshop.berth()
+        assert together == 1
+        context, device = self._context, self._context.device
+        buffers = context.buffers()
         up, compute, down = device.up, device.compute, device.down
         if self._filled:
             self._filled = False
             up.wait(self._computed)  # steps on the weights of before
             up.copy(self._there, self._here)
             self._uploaded = up.record()
-        x, y = berth.send(up, "inputs", inputs), berth.send(up, "targets", targets)
+        x, y = buffers.send(up, "inputs", inputs), buffers.send(up, "targets", targets)
         compute.wait(up.record())
-        compute.run(lambda: self._compute(berth, x, y))
+        compute.run(lambda: self._compute(buffers, x, y))
         self._computed = compute.record()
         down.wait(self._computed)
-        direct, first = workshop.direct, index == 0
-        gradient = mailbox.gradient if direct and first else berth.host_gradient
-        moments = mailbox.moments[index] if direct else berth.host_moments
-        down.copy(gradient, berth.box.gradient)
-        down.copy(moments, berth.box.moments[0])
-        down.copy(berth.host_tail, berth.tail)
+        direct, first = context.direct, index == 0
+        gradient = mailbox.gradient if direct and first else buffers.host_gradient
+        moments = mailbox.moments[index] if direct else buffers.host_moments
+        down.copy(gradient, buffers.box.gradient)
+        down.copy(moments, buffers.box.moments[0])
+        down.copy(buffers.host_tail, buffers.tail)
         done = down.record()
 
         def finish() -> StepResult:
             done.wait()
-            loss, square = berth.host_tail.tolist()
+            loss, square = buffers.host_tail.tolist()
             if not direct:
                 mailbox.moments[index].copy_(moments)
             if not first:
@@ -200,17 +203,17 @@ class DeviceSlot:
                 mailbox.gradient.copy_(gradient)
             return StepResult(loss=loss, gradient_norm=root(square))
 
-        berth.result = Late(finish)
-        return berth.result
+        buffers.result = PendingResult(finish)
+        return buffers.result
 
-    def _compute(self, berth: _Berth, inputs: Tensor, targets: Tensor) -> None:
-        box = berth.box
+    def _compute(self, buffers: _StepBuffers, inputs: Tensor, targets: Tensor) -> None:
+        box = buffers.box
         places = box.views
         if len(self._trained) < len(places):
             box.gradient.zero_()  # the rest is not written to
             places = tuple(places[i] for i, _ in self._trained)
         loss = differentiate(
-            self._workshop.loss,
+            self._context.loss,
             self._module,
             inputs,
             targets,
@@ -218,9 +221,9 @@ class DeviceSlot:
             places,
             box.gradient,
         )
-        box.moments[0].copy_(self._workshop.moments)
-        berth.tail[0].copy_(loss)
-        berth.tail[1].copy_(torch.dot(box.gradient, box.gradient))
+        box.moments[0].copy_(self._context.moments)
+        buffers.tail[0].copy_(loss)
+        buffers.tail[1].copy_(torch.dot(box.gradient, box.gradient))
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

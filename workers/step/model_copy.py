@@ -1,0 +1,445 @@
+"""A model copy: weights of its own, and one training step on them.
+
+A model copy reads weights that were pulled into a private buffer. It leaves the gradient and the
+moments of its mini-batches in a mailbox, where the parameter server finds them. Mailboxes belong
+to the process; a step is given one that is free.
+
+A step takes one mini-batch, or several that begin on the same weights and are computed in one
+pass (`together`). Batch normalization sees each of them by itself, as the paper's mini-batch
+demands (`models.batchnorm`), so the outcome is that of one after the other, up to rounding: the
+gradient is their gradients' sum, and each leaves moments of its own. Before a model's mini-batches
+are joined, one pass is compared with separate ones; a model that mixes the rows of a mini-batch in
+some other way is not joined.
+
+After some steps on mini-batches of one shape the step is recorded (`workers.step.recording`). The
+recording runs in its place from then on, if on one mini-batch it gives the same loss, gradient and
+moments to the bit.
+
+Not here: models on a device (`device_model_copy`), and whose turn it is (`workers.replica`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
+
+from downpour.models.batchnorm import BatchNorm
+from downpour.models.flat import FlatModel
+from downpour.models.layout import Layout
+from downpour.models.registry import Loss
+from downpour.workers.step.eager import differentiate
+from downpour.workers.step.recording import CannotRecord, Recording, record
+
+log = logging.getLogger(__name__)
+
+RECORD_AFTER = 1
+"""Steps of a process on mini-batches of one shape after which the step is recorded."""
+ROW_MEANS = frozenset({functional.cross_entropy})
+"""Losses that are means over rows: over equal mini-batches they are the mean of their losses."""
+TOLERANCE = 1e-7
+"""Largest difference, relative to its norm, of a joined gradient from the separate ones' sum, in
+float64: rounding stays far below, a layer that mixes mini-batches far above."""
+
+_Shape = tuple[object, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step found."""
+
+    loss: float
+    """Mean loss over the step's examples; of cross-entropy, in nats."""
+    gradient_norm: float
+    """Euclidean norm of what is in the mailbox now."""
+
+
+class Mailbox:
+    """Where a push's gradient float32 [P] and moments float32 [depth, 3, F] are left."""
+
+    def __init__(self, index: int, layout: Layout, gradient: Tensor, moments: Tensor) -> None:
+        """The process's mailbox number `index`."""
+        self.index = index
+        self.gradient = gradient
+        self.moments = moments
+        self.views = tuple(
+            gradient[entry.start : entry.stop].view(entry.shape) for entry in layout.entries
+        )
+        """The gradient by parameter, in the layout's order."""
+
+
+class JointLoss:
+    """The sum of the losses of k mini-batches whose rows are interleaved.
+
+    Row `i*k + j` of outputs and targets is example i of mini-batch j.
+    """
+
+    def __init__(self, loss: Loss, together: int) -> None:
+        """`loss` gives the mean over one mini-batch."""
+        self._loss = loss
+        self._together = together
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Outputs [m*k, ...], or nested tuples, lists and dicts of such, to a scalar."""
+        k = self._together
+        if self._loss in ROW_MEANS:
+            return k * self._loss(outputs, targets)
+        parts = [self._loss(_rows(outputs, j, k), targets[j::k]) for j in range(k)]
+        return torch.stack(parts).sum()
+
+
+def _rows(values: Any, first: int, step: int) -> Any:
+    """Every `step`-th row of all tensors in nested values, from `first`."""
+    if isinstance(values, Tensor):
+        return values[first::step]
+    if isinstance(values, dict):
+        return type(values)((k, _rows(v, first, step)) for k, v in values.items())
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(_rows(v, first, step) for v in values))
+    if isinstance(values, list | tuple):
+        return type(values)(_rows(v, first, step) for v in values)
+    return values
+
+
+class Trial:
+    """One pass over several mini-batches, or a pass over each: whichever is faster here.
+
+    Small layers gain from a joint pass, whose kernels are larger. Large feature maps may lose: one
+    mini-batch's stay in the processor's cache, several do not.
+    """
+
+    TRIES = 7
+    """Of each way; the last three count, when steps are recorded and memory has been touched."""
+
+    def __init__(self) -> None:
+        self.joined: bool | None = None
+        """The faster way, once it is known."""
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def next(self) -> bool:
+        """Whether the next mini-batches are to be computed in one pass."""
+        if self.joined is not None:
+            return self.joined
+        return len(self._seconds[True]) < self.TRIES
+
+    def add(self, joined: bool, seconds: float) -> None:
+        """Take note of how long that took, in seconds of the thread."""
+        if self.joined is not None:
+            return
+        self._seconds[joined].append(seconds)
+        if len(self._seconds[False]) == self.TRIES:
+            together, separately = (min(self._seconds[way][-3:]) for way in (True, False))
+            self.joined = together <= separately
+
+
+class StepContext:
+    """What the model copies of a process share: room for moments, and recordings by shape."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        loss: Loss = functional.cross_entropy,
+        recorded: bool = True,
+        record_after: int = RECORD_AFTER,
+        depth: int = 1,
+    ) -> None:
+        """Room for steps of up to `depth` mini-batches together.
+
+        Args:
+            layout: of the model.
+            loss: `(outputs, targets) -> mean loss` of a mini-batch.
+            recorded: whether steps are recorded at all.
+            record_after: steps of one shape before it is recorded.
+            depth: most mini-batches of a step.
+        """
+        self.recordings: dict[_Shape, Recording | None] = {}
+        """By the shapes of a step; None where there is no recording to be had."""
+        self.joinable: bool | None = None
+        """Whether mini-batches may be joined; None until it has been tried."""
+        self._trials: dict[int, Trial] = {}
+        self._loss = loss
+        self._losses: dict[int, Loss] = {1: loss}
+        self._moments: dict[int, Tensor] = {}
+        self._columns: dict[int, Tensor] = {}
+        self._spare: Mailbox | None = None
+        self._layout = layout
+        self._depth = depth
+        self._seen: Counter[_Shape] = Counter()
+        self._recorded = recorded
+        self._record_after = record_after
+
+    def loss(self, together: int) -> Loss:
+        """The loss of so many mini-batches: the sum of theirs."""
+        if together not in self._losses:
+            self._losses[together] = JointLoss(self._loss, together)
+        return self._losses[together]
+
+    def moments(self, together: int) -> Tensor:
+        """Where a forward over so many mini-batches leaves moments, float32 [3, k*F]."""
+        if together not in self._moments:
+            self._moments[together] = torch.zeros(3, together * self._layout.num_features)
+        return self._moments[together]
+
+    def columns(self, together: int) -> Tensor:
+        """Where in `moments` each mini-batch's are, int64 [k*F], mini-batch by mini-batch."""
+        if together not in self._columns:
+            self._columns[together] = self._layout.moment_columns(together).flatten()
+        return self._columns[together]
+
+    def trial(self, together: int) -> Trial:
+        """Which way of computing so many mini-batches is the faster one here."""
+        if together not in self._trials:
+            self._trials[together] = Trial()
+        return self._trials[together]
+
+    def spare(self) -> Mailbox:
+        """A mailbox that is never pushed, made when it is first wanted."""
+        if self._spare is None:
+            self._spare = Mailbox(
+                -1,
+                self._layout,
+                torch.zeros(self._layout.num_parameters),
+                torch.zeros(self._depth, 3, self._layout.num_features),
+            )
+        return self._spare
+
+    def due(self, shape: _Shape) -> bool:
+        """Count one more step of this shape; whether it is now time to record it."""
+        if not self._recorded or shape in self.recordings:
+            return False
+        self._seen[shape] += 1
+        return self._seen[shape] > self._record_after
+
+
+class ModelCopy:
+    """Weights float32 [P] of its own, and the model that reads them."""
+
+    def __init__(self, model: FlatModel, context: StepContext) -> None:
+        """Bind `model` to weights of this copy's own."""
+        layout = model.layout
+        self.weights: npt.NDArray[np.float32] = np.zeros(layout.num_parameters, np.float32)
+        self._context = context
+        self._model = model
+        self._together = 0
+        self._bind(1)
+        self._module = model.module.train()
+        self._trained = [(i, p) for i, p in enumerate(model.parameters) if p.requires_grad]
+        self._parameters = [p for _, p in self._trained]
+        self._statics: dict[_Shape, tuple[Tensor, ...]] = {}
+
+    def _bind(self, together: int) -> None:
+        """Have the model's layers take so many mini-batches at a time."""
+        if together != self._together:
+            moments = self._context.moments(together)
+            self._model.bind(torch.from_numpy(self.weights), moments=moments, together=together)
+            self._together = together
+
+    def step(
+        self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, index: int, together: int = 1
+    ) -> StepResult:
+        """Leave the gradient and the moments of one mini-batch, or of several of equal size.
+
+        From the second mini-batch of a push on, the gradient is added to those before it.
+
+        Args:
+            inputs: float32 [m*together, ...]; example i of mini-batch j is row i*together + j.
+            targets: [m*together, ...], likewise.
+            mailbox: where they are left.
+            index: place of the first of the mini-batches in the push, from 0.
+            together: mini-batches.
+        """
+        context = self._context
+        if together > 1 and context.joinable is None:
+            context.joinable = self._can_join(inputs, targets, together)
+        if together == 1:
+            return self._pass(inputs, targets, mailbox, index, 1)
+        if not context.joinable:
+            return self._separately(inputs, targets, mailbox, index, together)
+        trial = context.trial(together)
+        joined, began_s = trial.next(), time.thread_time()
+        compute = self._pass if joined else self._separately
+        result = compute(inputs, targets, mailbox, index, together)
+        if trial.joined is None:
+            trial.add(joined, time.thread_time() - began_s)
+        return result
+
+    def _separately(
+        self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, index: int, together: int
+    ) -> StepResult:
+        """A pass over each of the mini-batches."""
+        losses = 0.0
+        for j in range(together):
+            x, y = inputs[j::together].contiguous(), targets[j::together].contiguous()
+            result = self._pass(x, y, mailbox, index + j, 1)
+            losses += result.loss
+        return StepResult(loss=losses / together, gradient_norm=result.gradient_norm)
+
+    def _pass(
+        self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, index: int, together: int
+    ) -> StepResult:
+        """One pass over all of them."""
+        context = self._context
+        shape = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, together)
+        if context.due(shape):
+            self._record(shape, inputs, targets, together)
+        target = mailbox if index == 0 else context.spare()
+        loss = self._compute(shape, inputs, targets, target, together)
+        if target is not mailbox:
+            mailbox.gradient.add_(target.gradient)
+        self._leave_moments(mailbox, index, together)
+        return StepResult(loss=loss.item() / together, gradient_norm=norm(mailbox.gradient))
+
+    def _leave_moments(self, mailbox: Mailbox, index: int, together: int) -> None:
+        moments = self._context.moments(together)
+        if together == 1:
+            mailbox.moments[index].copy_(moments)
+        elif moments.numel():
+            found = torch.index_select(moments, 1, self._context.columns(together))
+            place = mailbox.moments[index : index + together]
+            place.copy_(found.view(3, together, -1).transpose(0, 1))
+
+    def _compute(
+        self, shape: _Shape, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
+    ) -> Tensor:
+        """Leave the sum of the gradients in `mailbox`; gives the sum of the losses."""
+        if len(self._trained) < len(mailbox.views):
+            mailbox.gradient.zero_()  # the rest is not written to
+        recording = self._context.recordings.get(shape)
+        if recording is None:
+            return self._compute_eagerly(inputs, targets, mailbox, together)
+        statics = self._statics.get(shape)
+        if statics is None:
+            moments = self._context.moments(together)
+            statics = self._statics[shape] = recording.bind(self._model.weights, moments)
+        return recording.run(inputs, targets, statics, self._places(mailbox))
+
+    def _compute_eagerly(
+        self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
+    ) -> Tensor:
+        self._bind(together)
+        return differentiate(
+            self._context.loss(together),
+            self._module,
+            inputs,
+            targets,
+            self._parameters,
+            self._places(mailbox),
+            mailbox.gradient,
+        )
+
+    def _places(self, mailbox: Mailbox) -> tuple[Tensor, ...]:
+        if len(self._trained) == len(mailbox.views):
+            return mailbox.views
+        return tuple(mailbox.views[i] for i, _ in self._trained)
+
+    def _can_join(self, inputs: Tensor, targets: Tensor, together: int) -> bool:
+        """Whether one pass over these mini-batches finds what a pass over each does.
+
+        They are compared in float64, where rounding cannot be taken for a difference. Dropout is
+        left out of it: it draws for each row by itself.
+        """
+        random_state = torch.get_rng_state()
+        try:
+            module = copy.deepcopy(self._module).double()
+            for dropout in [m for m in module.modules() if isinstance(m, _DropoutNd)]:
+                dropout.eval()
+            joined = self._pass_in_double(module, inputs, targets, together)
+            separate = [
+                self._pass_in_double(module, inputs[j::together], targets[j::together], 1)
+                for j in range(together)
+            ]
+        except Exception as error:  # whatever it is, the mini-batches are computed one by one
+            log.warning("mini-batches are not joined: %s: %s", type(error).__name__, error)
+            return False
+        finally:
+            torch.set_rng_state(random_state)
+        gradient = torch.stack([g for g, _ in separate]).sum(0)
+        means = torch.stack([m for _, m in separate])
+        if _close(joined[0], gradient) and _close(joined[1], means.flatten()):
+            return True
+        log.warning("mini-batches are not joined: this model mixes the rows of a mini-batch")
+        return False
+
+    def _pass_in_double(
+        self, module: nn.Module, inputs: Tensor, targets: Tensor, together: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient by all trained parameters, and each mini-batch's means."""
+        norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+        for layer in norms:
+            layer.unbind(together)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        x = inputs.double() if inputs.is_floating_point() else inputs
+        y = targets.double() if targets.is_floating_point() else targets
+        loss = self._context.loss(together)(module(x), y)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        means = [layer.batch_mean.view(together, -1) for layer in norms]
+        return (
+            torch.cat([g.flatten() for g in found]),
+            torch.cat(means, 1).flatten() if means else torch.zeros(0),
+        )
+
+    def _record(self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
+        """Record a step of this shape, and keep the recording if it does what the step does."""
+        context = self._context
+        context.recordings[shape] = None
+        random_state = torch.get_rng_state()
+        try:
+            self._bind(together)
+            recording = record(self._model, context.loss(together), inputs, targets)
+            torch.set_rng_state(random_state)
+            expected = self._outcome(shape, inputs, targets, together)
+            context.recordings[shape] = recording
+            torch.set_rng_state(random_state)
+            if all(map(_same_bits, expected, self._outcome(shape, inputs, targets, together))):
+                log.info("steps on mini-batches of %s are recorded", list(inputs.shape))
+                return
+            log.warning("a recorded step gives other results: steps are not recorded")
+        except CannotRecord as error:
+            log.info("steps are not recorded: %s", error)
+        except Exception as error:  # whatever it is, the step itself goes on without
+            log.warning("steps are not recorded: %s: %s", type(error).__name__, error)
+        finally:
+            torch.set_rng_state(random_state)
+        context.recordings[shape] = None
+
+    def _outcome(
+        self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int
+    ) -> tuple[Tensor, ...]:
+        spare = self._context.spare()
+        spare.gradient.zero_()
+        for place in self._places(spare):
+            place.fill_(math.nan)  # so that one that is not written to shows
+        loss = self._compute(shape, inputs, targets, spare, together)
+        return loss, spare.gradient.clone(), self._context.moments(together).clone()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two float64 tensors differ by rounding alone; not, if they are not finite."""
+    return bool(torch.linalg.vector_norm(a - b) <= TOLERANCE * torch.linalg.vector_norm(b))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # Not `torch.equal`, to which NaN is not NaN.
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def norm(gradient: Tensor) -> float:
+    """Euclidean norm of a gradient float32 [P]; NaN if it has no norm."""
+    return root(torch.dot(gradient, gradient).item())
+
+
+def root(square: float) -> float:
+    """The norm of which this is the square."""
+    return math.sqrt(square) if square >= 0 else math.nan
