@@ -5,9 +5,10 @@ split. Everybody has the same cores, the best setting that the same search finds
 number of seeds, none of them the search's. The rounds take one training of each, one after the
 other.
 
-The comparison favours the others where it has to favour somebody. Their clock stands still while
-they are scored, and each look counts with their running statistics or with those of Algorithm 2,
-whichever are better. This system is scored beside its training, on the same cores and on the clock.
+A look counts with the moving BN statistics of training or with those of Algorithm 2, whichever are
+better. Beyond that the comparison favours the others: their clock stands still while they are
+scored, and their optimizer is torch's fused one. This system is scored beside its training, on the
+same cores and on the clock.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ def _notes(result: Mapping[str, Any], seeds: int) -> tuple[str, ...]:
         f"mini-batch, rate and decay an epoch, from the same search for all: {settings}.",
         f"seconds are medians of {seeds} seed(s); the ratio is that of training seconds to the "
         "plain loop's. Wall seconds are from the command on, scoring left out.",
-        "the others are scored off the clock, with their running statistics or Algorithm 2's, "
-        "whichever are better. This system is scored beside its training, on the same cores and "
-        "on the clock; its seconds are those at which the weights that were scored came about.",
+        "all are scored with the BN statistics of training or Algorithm 2's, whichever are better: "
+        "the others off the clock, this system beside its training, on the same cores and on the "
+        "clock. Its seconds are those at which the weights that were scored came about.",
     )

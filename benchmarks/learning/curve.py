@@ -86,7 +86,8 @@ def curve_of_run(
     without an update.
 
     Args:
-        lines: those of evaluations, which have `accuracy`, and of rates, as they were written.
+        lines: those of evaluations, which have `accuracy`, and of rates, as they were written. If
+            an evaluation has `moving_accuracy` too, that is with the moving averages of training.
         asked_at: Unix time of the command.
         epoch_examples: training examples in an epoch.
         ended: why the training ended.
@@ -121,7 +122,8 @@ def curve_of_run(
                 updates=version,
                 epoch=examples / epoch_examples,
                 seconds=max(0.0, at - began_at),
-                accuracy=line["accuracy"],
+                accuracy=line.get("moving_accuracy", line["accuracy"]),
+                accuracy_recomputed=line["accuracy"] if "moving_accuracy" in line else None,
             )
         )
     return Curve(startup_s=began_at - asked_at, scoring_s=None, looks=tuple(looks), ended=ended)

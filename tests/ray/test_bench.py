@@ -67,7 +67,7 @@ def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
         assert found["best_accuracy"] > 0.3, name
         assert found["goals"]["0.3"]["arrived"] == 1
         assert found["goals"]["0.3"]["training_s"] > 0
-        assert found["startup_s"] == curve["startup_s"] > 0
+        assert curve["startup_s"] > 0
         examples = [look["examples"] for look in curve["looks"]]
         assert examples[0] > 0
         assert examples == sorted(examples)

@@ -56,6 +56,16 @@ def test_a_run_counts_from_its_first_update_to_the_scored_version() -> None:
     assert curve.scoring_s is None
 
 
+def test_a_run_is_scored_with_both_statistics_if_it_tells_both() -> None:
+    lines = [
+        rates(101.0, 0),
+        rates(102.0, 1000),
+        {**scored(102.0, 900, 0.9), "moving_accuracy": 0.8},
+    ]
+    (found,) = curve_of_run(lines, asked_at=90.0, epoch_examples=32, ended="arrived").looks
+    assert (found.accuracy, found.accuracy_recomputed, found.best) == (0.8, 0.9, 0.9)
+
+
 def test_training_does_not_begin_before_a_line_without_updates() -> None:
     lines = [rates(101.9, 0), rates(102.0, 500), rates(103.0, 1000), scored(103.0, 1000, 0.8)]
     curve = curve_of_run(lines, asked_at=90.0, epoch_examples=32, ended="arrived")
