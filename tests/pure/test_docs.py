@@ -130,7 +130,7 @@ def wrong(span: str) -> str | None:
     if re.fullmatch(r"[\w.-]+(/[\w.{},-]+)+", word) and word.split("/")[0] in IN_ROOT:
         return None if (ROOT / word).exists() else "is no path of the repository"
     if re.fullmatch(r"[\w-]+", word) and span.endswith("/") and word not in IN_ROOT:
-        inside = (ROOT / p / word for p in (*PACKAGES, "tests"))
+        inside = (path for p in (*PACKAGES, "tests") for path in (ROOT / p).rglob(word))
         return None if any(path.is_dir() for path in inside) else "is no folder"
     if re.fullmatch(r"[\w-]+", word) is None and word.endswith(SUFFIXES) and "/" not in word:
         if not re.fullmatch(r"[\w.-]+", word) or word in ELSEWHERE or (ROOT / word).exists():
