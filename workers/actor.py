@@ -256,11 +256,11 @@ class EvaluatorActor:
 
     def _score(self) -> tuple[Score, Score | None, int]:
         """The score that counts, that of the server's averages, mini-batches recomputed on."""
-        began_s = time.monotonic()
+        began_s = time.thread_time()
         moving = self._evaluator.score()
         if self._sample is None:
             return moving, None, 0
-        most_s = max(self._most_s, time.monotonic() - began_s)
+        most_s = max(self._most_s, time.thread_time() - began_s)
         try:
             estimate = self._evaluator.recompute(self._sample(), most_s=most_s)
         except MomentsError:  # these weights give nothing that is finite

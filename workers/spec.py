@@ -175,7 +175,8 @@ class RecomputeSpec:
     seed: int
     """Of the run: names the random streams."""
     most_s: float
-    """Seconds that it may take, or as many as a pass over the scored split if these are more."""
+    """Processor seconds that it may take, or as many as a pass over the scored split takes if these
+    are more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from downpour.cluster.cli.shared import (
@@ -16,6 +17,7 @@ from downpour.cluster.cli.shared import (
 from downpour.cluster.config import recipes
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.config.settings import OptionalValue
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import MAX_REPLICAS, STATUS, RunFolder
 from downpour.workers.spec import DeviceName
@@ -69,12 +71,22 @@ def train(
 @click.option(
     "--replica-device", type=click.Choice(get_args(DeviceName)), help="Another one to compute on."
 )
+@click.option(
+    "--stop-at-accuracy", type=OptionalValue(click.FLOAT), help="Another one to finish at, or none."
+)
+@click.option(
+    "--patience", type=OptionalValue(click.INT), help="Another number of scorings, or none."
+)
 @with_ray_options
+@click.pass_context
 def resume(
+    context: click.Context,
     run: Path,
     replicas: int | None,
     partitions: int | None,
     replica_device: DeviceName | None,
+    stop_at_accuracy: float | None,
+    patience: int | None,
     address: str | None,
     dashboard: bool,
 ) -> int:
@@ -83,7 +95,16 @@ def resume(
 
     folder = RunFolder.open(run)
     data = inputs.check_data(recipes.admit(folder.config()))
-    change.change(folder, data, replicas=replicas, partitions=partitions, device=replica_device)
+    ends = {"stop_at_accuracy": stop_at_accuracy, "patience": patience}
+    default = ParameterSource.DEFAULT
+    change.change(
+        folder,
+        data,
+        replicas=replicas,
+        partitions=partitions,
+        device=replica_device,
+        until={k: v for k, v in ends.items() if context.get_parameter_source(k) is not default},
+    )
     return launch.train(
         folder,
         data,

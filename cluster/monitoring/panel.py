@@ -63,6 +63,8 @@ def training_panel(
         accuracy = _value(percent_text(p.accuracy), style="bold green")
         if p.best_accuracy is not None:
             accuracy.append(f"   best {percent_text(p.best_accuracy)}", style="dim")
+        if p.stop_at_accuracy is not None:
+            accuracy.append(f"   until {percent_text(p.stop_at_accuracy)}", style="dim")
         add("accuracy", accuracy, _spark(history["accuracy"], "green"))
         add("loss", _value(number_text(p.loss)), _spark(history["loss"], "yellow"))
     if p.updates_per_s is not None or p.examples_per_s is not None:

@@ -58,6 +58,9 @@ class Progress:
     best_accuracy: float | None = None
     """The highest validation accuracy@1 so far."""
 
+    stop_at_accuracy: float | None = None
+    """The accuracy@1 at which the run is finished, if there is one."""
+
     staleness_mean: float | None = None
     """Mean staleness, in versions."""
 
@@ -106,7 +109,9 @@ def plain_line(progress: Progress) -> str:
         parts.append(f"{progress.fraction:.0%}")
     if progress.accuracy is not None:
         best = progress.best_accuracy
-        beside = "" if best is None else f" (best {percent_text(best)})"
+        goal = progress.stop_at_accuracy
+        until = "" if goal is None else f", until {percent_text(goal)}"
+        beside = "" if best is None else f" (best {percent_text(best)}{until})"
         parts.append(f"accuracy {percent_text(progress.accuracy)}{beside}")
     if progress.loss is not None:
         parts.append(f"loss {number_text(progress.loss)}")

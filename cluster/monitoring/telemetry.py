@@ -266,6 +266,7 @@ class Telemetry:
             loss=self._loss,
             accuracy=self.accuracy,
             best_accuracy=self.best_accuracy,
+            stop_at_accuracy=policy.stop_at_accuracy,
             staleness_mean=self._staleness.get("mean"),
             staleness_p99=self._staleness.get("p99"),
             replicas_alive=alive,

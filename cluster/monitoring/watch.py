@@ -110,6 +110,7 @@ def progress(folder: RunFolder) -> Progress:
         loss=status.get("loss"),
         accuracy=accuracies[-1] if accuracies else None,
         best_accuracy=max(accuracies, default=None),
+        stop_at_accuracy=config.policy.stop_at_accuracy,
         staleness_mean=status.get("staleness_mean"),
         staleness_p99=status.get("staleness_p99"),
         replicas_alive=status.get("replicas_alive"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from downpour.cluster.config import recipes
 from downpour.cluster.config.derive import model_spec, update_config
@@ -22,8 +23,13 @@ def change(
     replicas: int | None = None,
     partitions: int | None = None,
     device: DeviceName | None = None,
+    until: Mapping[str, float | int | None] | None = None,
 ) -> None:
-    """Have the run go on with other numbers of these, or on another device, where given."""
+    """Have the run go on with other numbers of these, or on another device, where given.
+
+    `until` holds those of `stop_at_accuracy` and `patience` that are to be others; None ends the
+    run at its epochs only.
+    """
     config = recipes.admit(folder.config())
     members = config.replicas
     if replicas is not None:
@@ -33,7 +39,8 @@ def change(
             members, steps=dataclasses.replace(members.steps, device=device)
         )
     try:
-        config = dataclasses.replace(config, replicas=members)
+        policy = dataclasses.replace(config.policy, **(until or {}))  # type: ignore[arg-type]
+        config = dataclasses.replace(config, replicas=members, policy=policy)
     except ValueError as error:
         raise UserError(f"{folder.path} cannot go on so: {error}") from None
     with folder.locked():

@@ -52,6 +52,8 @@ def test_the_panel_shows_every_number():
     ):
         assert part in text
     assert len({len(line) for line in text.splitlines()}) == 1  # the border closes
+    until = dataclasses.replace(FULL, stop_at_accuracy=0.985)
+    assert "best 97.90%   until 98.50%" in rendered(until)
 
 
 def test_the_panel_before_anything_is_known():

@@ -69,7 +69,7 @@ def test_it_ends_once_the_estimate_is_good_enough() -> None:
     assert fine.standard_error <= 0.01
     # A standard error falls with the square root of the number of mini-batches.
     assert fine.num_batches == pytest.approx(25 * rough.num_batches, rel=0.5)
-    whole = population_statistics(model, itertools.islice(endless(model), 20_000))
+    whole = population_statistics(model, itertools.islice(endless(model), 3000))
     assert disagreement(fine.statistics, whole) < 3 * 0.01
     assert disagreement(rough.statistics, whole) < 3 * 0.05
 
