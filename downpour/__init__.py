@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from downpour.cluster.config.policy import PolicyConfig
     from downpour.cluster.config.run import RunConfig
     from downpour.cluster.errors import UserError
-    from downpour.cluster.training.api import resume, train
+    from downpour.cluster.training.api import RunStopped, resume, train
     from downpour.models.batchnorm import BatchNorm
     from downpour.models.layers import ConvBN, LinearBN
     from downpour.paramserver.config import NetworkConfig, ServerConfig
@@ -52,6 +52,7 @@ _HOMES = {
     "PolicyConfig": "cluster.config.policy",
     "ReplicaConfig": "workers.config",
     "RunConfig": "cluster.config.run",
+    "RunStopped": "cluster.training.api",
     "Schedule": "paramserver.rules.schedule",
     "ServerConfig": "paramserver.config",
     "StepConfig": "workers.spec",
@@ -76,6 +77,7 @@ __all__ = [
     "PolicyConfig",
     "ReplicaConfig",
     "RunConfig",
+    "RunStopped",
     "Schedule",
     "ServerConfig",
     "StepConfig",

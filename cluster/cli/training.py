@@ -43,13 +43,11 @@ def train(
 
     `downpour train RECIPE --help` shows the values of that recipe.
     """
-    from downpour.cluster.training import inputs, launch
+    from downpour.cluster.training import api, inputs, launch
 
     config = apply(recipes.find(recipe), given)
     data = inputs.check_data(config)
-    folder = RunFolder.create(
-        runs / (name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config
-    )
+    folder = api.create(config, name=name, runs=runs)
     try:
         return launch.train(
             folder,

@@ -139,9 +139,13 @@ RECIPES = {
 
 
 def find(name: str) -> RunConfig:
-    """The configuration of the recipe called `name`; a one-line error where there is none.
+    """The configuration of the recipe called `name`.
 
-    `package.module:function` is one of the user's own, looked for in the working directory too.
+    `package.module:function` is a recipe of the user's own. Its module is looked for in the working
+    directory too.
+
+    Raises:
+        UserError: there is no such recipe, or it gives no configuration.
     """
     if ":" in name:
         return _own(name)
@@ -172,7 +176,10 @@ def _own(name: str) -> RunConfig:
             f"recipe {name!r}: {module_name!r} has no function {attribute!r}: name one that "
             "returns a downpour.RunConfig"
         )
-    config = function()
+    try:
+        config = function()
+    except ValueError as error:
+        raise UserError(f"recipe {name!r}: {one_line(error)}") from error
     if not isinstance(config, RunConfig):
         raise UserError(
             f"recipe {name!r} returned {type(config).__name__}: return a downpour.RunConfig"
@@ -181,8 +188,19 @@ def _own(name: str) -> RunConfig:
 
 
 def admit(config: RunConfig) -> RunConfig:
-    """`config`, once the modules that its model and loss come from can be imported."""
-    if ":" in config.model.model or ":" in config.model.loss:
+    """Make the modules of the configuration's model and loss importable; gives the configuration.
+
+    Raises:
+        UserError: one of them is the script that runs, which no other process can import.
+    """
+    own = [name for name in (config.model.model, config.model.loss) if ":" in name]
+    for name in own:
+        if name.startswith("__main__:"):
+            raise UserError(
+                f"{name!r} is in the script that runs, which other processes cannot import: put "
+                "the function into a module, and name it module:function"
+            )
+    if own:
         add_working_directory()
     return config
 

@@ -5,6 +5,7 @@ Not here: what training does (`launch`), and the command line (`cluster.cli`).
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -12,8 +13,14 @@ from rich.console import Console
 
 from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.run.folder import RunFolder
-from downpour.cluster.training import inputs, launch
+from downpour.cluster.errors import UserError
+from downpour.cluster.run.folder import RESULT, STATUS, RunFolder
+from downpour.cluster.training import change, inputs, launch
+from downpour.workers.spec import DeviceName
+
+
+class RunStopped(UserError):
+    """Somebody stopped the run before its end: by a signal, Ctrl-C or `downpour stop`."""
 
 
 def train(
@@ -26,55 +33,114 @@ def train(
 ) -> Path:
     """Train a run from its beginning to its end, as `downpour train` does.
 
+    It may be called any number of times in a process, one after the other. SIGINT and SIGTERM ask
+    for a checkpoint and an end if it is called in the main thread.
+
     Args:
         config: a configuration, or the name of a recipe (`"mnist-bn"`, `"mine:recipe"`).
         name: the run's name; None makes one of the recipe, the date and the time.
         runs: the folder that the run's folder is made in.
-        address: the Ray cluster to run on; None takes RAY_ADDRESS, or starts Ray here.
+        address: the Ray cluster to run on; None takes RAY_ADDRESS, or starts Ray here. If this
+            process is connected to a cluster already, it is that one.
         dashboard: start Ray's dashboard with a cluster of our own.
 
     Returns:
-        The run's folder; `result.json` and `checkpoints/` are in it.
+        The run's folder; `result.json` and `model.safetensors` are in it.
 
     Raises:
-        UserError: a value that cannot be trained with. The text names the value and the remedy.
+        UserError: the run cannot be trained; the text names the value and the remedy in one line.
+            If nothing was trained, no folder is left.
+        RunStopped: it was stopped; `downpour.resume` goes on with it.
     """
-    resolved = recipes.find(config) if isinstance(config, str) else recipes.admit(config)
-    folder = create(resolved, name=name, runs=Path(runs))
-    _run(folder, resume=False, address=address, dashboard=dashboard)
-    return folder.path
+    chosen = _configuration(config)
+    data = inputs.check_data(chosen)
+    folder = create(chosen, name=name, runs=Path(runs))
+    return _train(folder, data, resume=False, address=address, dashboard=dashboard)
 
 
-def resume(run: str | Path, *, address: str | None = None, dashboard: bool = False) -> Path:
-    """Go on with the run whose folder is `run`, as `downpour resume` does; returns the folder.
+def resume(
+    run: str | Path,
+    *,
+    replicas: int | None = None,
+    partitions: int | None = None,
+    device: DeviceName | None = None,
+    address: str | None = None,
+    dashboard: bool = False,
+) -> Path:
+    """Go on with a run that was stopped or died, as `downpour resume` does.
+
+    Args:
+        run: the run's folder.
+        replicas: another number of replicas.
+        partitions: another number of partitions.
+        device: another device for the replicas, `"cpu"` or `"cuda"`.
+        address: as for `train`.
+        dashboard: as for `train`.
+
+    Returns:
+        The run's folder.
 
     Raises:
-        UserError: a folder that holds no run, or one that cannot be gone on with.
+        UserError: the folder holds no run, or one that cannot go on so.
+        RunStopped: it was stopped again.
     """
     folder = RunFolder.open(Path(run))
-    recipes.admit(folder.config())
-    _run(folder, resume=True, address=address, dashboard=dashboard)
-    return folder.path
+    data = inputs.check_data(recipes.admit(folder.config()))
+    change.change(folder, data, replicas=replicas, partitions=partitions, device=device)
+    return _train(folder, data, resume=True, address=address, dashboard=dashboard)
 
 
 def create(config: RunConfig, *, name: str | None, runs: Path) -> RunFolder:
-    """The folder of a new run; its name is the recipe's with date and time if `name` is None."""
-    return RunFolder.create(
-        runs / (name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"), config
+    """Make the folder of a new run.
+
+    Args:
+        config: the run's configuration.
+        name: the run's name; None makes one of the recipe, the date and the time that no other
+            run has.
+        runs: the folder that it is made in.
+
+    Raises:
+        UserError: the folder exists, or cannot be written.
+    """
+    if name:
+        return RunFolder.create(runs / name, config)
+    stem = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return RunFolder.create(next(p for p in (runs / n for n in names) if not p.exists()), config)
+
+
+def _configuration(config: object) -> RunConfig:
+    if isinstance(config, str):
+        return recipes.find(config)
+    if isinstance(config, RunConfig):
+        return recipes.admit(config)
+    called = "; call the function, and give what it returns" if callable(config) else ""
+    raise UserError(
+        f"config is {config!r}: give a downpour.RunConfig, or the name of a recipe{called}"
     )
 
 
-def _run(folder: RunFolder, *, resume: bool, address: str | None, dashboard: bool) -> None:
+def _train(
+    folder: RunFolder, data: inputs.Data, *, resume: bool, address: str | None, dashboard: bool
+) -> Path:
     try:
         launch.train(
             folder,
-            inputs.check_data(folder.config()),
+            data,
             resume=resume,
             address=address,
             dashboard=dashboard,
             console=Console(stderr=True),
             age_s=0.0,
         )
-    except Exception:
-        folder.discard_if_unused()
+    except BaseException:
+        if not resume:
+            folder.discard_if_unused()
         raise
+    if not (folder.path / RESULT).exists():
+        reason = folder.read_json(STATUS).get("reason", "somebody")
+        raise RunStopped(
+            f"{folder.path} was stopped by {reason} before its end: go on with "
+            f"downpour.resume({str(folder.path)!r})"
+        )
+    return folder.path

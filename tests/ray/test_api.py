@@ -1,0 +1,70 @@
+"""`downpour.train` from a script: twice in a process, in any thread, with a model beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import commands, tiny
+
+pytestmark = pytest.mark.ray
+
+NET = """
+from downpour.models.mlp import MnistNet
+
+def net(**arguments):
+    return MnistNet(**arguments)
+"""
+
+SCRIPT = """
+import dataclasses, sys, threading
+import downpour
+from tests.helpers import tiny
+
+config = tiny.config(sys.argv[1], model="net:net", epochs=1, partitions=1)
+folders = [downpour.train(config, runs="runs")]
+thread = threading.Thread(target=lambda: folders.append(downpour.train(config, runs="runs")))
+thread.start()
+thread.join()
+assert len(set(folders)) == 2, folders
+try:
+    downpour.resume(folders[0])
+except downpour.UserError as error:
+    assert "is finished" in str(error), error
+else:
+    raise AssertionError("a finished run was resumed")
+for folder in folders:
+    print(folder)
+"""
+
+
+@pytest.mark.timeout(240)
+def test_a_script_trains_twice(tmp_path: Path) -> None:
+    """The script and its model are in one folder, and it is called from another."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "net.py").write_text(NET)
+    (project / "script.py").write_text(SCRIPT)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, project / "script.py", tiny.dataset(tmp_path / "data")],
+        cwd=elsewhere,
+        env={**environment, "PYTHONPATH": str(commands.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = [Path(line) for line in done.stdout.splitlines() if line.startswith(str(elsewhere))]
+    assert len(folders) == 2
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_text())
+        assert result["exactly_once"] is True
+        assert json.loads((folder / "resolved.json").read_text())["partitions"] == 1
