@@ -10,13 +10,22 @@ SOURCE := downpour cluster models paramserver shuffler workers tests benchmarks 
 PYTHON ?=
 export PYTHON
 
+# The tests start hundreds of processes, which would each compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Many tests wait more than they compute; each process needs a processor for a part of its time.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest
+SHARED_OUT := -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pure test-cluster lint format check bench lock clean
+.PHONY: help demo test test-pure test-soak test-cluster lint format check bench lock clean
 
 help:
 	@echo 'make demo       train the MNIST net with batch normalization: 10 replicas x 5 steps'
 	@echo 'make test       run every test that this machine can run'
-	@echo 'make test-pure  run the fast tests only (no Ray; some 15 seconds)'
+	@echo 'make test-pure  run the fast tests only (no Ray; less than 10 seconds)'
+	@echo 'make test-soak  run what takes long: more sizes, seeds and faults, every benchmark'
 	@echo 'make test-cluster  launch a cluster of hosts of their own here (root; some minutes)'
 	@echo 'make lint       check style (ruff) and types (mypy)'
 	@echo 'make format     rewrite the sources in the house format'
@@ -29,13 +38,16 @@ demo: $(STAMP)
 	@$(BIN)/downpour train mnist-bn
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m 'not cluster'
+	@$(PYTEST) $(SHARED_OUT) -m 'not cluster and not soak'
 
 test-cluster: $(STAMP)
-	@$(BIN)/python -m pytest tests/cluster
+	@$(PYTEST) tests/cluster
 
 test-pure: $(STAMP)
-	@$(BIN)/python -m pytest tests/pure
+	@$(PYTEST) $(SHARED_OUT) tests/pure
+
+test-soak: $(STAMP)
+	@$(PYTEST) -m soak
 
 lint: $(STAMP)
 	@echo 'ruff check'

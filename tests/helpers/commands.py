@@ -31,9 +31,17 @@ def start(*arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def run(*arguments: str | Path, log: Path) -> int:
-    """Run `downpour ...` to its end; gives its exit status."""
-    return start(*arguments, log=log).wait(DEADLINE_S)
+def run(*arguments: str | Path, log: Path, deadline_s: float | None = None) -> int:
+    """Run `downpour ...` to its end; gives its exit status.
+
+    Raises:
+        subprocess.TimeoutExpired: it was not over at the deadline, and has been ended.
+    """
+    process = start(*arguments, log=log)
+    try:
+        return process.wait(deadline_s or DEADLINE_S)
+    finally:
+        end(process)
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:

@@ -1,4 +1,7 @@
-"""Every benchmark runs to its end in small, gives whole JSON, and leaves nothing behind."""
+"""Every benchmark runs to its end in small, gives whole JSON, and leaves nothing behind.
+
+Most of them start several Rays or systems of others, which makes them tests for the soak.
+"""
 
 import json
 import signal
@@ -35,6 +38,7 @@ def bench(*arguments: str, tmp_path: Path) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.soak
 def test_peers(tmp_path: Path) -> None:
     chosen = ("rpc", "ddp")  # the system itself is measured below, and Ray's server much alike
     options = [word for name in chosen for word in ("--only", name)]
@@ -57,6 +61,7 @@ def test_replicas(tmp_path: Path) -> None:
     assert measured["staleness_mean"] > 1
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("chosen", [("ddp", "rpc"), ("ray",), ("downpour",)])
 def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
     options = [word for name in chosen for word in ("--only", name)]
@@ -74,6 +79,7 @@ def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
     assert record["result"]["plain"]["goals"]["0.3"]["ratio_to_plain"] == 1
 
 
+@pytest.mark.soak
 def test_startup(tmp_path: Path) -> None:
     result = bench("startup", tmp_path=tmp_path)["result"]
     assert result["ray_init_and_actor_s"] > 0
@@ -86,6 +92,7 @@ def test_push_pull(tmp_path: Path) -> None:
     assert all(value > 0 for value in result["ms"].values())
 
 
+@pytest.mark.soak
 def test_shuffle(tmp_path: Path) -> None:
     parts = ("rows", "small", "pairs", "memory")  # "images" is "small" with larger ones
     options = [word for name in parts for word in ("--only", name)]
@@ -101,12 +108,14 @@ def test_shuffle(tmp_path: Path) -> None:
     assert result["resident_4x"]["complete"]
 
 
+@pytest.mark.soak
 def test_policies(tmp_path: Path) -> None:
     (result,) = bench("policies", tmp_path=tmp_path)["result"].values()
     assert set(result) == set(POLICIES)
     assert all(ms > 0 for ms in result.values())
 
 
+@pytest.mark.soak
 def test_simulate(tmp_path: Path) -> None:
     record = bench("simulate", tmp_path=tmp_path)
     assert record["rounds"][0]["2"]["measured"]["step_s"] > 0
@@ -115,6 +124,7 @@ def test_simulate(tmp_path: Path) -> None:
         assert 0.3 < record["result"]["2"][key]["predicted_ratio"] < 3
 
 
+@pytest.mark.soak
 def test_recovery(tmp_path: Path) -> None:
     result = bench("recovery", "--only", "hot", tmp_path=tmp_path)["result"]
     assert result["actor_s"] > 0

@@ -12,21 +12,18 @@ from downpour.cluster.training.session import on_ray
 from downpour.shuffler.actor import ShufflerActor
 from downpour.workers.actor import EvaluatorActor, ReplicasActor
 from tests.helpers import commands
+from tests.helpers.ray_nodes import RayNodes
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
+@pytest.fixture
+def ray(ray_here: RayNodes) -> Iterator[Any]:
     """Ray, with the dashboard's processes, which answer for the names."""
-    with pytest.MonkeyPatch.context() as patch:
-        # What this process has once told Ray, maybe in an earlier test, holds until its end.
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # not for the tests that follow
-        with on_ray(address=None, dashboard=True):
-            import ray
+    with on_ray(address=ray_here.address, dashboard=True):
+        import ray
 
-            yield ray
+        yield ray
 
 
 def _named(actor: type, **attributes: Any) -> str:

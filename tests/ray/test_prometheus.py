@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 import subprocess
-import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import yaml
 from downpour.cluster.config.paths import ROOT
 from downpour.cluster.monitoring import dashboard
 from tests.helpers import commands
-from tests.ray.test_train import SMALL
+from tests.helpers.small_run import OwnRay
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 ALERTS = ROOT / "cluster" / "monitoring" / "alerts.yaml"
@@ -89,40 +88,24 @@ def ask(address: str, path: str, **parameters: str) -> Any:
 
 
 @pytest.mark.skipif(PROMETHEUS is None, reason=WHY)
-def test_every_query_has_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
-        monkeypatch.setenv("RAY_TMPDIR", short)
-        monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-        process = commands.start(
-            *("train", "mnist-bn", "--runs", tmp_path, "--name", "a", "--epochs", "75", *SMALL),
-            *("--evaluate-every-s", "1"),
-            log=tmp_path / "log",
-        )
+def test_every_query_has_data(on_its_own_ray: OwnRay, tmp_path: Path) -> None:
+    with prometheus(on_its_own_ray.ray / "ray" / "session_latest", tmp_path) as address:
+        waiting = expressions()
+
+        def all_answered() -> bool:
+            for place, query in list(waiting.items()):
+                answer = ask(address, "query", query=query)
+                if answer and answer["result"]:
+                    del waiting[place]
+            return not waiting
+
         try:
-            commands.wait_for(lambda: commands.updates(tmp_path / "a") > 100, "updates")
-            session = Path(short) / "ray" / "session_latest"
-            with prometheus(session, tmp_path) as address:
-                waiting = expressions()
-
-                def all_answered() -> bool:
-                    for place, query in list(waiting.items()):
-                        answer = ask(address, "query", query=query)
-                        if answer and answer["result"]:
-                            del waiting[place]
-                    return not waiting
-
-                try:
-                    commands.wait_for(all_answered, "data")
-                except AssertionError:
-                    log = (tmp_path / "log").read_text()
-                    raise AssertionError(f"no data for {waiting}: {log}") from None
-                (group,) = ask(address, "rules")["groups"]
-                assert {rule["health"] for rule in group["rules"]} == {"ok"}
-                assert [rule["name"] for rule in group["rules"] if rule["state"] == "firing"] == []
-                (runs,) = [ask(address, "label/run/values")]
-                assert runs == ["a"]
-            assert commands.run("stop", tmp_path / "a", log=tmp_path / "stop.log") == 0
-            assert process.wait(commands.DEADLINE_S) == 0, (tmp_path / "log").read_text()
-        finally:
-            commands.end(process)
-    assert (tmp_path / "a" / "tensorboard").is_dir()
+            commands.wait_for(all_answered, "data")
+        except AssertionError:
+            log = on_its_own_ray.log.read_text()
+            raise AssertionError(f"no data for {waiting}: {log}") from None
+        (group,) = ask(address, "rules")["groups"]
+        assert {rule["health"] for rule in group["rules"]} == {"ok"}
+        assert [rule["name"] for rule in group["rules"] if rule["state"] == "firing"] == []
+        (runs,) = [ask(address, "label/run/values")]
+        assert runs == ["a"]

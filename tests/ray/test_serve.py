@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,93 +69,110 @@ def _served(run: Path, log: Path, *options: str | Path) -> Iterator[_Server]:
         assert process.wait(60) == 0, log.read_text()
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the test's own, where the key is kept."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
+@dataclass(frozen=True)
+class _Place:
+    """A run that is served, a home where the key is kept, and Ray's folder."""
+
+    run: Path
+    home: Path
+    ray: Path
+    logs: Path
 
 
-def _run(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Place]:
+    folder = tmp_path_factory.mktemp("served")
     write_split(folder / "data", "train", *_pixels(320, 1))
     write_split(folder / "data", "test", *_pixels(40, 2), shards=1)
     _make_run(folder / "run", _config(folder / "data"))
-    return folder / "run"
+    for name in ("home", "logs"):
+        (folder / name).mkdir()
+    with (
+        tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short,  # Ray's sockets are there
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("HOME", str(folder / "home"))
+        patch.setenv("RAY_TMPDIR", short)
+        yield _Place(folder / "run", folder / "home", Path(short), folder / "logs")
 
 
-@pytest.mark.usefixtures("home")
-def test_images_over_http(tmp_path: Path) -> None:
-    run = _run(tmp_path)
-    with _served(run, tmp_path / "log", "--batch-wait-s", "0.05") as server:
-        files = [_file(image) for image in _pixels(10, 7)[0]]
-        trained = inference.load(run)
-        names = [str(i) for i in range(10)]
-        expected = inference.predict(
-            Predictor([trained.network]), trained.class_names, files, names, top=5
-        )
-        for data, wanted in zip(files, expected, strict=True):
-            status, answer = server.ask("/predict", data)
-            assert status == 200
-            found = answer["predictions"]
-            assert [p["class"] for p in found] == [p["class"] for p in wanted]
-            for mine, other in zip(found, wanted, strict=True):
-                assert mine["probability"] == pytest.approx(other["probability"], abs=1e-5)
-        status, answer = server.ask("/predict", files[0][:150])
-        assert status == 400
-        assert "cannot be decoded" in answer["error"]
-        before = server.ask("/stats")[1]
-        with ThreadPoolExecutor(100) as pool:
-            burst = list(pool.map(lambda i: server.ask("/predict", files[i % 10]), range(100)))
-        assert {status for status, _ in burst} == {200}
-        for i, (_, answer) in enumerate(burst):
-            assert answer["predictions"][0]["class"] == expected[i % 10][0]["class"]
-        after = server.ask("/stats")[1]
-        assert after["requests"] - before["requests"] == 100
-        assert after["batches"] - before["batches"] <= 50
-        assert after["largest_batch"] > 1
+@pytest.fixture(scope="module")
+def server(place: _Place) -> Iterator[_Server]:
+    """A server with the key that is made for it."""
+    with _served(place.run, place.logs / "made", "--batch-wait-s", "0.05") as found:
+        yield found
+    assert not found.header.exists()
 
 
-def test_the_key_opens_every_path_and_is_written_nowhere(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On loopback, too. And with a key of the user's own."""
-    run = _run(tmp_path)
-    image = _file(_pixels(1, 7)[0][0])
-    own = home / "key"
+def test_images_over_http(place: _Place, server: _Server) -> None:
+    files = [_file(image) for image in _pixels(10, 7)[0]]
+    trained = inference.load(place.run)
+    names = [str(i) for i in range(10)]
+    expected = inference.predict(
+        Predictor([trained.network]), trained.class_names, files, names, top=5
+    )
+    for data, wanted in zip(files, expected, strict=True):
+        status, answer = server.ask("/predict", data)
+        assert status == 200
+        found = answer["predictions"]
+        assert [p["class"] for p in found] == [p["class"] for p in wanted]
+        for mine, other in zip(found, wanted, strict=True):
+            assert mine["probability"] == pytest.approx(other["probability"], abs=1e-5)
+    status, answer = server.ask("/predict", files[0][:150])
+    assert status == 400
+    assert "cannot be decoded" in answer["error"]
+    before = server.ask("/stats")[1]
+    with ThreadPoolExecutor(100) as pool:
+        burst = list(pool.map(lambda i: server.ask("/predict", files[i % 10]), range(100)))
+    assert {status for status, _ in burst} == {200}
+    for i, (_, answer) in enumerate(burst):
+        assert answer["predictions"][0]["class"] == expected[i % 10][0]["class"]
+    after = server.ask("/stats")[1]
+    assert after["requests"] - before["requests"] == 100
+    assert after["batches"] - before["batches"] <= 50
+    assert after["largest_batch"] > 1
+
+
+def test_the_key_opens_every_path_and_is_written_nowhere(place: _Place, server: _Server) -> None:
+    """On loopback, too."""
+    assert len(server.key) >= 20
+    _check_the_key(place, server)
+
+
+def test_a_key_of_the_users_own(place: _Place) -> None:
+    own = place.home / "key"
     own.write_text("0123456789abcdef0123\n")
     own.chmod(0o600)
-    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
-        monkeypatch.setenv("RAY_TMPDIR", short)
-        logs = []
-        for options in ((), ("--key-file", own)):
-            log = tmp_path / f"log{len(logs)}"
-            logs.append(log)
-            with _served(run, log, *options) as server:
-                assert (server.key == "0123456789abcdef0123") == bool(options)
-                for path in ("/predict", "/stats", "/", "/-/healthz", "/-/routes"):
-                    for shown in ("", "Bearer ", f"Bearer {server.key}0", server.key):
-                        status, answer = server.ask(path, shown=shown)
-                        assert (status, "key" in answer["error"]) == (401, True), (path, shown)
-                assert server.ask("/predict", image, shown="")[0] == 401
-                assert server.ask("/predict", image)[0] == 200
+    with _served(place.run, place.logs / "own", "--key-file", own) as server:
+        assert server.key == "0123456789abcdef0123"
+        _check_the_key(place, server)
+    assert not server.header.exists()
 
-                assert server.header.parent == home / ".downpour"
-                assert stat.S_IMODE(server.header.stat().st_mode) == 0o600
-                processes = commands.descendants(server.process.pid)
-                texts = _read(run, *logs, Path(short))
-                for pid in (server.process.pid, *processes):
-                    for name in ("cmdline", "environ"):
-                        with contextlib.suppress(OSError):  # it has ended
-                            texts[f"{name} of {pid}"] = Path(f"/proc/{pid}/{name}").read_bytes()
-                assert len(texts) > 2 * len(processes)
-                assert [place for place, t in texts.items() if server.key.encode() in t] == []
 
-                ports = listening({server.process.pid, *processes})
-                assert ("127.0.0.1", server.port) in ports
-                assert {at for at in ports if beyond_loopback(at[0])} == set()
-                assert {kind_of_refusal("127.0.0.1", port) for _, port in ports} == {"grpc", "http"}
-            assert not server.header.exists()
+def _check_the_key(place: _Place, server: _Server) -> None:
+    image = _file(_pixels(1, 7)[0][0])
+    for path in ("/predict", "/stats", "/", "/-/healthz", "/-/routes"):
+        for shown in ("", "Bearer ", f"Bearer {server.key}0", server.key):
+            status, answer = server.ask(path, shown=shown)
+            assert (status, "key" in answer["error"]) == (401, True), (path, shown)
+    assert server.ask("/predict", image, shown="")[0] == 401
+    assert server.ask("/predict", image)[0] == 200
+
+    assert server.header.parent == place.home / ".downpour"
+    assert stat.S_IMODE(server.header.stat().st_mode) == 0o600
+    processes = commands.descendants(server.process.pid)
+    texts = _read(place.run, place.logs, place.ray)
+    for pid in (server.process.pid, *processes):
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(OSError):  # it has ended
+                texts[f"{name} of {pid}"] = Path(f"/proc/{pid}/{name}").read_bytes()
+    assert len(texts) > 2 * len(processes)
+    assert [where for where, text in texts.items() if server.key.encode() in text] == []
+
+    ports = listening({server.process.pid, *processes})
+    assert ("127.0.0.1", server.port) in ports
+    assert {at for at in ports if beyond_loopback(at[0])} == set()
+    assert {kind_of_refusal("127.0.0.1", port) for _, port in ports} == {"grpc", "http"}
 
 
 def _read(*places: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """The server's BN statistics after real training, against Algorithm 2; and folding them in."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.images.decode import decode
 from downpour.workers.evaluation.evaluator import Evaluator, population_statistics
 from downpour.workers.evaluation.split import SplitBatches
-from tests.helpers import commands
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -27,28 +27,17 @@ VARIANCE_TOLERANCE = 0.15
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Three epochs whose rate decays, as it does by the end of a real run."""
-    root = tmp_path_factory.mktemp("statistics")
-    arguments = ("--replicas", "4", "--warm-start-epochs", "0", "--ramp-epochs", "0")
-    rates = ("--learning-rate", "0.02", "--decay-factor", "0.2", "--epochs", "3")
-    log = root / "log"
-    status = commands.run(
-        *("train", "mnist-bn", "--runs", root, "--name", "a", "--no-dashboard"),
-        *(*arguments, *rates, "--bn-statistics", "moving"),
-        log=log,
-    )
-    assert status == 0, log.read_text()
-    return RunFolder.open(root / "a")
+def folder(trained: Path) -> RunFolder:
+    return RunFolder.open(trained)
 
 
 @pytest.fixture(scope="module")
-def trained(folder: RunFolder) -> Evaluator:
+def evaluator(folder: RunFolder) -> Evaluator:
     config = folder.config()
     spec = model_spec(config)
-    evaluator = Evaluator(spec, SplitBatches(spec, config.data.data, config.data.eval_split))
-    evaluator.load(str(folder.path / "model.safetensors"))
-    return evaluator
+    found = Evaluator(spec, SplitBatches(spec, config.data.data, config.data.eval_split))
+    found.load(str(folder.path / "model.safetensors"))
+    return found
 
 
 def training_batches(folder: RunFolder) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,33 +53,35 @@ def training_batches(folder: RunFolder) -> Iterator[tuple[Tensor, Tensor]]:
             yield torch.from_numpy(inputs[start:stop]), torch.from_numpy(labels[start:stop])
 
 
-def test_the_server_kept_what_algorithm_2_recomputes(folder: RunFolder, trained: Evaluator) -> None:
-    model = FlatModel(model_spec(folder.config()).build())
-    model.bind(trained.weights)
+def test_the_server_kept_what_algorithm_2_recomputes(
+    folder: RunFolder, evaluator: Evaluator
+) -> None:
+    model = FlatModel(folder.config().model_spec().build())
+    model.bind(evaluator.weights)
     recomputed = population_statistics(model, training_batches(folder))
-    kept = trained.statistics
+    kept = evaluator.statistics
     mean_gap = (kept[0] - recomputed[0]).abs() / recomputed[1].sqrt()
     variance_gap = (kept[1] / recomputed[1] - 1).abs()
     assert mean_gap.max() < MEAN_TOLERANCE
     assert variance_gap.max() < VARIANCE_TOLERANCE
     assert mean_gap.max() > 0  # two ways of computing it, not one
 
-    before = trained.score()
-    trained.statistics.copy_(recomputed)
-    after = trained.score()
-    trained.statistics.copy_(kept)
+    before = evaluator.score()
+    evaluator.statistics.copy_(recomputed)
+    after = evaluator.score()
+    evaluator.statistics.copy_(kept)
     assert abs(before.accuracy - after.accuracy) < 0.005
 
 
 def test_folding_the_statistics_in_changes_nothing_but_rounding(
-    folder: RunFolder, trained: Evaluator
+    folder: RunFolder, evaluator: Evaluator
 ) -> None:
     config = folder.config()
-    folded = fold(trained._model.module)
+    folded = fold(evaluator._model.module)
     assert not any("Norm" in type(m).__name__ for m in folded.modules())
     batches = SplitBatches(model_spec(config), config.data.data, config.data.eval_split)
     with torch.inference_mode():
         for inputs, _ in batches():
             torch.testing.assert_close(
-                folded(inputs), trained._model.module(inputs), rtol=1e-4, atol=1e-4
+                folded(inputs), evaluator._model.module(inputs), rtol=1e-4, atol=1e-4
             )

@@ -7,32 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import commands
+from tests.helpers.ray_nodes import RayNodes
+from tests.helpers.small_run import NUM_BATCHES, SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-NUM_BATCHES, NUM_ROWS = 1875, 60_000
-# All four at once from the start, at a rate that 20 steps in flight bear without a warm start.
-SMALL = (
-    *("--replicas", "4", "--warm-start-epochs", "0", "--ramp-epochs", "0"),
-    *("--learning-rate", "0.02"),
-)
 
-
-def check_result(result: dict[str, object], *, epochs: int) -> None:
-    """Every example once an epoch, by the applied sets and by the counts."""
-    assert result["exactly_once"] is True
-    assert result["batches_applied"] == epochs * NUM_BATCHES
-    assert result["examples"] == epochs * NUM_ROWS
-    assert result["updates"] == epochs * NUM_BATCHES
-    assert result["refused"] == 0
-
-
-def test_training_the_bundled_digits(tmp_path: Path) -> None:
-    log, run = tmp_path / "log", tmp_path / "runs" / "a"
-    arguments = ("--runs", tmp_path / "runs", "--name", "a", "--epochs", "2", "--partitions", "3")
-    assert commands.run("train", "mnist-bn", *arguments, *SMALL, log=log) == 0, log.read_text()
-    result = commands.result(run)
-    check_result(result, epochs=2)
+def test_training_the_bundled_digits(trained: Path, tmp_path: Path) -> None:
+    result = commands.result(trained)
+    check_result(result, epochs=3)
     wanted = {
         *("accuracy", "updates", "examples", "epochs", "replicas", "concurrent_steps"),
         *("batch_size", "updates_per_s", "time_to_first_update_s", "wall_s", "staleness"),
@@ -46,87 +29,92 @@ def test_training_the_bundled_digits(tmp_path: Path) -> None:
     # A push is 5 mini-batches; the last of a window of 64 is shorter.
     windows, rest = divmod(NUM_BATCHES, 64)
     pushes = windows * -(-64 // 5) + -(-rest // 5)
-    assert sum(count for _, count in staleness["histogram"]) == 3 * 2 * pushes
+    assert sum(count for _, count in staleness["histogram"]) == 3 * 3 * pushes
     assert result["accuracy"] > 0.85
     assert (result["recipe"], result["seed"], result["replicas"]) == ("mnist-bn", 0, 4)
     assert (result["concurrent_steps"], result["batch_size"]) == (5, 32)
     for name in ("model.safetensors", "best.safetensors", "plots/training.png", "config.json"):
-        assert (run / name).is_file(), name
-    output = log.read_text()
-    assert str(run) in re.sub(r"[\s│]+", "", output)
+        assert (trained / name).is_file(), name
+    output = (trained.parents[1] / "log").read_text()
+    assert str(trained) in re.sub(r"[\s│]+", "", output)
     assert "Traceback" not in output
 
-    assert commands.run("evaluate", run, log=tmp_path / "evaluate") == 0
+    assert commands.run("evaluate", trained, log=tmp_path / "evaluate") == 0
     evaluated = (tmp_path / "evaluate").read_text()
     assert f'"accuracy": {result["accuracy"]}' in evaluated
-    assert commands.run("status", run, "--json", log=tmp_path / "status") == 0
+    assert commands.run("status", trained, "--json", log=tmp_path / "status") == 0
     assert '"state": "finished"' in (tmp_path / "status").read_text()
-    assert commands.run("resume", run, log=tmp_path / "again") == 2
+    assert commands.run("resume", trained, log=tmp_path / "again") == 2
     assert "is finished" in (tmp_path / "again").read_text()
 
 
-@pytest.mark.parametrize("death", [signal.SIGTERM, signal.SIGKILL])
-def test_a_driver_that_dies_is_resumed_to_every_example_once(
-    tmp_path: Path, death: signal.Signals
-) -> None:
+def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> None:
+    """It is told to stop in its first epoch and, resumed, killed in its second."""
     log, run = tmp_path / "log", tmp_path / "runs" / "a"
-    process = commands.start(
-        *("train", "mnist-bn", "--runs", tmp_path / "runs", "--name", "a", "--epochs", "4"),
-        *("--checkpoint-every-s", "0.5", *SMALL),
-        log=log,
+    command: tuple[str | Path, ...] = (
+        *("train", "mnist-bn", "--runs", run.parent, "--name", "a", "--epochs", "4"),
+        *("--checkpoint-every-s", "0.5", "--no-dashboard", *SMALL),
     )
-    try:
-        commands.wait_for(lambda: commands.updates(run) > NUM_BATCHES, "the second epoch")
-        family = set(commands.descendants(process.pid))
-        assert len(family) > 5
-        process.send_signal(death)
-        status = process.wait(commands.DEADLINE_S)
-    finally:
-        process.kill()
-    assert status == (143 if death == signal.SIGTERM else -9)
-    before = commands.updates(run)
-    assert not (run / "result.json").exists()
-    commands.wait_for(lambda: not commands.alive(family), "the end of every process of the run")
+    before = 0
+    for death, told, after in (
+        (signal.SIGTERM, "stopped", NUM_BATCHES // 4),
+        (signal.SIGKILL, "died", NUM_BATCHES),
+    ):
+        goal = max(before, after)
+        process = commands.start(*command, log=log)
+        try:
+            commands.wait_for(lambda goal=goal: commands.updates(run) > goal, f"{goal} updates")
+            family = set(commands.descendants(process.pid))
+            assert len(family) > 5
+            process.send_signal(death)
+            status = process.wait(commands.DEADLINE_S)
+        finally:
+            process.kill()
+        assert status == (143 if death == signal.SIGTERM else -9)
+        before = commands.updates(run)
+        assert not (run / "result.json").exists()
+        commands.wait_for(
+            lambda family=family: not commands.alive(family), "the end of every process of the run"
+        )
+        state = tmp_path / f"status after {told}"
+        assert commands.run("status", run, "--json", log=state) == 0
+        assert f'"state": "{told}' in state.read_text()
+        command = ("resume", run, "--no-dashboard")
 
-    commands.run("status", run, "--json", log=tmp_path / "status")
-    state = "stopped" if death == signal.SIGTERM else "died"
-    assert f'"state": "{state}' in (tmp_path / "status").read_text()
-
-    assert commands.run("resume", run, log=log) == 0, log.read_text()
+    assert commands.run(*command, log=log) == 0, log.read_text()
     output = log.read_text()
-    assert "resuming from checkpoint" in output
+    assert output.count("resuming from checkpoint") == 2
     assert "Traceback" not in output
     result = commands.result(run)
     check_result(result, epochs=4)
     assert 0 < before < result["updates"]
 
 
-def test_a_replica_process_that_is_killed_costs_nothing_but_time(tmp_path: Path) -> None:
+def test_a_replica_process_that_is_killed_costs_nothing_but_time(
+    ray_here: RayNodes, tmp_path: Path
+) -> None:
     log, run = tmp_path / "log", tmp_path / "runs" / "a"
     process = commands.start(
-        *("train", "mnist-bn", "--runs", tmp_path / "runs", "--name", "a", "--epochs", "4", *SMALL),
-        *("--shufflers", "2"),
+        *("train", "mnist-bn", "--runs", run.parent, "--name", "a", "--epochs", "3", *SMALL),
+        *("--address", ray_here.address, "--shufflers", "2"),
         log=log,
     )
     try:
-        victims: list[int] = []
+        victims: set[int] = set()
 
         def ripe() -> bool:
             """Of two processes, either may die; on few processors the second comes later."""
-            victims[:] = [
-                pid
-                for pid, command in commands.descendants(process.pid).items()
-                if command.startswith("ray::") and "Replica" in command
-            ]
+            victims.clear()
+            victims.update(ray_here.processes("Replica"))
             return commands.updates(run) > 500 and len(victims) >= 2
 
         commands.wait_for(ripe, "some updates, and two processes of replicas")
-        commands.kill(victims[0])
+        commands.kill(min(victims))
         assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
     finally:
-        process.kill()
+        commands.end(process)
     result = commands.result(run)
-    check_result(result, epochs=4)
+    check_result(result, epochs=3)
     assert result["process_restarts"] == 1
 
 

@@ -1,66 +1,62 @@
-"""The real command on a Ray of several nodes: actors go where the nodes' labels say."""
+"""The real command on a Ray of several nodes, which its partitions are reached over the network.
+
+Actors go where the nodes' labels say; shards are read from the disks of two nodes.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from downpour.shuffler.dataset.manifest import MANIFEST_NAME
+from downpour.shuffler.ingest.ingest import IngestConfig, ingest
 from tests.helpers import commands
-from tests.ray.test_train import SMALL, check_result
+from tests.helpers.ray_nodes import RayNodes, connecting, ray_nodes
+from tests.helpers.small_run import SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
-ROLES = ("partitions", "shufflers", "replicas")
+NODES = (
+    {"downpour": "partitions"},
+    {"downpour": "shufflers", "downpour-node": "a"},
+    {"downpour": "shufflers", "downpour-node": "b"},
+    {"downpour": "replicas"},
+)
 
-_NODES = """
-import json, sys, time
-from ray.cluster_utils import Cluster
-head = {"num_cpus": 0, "object_store_memory": 2**28}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-for role in sys.argv[1].split(","):
-    cluster.add_node(num_cpus=1, labels={"downpour": role}, object_store_memory=2**28)
-print(json.dumps({"address": cluster.address}), flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    """A head that computes nothing, and four nodes."""
+    with ray_nodes(NODES, head_cpus=0) as found, connecting():
+        yield found
 
 
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Four nodes on this machine, three of them labelled."""
-    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
-        monkeypatch.setenv("RAY_TMPDIR", short)
-        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-        process = subprocess.Popen(
-            [sys.executable, "-c", _NODES, ",".join(ROLES)],
-            env=dict(os.environ),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert process.stdout is not None
-        assert process.stdin is not None
-        try:
-            line = next(line for line in process.stdout if line.startswith("{"))
-            yield json.loads(line)["address"]
-        finally:
-            process.stdin.close()
-            process.stdout.close()
-            process.wait(commands.DEADLINE_S)
+def disks(tmp_path: Path) -> Path:
+    """The dataset's folder, without shards; they are in `disks/a` and `disks/b` beside it."""
+    whole = tmp_path / "whole"
+    ingest(BUNDLED_MNIST, str(whole), IngestConfig(rows_per_shard=15_000))
+    shards = sorted(whole.glob("train-*.parquet"))
+    assert len(shards) == 4
+    for name, mine in (("a", shards[::2]), ("b", shards[1::2])):
+        folder = tmp_path / "disks" / name
+        folder.mkdir(parents=True)
+        for shard in mine:
+            shutil.move(shard, folder)
+    assert not list(whole.glob("train-*"))
+    assert (whole / MANIFEST_NAME).exists()
+    return whole
 
 
-def test_actors_go_where_the_labels_say(address: str, tmp_path: Path) -> None:
-    log, run = tmp_path / "log", tmp_path / "a"
-    common = ("train", "mnist-bn", "--runs", tmp_path, "--address", address, *SMALL)
+def test_a_label_that_no_node_has_is_refused(nodes: RayNodes, tmp_path: Path) -> None:
     status = commands.run(
-        *(*common, "--name", "nowhere", "--replicas-on", "downpour=gpu"), log=tmp_path / "wrong"
+        *("train", "mnist-bn", "--runs", tmp_path, "--address", nodes.address, *SMALL),
+        *("--name", "nowhere", "--replicas-on", "downpour=gpu"),
+        log=tmp_path / "wrong",
     )
     assert status == 2
     said = (tmp_path / "wrong").read_text()
@@ -68,38 +64,48 @@ def test_actors_go_where_the_labels_say(address: str, tmp_path: Path) -> None:
     assert "downpour=partitions, downpour=replicas, downpour=shufflers" in said
     assert "Traceback" not in said
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_on_labelled_nodes_with_rows_from_two_disks(
+    nodes: RayNodes, disks: Path, tmp_path: Path
+) -> None:
+    """Nothing is trained while a shard is missing; a shuffler that is killed costs time only."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    common = (
+        *("train", "mnist-bn", "--runs", tmp_path, "--address", nodes.address, *SMALL),
+        *("--data", disks, "--node-folder", tmp_path / "disks" / "{node}"),
+    )
+    shard = min((tmp_path / "disks" / "b").iterdir())
+    missing = shutil.move(shard, tmp_path)
+    assert commands.run(*common, "--name", "missing", log=tmp_path / "wrong") == 2
+    said = (tmp_path / "wrong").read_text()
+    assert f"shard {shard.name} of 4 is on none of 2 nodes" in said.strip().splitlines()[-1]
+    assert "Traceback" not in said
+    shutil.move(missing, shard)
+
     process = commands.start(
-        *(*common, "--name", "a", "--epochs", "3", "--transport", "network"), log=log
+        *(*common, "--name", "run", "--epochs", "4"),
+        *("--transport", "network", "--wire-dtype", "bfloat16"),
+        log=log,
     )
     try:
         commands.wait_for(lambda: commands.updates(run) > 0, "updates")
-        listed = subprocess.run(
-            [sys.executable, "-c", _WHERE, address], capture_output=True, text=True, check=True
-        )
+        assert nodes.roles_of_actors() == {
+            "PartitionActor": ["partitions"],
+            "ShufflerActor": ["shufflers"],
+            "ReplicasActor": ["replicas"],
+            "EvaluatorActor": [""],
+        }
+        first = nodes.processes("ShufflerActor")
+        assert len(first) == 2  # one on each node that has shards, whatever --shufflers says
+        commands.kill(min(first))
         assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
     finally:
         commands.end(process)
-    check_result(commands.result(run), epochs=3)
-    assert json.loads(listed.stdout.splitlines()[-1]) == {
-        "PartitionActor": ["partitions"],
-        "ShufflerActor": ["shufflers"],
-        "ReplicasActor": ["replicas"],
-        "EvaluatorActor": [""],
-    }
-
-
-_WHERE = """
-import json, sys, time
-import ray
-from ray.util.state import list_actors
-ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
-labels = {node["NodeID"]: node["Labels"].get("downpour", "") for node in ray.nodes()}
-give_up = time.monotonic() + 60
-while time.monotonic() < give_up:
-    found = {}
-    for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True):
-        found.setdefault(actor.class_name, set()).add(labels[actor.node_id])
-    if len(found) == 4:
-        break
-print(json.dumps({name: sorted(where) for name, where in found.items()}))
-"""
+    check_result(commands.result(run), epochs=4)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert any("shuffler" in str(event) for event in events)
+    output = log.read_text()
+    assert "Traceback" not in output
+    assert "PRIVATE KEY" not in output
+    assert "PRIVATE KEY" not in (run / "config.json").read_text()

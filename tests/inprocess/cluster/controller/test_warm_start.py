@@ -44,32 +44,39 @@ def last_losses(run: Run) -> list[float]:
     return [x["loss"] for x in lines if "loss" in x and x["epoch"] > 2 / 3 * EPOCHS]
 
 
-@pytest.mark.timeout(120)
-def test_a_rate_that_all_replicas_together_do_not_bear(
-    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def actives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many replicas the guard lets train, decision by decision."""
     monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
-    actives: list[int] = []
-
+    found: list[int] = []
     decide = RampGuard.decide
 
     def noted(self: RampGuard, scheduled: int, replicas: int, epochs: float) -> Course:
         course = decide(self, scheduled, replicas, epochs)
-        actives.append(course.replicas)
+        found.append(course.replicas)
         return course
 
     monkeypatch.setattr(RampGuard, "decide", noted)
-    free = Run(tmp_path / "free", guarded(data, None))
-    free.assert_exactly_once(free.go())
+    return found
+
+
+def test_a_loss_that_rises_with_more_replicas_holds_them_at_fewer(
+    tmp_path: Path, data: str, actives: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard is told ten times the loss while more than three train, whatever they learn."""
+    saw = RampGuard.saw
+
+    def told(self: RampGuard, loss: float | None, course: int) -> None:
+        saw(self, 1.0 if self._state.active <= 3 else 10.0, course)
+
+    monkeypatch.setattr(RampGuard, "saw", told)
     run = Run(tmp_path / "guarded", guarded(data, 2.0))
-    outcome = run.go()
-    run.assert_exactly_once(outcome)
-    assert max(actives) > 1
+    run.assert_exactly_once(run.go())
+    assert 3 < max(actives) < 8
     assert statistics.fmean(actives[-len(actives) // 4 :]) < 8  # held at fewer to the end
-    assert np.median(last_losses(run)) < np.median(last_losses(free)) / 3
     events = (run.folder.path / "events.jsonl").read_text()
-    assert "the loss has risen to" in events
-    assert "put back to" in events
+    assert "the loss has risen to 10" in events
+    assert "put back to 3 replicas" in events
     lines = [
         json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()
     ]
@@ -77,6 +84,22 @@ def test_a_rate_that_all_replicas_together_do_not_bear(
     shown = [p.replicas_held for p in run.shown if p.replicas_held is not None]
     assert shown
     assert progress(run.folder).replicas_held == run.controller._telemetry.held
+
+
+@pytest.mark.soak
+def test_a_rate_that_all_replicas_together_do_not_bear(
+    tmp_path: Path, data: str, actives: list[int]
+) -> None:
+    """How stale gradients are, and so what is borne, is up to the machine and what else it does."""
+    free = Run(tmp_path / "free", guarded(data, None))
+    free.assert_exactly_once(free.go())
+    run = Run(tmp_path / "guarded", guarded(data, 2.0))
+    run.assert_exactly_once(run.go())
+    assert max(actives) > 1
+    assert np.median(last_losses(run)) < np.median(last_losses(free)) / 3
+    events = (run.folder.path / "events.jsonl").read_text()
+    assert "the loss has risen to" in events
+    assert "put back to" in events
 
 
 @pytest.mark.timeout(120)
