@@ -48,6 +48,7 @@ test-pure: $(STAMP)
 
 test-soak: $(STAMP)
 	@$(PYTEST) -m soak
+	@$(PYTEST) -m hypothesis --hypothesis-profile soak tests/pure tests/inprocess
 
 lint: $(STAMP)
 	@echo 'ruff check'

@@ -2,10 +2,16 @@
 
 import os
 
+import hypothesis
 import pytest
 
 # Before torch is imported anywhere: tests run small kernels, and threads would only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A few examples for every day, and `--hypothesis-profile soak` for many.
+hypothesis.settings.register_profile("few", deadline=None, max_examples=15)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=300)
+hypothesis.settings.load_profile("few")
 
 # What shares something costly, by the fixture that makes it: one process has to run it all.
 SHARED = ("trained", "ray_here", "on_its_own_ray")

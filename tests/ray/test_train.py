@@ -95,26 +95,23 @@ def test_a_replica_process_that_is_killed_costs_nothing_but_time(
 ) -> None:
     log, run = tmp_path / "log", tmp_path / "runs" / "a"
     process = commands.start(
-        *("train", "mnist-bn", "--runs", run.parent, "--name", "a", "--epochs", "3", *SMALL),
+        *("train", "mnist-bn", "--runs", run.parent, "--name", "a", "--epochs", "4", *SMALL),
         *("--address", ray_here.address, "--shufflers", "2"),
         log=log,
     )
     try:
-        victims: set[int] = set()
-
-        def ripe() -> bool:
-            """Of two processes, either may die; on few processors the second comes later."""
-            victims.clear()
-            victims.update(ray_here.processes("Replica"))
-            return commands.updates(run) > 500 and len(victims) >= 2
-
-        commands.wait_for(ripe, "some updates, and two processes of replicas")
+        # Of two processes, either may die; on few processors the second comes later.
+        commands.wait_for(
+            lambda: any(m.get("replicas_alive") == 4 for m in commands.metrics(run)), "all replicas"
+        )
+        victims = ray_here.processes("Replica")
+        assert len(victims) == 2
         commands.kill(min(victims))
         assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
     finally:
         commands.end(process)
     result = commands.result(run)
-    check_result(result, epochs=3)
+    check_result(result, epochs=4)
     assert result["process_restarts"] == 1
 
 

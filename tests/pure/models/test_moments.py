@@ -5,7 +5,7 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -44,7 +44,6 @@ def close(a: Moments, b: Moments) -> None:
 
 
 class TestMoments:
-    @settings(max_examples=25, deadline=None)
     @given(batches(min_rows=1))
     def test_merged_are_those_of_the_concatenation(self, parts: list[Batch]) -> None:
         merged = reduce(Moments.merge, map(moments_of, parts), Moments.empty(FEATURES))
@@ -57,7 +56,6 @@ class TestMoments:
         np.testing.assert_allclose(mean, everything.mean(0), atol=1e-9)
         np.testing.assert_allclose(variance, everything.var(0, ddof=1), atol=1e-6)
 
-    @settings(max_examples=25, deadline=None)
     @given(batches(min_rows=1, min_batches=3))
     def test_merge_is_associative_and_commutative(self, parts: list[Batch]) -> None:
         a, b, c = map(moments_of, parts[:3])
@@ -106,7 +104,6 @@ class TestMoments:
 
 
 class TestPopulation:
-    @settings(max_examples=25, deadline=None)
     @given(batches(min_rows=2))
     def test_is_algorithm_2_for_each_mini_batch_alike(self, parts: list[Batch]) -> None:
         merged = reduce(Population.merge, map(population_of, parts), Population.empty(FEATURES))

@@ -5,7 +5,7 @@ import struct
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from downpour.paramserver.errors import MalformedMessage
@@ -120,7 +120,6 @@ EXAMPLES: list[Message] = [
 ]
 
 
-@settings(deadline=None, max_examples=100)
 @given(messages)
 def test_there_and_back(message: Message) -> None:
     assert decode(encode(message)) == message
@@ -153,7 +152,6 @@ def test_no_part_of_a_message_is_one_nor_one_with_more_behind(message: Message) 
 several = st.lists(st.one_of(pushes, answers, permit_requests), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=50)
 @given(several)
 def test_a_packet_of_several(found: list[Push | Answer | PermitRequest]) -> None:
     packet = encode_all(found)
@@ -176,19 +174,16 @@ def decode_strictly(data: bytes) -> Message | None:
     return message
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=300))
 def test_random_bytes(data: bytes) -> None:
     assert decode_strictly(data) is None
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.sampled_from([*range(11), 255]), st.binary(max_size=120))
 def test_random_bytes_behind_a_good_start(kind: int, data: bytes) -> None:
     decode_strictly(b"DPR1" + bytes([kind]) + data)
 
 
-@settings(deadline=None, max_examples=100)
 @given(messages, st.data())
 def test_flipped_bits(message: Message, data: st.DataObject) -> None:
     damaged = bytearray(encode(message))
@@ -212,7 +207,6 @@ def test_a_push_that_names_a_mini_batch_twice() -> None:
         decode(encode(replace(PUSH, batches=(4, 5, 4))))
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 255))
 def test_an_outcome_that_there_is_not(outcome: int) -> None:
     assume(outcome not in {o.value for o in Outcome})

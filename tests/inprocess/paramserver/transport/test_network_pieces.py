@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from downpour.paramserver.access import Access, way
@@ -103,7 +103,6 @@ def sent(encoding: ErrorFeedback | Plain, mailbox: int, dtype: torch.dtype) -> t
     return torch.frombuffer(bytearray(data), dtype=dtype).float()
 
 
-@settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from([WireDtype.BFLOAT16, WireDtype.FLOAT16]),
     st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=30),
@@ -236,7 +235,6 @@ def test_an_introduction_that_does_not_fit(changes: dict[str, int]) -> None:
         converse((PlainPipe(), PlainPipe()), replace(HELLO, **changes))  # type: ignore[arg-type]
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.binary(min_size=1, max_size=700))
 def test_random_bytes_in_place_of_a_greeting(data: bytes) -> None:
     pipe = PlainPipe()

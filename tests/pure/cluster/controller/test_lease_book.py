@@ -316,7 +316,5 @@ class Books(RuleBasedStateMachine):
         assert self.book.finished
 
 
-Books.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, derandomize=True, database=None
-)
+Books.TestCase.settings = settings(stateful_step_count=25, derandomize=True, database=None)
 TestBooks = Books.TestCase

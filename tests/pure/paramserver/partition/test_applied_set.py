@@ -77,7 +77,7 @@ class Against(RuleBasedStateMachine):
         assert meta == {"num_batches": Q, "complete": complete}
 
 
-Against.TestCase.settings = settings(deadline=None, max_examples=30, stateful_step_count=25)
+Against.TestCase.settings = settings(stateful_step_count=25)
 TestAgainstADict = Against.TestCase
 
 

@@ -1,7 +1,7 @@
 """Partitions tile the flat axes, evenly, whatever the model's size."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from downpour.paramserver.errors import BadConfiguration
@@ -19,7 +19,6 @@ def models(draw: st.DrawFn) -> dict[str, int]:
     }
 
 
-@settings(deadline=None, max_examples=100)
 @given(models())
 def test_tiles_balanced_and_consistent(model: dict[str, int]) -> None:
     parts = split(**model)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from downpour.paramserver.messages import Outcome, Push
@@ -28,7 +28,6 @@ def histogram(values: list[int]) -> Histogram:
 
 
 class TestHistogram:
-    @settings(deadline=None, max_examples=40)
     @given(observations.filter(bool), st.sampled_from([0.01, 0.15, 0.5, 0.85, 0.99, 1.0]))
     def test_percentiles_are_numpys_inverse_of_the_distribution(
         self, values: list[int], share: float
@@ -36,7 +35,6 @@ class TestHistogram:
         expected = np.percentile(values, 100 * share, method="inverted_cdf")
         assert histogram(values).percentile(share) == expected
 
-    @settings(deadline=None, max_examples=40)
     @given(observations.filter(bool))
     def test_summary(self, values: list[int]) -> None:
         summary = histogram(values).summary()
@@ -45,7 +43,6 @@ class TestHistogram:
         assert summary["p50"] == np.percentile(values, 50, method="inverted_cdf")
         assert summary["p99"] == np.percentile(values, 99, method="inverted_cdf")
 
-    @settings(deadline=None, max_examples=40)
     @given(observations, observations)
     def test_merge_is_the_histogram_of_both(self, a: list[int], b: list[int]) -> None:
         left, right = histogram(a), histogram(b)

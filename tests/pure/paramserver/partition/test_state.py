@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -186,7 +186,6 @@ def deliver(bench: Bench, event: Event) -> Outcome:
     return bench.apply(*arrival_of(event, bench.state.version))
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(events, max_size=30))
 def test_each_mini_batch_counts_once_whatever_arrives(arrivals: list[Event]) -> None:
     bench, oracle = Bench(EXACT), Oracle()
@@ -220,7 +219,6 @@ def test_each_mini_batch_counts_once_whatever_arrives(arrivals: list[Event]) -> 
 
 
 @pytest.mark.parametrize("rule", [SGD(), Momentum(), Nesterov(), Adagrad()])
-@settings(deadline=None, max_examples=15)
 @given(arrivals=st.lists(events, max_size=25))
 def test_noise_leaves_the_very_bits_of_a_run_without_it(rule: Rule, arrivals: list[Event]) -> None:
     config = replace(ROUGH, rule=rule)
@@ -238,7 +236,6 @@ def test_noise_leaves_the_very_bits_of_a_run_without_it(rule: Rule, arrivals: li
 
 
 @pytest.mark.parametrize("rule", [SGD(), Momentum(), Nesterov(), Adagrad()])
-@settings(deadline=None, max_examples=15)
 @given(groups=st.lists(st.lists(events, min_size=1, max_size=5), max_size=6))
 @example(groups=[[Event(e, (b,), "none", 0, 0) for b in range(Q)] for e in range(EPOCHS)])
 def test_pushes_taken_together_come_out_as_one_after_the_other(
@@ -258,7 +255,6 @@ def test_pushes_taken_together_come_out_as_one_after_the_other(
 
 
 @pytest.mark.parametrize("rule", [SGD(), Momentum(), Nesterov(), Adagrad()])
-@settings(deadline=None, max_examples=15)
 @given(arrivals=st.lists(events, min_size=1, max_size=25), cut=st.integers(0, 25))
 @example(arrivals=[Event(0, (b,), "none", 0, 0) for b in range(Q)], cut=Q)
 def test_a_restart_from_a_snapshot_changes_no_bit(
@@ -276,7 +272,6 @@ def test_a_restart_from_a_snapshot_changes_no_bit(
     second.state.check()
 
 
-@settings(deadline=None, max_examples=30)
 @given(st.permutations([(0, b) for b in range(Q)]), st.integers(0, Q))
 def test_a_restored_partition_takes_just_what_it_lost(
     order: list[tuple[int, int]], kept: int

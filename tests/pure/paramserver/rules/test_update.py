@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -229,7 +229,6 @@ class TestSchedule:
         rate = self.rate(2, warmup_epochs=4, decay_factor=0.25, decay_epochs=4)
         assert rate == pytest.approx(0.5 * (2 / 4) * 0.25 ** (2 / 4), rel=1e-12)
 
-    @settings(deadline=None, max_examples=100)
     @given(st.integers(0, 10**9), st.integers(1, 10**7), st.booleans())
     def test_is_above_zero_and_never_above_where_it_starts(
         self, examples: int, epoch_examples: int, staircase: bool
