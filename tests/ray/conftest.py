@@ -61,8 +61,9 @@ def on_its_own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRay]
             patch.setenv("RAY_TMPDIR", short)
             patch.setenv("RAY_metrics_report_interval_ms", "1000")
             process = commands.start(
-                *("train", "mnist-bn", "--runs", folder, "--name", "a", "--epochs", "150", *SMALL),
+                *("train", "mnist-bn", "--runs", folder, "--name", "a", "--epochs", "750", *SMALL),
                 *("--transport", "network", "--partitions", "2", "--evaluate-every-s", "1"),
+                *("--past-bound", "rekey"),
                 log=log,
             )
         try:
