@@ -1,7 +1,7 @@
-"""What the controller asks of whatever runs the actors.
+"""The protocol of whatever runs the actors of a run, and the exceptions that it gives.
 
-`cluster.ray_backend.backend` does it with Ray; tests do it with threads in one process. Calls start
-something and return a ticket at once; `wait` collects what is done. Nothing here knows Ray.
+`cluster.ray_backend.backend` implements it with Ray, tests with threads in one process. A call
+starts something and returns a pending call at once; `wait` collects what is done.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import Checkpoint
 from downpour.workers.messages import Keeping
 
-Ticket = Any
+PendingCall = Any
 """Stands for something under way; hashable."""
 
 
@@ -45,9 +45,9 @@ class WriteFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What became of a ticket: a value, or one of the exceptions above."""
+    """What became of a call: a value, or an exception: one of those above, or an actor's own."""
 
-    ticket: Ticket
+    call: PendingCall
     value: Any = None
     error: Exception | None = None
 
@@ -59,21 +59,21 @@ class Backend(Protocol):
     processes: tuple[tuple[int, ...], ...]
     """Replicas of each process."""
 
-    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Ticket:
+    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> PendingCall:
         """Start, or start again, a partition from its snapshot in `checkpoint`, or from the initial
         weights; done once it can be reached. One that still runs is ended first.
         """
 
-    def start_follower(self, index: int) -> Ticket:
+    def start_follower(self, index: int) -> PendingCall:
         """Start a follower of a partition that is up; done once it has the partition's state."""
 
     def stop_follower(self, index: int) -> None:
         """End a partition's follower, if it has one."""
 
-    def promote(self, index: int) -> Ticket:
+    def promote(self, index: int) -> PendingCall:
         """End a partition and have its follower take its place; done once it can be reached."""
 
-    def start_process(self, index: int) -> Ticket:
+    def start_process(self, index: int) -> PendingCall:
         """Start, or start again, a process of replicas; done once it is connected."""
 
     def add_process(self, replicas: tuple[int, ...]) -> int:
@@ -85,35 +85,35 @@ class Backend(Protocol):
     def stop_process(self, index: int) -> None:
         """End a process of replicas that has no windows, for good or until it is started again."""
 
-    def reconnect_process(self, index: int) -> Ticket:
+    def reconnect_process(self, index: int) -> PendingCall:
         """Have a process that runs drop its windows and connect to the partitions anew."""
 
-    def reconnect_evaluator(self) -> Ticket:
+    def reconnect_evaluator(self) -> PendingCall:
         """Have the evaluator connect to the partitions anew."""
 
-    def start_evaluator(self) -> Ticket:
+    def start_evaluator(self) -> PendingCall:
         """Start the evaluator; done once it is connected."""
 
-    def run_window(self, replica: int, lease: Lease) -> Ticket:
+    def run_window(self, replica: int, lease: Lease) -> PendingCall:
         """Deliver a window to a replica and train on it; gives a `WindowReport`."""
 
     def replace_shufflers(self) -> int:
         """Replace every shuffler that failed to deliver; gives how many those were."""
 
-    def report(self, partition: int) -> Ticket:
+    def report(self, partition: int) -> PendingCall:
         """Gives a `PartitionReport`."""
 
-    def flags(self, partition: int, epochs: tuple[int, ...]) -> Ticket:
+    def flags(self, partition: int, epochs: tuple[int, ...]) -> PendingCall:
         """Gives the state of every mini-batch of these epochs."""
 
-    def snapshot(self, partition: int, folder_uri: str) -> Ticket:
+    def snapshot(self, partition: int, folder_uri: str) -> PendingCall:
         """Write a snapshot; gives a `SnapshotFile`."""
 
-    def evaluate(self, keeping: Keeping) -> Ticket:
+    def evaluate(self, keeping: Keeping) -> PendingCall:
         """Score the current weights, and keep them as `keeping` says; gives an `Evaluation`."""
 
-    def wait(self, tickets: Collection[Ticket], timeout_s: float) -> list[Done]:
-        """Wait for at least one of the tickets, at most `timeout_s`; gives those that are done."""
+    def wait(self, calls: Collection[PendingCall], timeout_s: float) -> list[Done]:
+        """Wait for at least one of the calls, at most `timeout_s`; gives those that are done."""
 
     def stop(self) -> None:
         """Stop every actor."""

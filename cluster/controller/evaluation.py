@@ -3,171 +3,172 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from downpour.cluster.config.policy import PolicyConfig, next_evaluation_s
-from downpour.cluster.controller.backend import (
-    Backend,
-    Done,
-    PartitionLost,
-    ProcessLost,
-    Ticket,
-    WriteFailed,
+from downpour.cluster.controller.backend import PartitionLost, ProcessLost, WriteFailed
+from downpour.cluster.controller.failure_policy import Action, Cause, Failure
+from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
+from downpour.cluster.controller.instructions import (
+    Evaluate,
+    Instruction,
+    ReconnectEvaluator,
+    StartEvaluator,
+    Tell,
+    WeightsScored,
 )
-from downpour.cluster.controller.failure_policy import Action, Cause
-from downpour.cluster.controller.failures import Losses
 from downpour.cluster.controller.partitions import Partitions
-from downpour.cluster.controller.pending_calls import Tickets
 from downpour.cluster.errors import user_message
-from downpour.cluster.monitoring.telemetry import Telemetry
-from downpour.cluster.run.folder import BEST, MODEL, RunFolder
-from downpour.workers.messages import Keeping
 
 if TYPE_CHECKING:
     from downpour.workers.actor import Evaluation
 
 
-class Evaluating:
-    """The evaluator, and the scoring that is under way."""
+class EvaluationSchedule:
+    """The evaluator, the scoring that is under way, and the scores so far."""
 
     def __init__(
         self,
-        backend: Backend,
-        *,
         policy: PolicyConfig,
-        tickets: Tickets,
-        losses: Losses,
-        telemetry: Telemetry,
+        *,
+        failures: Failures,
         partitions: Partitions,
-        folder: RunFolder,
-        clock: Callable[[], float],
-        scored: Callable[[Evaluation], None],
+        out: list[Instruction],
+        now: float,
+        best_accuracy: float | None,
     ) -> None:
-        """It has not been started. It reads the weights of `partitions`, and leaves them in
-        `folder`; `scored` is told of each scoring.
+        """The evaluator has not been started. It reads the weights of `partitions`.
+
+        `best_accuracy` is that of earlier sessions.
         """
-        self._backend = backend
         self._policy = policy
-        self._tickets = tickets
-        self._losses = losses
-        self._telemetry = telemetry
+        self._failures = failures
         self._partitions = partitions
-        self._folder = folder
-        self._clock = clock
-        self._scored = scored
-        self._started = self._runs = self._ready = self._under_way = False
-        self._next_s = clock()
+        self._out = out
+        self._started = self._runs = False
+        self._next_s = now
         self._shortest_s = math.inf
+        self._began_s: float | None = None
+        """When the scoring under way began."""
+        self._final_due = False
+        """The run's last weights have yet to be scored."""
+        self.ready = False
+        """It is connected."""
+        self.newest: Evaluation | None = None
+        """The newest evaluation."""
+        self.best_accuracy = best_accuracy
+        """The highest accuracy so far."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """Accuracy of the newest evaluation."""
+        return self.newest.score.accuracy if self.newest else None
 
     @property
     def cut_off(self) -> bool:
-        """Whether it runs without its connections."""
-        return self._runs and not self._ready
+        """Whether the evaluator runs without its connections."""
+        return self._runs and not self.ready
+
+    def start(self) -> None:
+        """Start the evaluator, unless that has been done."""
+        if not self._started:
+            self._started = True
+            self._connect(StartEvaluator())
+
+    def connected(self) -> None:
+        """The evaluator can read the weights."""
+        self.ready = self._runs = True
 
     def disconnected(self) -> None:
         """A partition is lost, and with it the evaluator's connections."""
-        self._ready = False
-
-    def start(self) -> None:
-        """Start it, unless that has been done."""
-        if not self._started:
-            self._started = True
-            self._connect(self._backend.start_evaluator())
+        self.ready = False
 
     def reconnect(self) -> None:
-        """Connect it again, if it runs and lacks its connections."""
+        """Connect the evaluator again, if it runs and lacks its connections."""
         if self.cut_off:
-            self._connect(self._backend.reconnect_evaluator())
+            self._connect(ReconnectEvaluator())
 
-    def _connect(self, ticket: Ticket) -> None:
-        self._runs = self._ready = False
+    def _connect(self, call: StartEvaluator | ReconnectEvaluator) -> None:
+        self._runs = self.ready = False
+        self._out.append(call)
 
-        def handle(done: Done) -> None:
-            if done.error is None:
-                self._ready = self._runs = True
-            else:
-                self._on_error(done.error)
+    # Scoring
 
-        self._tickets.expect(ticket, handle)
+    def score_if_due(self, now: float) -> None:
+        """Score the current weights now and then. Those that end the run are its model."""
+        if self.ready and now >= self._next_s and self._began_s is None:
+            goal = self._policy.stop_at_accuracy
+            self._score(math.inf if goal is None else goal, now, final=False)
 
-    def _on_error(self, error: Exception) -> None:
-        self._ready = False
+    def begin_final(self) -> None:
+        """The weights are the run's last: score them, and keep them as its model."""
+        self._final_due = True
+        self.start()  # the run may be over before all of its replicas were up
+
+    def score_final(self, now: float) -> bool:
+        """Go on with scoring the last weights; return whether that has been done."""
+        if self._final_due and self.ready and self._began_s is None:
+            self._score(-math.inf, now, final=True)
+        return not self._final_due
+
+    def scored(self, call: Evaluate, evaluation: Evaluation, now: float) -> None:
+        """The weights were scored."""
+        began_s = self._end_scoring(now)
+        self._shortest_s = min(self._shortest_s, now - began_s)
+        self._failures.policy.progressed("evaluator")
+        self.newest = evaluation
+        self.best_accuracy = max(self.best_accuracy or 0.0, evaluation.score.accuracy)
+        if call.final:
+            self._final_due = False
+        self._out.append(WeightsScored(evaluation=evaluation))
+
+    def score_failed(self, error: Exception, now: float) -> None:
+        """The weights could not be scored, or not be kept."""
+        self._end_scoring(now)
+        self.failed(error, now)
+
+    def _score(self, goal: float, now: float, *, final: bool) -> None:
+        self._began_s = now
+        self._out.append(Evaluate(best=self.best_accuracy, goal=goal, final=final))
+
+    def _end_scoring(self, now: float) -> float:
+        assert self._began_s is not None, "no scoring is under way"
+        began_s, self._began_s = self._began_s, None
+        self._next_s = next_evaluation_s(self._policy, began_s, now, self._shortest_s)
+        return began_s
+
+    # Failures
+
+    def failed(self, error: Exception, now: float) -> None:
+        """The evaluator could not do what it was asked for."""
+        self.ready = False
         if isinstance(error, WriteFailed):
-            self._ready = True
-            self._telemetry.event(f"the best weights could not be written ({error}): going on")
+            self.ready = True
+            text = f"the best weights could not be written ({error}): going on"
+            self._out.append(Tell(text=text))
         elif isinstance(error, PartitionLost):
             self._runs = True
-            self._partitions.ask_reports_now()
-            if (
-                self._partitions.all_up
-                and self._recover("disconnected", detail=str(error)) != "reconnect"
-            ):
-                self._connect(self._backend.start_evaluator())
+            self._partitions.ask_reports_now(now)
+            if self._partitions.all_up:
+                action = self._recover("disconnected", now, detail=str(error))
+                if action != "reconnect":
+                    self._connect(StartEvaluator())
         elif isinstance(error, ProcessLost):
-            self._replace("died")
+            self._recover("died", now)
+            self._connect(StartEvaluator())
         elif user_message(error) is not None:
-            raise error
+            raise GaveUp(error)
         else:
-            self._replace("failed", error)
+            self._recover("failed", now, detail=detail_of(error), error=error)
+            self._connect(StartEvaluator())
 
-    def _replace(self, cause: Cause, error: Exception | None = None) -> None:
-        self._recover(cause, error=error)
-        self._connect(self._backend.start_evaluator())
+    def _recover(
+        self, cause: Cause, now: float, *, detail: str = "", error: Exception | None = None
+    ) -> Action:
+        failure = Failure(part="evaluator", name="the evaluator", cause=cause, detail=detail)
+        return self._failures.recover(failure, now, error=error)
 
-    def _recover(self, cause: Cause, *, detail: str = "", error: Exception | None = None) -> Action:
-        return self._losses.recover(
-            "evaluator", 0, "the evaluator", cause, detail=detail, error=error
-        )
-
-    def score_if_due(self) -> None:
-        """Score the current weights now and then. Those that end the run are its model."""
-        if self._ready and self._clock() >= self._next_s and not self._under_way:
-            goal = self._policy.stop_at_accuracy
-            self._score(math.inf if goal is None else goal)
-
-    def score_last(self, look_after: Callable[[], None]) -> bool:
-        """Score the last weights, and keep them. False where a partition was lost meanwhile.
-
-        `look_after` is called while the evaluator is not there.
-        """
-        self._telemetry.phase = "evaluating"
-        before = self._partitions.incarnations
-        self.start()  # the run may be over before all of its replicas were up
-        while self._under_way:  # of weights that were not the last
-            self._tickets.turn(1.0)
-        wanted = self._telemetry.num_evaluations + 1
-        while self._telemetry.num_evaluations < wanted:
-            if before != self._partitions.incarnations:
-                return False
-            if not self._ready:
-                look_after()
-            elif not self._under_way:
-                self._score(-math.inf)
-            self._tickets.turn(1.0)
-        return True
-
-    def _score(self, goal: float) -> None:
-        """Score the current weights; keep the best, and as the model those that reach `goal`."""
-        self._under_way = True
-        began_s = self._clock()
-
-        def handle(done: Done) -> None:
-            self._under_way = False
-            ended_s = self._clock()
-            self._next_s = next_evaluation_s(self._policy, began_s, ended_s, self._shortest_s)
-            if done.error is not None:
-                self._on_error(done.error)
-            else:
-                self._shortest_s = min(self._shortest_s, ended_s - began_s)
-                self._losses.progressed("evaluator")
-                self._telemetry.evaluated(done.value)
-                self._scored(done.value)
-
-        keeping = Keeping(
-            best_path=str(self._folder.path / BEST),
-            best=self._telemetry.best_accuracy,
-            model_path=str(self._folder.path / MODEL),
-            goal=goal,
-        )
-        self._tickets.expect(self._backend.evaluate(keeping), handle)
+    def check(self) -> None:
+        """Assert that an evaluator that is connected runs."""
+        assert self._started or not (self.ready or self._runs or self._began_s is not None)
+        assert self._runs or not self.ready

@@ -1,106 +1,94 @@
-"""The account of losses: what `recovery` decides about each is told of, and counted.
+"""The account of failures: what is decided about each is told, and how long members are missing.
 
-Also since when members are missing, and when what is held in reserve (spares, followers) is to be
-made again. Bringing a member back is the business of whoever looks after its kind.
+Also when reserves (spares, followers) are to be made again. The decisions are the policy's
+(`failure_policy`). Bringing a member back is up to the part that looks after its kind.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-
 from downpour.cluster.controller.backend import RunFailed
-from downpour.cluster.controller.failure_policy import Action, Cause, History, Loss, Part, decide
-from downpour.cluster.run.folder import RunFolder
+from downpour.cluster.controller.failure_policy import Action, Failure, FailurePolicy
+from downpour.cluster.controller.instructions import Instruction, Tell
 
 SPARES_AFTER_S = 5.0
-"""A spare's start takes a second of a processor: not while those who are back get going."""
+"""A spare's start takes a second of a processor: it waits until those that are back get going."""
 
 
-class Losses:
-    """Those of one session of a run."""
+class GaveUp(Exception):
+    """The run is given up: `error` says what to do."""
 
-    def __init__(
-        self,
-        *,
-        max_restarts: int,
-        folder: RunFolder,
-        tell: Callable[[str], None],
-        clock: Callable[[], float],
-    ) -> None:
-        """None yet. `max_restarts` is for each kind of member; `tell` has a line of news."""
-        self._max_restarts = max_restarts
-        self._folder = folder
-        self._tell = tell
-        self._clock = clock
-        self._history = History()
-        self._weak_since_s: float | None = None
-        """When the first was lost of the members that are not back yet."""
-        self._reserves_due_s: float | None = None
+    def __init__(self, error: Exception, cause: Exception | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.cause = cause
 
-    @property
-    def restarts(self) -> Counter[Part]:
-        """Members that were replaced, by kind."""
-        return self._history.restarts
 
-    def progressed(self, part: Part, index: int = 0) -> None:
-        """A member has done what it is there for."""
-        self._history.progressed(part, index)
+class Failures:
+    """The failures of one session of a run."""
+
+    def __init__(self, policy: FailurePolicy, *, run: str, out: list[Instruction]) -> None:
+        """Nothing has failed. `run` is the path of the run's folder, for messages."""
+        self.policy = policy
+        self._run = run
+        self._out = out
+        self.weak_since_s: float | None = None
+        """When the first failed of the members that are not back yet."""
+        self.reserves_due_s: float | None = None
+        """When reserves are to be made."""
 
     def recover(
         self,
-        part: Part,
-        index: int,
-        name: str,
-        cause: Cause,
+        failure: Failure,
+        now: float,
         *,
-        detail: str = "",
         error: Exception | None = None,
         followed: bool = False,
     ) -> Action:
-        """Decide what is done about a loss, and tell of it.
+        """Decide what is done about a failure, and tell it.
 
-        Of a member that has failed, `error` says by what; see `recovery` for the rest. Raises
-        `RunFailed` where the run is given up.
+        Args:
+            failure: what failed, and how.
+            now: seconds by the run's clock.
+            error: what the run's failure is caused by, if it is given up.
+            followed: a follower can take the member's place.
+
+        Raises:
+            GaveUp: the policy gives the run up.
         """
-        if error is not None:
-            detail = f"{type(error).__name__}: {_last_line(error)}"
-        loss = Loss(part=part, index=index, name=name, cause=cause, detail=detail)
-        recovery = decide(loss, self._history, max_restarts=self._max_restarts, followed=followed)
-        self._tell(recovery.reason)
-        if part in ("replicas", "partition") and self._weak_since_s is None:
-            self._weak_since_s = self._clock()
+        recovery = self.policy.decide(failure, followed=followed)
+        self._out.append(Tell(text=recovery.reason))
+        if failure.part in ("replicas", "partition") and self.weak_since_s is None:
+            self.weak_since_s = now
         if recovery.action == "give up":
-            raise RunFailed(
-                f"{recovery.reason}: see the logs, then go on with `downpour resume "
-                f"{self._folder.path}`"
-            ) from error
-        if part == "follower" and recovery.action == "restart" and self._weak_since_s is None:
-            self.reserve_soon()
+            hint = f"see the logs, then go on with `downpour resume {self._run}`"
+            raise GaveUp(RunFailed(f"{recovery.reason}: {hint}"), error)
+        in_full = self.weak_since_s is None
+        if failure.part == "follower" and recovery.action == "restart" and in_full:
+            self.reserve_soon(now)
         return recovery.action
 
-    def whole(self) -> None:
-        """Nobody is missing: tell of it, if somebody was."""
-        if self._weak_since_s is None:
+    def all_back(self, now: float) -> None:
+        """No member is missing: tell it, if one was."""
+        if self.weak_since_s is None:
             return
-        took_s = self._clock() - self._weak_since_s
-        self._weak_since_s = None
-        self.reserve_soon()
-        self._tell(f"everybody is back after {took_s:.1f} s")
+        took_s = now - self.weak_since_s
+        self.weak_since_s = None
+        self.reserve_soon(now)
+        self._out.append(Tell(text=f"everybody is back after {took_s:.1f} s"))
 
-    def reserve_soon(self) -> None:
-        """Have reserves made once those who have just come have got going."""
-        self._reserves_due_s = self._clock() + SPARES_AFTER_S
+    def reserve_soon(self, now: float) -> None:
+        """Have reserves made once the members that have just come have got going."""
+        self.reserves_due_s = now + SPARES_AFTER_S
 
-    def take_reserves_due(self) -> bool:
-        """Whether reserves are to be made now; says so once."""
-        due = self._reserves_due_s is not None and self._clock() >= self._reserves_due_s
+    def take_reserves_due(self, now: float) -> bool:
+        """Return whether reserves are to be made now; True once."""
+        due = self.reserves_due_s is not None and now >= self.reserves_due_s
         if due:
-            self._reserves_due_s = None
+            self.reserves_due_s = None
         return due
 
 
-def _last_line(error: Exception) -> str:
-    """The end of an error's text, which of one that comes from afar is a whole traceback."""
+def detail_of(error: Exception) -> str:
+    """Return the kind and the last line of an error, whose text may be a remote traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

@@ -1,17 +1,18 @@
 """Followers: which partition has one that can take its place, and starting those that are missing.
 
-A follower counts once its partition says that it has it: what a partition goes on without can never
-take its place (`paramserver.standby.primary`), so a stale belief here costs a refusal and no
+A follower counts once its partition says that it has it. A partition fences off a follower that it
+goes on without (`paramserver.standby.primary`), so a stale belief here costs a refusal and no
 update.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from downpour.cluster.controller.backend import Backend, Done, Ticket
+from downpour.cluster.controller.failure_policy import Failure
+from downpour.cluster.controller.failures import Failures
+from downpour.cluster.controller.instructions import Instruction, StartFollower, StopFollower, Tell
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
@@ -20,77 +21,77 @@ REPORTS_TO_FOLLOW = 2
 """Reports without a follower after one has joined: the first may have been on its way before."""
 
 
-class _Standing(enum.Enum):
+class Standing(enum.Enum):
+    """What a partition has of a follower."""
+
     MISSING = enum.auto()
     STARTING = enum.auto()
     FOLLOWS = enum.auto()
     LEFT_OUT = enum.auto()
+    """It is to have none."""
 
 
 class Followers:
-    """Those of all partitions of one run."""
+    """The followers of all partitions of one run."""
 
     def __init__(
-        self,
-        backend: Backend,
-        *,
-        wanted: bool,
-        submit: Callable[[Ticket, Callable[[Done], None]], None],
-        lost: Callable[[int, str], bool],
-        tell: Callable[[str], None],
+        self, num_partitions: int, *, wanted: bool, failures: Failures, out: list[Instruction]
     ) -> None:
-        """None yet; none ever, unless they are `wanted`.
+        """None has been started. None ever will be, unless they are `wanted`."""
+        self._failures = failures
+        self._out = out
+        first = Standing.MISSING if wanted else Standing.LEFT_OUT
+        self._standing = [first] * num_partitions
+        self._starts = [0] * num_partitions
+        self._without = [0] * num_partitions
 
-        `submit` has a ticket waited for; `lost`, given a partition and how its follower was lost,
-        says whether there is to be another; `tell` has a line of news.
-        """
-        self._backend, self._submit, self._lost, self._tell = backend, submit, lost, tell
-        first = _Standing.MISSING if wanted else _Standing.LEFT_OUT
-        self._standing = [first] * backend.num_partitions
-        self._starts = [0] * backend.num_partitions
-        self._without = [0] * backend.num_partitions
-
-    def can_take_over(self, index: int) -> bool:
-        """Whether a partition has a follower that is to take its place."""
-        return self._standing[index] is _Standing.FOLLOWS
+    def can_take_over(self, partition: int) -> bool:
+        """Return whether a partition has a follower that is to take its place."""
+        return self._standing[partition] is Standing.FOLLOWS
 
     def start_missing(self) -> None:
-        """Start them for all partitions, which are up."""
+        """Start the missing followers of partitions, which are all up."""
         for index, standing in enumerate(self._standing):
-            if standing is _Standing.MISSING:
-                self._standing[index] = _Standing.STARTING
+            if standing is Standing.MISSING:
+                self._standing[index] = Standing.STARTING
                 self._starts[index] += 1
-                ticket = self._backend.start_follower(index)
-                self._submit(ticket, self._arrival(index, self._starts[index]))
+                self._out.append(StartFollower(partition=index, start=self._starts[index]))
 
-    def partition_replaced(self, index: int) -> None:
+    def started(self, call: StartFollower) -> None:
+        """A follower has its partition's state."""
+        if self._is_current(call):
+            index = call.partition
+            self._standing[index], self._without[index] = Standing.FOLLOWS, 0
+            self._out.append(Tell(text=f"partition {index} has a follower"))
+
+    def start_failed(self, call: StartFollower, error: Exception, now: float) -> None:
+        """A follower could not join its partition."""
+        if self._is_current(call):
+            self._on_lost(call.partition, str(error), now)
+
+    def partition_replaced(self, partition: int) -> None:
         """A partition is another process from now on, which nobody follows yet."""
-        if self._standing[index] is not _Standing.LEFT_OUT:
-            self._standing[index] = _Standing.MISSING
-            self._starts[index] += 1  # of one that was just being started nothing more is heard
+        if self._standing[partition] is not Standing.LEFT_OUT:
+            self._standing[partition] = Standing.MISSING
+            self._starts[partition] += 1  # a follower that was just being started is none of it
 
-    def reported(self, report: PartitionReport) -> None:
+    def reported(self, report: PartitionReport, now: float) -> None:
         """A partition says whether it has a follower."""
         index = report.index
-        if self._standing[index] is not _Standing.FOLLOWS:
+        if report.has_follower:
+            self._failures.policy.progressed("follower", index)
+        if self._standing[index] is not Standing.FOLLOWS:
             return
         self._without[index] = 0 if report.has_follower else self._without[index] + 1
         if self._without[index] == REPORTS_TO_FOLLOW:
-            self._on_lost(index, "its partition goes on without it")
+            self._on_lost(index, "its partition goes on without it", now)
 
-    def _arrival(self, index: int, start: int) -> Callable[[Done], None]:
-        def handle(done: Done) -> None:
-            if self._starts[index] != start:
-                return
-            if done.error is not None:
-                self._on_lost(index, str(done.error))
-            else:
-                self._standing[index], self._without[index] = _Standing.FOLLOWS, 0
-                self._tell(f"partition {index} has a follower")
+    def _is_current(self, call: StartFollower) -> bool:
+        return self._starts[call.partition] == call.start
 
-        return handle
-
-    def _on_lost(self, index: int, detail: str) -> None:
-        self._backend.stop_follower(index)
-        another = self._lost(index, detail)
-        self._standing[index] = _Standing.MISSING if another else _Standing.LEFT_OUT
+    def _on_lost(self, index: int, detail: str, now: float) -> None:
+        self._out.append(StopFollower(partition=index))
+        name = f"the follower of partition {index}"
+        failure = Failure(part="follower", index=index, name=name, cause="died", detail=detail)
+        another = self._failures.recover(failure, now) == "restart"
+        self._standing[index] = Standing.MISSING if another else Standing.LEFT_OUT

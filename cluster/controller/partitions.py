@@ -1,23 +1,28 @@
-"""The partitions of a run: asking them, and bringing back those that are lost.
+"""The partitions of a run: which are up, what they report, and inquiries to all of them.
 
-What is lost with a partition, and who else is to know of it, is the controller's business.
+What else is lost with a partition, and who has to know, is decided in `state`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from downpour.cluster.controller.backend import Backend, Done, PartitionLost, RunFailed, Ticket
-from downpour.cluster.controller.failure_policy import Cause
-from downpour.cluster.controller.failures import Losses
+from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.failure_policy import Cause, Failure
+from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
 from downpour.cluster.controller.followers import Followers
-from downpour.cluster.controller.members import Partition
-from downpour.cluster.controller.pending_calls import Tickets
-from downpour.cluster.errors import user_message
-from downpour.cluster.monitoring.telemetry import Telemetry
-from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
-from downpour.cluster.run.folder import RunFolder
+from downpour.cluster.controller.instructions import (
+    AskFlags,
+    AskReport,
+    Instruction,
+    PartitionCall,
+    Promote,
+    StartPartition,
+)
+from downpour.cluster.controller.leases.manager import Census
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
@@ -26,202 +31,258 @@ REPORT_EVERY_S = 1.0
 SILENT_AFTER_S = 60.0
 """A partition that has not answered for so long is taken for lost."""
 
+Purpose = Literal["resume", "probe", "census", "first flags", "last reports", "last flags"]
+"""What an inquiry is for."""
+
+
+@dataclass(kw_only=True)
+class PartitionMember:
+    """A partition as the controller sees it."""
+
+    index: int
+    up: bool = False
+    """It can be reached, as far as is known."""
+    incarnation: int = 0
+    """Counts its starts: what an earlier one still has to say is of no interest."""
+    asked_s: float | None = None
+    """When it was asked for a report that has not come."""
+    version: int | None = None
+    """In its first report since it started."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"partition {self.index}"
+
+
+@dataclass(kw_only=True)
+class Inquiry:
+    """A question to all partitions, which all have to answer before one of them is lost."""
+
+    purpose: Purpose
+    give_up_s: float | None
+    """When the run is given up for want of an answer; None: silence is seen by the reports."""
+    census: Census | None = None
+    """What is asked, if this is a census."""
+    answers: dict[int, Any] = field(default_factory=dict)
+    """By partition."""
+
+    @property
+    def in_order(self) -> Sequence[Any]:
+        """The answers in the order of the partitions."""
+        return [self.answers[index] for index in sorted(self.answers)]
+
 
 class Partitions:
     """All partitions of one run, with their followers."""
 
     def __init__(
         self,
-        backend: Backend,
+        num_partitions: int,
         *,
-        tickets: Tickets,
-        losses: Losses,
-        telemetry: Telemetry,
-        folder: RunFolder,
-        store: CheckpointStore,
         hot_standby: bool,
-        clock: Callable[[], float],
-        lost: Callable[[bool], None],
-        back: Callable[[], None],
-        reported: Callable[[PartitionReport], None],
+        failures: Failures,
+        run: str,
+        out: list[Instruction],
+        now: float,
     ) -> None:
-        """None is up. `lost` is told of each that is lost, and whether a follower takes its place;
-        `back`, when all are up (again); `reported` gets every report that was not asked for by
-        `ask_all`. Checkpoints are in `store`.
-        """
-        self._backend = backend
-        self._tickets = tickets
-        self._losses = losses
-        self._telemetry = telemetry
-        self._folder, self._store = folder, store
-        self._clock = clock
-        self._lost, self._back, self._reported = lost, back, reported
-        self._all = [Partition(index=i) for i in range(backend.num_partitions)]
-        self._next_report_s = clock()
+        """None is up. `run` is the path of the run's folder, for messages."""
+        self._failures = failures
+        self._run = run
+        self._out = out
+        self._next_report_s = now
+        self._numbers = itertools.count()
+        self.members = [PartitionMember(index=i) for i in range(num_partitions)]
         self.reports: dict[int, PartitionReport] = {}
-        """The newest of each."""
-        self.followers = Followers(
-            backend,
-            wanted=hot_standby,
-            submit=tickets.expect,
-            lost=self._on_follower_lost,
-            tell=telemetry.event,
-        )
+        """The newest report of each."""
+        self.first_update_at: float | None = None
+        """Unix time of this session's first update, as far as is known."""
+        self.inquiries: dict[int, Inquiry] = {}
+        """Inquiries under way, by number."""
+        self.followers = Followers(num_partitions, wanted=hot_standby, failures=failures, out=out)
 
     @property
     def all_up(self) -> bool:
         """Whether every partition can be reached, as far as is known."""
-        return all(p.up for p in self._all)
+        return all(p.up for p in self.members)
 
     @property
     def all_reported(self) -> bool:
         """Whether there is a report of each, and none is being waited for."""
-        asked = any(p.asked_s is not None for p in self._all)
-        return len(self.reports) == len(self._all) and not asked
+        asked = any(p.asked_s is not None for p in self.members)
+        return len(self.reports) == len(self.members) and not asked
 
     @property
-    def incarnations(self) -> tuple[int, ...]:
-        """How often each was started: other numbers, and one was lost meanwhile."""
-        return tuple(p.incarnation for p in self._all)
+    def latest_reports(self) -> list[PartitionReport]:
+        """The newest report of each partition that has reported, in their order."""
+        return [self.reports[index] for index in sorted(self.reports)]
 
-    def start(self, checkpoint: Checkpoint | None) -> None:
-        """Start all of them from a checkpoint, or from the initial weights."""
-        for partition in self._all:
-            self._start(partition, checkpoint)
+    def is_current(self, call: PartitionCall) -> bool:
+        """Return whether a call was made to the incarnation that is there now."""
+        return self.members[call.partition].incarnation == call.incarnation
 
-    # Asking
+    # Starting
 
-    def handler(self, index: int, then: Callable[[Any], None]) -> Callable[[Done], None]:
-        """Give `then` what this incarnation of a partition answers; replace it if it is lost."""
-        partition = self._all[index]
-        incarnation = partition.incarnation
+    def start(self) -> None:
+        """Start all of them from where the run starts."""
+        for partition in self.members:
+            self._renew(partition)
+            self._out.append(self._start_call(partition, again=False))
 
-        def handle(done: Done) -> None:
-            if partition.incarnation != incarnation:
-                return
-            if done.error is None:
-                then(done.value)
-            elif isinstance(done.error, PartitionLost):
-                self._on_lost(partition, "died")
-            elif user_message(done.error) is not None:
-                raise done.error
-            else:  # its serving thread has ended by an error that is nobody's but its own
-                self._on_lost(partition, "failed", done.error)
+    def replace(self, index: int, *, promoted: bool, now: float) -> None:
+        """Start a partition that is lost again, or promote its follower."""
+        partition = self.members[index]
+        self._renew(partition)
+        if promoted:
+            partition.asked_s = now  # a follower that does not answer is lost, too
+            self._out.append(Promote(partition=index, incarnation=partition.incarnation))
+        else:
+            self._out.append(self._start_call(partition, again=True))
 
-        return handle
+    def arrived(self, index: int) -> None:
+        """A new incarnation can be reached."""
+        self.members[index].up, self.members[index].asked_s = True, None
 
-    def ask_all(self, ask: Callable[[int], Ticket], then: Callable[[Sequence[Any]], None]) -> None:
-        """Ask every partition; `then` gets their answers, unless one is lost meanwhile."""
-        answers: dict[int, Any] = {}
-        before = self.incarnations
+    def _renew(self, partition: PartitionMember) -> None:
+        partition.up, partition.asked_s, partition.version = False, None, None
+        partition.incarnation += 1
 
-        def taker(index: int) -> Callable[[Any], None]:
-            def take(value: Any) -> None:
-                answers[index] = value
-                if len(answers) == len(before) and before == self.incarnations:
-                    then([answers[i] for i in range(len(before))])
+    def _start_call(self, partition: PartitionMember, *, again: bool) -> StartPartition:
+        return StartPartition(
+            partition=partition.index, incarnation=partition.incarnation, again=again
+        )
 
-            return take
+    # Failures
 
-        for index in range(len(before)):
-            handle = self.handler(index, taker(index))
-            self._tickets.expect(ask(index), handle)
+    def fail(self, index: int, cause: Cause, now: float, error: Exception | None = None) -> bool:
+        """A partition is lost, and all inquiries with it.
 
-    def answers(self, ask: Callable[[int], Ticket]) -> Sequence[Any] | None:
-        """What every partition answers, waited for; None where one was lost meanwhile."""
-        got: list[Sequence[Any]] = []
-        if not self.all_up:
-            return None
-        before = self.incarnations
-        give_up_s = self._clock() + SILENT_AFTER_S
-        self.ask_all(ask, got.append)
-        while not got and before == self.incarnations:
-            if self._clock() > give_up_s:
-                raise RunFailed(
-                    f"a partition has not answered for {SILENT_AFTER_S:.0f} s: go on with "
-                    f"`downpour resume {self._folder.path}`"
-                )
-            self._tickets.turn(1.0)
-        return got[0] if got else None
+        Returns:
+            Whether its follower is to take its place.
 
-    def ask_reports(self) -> bool:
-        """Have all that are up report, once a second; whether it was time for it."""
-        now = self._clock()
+        Raises:
+            GaveUp: the run is given up.
+        """
+        partition = self.members[index]
+        detail = "" if error is None else detail_of(error)
+        failure = Failure(
+            part="partition", index=index, name=partition.name, cause=cause, detail=detail
+        )
+        followed = self.followers.can_take_over(index)
+        action = self._failures.recover(failure, now, error=error, followed=followed)
+        partition.up = False
+        self.followers.partition_replaced(index)
+        self.inquiries.clear()
+        return action == "promote"
+
+    def silent(self, now: float) -> list[int]:
+        """Return the partitions that have been asked, and do not answer."""
+        return [
+            p.index
+            for p in self.members
+            if p.asked_s is not None and now - p.asked_s > SILENT_AFTER_S
+        ]
+
+    # Reports
+
+    def ask_reports(self, now: float) -> bool:
+        """Ask all that are up for a report, once a second; return whether it was time for it."""
         if now < self._next_report_s:
             return False
         self._next_report_s = now + REPORT_EVERY_S
-        for partition in self._all:
+        for partition in self.members:
             if partition.up and partition.asked_s is None:
                 partition.asked_s = now
-                ticket = self._backend.report(partition.index)
-                self._tickets.expect(ticket, self.handler(partition.index, self._on_report))
+                index, incarnation = partition.index, partition.incarnation
+                self._out.append(AskReport(partition=index, incarnation=incarnation))
         return True
 
-    def ask_reports_now(self) -> None:
+    def ask_reports_now(self, now: float) -> None:
         """Have the next reports asked for at once: one of the partitions may be lost."""
-        self._next_report_s = self._clock()
+        self._next_report_s = now
 
-    def _on_report(self, report: PartitionReport) -> None:
-        partition = self._all[report.index]
+    def reported(self, report: PartitionReport, now: float) -> None:
+        """A partition has answered the regular question for its report."""
+        partition = self.members[report.index]
         partition.asked_s = None
         if partition.version is None:
             partition.version = report.version
         elif report.version > partition.version:
-            self._losses.progressed("partition", partition.index)
+            self._failures.policy.progressed("partition", partition.index)
+        self.note_report(report)
+        self.followers.reported(report, now)
+
+    def note_report(self, report: PartitionReport) -> None:
+        """Keep a report as the newest of its partition."""
         self.reports[report.index] = report
-        self.followers.reported(report)
-        if report.has_follower:
-            self._losses.progressed("follower", report.index)
-        self._reported(report)
+        # A partition that starts again forgets its first update, and all of them may.
+        seen = [at for at in (self.first_update_at, report.first_update_at) if at is not None]
+        self.first_update_at = min(seen, default=None)
 
-    # Losses
+    # Inquiries
 
-    def look_for_silent(self) -> None:
-        """Replace those that have been asked, and do not answer."""
-        now = self._clock()
-        for partition in self._all:
-            if partition.asked_s is not None and now - partition.asked_s > SILENT_AFTER_S:
-                self._on_lost(partition, "silent")
+    def is_asked(self, purpose: Purpose) -> bool:
+        """Return whether an inquiry for this purpose is under way."""
+        return any(inquiry.purpose == purpose for inquiry in self.inquiries.values())
 
-    def _on_lost(self, partition: Partition, cause: Cause, error: Exception | None = None) -> None:
-        index, name = partition.index, f"partition {partition.index}"
-        followed = self.followers.can_take_over(index)
-        action = self._losses.recover(
-            "partition", index, name, cause, error=error, followed=followed
+    def ask_all_reports(self, purpose: Purpose, *, give_up_s: float | None = None) -> None:
+        """Ask all partitions, which are up, for a report."""
+        number = self._inquire(Inquiry(purpose=purpose, give_up_s=give_up_s))
+        self._out.extend(
+            AskReport(partition=p.index, incarnation=p.incarnation, inquiry=number)
+            for p in self.members
         )
-        promoted = action == "promote"
-        self.followers.partition_replaced(index)
-        self._telemetry.phase = f"replacing {name}"
-        self._lost(promoted)
-        if promoted:
-            self._await(partition, self._backend.promote(index))
-            partition.asked_s = self._clock()  # a follower that does not answer is lost, too
-            return
-        checkpoint, passed = self._store.latest_for(index)
-        for problem in passed:
-            self._telemetry.event(f"{problem}; taking the one before")
-        self._telemetry.event(
-            f"{name} starts again from "
-            + (f"checkpoint {checkpoint.number}" if checkpoint else "the initial weights")
+
+    def ask_all_flags(
+        self,
+        purpose: Purpose,
+        epochs: Sequence[int],
+        *,
+        give_up_s: float | None = None,
+        census: Census | None = None,
+    ) -> None:
+        """Ask all partitions, which are up, which mini-batches of `epochs` they cover."""
+        number = self._inquire(Inquiry(purpose=purpose, give_up_s=give_up_s, census=census))
+        self._out.extend(
+            AskFlags(
+                partition=p.index, incarnation=p.incarnation, inquiry=number, epochs=tuple(epochs)
+            )
+            for p in self.members
         )
-        self._start(partition, checkpoint)
 
-    def _on_follower_lost(self, index: int, detail: str) -> bool:
-        """Whether there is to be another."""
-        name = f"the follower of partition {index}"
-        return self._losses.recover("follower", index, name, "died", detail=detail) == "restart"
+    def take_answer(self, number: int, index: int, value: Any) -> Inquiry | None:
+        """Note an answer; return the inquiry if this was the last one, and end it."""
+        inquiry = self.inquiries.get(number)
+        if inquiry is None:
+            return None  # a partition was lost meanwhile
+        inquiry.answers[index] = value
+        if len(inquiry.answers) < len(self.members):
+            return None
+        return self.inquiries.pop(number)
 
-    def _start(self, partition: Partition, checkpoint: Checkpoint | None) -> None:
-        self._await(partition, self._backend.start_partition(partition.index, checkpoint))
+    def check_deadlines(self, now: float) -> None:
+        """Give the run up if an inquiry that it waits for has no answer.
 
-    def _await(self, partition: Partition, ticket: Ticket) -> None:
-        """A new incarnation is on its way."""
-        partition.up, partition.asked_s, partition.version = False, None, None
-        partition.incarnation += 1
+        Raises:
+            GaveUp: so it is.
+        """
+        if any(i.give_up_s is not None and now > i.give_up_s for i in self.inquiries.values()):
+            hint = f"go on with `downpour resume {self._run}`"
+            text = f"a partition has not answered for {SILENT_AFTER_S:.0f} s: {hint}"
+            raise GaveUp(RunFailed(text))
 
-        def arrived(_: Any) -> None:
-            partition.up, partition.asked_s = True, None
-            if self.all_up:
-                self._back()
+    def _inquire(self, inquiry: Inquiry) -> int:
+        assert self.all_up, "not every partition can be asked"
+        number = next(self._numbers)
+        self.inquiries[number] = inquiry
+        return number
 
-        self._tickets.expect(ticket, self.handler(partition.index, arrived))
+    def check(self) -> None:
+        """Assert that inquiries and reports are of partitions that can be reached."""
+        assert self.all_up or not self.inquiries
+        everybody = set(range(len(self.members)))
+        assert self.reports.keys() <= everybody
+        assert all(i.answers.keys() < everybody for i in self.inquiries.values())
+        for number in self.inquiries:
+            purpose = self.inquiries[number].purpose
+            assert sum(i.purpose == purpose for i in self.inquiries.values()) == 1, purpose

@@ -2,221 +2,278 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from downpour.cluster.controller.backend import Backend, Done, PartitionLost, ProcessLost
-from downpour.cluster.controller.failure_policy import Cause, stragglers
-from downpour.cluster.controller.failures import Losses
-from downpour.cluster.controller.lease_manager import Lending
-from downpour.cluster.controller.members import Process
+from downpour.cluster.controller.backend import PartitionLost, ProcessLost
+from downpour.cluster.controller.failure_policy import Cause, Failure, stragglers
+from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
+from downpour.cluster.controller.instructions import (
+    AddProcess,
+    Instruction,
+    ReconnectProcess,
+    StartProcess,
+    StopProcess,
+    Tell,
+)
+from downpour.cluster.controller.leases.manager import LeaseManager
 from downpour.cluster.controller.partitions import Partitions
-from downpour.cluster.controller.pending_calls import Tickets
 from downpour.cluster.errors import user_message
-from downpour.cluster.monitoring.telemetry import Telemetry
 from downpour.workers.config import ReplicaConfig
 
 if TYPE_CHECKING:
     from downpour.workers.replica.replicas import WindowReport
 
+RATE_WINDOWS = 3
+"""A replica's rate is that of its last few windows."""
 
-class Processes:
+
+@dataclass(kw_only=True)
+class ReplicaProcess:
+    """A process of replicas as the controller sees it."""
+
+    index: int
+    replicas: tuple[int, ...]
+    starting: bool = False
+    """It is being started, or connected again."""
+    ready: bool = False
+    """It is connected, and may be leased windows."""
+    wanted: bool = True
+    """Some of its replicas are to train."""
+    runs: bool = False
+    """It was up once, and has not died. If it is not ready, it has lost its connections."""
+    rates: dict[int, deque[float]] = field(default_factory=dict)
+    """Mini-batches a second of its last windows, by replica."""
+    told_slow: bool = False
+    """People have heard that it is slower than the others."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        numbers = ", ".join(map(str, self.replicas))
+        return f"the process of replica{'s' if len(self.replicas) > 1 else ''} {numbers}"
+
+    @property
+    def cut_off(self) -> bool:
+        """It is to train, but neither does nor is being brought back."""
+        return self.wanted and not self.ready and not self.starting
+
+    @property
+    def rate(self) -> float | None:
+        """Mini-batches a second of all its replicas; None until each has done enough windows."""
+        rates = [self.rates.get(r, ()) for r in self.replicas]
+        if not self.ready or any(len(of) < RATE_WINDOWS for of in rates):
+            return None
+        return sum(map(statistics.fmean, rates))
+
+
+class ReplicaProcesses:
     """All processes of replicas of one run."""
 
     def __init__(
         self,
-        backend: Backend,
+        processes: Sequence[tuple[int, ...]],
         *,
         config: ReplicaConfig,
-        tickets: Tickets,
-        losses: Losses,
-        telemetry: Telemetry,
+        failures: Failures,
         partitions: Partitions,
-        lending: Lending,
-        up: Callable[[], None],
+        leases: LeaseManager,
+        out: list[Instruction],
     ) -> None:
-        """None has been started. They connect to `partitions`, and their windows are of `lending`;
-        `up` is told of each that has come up.
-        """
-        self._backend = backend
+        """None has been started. `processes` are the replicas of each."""
         self._config = config
-        self._tickets = tickets
-        self._losses = losses
-        self._telemetry = telemetry
+        self._failures = failures
         self._partitions = partitions
-        self._lending = lending
-        self._up = up
-        self._all = [Process(index=i, replicas=r) for i, r in enumerate(backend.processes)]
-        self._next: list[Process] = []
+        self._leases = leases
+        self._out = out
+        self.members = [ReplicaProcess(index=i, replicas=r) for i, r in enumerate(processes)]
+        self._following: list[ReplicaProcess] = []
         """Those that are started when the first is up."""
-        self._of = {r: p for p in self._all for r in p.replicas}
+        self._of = {r: p for p in self.members for r in p.replicas}
 
     @property
     def all_up(self) -> bool:
         """Whether every process is connected."""
-        return all(p.ready for p in self._all)
+        return all(p.ready for p in self.members)
 
     @property
     def all_wanted_up(self) -> bool:
         """Whether all are connected whose replicas are to train."""
-        return all(p.ready for p in self._all if p.wanted)
+        return all(p.ready for p in self.members if p.wanted)
 
     @property
     def quiet(self) -> bool:
         """Whether no process is there that may still push from windows that it has lost."""
-        return not any(p.runs and not p.ready for p in self._all)
+        return not any(p.runs and not p.ready for p in self.members)
 
     @property
     def any_cut_off(self) -> bool:
         """Whether one that is to train runs without its connections, or not at all."""
-        return any(p.cut_off for p in self._all)
+        return any(p.cut_off for p in self.members)
 
     def is_up(self, replica: int) -> bool:
-        """Whether a replica's process is connected."""
+        """Return whether a replica's process is connected."""
         return self._of[replica].ready
 
     def num_alive(self, wanted: int) -> int:
-        """Of the replicas below `wanted`, those whose process is connected."""
-        return sum(r < wanted for p in self._all if p.ready for r in p.replicas)
+        """Return how many of the replicas below `wanted` have a process that is connected."""
+        return sum(r < wanted for p in self.members if p.ready for r in p.replicas)
 
     def num_working(self) -> int:
-        """Replicas that are connected, and have a window in work."""
-        return sum(
-            p.ready and self._lending.num_held_by(r) > 0 for p in self._all for r in p.replicas
-        )
+        """Return how many replicas are connected, and have a window in work."""
+        held = self._leases.num_held_by
+        return sum(held(r) > 0 for p in self.members if p.ready for r in p.replicas)
 
     def start(self) -> None:
         """Start the first, and the others once it is up.
 
-        Where all are there already they follow at once. Where a backend starts them only now,
-        since there are not processors enough for all, the run trains before they have come.
+        If all are there already, they follow at once. If a backend starts them only now, since
+        there are not processors enough for all, the run trains before they have come.
         """
-        first, *self._next = self._all
-        for process in self._next:
+        first, *self._following = self.members
+        for process in self._following:
             process.starting = True
         self._start(first)
 
     def start_cut_off(self) -> None:
         """Connect those that lack their connections again, now that all partitions answer."""
-        for process in self._all:
+        for process in self.members:
             if process.cut_off:
                 self._start(process)
 
-    def _start(self, process: Process) -> None:
+    def started(self, index: int) -> None:
+        """A process is connected."""
+        process = self.members[index]
+        process.starting = False
+        process.ready = process.runs = True
+        following, self._following = self._following, []
+        for other in following:
+            self._start(other)
+
+    def start_failed(self, index: int, error: Exception, now: float) -> None:
+        """A process could not be started, or not be connected."""
+        process = self.members[index]
+        process.starting = False
+        process.runs = isinstance(error, PartitionLost)
+        self._on_error(process, error, now)
+
+    def _start(self, process: ReplicaProcess) -> None:
         process.starting = True
-        backend = self._backend
-        start = backend.reconnect_process if process.runs else backend.start_process
-
-        def handle(done: Done) -> None:
-            process.starting = False
-            if done.error is None:
-                process.ready = process.runs = True
-                following, self._next = self._next, []
-                for other in following:
-                    self._start(other)
-                self._up()
-                return
-            process.runs = isinstance(done.error, PartitionLost)
-            self._on_error(process, done.error)
-
-        self._tickets.expect(start(process.index), handle)
+        call = ReconnectProcess if process.runs else StartProcess
+        self._out.append(call(process=process.index))
 
     # Their windows
 
     def trained(self, replica: int, report: WindowReport) -> None:
         """A replica has done a window."""
         process = self._of[replica]
-        self._losses.progressed("replicas", process.index)
+        self._failures.policy.progressed("replicas", process.index)
         if report.wall_s > 0:
-            process.trained(replica, report.num_batches / report.wall_s)
+            rates = process.rates.setdefault(replica, deque(maxlen=RATE_WINDOWS))
+            rates.append(report.num_batches / report.wall_s)
 
-    def failed(self, replica: int, error: Exception) -> None:
+    def window_failed(self, replica: int, error: Exception, now: float) -> None:
         """A replica's window ended by an error that is not the delivery's."""
-        self._on_error(self._of[replica], error)
+        self._on_error(self._of[replica], error, now)
 
     def drop_windows(self) -> None:
         """Put every window of all of them in doubt; they are to connect again."""
-        for process in self._all:
+        for process in self.members:
             self._drop_windows(process)
 
-    def _drop_windows(self, process: Process) -> None:
+    def _drop_windows(self, process: ReplicaProcess) -> None:
         process.ready = False
         process.rates.clear()
-        self._lending.lost(process.replicas)
+        self._leases.lost(process.replicas)
 
-    # Losses
+    # Failures
 
-    def _on_error(self, process: Process, error: Exception) -> None:
+    def _on_error(self, process: ReplicaProcess, error: Exception, now: float) -> None:
         if isinstance(error, ProcessLost):
-            self._on_lost(process, "died")
+            self._on_lost(process, "died", now)
         elif isinstance(error, PartitionLost):
-            self._cut(process, error)
+            self._on_disconnected(process, error, now)
         elif user_message(error) is not None:
-            raise error
+            raise GaveUp(error)
         else:
-            self._on_lost(process, "failed", error=error)
+            self._on_lost(process, "failed", now, detail=detail_of(error), error=error)
 
     def _on_lost(
         self,
-        process: Process,
+        process: ReplicaProcess,
         cause: Cause,
+        now: float,
         *,
         detail: str = "",
         error: Exception | None = None,
     ) -> None:
         process.runs = process.starting = False
         self._drop_windows(process)
-        self._losses.recover(
-            "replicas", process.index, process.name, cause, detail=detail, error=error
-        )
+        failure = self._failure(process, cause, detail)
+        self._failures.recover(failure, now, error=error)
         if self._partitions.all_up and process.wanted:
             self._start(process)
         # Otherwise it is started once all partitions are there again.
 
-    def _cut(self, process: Process, error: Exception) -> None:
-        """A process has lost a connection. Which partition's fault that is, the probe will tell."""
+    def _on_disconnected(self, process: ReplicaProcess, error: Exception, now: float) -> None:
+        """A process has lost a connection. The next reports tell which partition's fault it is."""
         self._drop_windows(process)
-        self._partitions.ask_reports_now()
+        self._partitions.ask_reports_now(now)
         if self._partitions.all_up:
-            action = self._losses.recover(
-                "replicas", process.index, process.name, "disconnected", detail=str(error)
-            )
-            process.runs = action == "reconnect"
+            failure = self._failure(process, "disconnected", str(error))
+            process.runs = self._failures.recover(failure, now) == "reconnect"
 
-    def look_for_stragglers(self) -> None:
+    def _failure(self, process: ReplicaProcess, cause: Cause, detail: str) -> Failure:
+        return Failure(
+            part="replicas", index=process.index, name=process.name, cause=cause, detail=detail
+        )
+
+    def look_for_stragglers(self, now: float) -> None:
         """Tell of processes that are slower than the others, or replace them."""
-        rates = {p.index: p.rate for p in self._all}
+        rates = {p.index: p.rate for p in self.members}
         known = {index: rate for index, rate in rates.items() if rate is not None}
         for index, detail in stragglers(known, self._config.straggler_ratio).items():
-            process = self._all[index]
+            process = self.members[index]
             if self._config.stragglers == "replace":
-                self._on_lost(process, "slow", detail=detail)
+                self._on_lost(process, "slow", now, detail=detail)
             elif not process.told_slow:
                 process.told_slow = True
-                self._telemetry.event(f"{process.name} is slow: {detail}; --stragglers replace")
+                text = f"{process.name} is slow: {detail}; --stragglers replace"
+                self._out.append(Tell(text=text))
 
     # How many there are
 
     def scale(self, replicas: int) -> None:
         """Have so many replicas from now on: more processes, or processes that are let go."""
-        before, self._telemetry.replicas_wanted = self._telemetry.replicas_wanted, replicas
-        self._telemetry.event(f"from {before} replicas to {replicas}, as asked for")
         new = [r for r in range(replicas) if r not in self._of]
         # As many in a process as there are already, so that they take turns just as fast.
-        size = max(len(p.replicas) for p in self._all)
+        size = max(len(p.replicas) for p in self.members)
         for start in range(0, len(new), size):
-            members = tuple(new[start : start + size])
-            process = Process(index=self._backend.add_process(members), replicas=members)
-            self._all.append(process)
-            self._of |= dict.fromkeys(members, process)
-        for process in self._all:
+            of = tuple(new[start : start + size])
+            process = ReplicaProcess(index=len(self.members), replicas=of)
+            self._out.append(AddProcess(process=process.index, replicas=of))
+            self.members.append(process)
+            self._of |= dict.fromkeys(of, process)
+        for process in self.members:
             process.wanted = any(r < replicas for r in process.replicas)
 
     def retire(self) -> None:
         """End processes that are not wanted, once they have no windows left."""
-        for process in self._all:
-            idle = not self._lending.num_held_by(*process.replicas)
+        for process in self.members:
+            idle = not self._leases.num_held_by(*process.replicas)
             if process.ready and not process.wanted and idle:
                 process.ready = process.runs = False
-                self._backend.stop_process(process.index)
-                self._telemetry.event(f"{process.name} is let go")
+                self._out.append(StopProcess(process=process.index))
+                self._out.append(Tell(text=f"{process.name} is let go"))
+
+    def check(self) -> None:
+        """Assert that only replicas whose process is connected have live leases."""
+        for process in self.members:
+            assert process.ready or not self._leases.num_held_by(*process.replicas), process
+            assert process.runs or not process.ready, process
+            assert not (process.ready and process.starting), process
+        assert [p.index for p in self.members] == list(range(len(self.members)))
+        assert all(r in p.replicas for r, p in self._of.items())

@@ -1,4 +1,4 @@
-"""What is told of a run to whoever collects figures: Prometheus through Ray, TensorBoard.
+"""What the collectors of figures are told of a run: Prometheus through Ray, TensorBoard.
 
 `Telemetry` makes an `Observation` about once a second and hands it to each `Sink`.
 """
@@ -9,21 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from downpour.cluster.controller.leases.manager import Leases
+
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
     from downpour.workers.replica.replicas import WindowReport
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leases:
-    """How the windows of the run stand."""
-
-    outstanding: int = 0
-    """Lent to replicas: in work, or queued there."""
-    returned: int = 0
-    """Lent again after a loss, so far."""
-    queued: int = 0
-    """Of the outstanding ones, those behind the one that their replica works on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +23,7 @@ class Observation:
     values: Mapping[str, Any]
     reports: Sequence[PartitionReport]
     replicas: Mapping[str, int]
-    """Replicas by state: training, waiting, starting, held (kept back by the ramp's guard)."""
+    """Replicas by state: training, waiting, starting, held (back by the warm start's guard)."""
     leases: Leases = field(default_factory=Leases)
     restarts: Mapping[str, int] = field(default_factory=dict)
     """Actors replaced in this session, by kind."""

@@ -31,13 +31,13 @@ from downpour.cluster.controller.backend import (
     Done,
     FollowerLost,
     PartitionLost,
+    PendingCall,
     ProcessLost,
     RunFailed,
     ShufflerLost,
-    Ticket,
     WriteFailed,
 )
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import one_line, user_message
 from downpour.cluster.ray_backend.actors import kill, start
 from downpour.cluster.ray_backend.nodes import Nodes
@@ -122,15 +122,15 @@ class RayBackend:
             self._spawn_process(i) if enough or i == 0 else None for i in range(count)
         ]
         self._shufflers = Shufflers(config, specs.shufflers, nodes)
-        self._kinds: dict[Ticket, tuple[type[Exception], str, Parts]] = {}
-        self._arrivals: dict[Ticket, int] = {}
+        self._kinds: dict[PendingCall, tuple[type[Exception], str, Parts]] = {}
+        self._arrivals: dict[PendingCall, int] = {}
         """Calls whose answer is the endpoint of a partition."""
 
     def endpoints(self) -> list[Endpoint]:
         """Where the partitions are reached; all of them have been up."""
         return [self._endpoints[i] for i in range(self.num_partitions)]
 
-    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> Ticket:
+    def start_partition(self, index: int, checkpoint: Checkpoint | None) -> PendingCall:
         """Start, or start again, a partition; done once it can be reached."""
         kill(self._partitions[index])  # it may be out of reach only
         self.stop_follower(index)
@@ -139,11 +139,11 @@ class RayBackend:
             actor = self._spawn_partition(index, checkpoint)
         self._spawned_partitions[index] = None
         self._partitions[index] = actor
-        ticket = self._partition_ticket(index, actor.endpoint.remote())
-        self._arrivals[ticket] = index
-        return ticket
+        pending = self._partition_call(index, actor.endpoint.remote())
+        self._arrivals[pending] = index
+        return pending
 
-    def start_follower(self, index: int) -> Ticket:
+    def start_follower(self, index: int) -> PendingCall:
         """Start a follower of a partition that is up; done once it has the partition's state."""
         self.stop_follower(index)
         self._followers[index] = follower = start(
@@ -154,22 +154,22 @@ class RayBackend:
             scheduling="DEFAULT",
         )
         what = f"the follower of partition {index}"
-        return self._ticket(follower.endpoint.remote(), FollowerLost, what)
+        return self._call(follower.endpoint.remote(), FollowerLost, what)
 
     def stop_follower(self, index: int) -> None:
         """End a partition's follower, if it has one."""
         kill(self._followers[index])
         self._followers[index] = None
 
-    def promote(self, index: int) -> Ticket:
+    def promote(self, index: int) -> PendingCall:
         """End a partition and have its follower take its place; done once it can be reached."""
         kill(self._partitions[index])  # should it live all the same, the follower fences it off
         self._partitions[index], self._followers[index] = self._followers[index], None
-        ticket = self._partition_ticket(index, self._partitions[index].promote.remote())
-        self._arrivals[ticket] = index
-        return ticket
+        pending = self._partition_call(index, self._partitions[index].promote.remote())
+        self._arrivals[pending] = index
+        return pending
 
-    def start_process(self, index: int) -> Ticket:
+    def start_process(self, index: int) -> PendingCall:
         """Start, or start again, a process of replicas; done once it is connected."""
         actor = self._spawned[index]
         if actor is None:
@@ -224,13 +224,13 @@ class RayBackend:
         kill(self._process_actors[index])
         self._process_actors[index] = None
 
-    def reconnect_process(self, index: int) -> Ticket:
+    def reconnect_process(self, index: int) -> PendingCall:
         """Have a process that runs drop its windows and connect to the partitions anew."""
         actor = self._process_actors[index]
         call = actor.connect.remote(self.endpoints(), self._key, self._access)
-        return self._ticket(call, ProcessLost, f"the process of {self._names(index)}")
+        return self._call(call, ProcessLost, f"the process of {self._names(index)}")
 
-    def start_evaluator(self) -> Ticket:
+    def start_evaluator(self) -> PendingCall:
         """Start the evaluator; done once it is connected."""
         kill(self._evaluator)
         self._evaluator = start(
@@ -241,12 +241,12 @@ class RayBackend:
         )
         return self.reconnect_evaluator()
 
-    def reconnect_evaluator(self) -> Ticket:
+    def reconnect_evaluator(self) -> PendingCall:
         """Have the evaluator connect to the partitions anew."""
         call = self._evaluator.connect.remote(self.endpoints(), self._key, self._access)
-        return self._ticket(call, ProcessLost, "the evaluator")
+        return self._call(call, ProcessLost, "the evaluator")
 
-    def run_window(self, replica: int, lease: Lease) -> Ticket:
+    def run_window(self, replica: int, lease: Lease) -> PendingCall:
         """Deliver a window to a replica and train on it; gives a `WindowReport`."""
         delivering = self._shufflers.deliver(lease.epoch, lease.batches)
         index = next(i for i, members in enumerate(self.processes) if replica in members)
@@ -254,41 +254,41 @@ class RayBackend:
             replica, lease.epoch, lease.batches, *(part for part, _ in delivering)
         )
         what = f"the process of {self._names(index)}"
-        return self._ticket(call, ProcessLost, what, delivering)
+        return self._call(call, ProcessLost, what, delivering)
 
     def replace_shufflers(self) -> int:
         """Replace every shuffler that failed to deliver; gives how many those were."""
         return self._shufflers.replace()
 
-    def report(self, partition: int) -> Ticket:
+    def report(self, partition: int) -> PendingCall:
         """Gives a `PartitionReport`."""
-        return self._partition_ticket(partition, self._partitions[partition].report.remote())
+        return self._partition_call(partition, self._partitions[partition].report.remote())
 
-    def flags(self, partition: int, epochs: tuple[int, ...]) -> Ticket:
+    def flags(self, partition: int, epochs: tuple[int, ...]) -> PendingCall:
         """Gives the state of every mini-batch of these epochs."""
-        return self._partition_ticket(partition, self._partitions[partition].flags.remote(epochs))
+        return self._partition_call(partition, self._partitions[partition].flags.remote(epochs))
 
-    def snapshot(self, partition: int, folder_uri: str) -> Ticket:
+    def snapshot(self, partition: int, folder_uri: str) -> PendingCall:
         """Write a snapshot; gives a `SnapshotFile`."""
         call = self._partitions[partition].snapshot.remote(folder_uri)
-        return self._partition_ticket(partition, call)
+        return self._partition_call(partition, call)
 
-    def evaluate(self, keeping: Keeping) -> Ticket:
+    def evaluate(self, keeping: Keeping) -> PendingCall:
         """Score the current weights, and keep them as `keeping` says; gives an `Evaluation`."""
         call = self._evaluator.evaluate.remote(keeping)
-        return self._ticket(call, ProcessLost, "the evaluator")
+        return self._call(call, ProcessLost, "the evaluator")
 
-    def wait(self, tickets: Collection[Ticket], timeout_s: float) -> list[Done]:
-        """Wait for at least one of the tickets, at most `timeout_s`; gives those that are done."""
-        if not tickets:
+    def wait(self, calls: Collection[PendingCall], timeout_s: float) -> list[Done]:
+        """Wait for at least one of the calls, at most `timeout_s`; gives those that are done."""
+        if not calls:
             return []
-        calls = list(tickets)
-        ready, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
+        pending = list(calls)
+        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready:
-            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
+            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
         done = [self._outcome(call, *self._kinds.pop(call)) for call in ready]
         for outcome in done:
-            index = self._arrivals.pop(outcome.ticket, None)
+            index = self._arrivals.pop(outcome.call, None)
             if index is not None and outcome.error is None:
                 self._endpoints[index] = outcome.value
         return done
@@ -332,21 +332,21 @@ class RayBackend:
     def _names(self, index: int) -> str:
         return f"replicas {', '.join(map(str, self.processes[index]))}"
 
-    def _partition_ticket(self, partition: int, call: Any) -> Ticket:
-        return self._ticket(call, PartitionLost, f"partition {partition}")
+    def _partition_call(self, partition: int, call: Any) -> PendingCall:
+        return self._call(call, PartitionLost, f"partition {partition}")
 
-    def _ticket(self, call: Any, lost: type[Exception], what: str, parts: Parts = ()) -> Ticket:
+    def _call(self, call: Any, lost: type[Exception], what: str, parts: Parts = ()) -> PendingCall:
         self._kinds[call] = (lost, what, parts)
         return call
 
     def _outcome(self, call: Any, lost: type[Exception], what: str, parts: Sequence[Any]) -> Done:
         try:
-            return Done(ticket=call, value=ray.get(call, timeout=START_DEADLINE_S))
+            return Done(call=call, value=ray.get(call, timeout=START_DEADLINE_S))
         except Exception as error:
             for part, shuffler in parts:
                 if (failed := self._delivery_error(part, shuffler)) is not None:
-                    return Done(ticket=call, error=failed)
-            return Done(ticket=call, error=_translated(error, lost, what))
+                    return Done(call=call, error=failed)
+            return Done(call=call, error=_translated(error, lost, what))
 
     def _delivery_error(self, part: Any, shuffler: Any) -> Exception | None:
         """Why a part of a window could not be delivered, if it was that."""

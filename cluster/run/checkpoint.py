@@ -40,8 +40,8 @@ class Checkpoint:
     accuracy: float | None = None
     """Accuracy of the newest evaluation at that time."""
     ramp: dict[str, Any] | None = None
-    """What the guard of the warm start remembers (`cluster.controller.warm_start`), where there is
-    one.
+    """What the guard of the warm start remembers (`cluster.controller.leases.warm_start`), if there
+    is one.
     """
     scores: dict[str, Any] | None = None
     """What is remembered of the run's scorings (`cluster.run.early_stopping`)."""

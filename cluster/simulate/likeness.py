@@ -1,6 +1,6 @@
 """What a measured run's folder says of its costs, as the inputs of a simulation.
 
-`metrics.jsonl` has cumulative processor seconds (`cluster.monitoring.costs`); two of its lines,
+`metrics.jsonl` has cumulative processor seconds (`cluster.monitoring.cpu_usage`); two of its lines,
 between which everybody trained and nobody died, give what a step and a push cost.
 """
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.simulate.clock import Body, Clock, Processors, Thread
 from downpour.cluster.simulate.inputs import Costs
 from downpour.cluster.simulate.partition import Message

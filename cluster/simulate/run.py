@@ -18,7 +18,7 @@ import numpy.typing as npt
 from downpour.cluster.config.derive import make_plan, step_config, update_config
 from downpour.cluster.config.policy import next_evaluation_s
 from downpour.cluster.config.resolve import num_processes, num_threads
-from downpour.cluster.controller.lease_book import Lease, LeaseBook
+from downpour.cluster.controller.leases.book import Lease, LeaseBook
 from downpour.cluster.errors import UserError
 from downpour.cluster.simulate.clock import Clock, Processors, Wire
 from downpour.cluster.simulate.inputs import Inputs

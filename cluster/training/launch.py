@@ -35,7 +35,7 @@ from downpour.paramserver.messages import KEY_BYTES
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
-    from downpour.cluster.controller.members import Outcome
+    from downpour.cluster.controller.instructions import Outcome
     from downpour.cluster.monitoring.observation import Sink
     from downpour.cluster.ray_backend.nodes import Nodes
 
@@ -216,6 +216,7 @@ def _control(
 ) -> tuple[Outcome, str | None]:
     """Start the actors and train; gives what came out, and why it stopped if it did."""
     from downpour.cluster.controller.controller import Controller
+    from downpour.cluster.monitoring.telemetry import Telemetry
     from downpour.cluster.ray_backend.backend import RayBackend
 
     backend = RayBackend(
@@ -234,9 +235,14 @@ def _control(
         backend=backend,
         folder=session.folder,
         store=session.store,
-        show=show,
-        say=lambda line: session.console.print(line, style="yellow", markup=False),
-        sinks=sinks,
+        listener=Telemetry(
+            config=session.config,
+            plan=specs.plan,
+            folder=session.folder,
+            show=show,
+            say=lambda line: session.console.print(line, style="yellow", markup=False),
+            sinks=sinks,
+        ),
         resumed=session.resumed,
         began_s=session.began_s,
     )

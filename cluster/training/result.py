@@ -17,7 +17,7 @@ from downpour.cluster.monitoring.telemetry import merged_staleness
 from downpour.cluster.run.folder import RESULT, STATUS, RunFolder
 
 if TYPE_CHECKING:
-    from downpour.cluster.controller.members import Outcome
+    from downpour.cluster.controller.instructions import Outcome
 
 
 SKIPPED_SHOWN = 5
@@ -96,7 +96,7 @@ def make_result(
         "updates_per_s": round(session_updates / training_s, 1) if training_s else None,
         "time_to_first_update_s": round(min(first) - began_at, 2) if first else None,
         "time_to_all_replicas_s": (
-            round(outcome.all_replicas_at - began_at, 2) if outcome.all_replicas_at else None
+            None if outcome.all_replicas_s is None else round(outcome.all_replicas_s, 2)
         ),
         "training_s": round(training_s, 2),
         "wall_s": round(time.time() - began_at, 2),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from downpour.cluster.controller.lease_book import Lease, LeaseBook
+from downpour.cluster.controller.leases.book import Lease, LeaseBook
 from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.plan.plan import Plan

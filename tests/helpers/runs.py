@@ -11,9 +11,10 @@ import torch
 from downpour.cluster.config.derive import make_plan
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.controller import Controller
-from downpour.cluster.controller.lease_book import Lease
-from downpour.cluster.controller.members import Outcome
+from downpour.cluster.controller.instructions import Outcome
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.monitoring.progress import Progress
+from downpour.cluster.monitoring.telemetry import Telemetry
 from downpour.cluster.replay.replay import Taken
 from downpour.cluster.replay.run import Replayed, replay_run
 from downpour.cluster.run.checkpoint import CheckpointStore
@@ -43,7 +44,9 @@ class Run:
             backend=self.backend,
             folder=self.folder,
             store=self.store,
-            show=self.shown.append,
+            listener=Telemetry(
+                config=config, plan=self.plan, folder=self.folder, show=self.shown.append
+            ),
             resumed=self.resumed,
         )
 
@@ -52,6 +55,7 @@ class Run:
         try:
             return self.controller.run()
         finally:
+            self.controller.state.check()
             self.flags = [self.backend.flags_of(i) for i in range(self.backend.num_partitions)]
             parts = [
                 p._server.call(lambda state: state.current.weights.clone())

@@ -27,7 +27,7 @@ from downpour.cluster.controller.backend import (
     ShufflerLost,
     WriteFailed,
 )
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.paramserver.access import Access
 from downpour.paramserver.actor import FollowerActor, PartitionActor
@@ -277,20 +277,20 @@ class ThreadBackend:
         assert self.evaluator is not None
         return self.pool.submit(self.evaluator.evaluate, keeping)
 
-    def wait(self, tickets: Collection[Future[Any]], timeout_s: float) -> list[Done]:
-        done, _ = wait(tickets, timeout_s, return_when=FIRST_COMPLETED)
+    def wait(self, calls: Collection[Future[Any]], timeout_s: float) -> list[Done]:
+        done, _ = wait(calls, timeout_s, return_when=FIRST_COMPLETED)
         return [self._outcome(future) for future in done]
 
     def _outcome(self, future: Future[Any]) -> Done:
         error = future.exception()
         if error is None:
-            return Done(ticket=future, value=future.result())
+            return Done(call=future, value=future.result())
         assert isinstance(error, Exception)
         if isinstance(error, ConnectionLost | DeadlineExceeded):
             error = PartitionLost(str(error))
         elif isinstance(error, OSError):
             error = WriteFailed(str(error))
-        return Done(ticket=future, error=error)
+        return Done(call=future, error=error)
 
     def stop(self) -> None:
         self._stop_clients()

@@ -167,23 +167,50 @@ def test_a_room_can_be_seen_at_a_glance():
 
 CONTROLLER = (
     {"controller"},
-    {"checkpointing", "replica_processes", "evaluation"},
+    {"state"},
+    {"stages"},
+    {"reactions"},
+    {"parts"},
+    {"replica_processes", "evaluation", "checkpointing"},
     {"partitions"},
-    {"followers", "lease_manager", "failures"},
-    {"failure_policy", "pending_calls", "members", "coverage", "warm_start"},
-    {"backend"},
+    {"followers"},
+    {"failures"},
+    {"instructions"},
+    {"leases.manager", "backend"},
+    {"leases.book", "leases.warm_start"},
+    {"leases.coverage", "failure_policy"},
 )
-"""Parts of the controller, in the order of its docs: each knows only those further down."""
+"""Parts of the controller: each knows only those further down."""
+IMPURE = {"asyncio", "datetime", "io", "os", "pathlib", "ray", "socket", "threading", "time"}
+"""What a state that is pure has no need of; all below `controller` belongs to it."""
+
+
+def source_of(part: str) -> str:
+    """The source of a part of the controller."""
+    path = ROOT / "cluster" / "controller" / f"{part.replace('.', '/')}.py"
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("rank", range(len(CONTROLLER)))
 def test_the_controllers_parts_know_only_those_below_them(rank):
     not_below = set().union(*CONTROLLER[: rank + 1])
     for name in CONTROLLER[rank]:
-        source = (ROOT / "cluster" / "controller" / f"{name}.py").read_text(encoding="utf-8")
+        source = source_of(name)
         known = {module for _, module in imported_modules(source, ("cluster", "controller"))}
         forbidden = {f"cluster.controller.{of}" for of in not_below}
         assert not {m for m in known if any(f"{m}.".startswith(f"{of}.") for of in forbidden)}
+
+
+def test_the_order_has_every_part_of_the_controller():
+    room = ROOT / "cluster" / "controller"
+    parts = {".".join(p.relative_to(room).with_suffix("").parts) for p in room.rglob("*.py")}
+    assert {p for p in parts if not p.endswith("__init__")} == set().union(*CONTROLLER)
+
+
+@pytest.mark.parametrize("part", sorted(set().union(*CONTROLLER[1:])))
+def test_the_state_of_a_run_is_pure(part):
+    known = imported_modules(source_of(part), ("cluster", "controller"))
+    assert not {name for _, name in known if name.split(".")[0] in IMPURE}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.controller.backend import ProcessLost, RunFailed
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import user_message
 from downpour.cluster.run.folder import RunFolder
 from downpour.models.flat import FlatModel
@@ -237,7 +237,7 @@ def test_replicas_come_and_go_while_the_run_trains(
         seen.add(replica)
         if lease.id == 3:
             run.folder.ask_for_replicas(5)
-        if seen >= {2, 3, 4} and run.controller._telemetry.replicas_wanted == 5:
+        if seen >= {2, 3, 4} and run.controller.state.replicas_wanted == 5:
             run.folder.ask_for_replicas(1)
 
     outcome = run.go(scale)

@@ -19,8 +19,10 @@ from rich.console import Console
 
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.lease_book import Lease
-from downpour.cluster.controller.members import Outcome
+from downpour.cluster.controller import reactions
+from downpour.cluster.controller.instructions import Outcome
+from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.run.folder import BEST, MODEL, RESULT
 from downpour.cluster.training.result import conclude
 from downpour.paramserver.partition.applied_set import APPLIED, WAITING
@@ -119,17 +121,16 @@ def test_an_early_end_bears_the_loss_of_processes_and_of_a_partition(
     config_ = tiny.config(data, epochs=EPOCHS, n_push=n_push, checkpoint_every_s=0.1)
     policy = dataclasses.replace(config_.policy, evaluate_every_s=0.05, stop_at_accuracy=0.6)
     run = Run(tmp_path / "run", dataclasses.replace(config_, policy=policy))
-    controller, done = run.controller, list[str]()
-    end_early = controller._end_early
+    done, end_early = list[str](), reactions.end_early
 
-    def ends() -> None:
+    def ends(parts: RunParts) -> None:
         if not done:
             done.append("killed")
             run.backend.kill_process(1)
             run.backend.kill_partition(1)
-        end_early()
+        end_early(parts)
 
-    monkeypatch.setattr(controller, "_end_early", ends)
+    monkeypatch.setattr(reactions, "end_early", ends)
     outcome = run.go()
     assert done == ["killed"]
     assert outcome.restarts["partition"] == 1
@@ -147,7 +148,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path, data: str) -> None:
     run = Run(tmp_path / "run", dataclasses.replace(config_, server=server))
 
     def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if run.controller._stopping.dump(0.0)["without_better"] >= 20:
+        if run.controller.state.early_stopping.dump(0.0)["without_better"] >= 20:
             run.controller.request_stop("SIGTERM")
 
     stopped = run.go(stop)
@@ -157,12 +158,14 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path, data: str) -> None:
     assert again.resumed.scores is not None
     before = again.resumed.scores["without_better"]
     assert before >= 20
-    assert again.controller._telemetry.best_accuracy == again.resumed.scores["best"]
+    assert again.controller.state.evaluation.best_accuracy == again.resumed.scores["best"]
+    metrics = run.folder.path / "metrics.jsonl"
+    scored_before = metrics.read_text().count('"accuracy"')
     outcome = again.go()
     assert outcome.ended.by == "patience"
     assert_what_was_trained_was_trained_once(again, outcome)
     better = outcome.best_accuracy != again.resumed.scores["best"]
-    assert better or again.controller._telemetry.num_evaluations <= 40 - before + 1
+    assert better or metrics.read_text().count('"accuracy"') - scored_before <= 40 - before + 1
 
 
 def test_when_milestones_were_reached_is_told(tmp_path: Path, data: str) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.lease_book import Lease
-from downpour.cluster.controller.warm_start import Course, RampGuard
+from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.controller.leases.warm_start import Course, RampGuard
 from downpour.cluster.monitoring.watch import progress
 from tests.helpers import tiny
 from tests.helpers.runs import Run
@@ -83,7 +83,7 @@ def test_a_loss_that_rises_with_more_replicas_holds_them_at_fewer(
     assert any(line.get("replicas_held", 8) < 8 for line in lines)
     shown = [p.replicas_held for p in run.shown if p.replicas_held is not None]
     assert shown
-    assert progress(run.folder).replicas_held == run.controller._telemetry.held
+    assert progress(run.folder).replicas_held == run.controller.state.leases.warm_start.held
 
 
 @pytest.mark.soak
@@ -110,20 +110,18 @@ def test_a_resumed_run_goes_on_with_what_the_guard_remembers(
     run = Run(tmp_path / "run", guarded(data, 2.0))
 
     def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        guard = run.controller._lending._guard
-        assert guard is not None
-        if guard.dump()["holds"]:
+        remembered = run.controller.state.leases.warm_start.dump()
+        assert remembered is not None
+        if remembered["holds"]:
             run.controller.request_stop("SIGTERM")
 
     stopped = run.go(stop)
     assert not stopped.finished
-    assert run.controller._lending._guard is not None
     again = Run(tmp_path / "run", run.config, resume=True)
     assert again.resumed is not None
     assert again.resumed.ramp is not None
     assert again.resumed.ramp["holds"] >= 1
-    assert again.controller._lending._guard is not None
-    assert again.controller._lending._guard.dump() == again.resumed.ramp
+    assert again.controller.state.leases.warm_start.dump() == again.resumed.ramp
     again.assert_exactly_once(again.go())
 
 

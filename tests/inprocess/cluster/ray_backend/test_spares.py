@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from downpour.cluster.config.derive import make_decoder, model_spec, step_config
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
 from downpour.models.errors import ModelError
 from downpour.workers.spec import ReplicasSpec

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from downpour.cluster.config.derive import make_plan
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import CheckpointStore
 from downpour.cluster.run.folder import RunFolder

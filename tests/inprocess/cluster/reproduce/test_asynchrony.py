@@ -14,6 +14,7 @@ from downpour.cluster.cli.commands import downpour
 from downpour.cluster.config import recipes
 from downpour.cluster.controller.controller import Controller
 from downpour.cluster.errors import UserError, run_cli
+from downpour.cluster.monitoring.telemetry import Telemetry
 from downpour.cluster.reproduce import asynchrony as experiment
 from downpour.cluster.reproduce.asynchrony import AVERAGED, ONE, RECOMPUTED, SERVER
 from downpour.cluster.reproduce.asynchrony_report import make_report
@@ -52,8 +53,7 @@ def _train(folder: RunFolder, data: Data, **_: object) -> int:
         backend=backend,
         folder=folder,
         store=store,
-        show=lambda progress: None,
-        resumed=None,
+        listener=Telemetry(config=config, plan=data.plan, folder=folder, show=lambda _: None),
     )
     try:
         outcome = controller.run()

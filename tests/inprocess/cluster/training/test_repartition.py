@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import Checkpoint, slowest
 from downpour.cluster.training import change, inputs

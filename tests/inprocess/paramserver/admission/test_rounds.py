@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from downpour.cluster.config.derive import model_spec, update_config
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.training.inputs import loader
 from downpour.cluster.training.repartition import repartition
 from downpour.models.flat import FlatModel

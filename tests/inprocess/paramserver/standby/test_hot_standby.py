@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.backend import Done, FollowerLost
-from downpour.cluster.controller.followers import REPORTS_TO_FOLLOW, Followers
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.replay.run import replay_run
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.run.provenance import write_about
@@ -54,7 +52,7 @@ class Kills:
 
     def __call__(self, backend: ThreadBackend, replica: int, lease: Lease) -> None:
         index = self.left % backend.num_partitions
-        partitions = self.run.controller._partitions
+        partitions = self.run.controller.state.partitions
         ready = all(map(partitions.followers.can_take_over, range(backend.num_partitions)))
         if self.left and ready and partitions.all_up and lease.id % 3 == 0:
             self.left -= 1
@@ -113,7 +111,7 @@ def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
     thaws: list[Any] = []
 
     def hang(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if not thaws and run.controller._partitions.followers.can_take_over(1):
+        if not thaws and run.controller.state.partitions.followers.can_take_over(1):
             thaws.append(freeze(backend.partitions[1]._server))
         elif thaws and backend.corpses_of_partitions:
             thaws[0].set()
@@ -136,7 +134,7 @@ def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(
         if thaws and backend.corpses_of_partitions[1:]:
             thaws[0].set()
         follower = backend.followers[0]
-        if follower is None or not run.controller._partitions.followers.can_take_over(0):
+        if follower is None or not run.controller.state.partitions.followers.can_take_over(0):
             return
         if lease.id > 12 and not done:
             done.append("died")
@@ -158,7 +156,7 @@ def test_where_both_are_gone_it_starts_from_its_checkpoint(tmp_path: Path, data:
     killed: list[int] = []
 
     def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        follower, known = backend.followers[1], run.controller._partitions.followers
+        follower, known = backend.followers[1], run.controller.state.partitions.followers
         if not killed and follower is not None and known.can_take_over(1):
             killed.append(lease.id)
             follower.stop()
@@ -170,77 +168,6 @@ def test_where_both_are_gone_it_starts_from_its_checkpoint(tmp_path: Path, data:
     told = events(run)
     assert any("partition 1 died: its follower takes its place" in line for line in told)
     assert any("partition 1 starts again from" in line for line in told)
-
-
-class Deaf:
-    """A backend that notes what it is asked for."""
-
-    num_partitions = 1
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def start_follower(self, index: int) -> object:
-        self.asked.append("start")
-        return object()
-
-    def stop_follower(self, index: int) -> None:
-        self.asked.append("stop")
-
-
-class Report:
-    """As much of a `PartitionReport` as is looked at."""
-
-    index = 0
-
-    def __init__(self, has_follower: bool) -> None:
-        self.has_follower = has_follower
-
-
-def test_a_follower_counts_from_its_arrival_until_its_partition_goes_on_without_it() -> None:
-    backend, handlers, lost = Deaf(), list[Any](), list[str]()
-
-    def on_lost(index: int, detail: str) -> bool:
-        lost.append(detail)
-        return len(lost) < 3
-
-    followers = Followers(
-        backend,  # type: ignore[arg-type]
-        wanted=True,
-        submit=lambda ticket, handle: handlers.append(handle),
-        lost=on_lost,
-        tell=lambda _: None,
-    )
-
-    def report(has_follower: bool) -> None:
-        followers.reported(Report(has_follower))  # type: ignore[arg-type]
-
-    followers.start_missing()
-    followers.start_missing()
-    assert backend.asked == ["start"]
-    report(False)
-    assert not followers.can_take_over(0)
-    handlers.pop()(Done(ticket=0))
-    assert followers.can_take_over(0)
-    for _ in range(REPORTS_TO_FOLLOW - 1):
-        report(False)  # asked for before it arrived
-    report(True)
-    assert followers.can_take_over(0)
-    for _ in range(REPORTS_TO_FOLLOW):
-        report(False)
-    assert len(lost) == 1
-    assert not followers.can_take_over(0)
-    followers.start_missing()
-    late = handlers.pop()
-    followers.partition_replaced(0)
-    late(Done(ticket=0))  # of a partition that is no more
-    assert not followers.can_take_over(0)
-    for _ in range(2):
-        followers.start_missing()
-        handlers.pop()(Done(ticket=0, error=FollowerLost("it died")))
-    assert lost[1:] == ["it died", "it died"]
-    followers.start_missing()
-    assert not handlers
 
 
 def test_what_a_standby_cannot_do_is_a_line(data: str) -> None:

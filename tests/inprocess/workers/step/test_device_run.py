@@ -11,7 +11,7 @@ import torch
 
 from downpour.cluster.config.derive import make_decoder, model_spec, step_config
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.simulate.likeness import likeness

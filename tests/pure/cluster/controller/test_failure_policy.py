@@ -1,4 +1,4 @@
-"""What is done about a loss, and why."""
+"""What is done about a failure, and why."""
 
 import pytest
 
@@ -6,68 +6,66 @@ from downpour.cluster.controller.failure_policy import (
     MAX_IN_A_ROW,
     MAX_RECONNECTS,
     Cause,
-    History,
-    Loss,
-    decide,
+    Failure,
+    FailurePolicy,
     stragglers,
 )
 
 
-def loss(cause: Cause, index: int = 1, detail: str = "") -> Loss:
-    return Loss(
+def failure(cause: Cause, index: int = 1, detail: str = "") -> Failure:
+    return Failure(
         part="partition", index=index, name=f"partition {index}", cause=cause, detail=detail
     )
 
 
 @pytest.mark.parametrize("cause", ["died", "failed", "silent", "slow"])
 def test_what_is_lost_is_replaced_and_the_reason_says_so(cause: Cause) -> None:
-    history = History()
-    recovery = decide(loss(cause, detail="by the way"), history, max_restarts=7)
+    policy = FailurePolicy(max_restarts=7)
+    recovery = policy.decide(failure(cause, detail="by the way"))
     assert recovery.action == "restart"
     assert recovery.reason.startswith("partition 1 ")
     assert "(by the way): replaced, 1 of 7" in recovery.reason
-    assert history.restarts == {"partition": 1}
+    assert policy.restarts == {"partition": 1}
 
 
 def test_a_lost_connection_is_made_again_until_that_does_not_help() -> None:
-    history = History()
+    policy = FailurePolicy(max_restarts=100)
     actions = [
-        decide(loss("disconnected"), history, max_restarts=100).action
-        for _ in range(2 * (MAX_RECONNECTS + 1))
+        policy.decide(failure("disconnected")).action for _ in range(2 * (MAX_RECONNECTS + 1))
     ]
     assert actions == 2 * (["reconnect"] * MAX_RECONNECTS + ["restart"])
-    history.progressed("partition", 1)
-    assert decide(loss("disconnected"), history, max_restarts=100).action == "reconnect"
+    policy.progressed("partition", 1)
+    assert policy.decide(failure("disconnected")).action == "reconnect"
 
 
 def test_the_run_is_given_up_at_the_bound_and_not_before() -> None:
-    history = History()
+    policy = FailurePolicy(max_restarts=3)
     for index in range(3):
-        assert decide(loss("died", index), history, max_restarts=3).action == "restart"
-    final = decide(loss("died", 9), history, max_restarts=3)
+        assert policy.decide(failure("died", index)).action == "restart"
+    final = policy.decide(failure("died", 9))
     assert final.action == "give up"
     assert "--max-restarts" in final.reason
-    assert history.restarts == {"partition": 3}
+    assert policy.restarts == {"partition": 3}
 
 
 def test_a_member_that_never_gets_anything_done_ends_the_run() -> None:
-    history = History()
+    policy = FailurePolicy(max_restarts=100)
     for _ in range(MAX_IN_A_ROW):
-        assert decide(loss("failed"), history, max_restarts=100).action == "restart"
-    assert decide(loss("failed", index=2), history, max_restarts=100).action == "restart"
-    assert decide(loss("failed"), history, max_restarts=100).action == "give up"
-    history.progressed("partition", 1)
-    assert decide(loss("failed"), history, max_restarts=100).action == "restart"
+        assert policy.decide(failure("failed")).action == "restart"
+    assert policy.decide(failure("failed", index=2)).action == "restart"
+    assert policy.decide(failure("failed")).action == "give up"
+    policy.progressed("partition", 1)
+    assert policy.decide(failure("failed")).action == "restart"
 
 
 def test_an_evaluator_that_never_scores_ends_a_run_only_once_nothing_is_trained() -> None:
-    history = History()
-    gone = Loss(part="evaluator", index=0, name="the evaluator", cause="died")
+    policy = FailurePolicy(max_restarts=100)
+    gone = Failure(part="evaluator", index=0, name="the evaluator", cause="died")
     for _ in range(3 * MAX_IN_A_ROW):
-        assert decide(gone, history, max_restarts=100).action == "restart"
-        history.progressed("replicas", 0)
-    history.progressed("partition", 0)
-    actions = [decide(gone, history, max_restarts=100).action for _ in range(MAX_IN_A_ROW + 1)]
+        assert policy.decide(gone).action == "restart"
+        policy.progressed("replicas", 0)
+    policy.progressed("partition", 0)
+    actions = [policy.decide(gone).action for _ in range(MAX_IN_A_ROW + 1)]
     assert actions == ["restart"] * MAX_IN_A_ROW + ["give up"]
 
 
@@ -81,23 +79,23 @@ def test_a_straggler_is_seen_by_its_rate_against_the_median_of_the_others() -> N
 
 
 def test_a_partition_that_is_followed_is_replaced_by_its_follower() -> None:
-    history = History()
-    recovery = decide(loss("silent"), history, max_restarts=7, followed=True)
+    policy = FailurePolicy(max_restarts=7)
+    recovery = policy.decide(failure("silent"), followed=True)
     assert recovery.action == "promote"
     assert recovery.reason == (
         "partition 1 does not answer: its follower takes its place, 1 of 7 for its kind"
     )
-    assert decide(loss("died"), history, max_restarts=7).action == "restart"
-    assert history.restarts == {"partition": 2}
+    assert policy.decide(failure("died")).action == "restart"
+    assert policy.restarts == {"partition": 2}
 
 
 def test_a_run_goes_on_without_followers_that_are_of_no_use() -> None:
-    history = History()
-    lost = Loss(part="follower", index=0, name="the follower of partition 0", cause="died")
-    actions = [decide(lost, history, max_restarts=100).action for _ in range(MAX_IN_A_ROW + 1)]
+    policy = FailurePolicy(max_restarts=MAX_IN_A_ROW + 1)
+    lost = Failure(part="follower", index=0, name="the follower of partition 0", cause="died")
+    actions = [policy.decide(lost).action for _ in range(MAX_IN_A_ROW + 1)]
     assert actions == ["restart"] * MAX_IN_A_ROW + ["go without"]
-    history.progressed("follower", 0)
-    assert decide(lost, history, max_restarts=100).action == "restart"
-    last = decide(lost, history, max_restarts=history.restarts["follower"])
+    policy.progressed("follower", 0)
+    assert policy.decide(lost).action == "restart"
+    last = policy.decide(lost)
     assert last.action == "go without"
     assert last.reason.endswith("going on without one")

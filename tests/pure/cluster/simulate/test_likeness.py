@@ -10,7 +10,7 @@ import pytest
 from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.monitoring.costs import Costs, machine_cpu_s
+from downpour.cluster.monitoring.cpu_usage import CpuTotals, machine_cpu_s
 from downpour.cluster.run.folder import METRICS, RunFolder
 from downpour.cluster.simulate.likeness import between, likeness, longest
 from downpour.shuffler.delivery import Reading
@@ -91,8 +91,8 @@ def report(spent: Spent | None) -> WindowReport:
     )
 
 
-def test_costs_are_summed_over_processes_and_over_their_lives() -> None:
-    costs = Costs()
+def test_processor_time_is_summed_over_processes_and_over_their_lives() -> None:
+    totals = CpuTotals()
     first = Spent(source="a", steps=10, steps_cpu_s=1.0, process_cpu_s=1.5)
     for spent in (
         dataclasses.replace(first, steps=5, steps_cpu_s=0.5, process_cpu_s=0.75),
@@ -100,9 +100,9 @@ def test_costs_are_summed_over_processes_and_over_their_lives() -> None:
         dataclasses.replace(first, source="b"),
         None,
     ):
-        costs.trained(report(spent))
-    costs.evaluated(0.5)
-    values = costs.values([])
+        totals.trained(report(spent))
+    totals.evaluated(0.5)
+    values = totals.values([])
     assert values.pop("machine_cpu_s", None) == pytest.approx(machine_cpu_s(), rel=0.01)
     assert values == {
         "steps": 20,

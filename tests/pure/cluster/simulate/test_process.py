@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from downpour.cluster.controller.lease_book import Lease
+from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.simulate.clock import Clock, Processors
 from downpour.cluster.simulate.inputs import Costs, Spread
 from downpour.cluster.simulate.partition import Message

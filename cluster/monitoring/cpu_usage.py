@@ -1,7 +1,7 @@
-"""What a run costs in processor time, summed up over its processes from what they report.
+"""The processor time of a run, summed over its processes from what they report.
 
-Cumulative seconds, for `metrics.jsonl`: two lines of it give what went on between them. Not here:
-what is made of that (`simulate`).
+The sums are cumulative seconds, for `metrics.jsonl`: the difference of two lines is what was used
+between them. What is made of that is in `cluster.simulate.likeness`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TICKS_PER_S = 100
 """Of /proc/stat, whatever the kernel's own clock (USER_HZ; proc(5))."""
 
 
-class Costs:
+class CpuTotals:
     """Processor seconds by part of the run, since its session began."""
 
     def __init__(self) -> None:
-        """Nothing has been spent yet."""
-        self._spent: dict[str, Spent] = {}
+        """Nothing has been used yet."""
+        self._by_source: dict[str, Spent] = {}
         self._reading_s = 0.0
         self._scoring_s = 0.0
         self._scorings = 0
@@ -33,7 +33,7 @@ class Costs:
     def trained(self, report: WindowReport) -> None:
         """A window is done."""
         if report.spent is not None:
-            self._spent[report.spent.source] = report.spent
+            self._by_source[report.spent.source] = report.spent
         self._reading_s += sum(reading.seconds for reading in report.readings)
 
     def evaluated(self, wall_s: float) -> None:
@@ -42,16 +42,16 @@ class Costs:
         self._scorings += 1
 
     def values(self, reports: Iterable[PartitionReport]) -> dict[str, float]:
-        """The sums, as a line of metrics has them.
+        """Return the sums, as a line of metrics has them.
 
         `machine_cpu_s` is of all processors that the driver sees, since they were started, and of
-        whatever runs on them; it is left out where the system does not tell.
+        whatever runs on them. It is left out if the system does not tell.
         """
-        spent = self._spent.values()
+        used = self._by_source.values()
         values = {
-            "steps": sum(s.steps for s in spent),
-            "steps_cpu_s": sum(s.steps_cpu_s for s in spent),
-            "replicas_cpu_s": sum(s.process_cpu_s for s in spent),
+            "steps": sum(u.steps for u in used),
+            "steps_cpu_s": sum(u.steps_cpu_s for u in used),
+            "replicas_cpu_s": sum(u.process_cpu_s for u in used),
             "partitions_cpu_s": sum(r.cpu_s for r in reports),
             "reading_s": self._reading_s,
             "scoring_s": self._scoring_s,
@@ -64,7 +64,10 @@ class Costs:
 
 
 def machine_cpu_s() -> float | None:
-    """Processor seconds that this machine has worked since it started; None if it does not tell."""
+    """Return the processor seconds that this machine has worked since it started.
+
+    None if it does not tell.
+    """
     try:
         fields = STAT.read_text().split("\n", 1)[0].split()
     except OSError:

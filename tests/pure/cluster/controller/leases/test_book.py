@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from downpour.cluster.controller.lease_book import LeaseBook
+from downpour.cluster.controller.leases.book import LeaseBook
 from downpour.shuffler.errors import LeaseError, PlanError
 from downpour.shuffler.plan.plan import Plan
 
@@ -160,7 +160,7 @@ def test_only_open_epochs_take_memory():
     book = LeaseBook(plan, epochs=1000)
     assert book.total_batches == 1000 * plan.num_batches
     book.grant(0)
-    assert len(book._open) == 1
+    assert len(book._coverage.open_epochs) == 1
 
 
 @pytest.mark.parametrize(

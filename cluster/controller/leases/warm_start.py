@@ -1,12 +1,10 @@
-"""The warm start guarded by the loss: how many replicas train while they join, and why.
+"""The warm start: how many replicas train while they join, and why. A pure policy.
 
-`active_replicas` adds replicas by progress alone. With too high a rate for so many steps in flight
-the loss then rises and may never come back, so `RampGuard` watches it: when the loss at the
-present number of replicas has clearly risen above its best, it puts them back to the last number
-that did well, and lets others join again, one by one, once the loss is back.
-
-A pure policy: progress and losses go in, a number of replicas and a reason come out. Nothing here
-knows clocks, actors or windows, and two guards that are told the same things say the same things.
+`WarmStart` follows the schedule (`active_replicas`), which adds replicas by progress alone. If the
+learning rate is too high for so many steps in flight, the loss then rises and may never come back.
+`RampGuard` watches the loss. If it has clearly risen above its best, the guard puts the replicas
+back to the last number that did well, and lets others join again, one by one, once the loss is
+back. Progress and losses go in, a number of replicas and a reason come out.
 """
 
 from __future__ import annotations
@@ -14,8 +12,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from downpour.cluster.config.policy import active_replicas
+from downpour.workers.config import ReplicaConfig
 
 WINDOWS = 7
 """Losses of windows in a row whose median is *the* loss: three of them may be anything."""
@@ -28,6 +29,7 @@ FLOOR = 0.05
 TINY = 1e-9
 """Nats; a loss below it is nothing."""
 LEAST_BOUND_EPOCHS = 1.0
+"""A hold may last this long, however short the ramp is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +41,60 @@ class Course:
     """Why it is another number than the schedule's, or is the schedule's again; None: no news."""
 
 
+class WarmStart:
+    """How many replicas train: the schedule, and its guard if the configuration asks for one."""
+
+    def __init__(self, config: ReplicaConfig, remembered: Mapping[str, Any] | None = None) -> None:
+        """Start, or go on from what `dump` gave in an earlier session."""
+        self._config = config
+        joins = config.warm_start_epochs or config.ramp_epochs
+        self._guard: RampGuard | None = None
+        if config.ramp_guard is not None and joins:
+            self._guard = RampGuard(
+                factor=config.ramp_guard,
+                replicas=config.replicas,
+                ramp_epochs=config.ramp_epochs,
+                state=remembered,
+            )
+
+    @property
+    def held(self) -> int | None:
+        """Replicas that train while the others may not join, for the loss; None: all may."""
+        return None if self._guard is None else self._guard.held
+
+    @property
+    def course(self) -> int:
+        """Counts the guard's changes of course."""
+        return 0 if self._guard is None else self._guard.course
+
+    def decide(self, wanted: int, epochs: float) -> Course:
+        """Decide how many of the `wanted` replicas train after `epochs`."""
+        scheduled = active_replicas(replace(self._config, replicas=wanted), epochs)
+        if self._guard is None:
+            return Course(replicas=scheduled)
+        return self._guard.decide(scheduled, wanted, epochs)
+
+    def saw(self, loss: float | None, course: int) -> None:
+        """A window that was leased on `course` is done; `loss` is its mean, None: not finite."""
+        if self._guard is not None:
+            self._guard.saw(loss, course)
+
+    def restarted(self) -> None:
+        """A partition has gone back to older weights."""
+        if self._guard is not None:
+            self._guard.restarted()
+
+    def dump(self) -> dict[str, Any] | None:
+        """Return what the guard remembers, as plain JSON; None without a guard."""
+        return None if self._guard is None else self._guard.dump()
+
+
 @dataclass(kw_only=True)
 class _State:
     """All that a guard remembers; plain JSON, so that a resumed run goes on with it."""
 
     losses: list[float | None] = field(default_factory=list)
-    """The last ones, at most `WINDOWS`, of windows lent on the present course; None: not finite."""
+    """The last `WINDOWS` at most, of windows leased on the present course; None: not finite."""
     here: int = 0
     """How many losses have come since the number of replicas last changed."""
     first: float | None = None
@@ -57,9 +107,9 @@ class _State:
     good: int = 1
     """The last number at which the loss did well."""
     cap: int | None = None
-    """The most replicas, since a rise; None where there was none, or it is over."""
+    """The most replicas, since a rise; None if there was none, or it is over."""
     held_since: float | None = None
-    """Epochs done when they were put back, while the loss is not back."""
+    """Epochs done when replicas were put back, while the loss is not back."""
     holds: int = 0
     """Rises so far."""
     all_since: float | None = None
@@ -70,17 +120,16 @@ class _State:
 class RampGuard:
     """Watches the loss while replicas join. `saw`, `restarted` and `decide` change it.
 
-    *The loss* is the median of the last seven windows' mean losses; one that is not finite counts
-    as infinite. It has *risen* when it exceeds the best such median so far by the factor, by six
-    times the share of it by which losses usually deviate, and by a twentieth of the run's first
-    loss: so neither noise, nor a small loss's doubling, nor single bad windows count. Losses of
-    windows that were lent before the last change of course say nothing about it (`course`), and
-    are left out.
+    *The loss* is the median of the last seven windows' mean losses. A loss that is not finite
+    counts as infinite. The loss has *risen* if it exceeds the best such median so far by all of:
+    the factor, six times the share of it by which losses usually deviate, and a twentieth of the
+    run's first loss. So neither noise, nor a doubling of a small loss, nor single bad windows
+    count. Losses of windows that were leased before the last change of course are left out.
 
-    A hold ends when the loss is back below that, but lasts at least as long as the schedule takes
-    for one replica, twice as long at each further rise; and at most `bound_epochs`, after which
-    the run goes on with what the loss is then as its best. While the loss stays up replicas are
-    halved. One always trains, so progress never stops, and every bound is reached.
+    A hold ends when the loss is back. It lasts at least as long as the schedule takes for one
+    replica, and twice as long at each further rise. It lasts at most `ramp_epochs`, or one epoch if
+    that is more; then the run goes on, and the loss of that time counts as its best. While the loss
+    stays up, replicas are halved. One always trains, so progress never stops.
     """
 
     def __init__(
@@ -97,11 +146,11 @@ class RampGuard:
         self._step = ramp_epochs / max(1, replicas - 1)
         self._state = _State() if state is None else _State(**state)
         self.course = 0
-        """Counts the changes of course; `saw` is told on which one a window was lent."""
+        """Counts the changes of course; `saw` is told on which one a window was leased."""
 
     @property
     def held(self) -> int | None:
-        """How many replicas train while the others have to wait; None where none has to."""
+        """How many replicas train while the others have to wait; None if none has to."""
         state = self._state
         return state.active if state.cap is not None and not state.off else None
 
@@ -110,7 +159,7 @@ class RampGuard:
         return asdict(self._state)
 
     def saw(self, loss: float | None, course: int) -> None:
-        """A window that was lent on `course` is done; `loss` is its mean, None: not finite."""
+        """A window that was leased on `course` is done; `loss` is its mean, None: not finite."""
         state = self._state
         if state.off or course != self.course:
             return
@@ -129,7 +178,7 @@ class RampGuard:
         self.course += 1
 
     def decide(self, scheduled: int, replicas: int, epochs: float) -> Course:
-        """How many train, where the schedule says `scheduled` of `replicas`, after `epochs`."""
+        """Decide how many train, if the schedule says `scheduled` of `replicas` after `epochs`."""
         state = self._state
         if state.off:
             return Course(replicas=scheduled)
@@ -152,7 +201,7 @@ class RampGuard:
             state.active, state.here = active, 0
 
     def _steer(self, cap: int) -> None:
-        """Take another course: what was lent before says nothing about it."""
+        """Take another course: what was leased before says nothing about it."""
         state = self._state
         state.cap = cap
         state.losses.clear()
@@ -160,7 +209,7 @@ class RampGuard:
         self.course += 1
 
     def _loss(self) -> float | None:
-        """Median of the last windows; infinite where most are not finite; None: too few yet."""
+        """Median of the last windows; infinite if most are not finite; None: too few yet."""
         losses = self._state.losses
         if len(losses) < WINDOWS:
             return None
@@ -188,7 +237,7 @@ class RampGuard:
         state.spread += SPREAD_WEIGHT * (spread - state.spread)
 
     def _watch(self, loss: float, scheduled: int, epochs: float) -> str | None:
-        """Nobody is held back, or others join again, one by one."""
+        """No hold is on: let the next one join, or put replicas back if the loss has risen."""
         state, limit = self._state, self._limit()
         if loss <= limit:
             if state.here < WINDOWS:
@@ -214,6 +263,7 @@ class RampGuard:
         )
 
     def _hold(self, loss: float | None, epochs: float) -> str | None:
+        """A hold is on: end it, or halve the replicas while the loss stays up."""
         state, limit = self._state, self._limit()
         assert state.held_since is not None
         assert state.cap is not None
@@ -248,7 +298,7 @@ class RampGuard:
         return None
 
     def _finish(self, replicas: int, epochs: float) -> str | None:
-        """End the watch, where all have been training for as long as a hold lasts at most."""
+        """End the watch once all have been training for as long as a hold lasts at most."""
         state = self._state
         if state.cap is not None or state.active < replicas:
             state.all_since = None

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from downpour.cluster.controller.coverage import (
+from downpour.cluster.controller.leases.coverage import (
     Flags,
-    settled_by_some,
-    settled_once,
+    covered_by_some,
+    covered_once,
     unfinished_epochs,
 )
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
@@ -24,20 +24,20 @@ def report(applied: int, refused: int = 0) -> Any:
     return SimpleNamespace(batches_applied=applied, refused=refused)
 
 
-def test_all_of_the_run_settled_once() -> None:
+def test_all_of_the_run_covered_once() -> None:
     one = flags([APPLIED, APPLIED], [APPLIED, REFUSED])
-    assert settled_once([one, one], [report(3, 1), report(3, 1)])
-    assert not settled_once([one, one], [report(3, 1), report(4, 1)])  # one was applied twice
+    assert covered_once([one, one], [report(3, 1), report(3, 1)])
+    assert not covered_once([one, one], [report(3, 1), report(4, 1)])  # one was applied twice
     lacking = flags([APPLIED, APPLIED], [APPLIED, WAITING])
-    assert not settled_once([one, lacking], [report(3, 1), report(3, 0)])
+    assert not covered_once([one, lacking], [report(3, 1), report(3, 0)])
 
 
-def test_what_ended_early_is_judged_by_what_all_partitions_settled() -> None:
+def test_what_ended_early_is_judged_by_what_all_partitions_cover() -> None:
     one = flags([APPLIED, APPLIED, APPLIED], [WAITING, APPLIED, WAITING], [WAITING] * 3)
-    assert not settled_once([one, one], [report(4), report(4)])
-    assert settled_once([one, one], [report(4), report(4)], whole=False)
-    assert not settled_once([one, one], [report(4), report(5)], whole=False)
+    assert not covered_once([one, one], [report(4), report(4)])
+    assert covered_once([one, one], [report(4), report(4)], whole=False)
+    assert not covered_once([one, one], [report(4), report(5)], whole=False)
     other = flags([APPLIED, APPLIED, APPLIED], [APPLIED, WAITING, WAITING], [WAITING] * 3)
-    assert not settled_once([one, other], [report(4), report(4)], whole=False)
-    assert settled_by_some([one, other], 1).tolist() == [True, True, False]
+    assert not covered_once([one, other], [report(4), report(4)], whole=False)
+    assert covered_by_some([one, other], 1).tolist() == [True, True, False]
     assert unfinished_epochs([one, one]) == {1: 1}

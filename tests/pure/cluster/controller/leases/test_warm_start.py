@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from downpour.cluster.config.policy import active_replicas
-from downpour.cluster.controller.warm_start import WINDOWS, RampGuard
+from downpour.cluster.controller.leases.warm_start import WINDOWS, RampGuard
 from downpour.workers.config import ReplicaConfig
 
 

@@ -1,0 +1,354 @@
+"""What goes into the run's state and what comes out of it: events and instructions.
+
+`RunState.handle(event, now)` returns instructions. The controller carries them out. An instruction
+that is a *call* is answered by one `Answered` or `Failed`, at once or later. All of it is plain
+frozen data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.run.checkpoint import Checkpoint
+from downpour.cluster.run.early_stopping import Ended
+
+if TYPE_CHECKING:
+    from downpour.paramserver.actor import PartitionReport
+    from downpour.workers.actor import Evaluation
+    from downpour.workers.replica.replicas import WindowReport
+
+# Calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartPartition:
+    """Start a partition, or start it again; answered once it can be reached."""
+
+    partition: int
+    incarnation: int
+    again: bool
+    """It starts from the newest checkpoint that is whole for it, not from where the run starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promote:
+    """Have a partition's follower take its place; answered once it can be reached."""
+
+    partition: int
+    incarnation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskReport:
+    """Ask a partition where it stands; answered by a `PartitionReport`."""
+
+    partition: int
+    incarnation: int
+    inquiry: int | None = None
+    """The inquiry that this is part of; None for the regular report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskFlags:
+    """Ask a partition for the state of every mini-batch of some epochs; answered by `Flags`."""
+
+    partition: int
+    incarnation: int
+    inquiry: int
+    epochs: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteSnapshot:
+    """Have a partition write its part of a checkpoint; answered by a `SnapshotFile`."""
+
+    partition: int
+    incarnation: int
+    number: int
+    folder_uri: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFollower:
+    """Start a partition's follower; answered once it has the partition's state."""
+
+    partition: int
+    start: int
+    """Counts the starts for this partition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartProcess:
+    """Start a process of replicas; answered once it is connected."""
+
+    process: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconnectProcess:
+    """Have a process that runs connect to the partitions anew; answered once it has."""
+
+    process: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunWindow:
+    """Deliver a window to a replica and train on it; answered by a `WindowReport`."""
+
+    replica: int
+    lease: Lease
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceShufflers:
+    """Replace every shuffler that failed to deliver; answered by how many those were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartEvaluator:
+    """Start the evaluator; answered once it is connected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconnectEvaluator:
+    """Have the evaluator connect to the partitions anew; answered once it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score the current weights; answered by an `Evaluation`."""
+
+    best: float | None
+    """The accuracy above which the weights are kept as the best; None keeps them in any case."""
+    goal: float
+    """The accuracy from which on the weights are the run's model."""
+    final: bool
+    """The weights are the run's last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeginCheckpoint:
+    """Make the folder of a checkpoint; answered by its URI."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitCheckpoint:
+    """Finish a checkpoint whose snapshots have all been written."""
+
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCheckpoints:
+    """Remove checkpoints that are not to be kept any more."""
+
+
+PartitionCall = StartPartition | Promote | AskReport | AskFlags | WriteSnapshot
+Call = (
+    PartitionCall
+    | StartFollower
+    | StartProcess
+    | ReconnectProcess
+    | RunWindow
+    | ReplaceShufflers
+    | StartEvaluator
+    | ReconnectEvaluator
+    | Evaluate
+    | BeginCheckpoint
+    | CommitCheckpoint
+    | PruneCheckpoints
+)
+
+# Instructions without an answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopFollower:
+    """End a partition's follower, if it has one."""
+
+    partition: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddProcess:
+    """Make room for one more process of replicas, which is to be started."""
+
+    process: int
+    replicas: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopProcess:
+    """End a process of replicas that has no windows."""
+
+    process: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeSpares:
+    """Have processes ready that can take the place of one that dies, if that is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscardCheckpoint:
+    """Remove what there is of an unfinished checkpoint."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRequests:
+    """Look for what people ask for through the run's folder."""
+
+
+# What listeners are told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tell:
+    """News that people want to hear of at once, and to read later."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowTrained:
+    """A window is done."""
+
+    report: WindowReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllReported:
+    """There is a new report of every partition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsScored:
+    """Weights were scored."""
+
+    evaluation: Evaluation
+
+
+Note = Tell | WindowTrained | AllReported | WeightsScored
+
+# The end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the controller's part of a run ended."""
+
+    finished: bool
+    """Every epoch is complete, or the run has arrived; otherwise it was asked to stop."""
+    ended: Ended
+    """Why it is finished, if it is."""
+    reached: Mapping[str, Mapping[str, float]]
+    """When it first had which accuracy, see `EarlyStopping.reached`."""
+    unfinished_epochs: Mapping[int, int]
+    """Of a finished run that ended early: by epoch that is not complete, its mini-batches that
+    were trained on."""
+    reports: list[PartitionReport]
+    """The newest report of each partition, in their order."""
+    evaluation: Evaluation | None
+    best_accuracy: float | None
+    exactly_once: bool
+    """Every partition covers every mini-batch once: those of all epochs or, if the run ended early,
+    those that were trained on."""
+    refused: int
+    """Distinct mini-batches that some partition refused."""
+    skipped: Mapping[int, str]
+    """Training rows whose image could not be decoded and was left out, each with a line on why."""
+    quarantined: tuple[int, ...]
+    """Replicas that got no more leases, for what they sent."""
+    restarts: Mapping[str, int]
+    """Members that were replaced, by kind."""
+    updates_before: int
+    """Updates at the beginning of this session."""
+    all_replicas_s: float | None
+    """Seconds of this session until the last process of replicas was ready for the first time."""
+    elapsed_s: float
+    """Seconds of training, over all sessions of the run."""
+    wall_s: float
+    """Seconds of this session."""
+    checkpoint: int | None
+    """Number of the last checkpoint of this session, if there was one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Return from the run with its outcome."""
+
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class GiveUp:
+    """Raise `error`: the run cannot go on by itself."""
+
+    error: Exception
+    cause: Exception | None = None
+
+
+Instruction = (
+    Call
+    | StopFollower
+    | AddProcess
+    | StopProcess
+    | MakeSpares
+    | DiscardCheckpoint
+    | ReadRequests
+    | Note
+    | Finish
+    | GiveUp
+)
+
+# Events
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """The session begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """Time has passed, or all events of one moment have been handed in: do what is due."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRequested:
+    """Somebody asks for a checkpoint and an end."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicasRequested:
+    """Somebody asks for another number of replicas."""
+
+    replicas: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A call has been answered."""
+
+    call: Call
+    value: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A call has failed, by one of the exceptions in `backend` or by another one."""
+
+    call: Call
+    error: Exception
+
+
+Event = Begin | Tick | StopRequested | ReplicasRequested | Answered | Failed

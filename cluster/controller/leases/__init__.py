@@ -1,0 +1,1 @@
+"""Leases of windows: which replica trains on what, and how many replicas train."""

@@ -1,0 +1,311 @@
+"""What follows from what is heard: answers and failures of calls, one function for each. Pure.
+
+A part of the run looks after itself; here is what happens to one part because of another.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from downpour.cluster.controller.backend import PartitionLost, ShufflerLost, WriteFailed
+from downpour.cluster.controller.failure_policy import Cause, Failure
+from downpour.cluster.controller.failures import GaveUp
+from downpour.cluster.controller.instructions import (
+    AllReported,
+    Answered,
+    AskFlags,
+    AskReport,
+    BeginCheckpoint,
+    CommitCheckpoint,
+    Evaluate,
+    Failed,
+    PartitionCall,
+    Promote,
+    PruneCheckpoints,
+    ReconnectEvaluator,
+    ReconnectProcess,
+    ReplaceShufflers,
+    RunWindow,
+    StartEvaluator,
+    StartFollower,
+    StartPartition,
+    StartProcess,
+    Tell,
+    WindowTrained,
+    WriteSnapshot,
+)
+from downpour.cluster.controller.leases.coverage import (
+    Flags,
+    covered_by_some,
+    covered_once,
+    refused_by_any,
+    same,
+    unfinished_epochs,
+)
+from downpour.cluster.controller.partitions import Inquiry
+from downpour.cluster.controller.parts import RunParts
+from downpour.cluster.errors import user_message
+from downpour.cluster.run.checkpoint import Checkpoint, slowest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from downpour.paramserver.actor import PartitionReport
+    from downpour.paramserver.partition.snapshot import SnapshotFile
+    from downpour.workers.actor import Evaluation
+    from downpour.workers.replica.replicas import WindowReport
+
+
+def answered(run: RunParts, event: Answered, now: float) -> None:
+    """A call has been answered."""
+    value = event.value
+    match event.call:
+        case RunWindow() as call:
+            run.num_windows_out -= 1
+            if run.leases.is_live(call.lease):
+                _trained(run, call, value)
+            # Otherwise its process was lost, and its windows have been dealt with.
+        case StartPartition() | Promote() | AskReport() | AskFlags() | WriteSnapshot() as call:
+            if run.partitions.is_current(call):
+                _partition_answered(run, call, value, now)
+        case StartFollower() as call:
+            run.partitions.followers.started(call)
+        case StartProcess() | ReconnectProcess() as call:
+            run.processes.started(call.process)
+            if run.all_replicas_s is None and run.processes.all_up:
+                run.all_replicas_s = now
+                run.failures.reserve_soon(now)
+                run.evaluation.start()
+        case ReplaceShufflers():
+            for _ in range(value):
+                failure = Failure(part="shuffler", name="a shuffler", cause="died")
+                run.failures.recover(failure, now)
+        case StartEvaluator() | ReconnectEvaluator():
+            run.evaluation.connected()
+        case Evaluate() as call:
+            run.evaluation.scored(call, value, now)
+            _scored(run, value, now)
+        case BeginCheckpoint() as call:
+            run.checkpoints.begun(call, value, run.partitions.members)
+        case CommitCheckpoint() as call:
+            run.checkpoints.committed(call.checkpoint.number)
+
+
+def failed(run: RunParts, event: Failed, now: float) -> None:
+    """A call has failed.
+
+    Raises:
+        GaveUp: the run cannot go on.
+    """
+    error = event.error
+    match event.call:
+        case RunWindow() as call:
+            run.num_windows_out -= 1
+            if run.leases.is_live(call.lease):
+                _window_failed(run, call, error, now)
+        case WriteSnapshot() as call if isinstance(error, WriteFailed):
+            run.checkpoints.failed(call.number, error)
+        case StartPartition() | Promote() | AskReport() | AskFlags() | WriteSnapshot() as call:
+            if run.partitions.is_current(call):
+                _partition_failed(run, call, error, now)
+        case StartFollower() as call:
+            run.partitions.followers.start_failed(call, error, now)
+        case StartProcess() | ReconnectProcess() as call:
+            run.processes.start_failed(call.process, error, now)
+        case StartEvaluator() | ReconnectEvaluator():
+            run.evaluation.failed(error, now)
+        case Evaluate():
+            run.evaluation.score_failed(error, now)
+        case BeginCheckpoint() as call:
+            run.checkpoints.failed(call.number, error)
+        case CommitCheckpoint() as call:
+            run.checkpoints.failed(call.checkpoint.number, error)
+        case PruneCheckpoints():
+            run.checkpoints.tell_failure(error)
+        case _:
+            raise GaveUp(error)
+
+
+# Partitions
+
+
+def _partition_answered(run: RunParts, call: PartitionCall, value: Any, now: float) -> None:
+    match call:
+        case AskReport(inquiry=None):
+            run.partitions.reported(value, now)
+            _quarantine(run, value)
+            if run.partitions.all_reported:
+                run.out.append(AllReported())
+        case AskReport(inquiry=int() as number) | AskFlags(inquiry=number):
+            inquiry = run.partitions.take_answer(number, call.partition, value)
+            if inquiry is not None:
+                _inquiry_answered(run, inquiry)
+        case WriteSnapshot():
+            files = run.checkpoints.written(call, value, len(run.partitions.members))
+            if files is not None:
+                _commit(run, call.number, files, now)
+        case StartPartition() | Promote():
+            run.partitions.arrived(call.partition)
+
+
+def _partition_failed(run: RunParts, call: PartitionCall, error: Exception, now: float) -> None:
+    if isinstance(error, PartitionLost):
+        partition_lost(run, call.partition, "died", now)
+    elif user_message(error) is not None:
+        raise GaveUp(error)
+    else:  # its serving thread has ended by an error of its own
+        partition_lost(run, call.partition, "failed", now, error)
+
+
+def partition_lost(
+    run: RunParts, index: int, cause: Cause, now: float, error: Exception | None = None
+) -> None:
+    """A partition is lost: what it lacks is leased again, and everybody connects anew."""
+    promoted = run.partitions.fail(index, cause, now, error)
+    run.checkpoints.abandon()
+    run.leases.partition_lost(promoted=promoted)
+    run.processes.drop_windows()
+    run.evaluation.disconnected()
+    run.partitions.replace(index, promoted=promoted, now=now)
+    if run.winds_up and run.finished:
+        run.stage = "training"  # and not finished any more, until the partition has all again
+
+
+def _inquiry_answered(run: RunParts, inquiry: Inquiry) -> None:
+    answers = inquiry.in_order
+    match inquiry.purpose:
+        case "probe":  # all partitions are alive: connect again
+            run.processes.start_cut_off()
+            run.evaluation.reconnect()
+        case "census":
+            assert inquiry.census is not None
+            again = run.leases.settle(inquiry.census, answers)
+            if again is not None:
+                run.out.append(Tell(text=f"{again:,} mini-batches are run again"))
+        case "resume":
+            _resume(run, answers)
+        case "first flags":
+            run.covered_before = answers
+        case "last reports":
+            _last_reports(run, answers)
+        case "last flags":
+            _last_flags(run, answers)
+
+
+def _last_reports(run: RunParts, reports: Sequence[PartitionReport]) -> None:
+    for report in reports:
+        run.partitions.note_report(report)
+        _quarantine(run, report)
+    run.out.append(AllReported())
+    if not run.finished:
+        run.stage = "ended"
+    elif run.ended is not None and run.ended.by == "accuracy":
+        run.stage = "verifying"  # the weights that reached the accuracy have been kept
+    else:
+        run.stage = "scoring"
+        run.evaluation.begin_final()
+
+
+def _last_flags(run: RunParts, answers: Sequence[Flags]) -> None:
+    if run.ended is not None:
+        # Processes that were stopped may have left pushes that the partitions saw only now.
+        in_part = any(covered_by_some(answers, epoch).any() for epoch in answers[0])
+        if in_part:
+            end_early(run)
+        if in_part or run.covered_before is None or not same(run.covered_before, answers):
+            run.stage = "training"
+            return
+    whole = run.ended is None
+    run.exactly_once = covered_once(answers, run.partitions.latest_reports, whole=whole)
+    run.unfinished_epochs = unfinished_epochs(answers)
+    run.stage = "ended"
+
+
+def _resume(run: RunParts, answers: Sequence[Flags]) -> None:
+    """Lease only what some partition does not cover; `answers` are of all epochs."""
+    for epoch in range(run.config.policy.epochs):
+        run.refused |= refused_by_any(answers, epoch)
+    run.leases.resume(answers)
+    run.processes.start()
+    run.stage = "training"
+
+
+def _quarantine(run: RunParts, report: PartitionReport) -> None:
+    """Grant no more leases to replicas that a partition does not listen to any more."""
+    for replica in sorted(set(report.quarantined) - run.quarantined):
+        run.quarantined.add(replica)
+        applied = sum(report.staleness.get(replica, []))
+        text = (
+            f"replica {replica} is quarantined: partition {report.index} refused "
+            f"{report.refusals.get(replica, 0)} of its pushes (a loss or gradient that is not "
+            f"finite, or enormous) and took {applied}, and hardly any of the others'"
+        )
+        run.out.append(Tell(text=text))
+    if len(run.quarantined) >= run.replicas_wanted:
+        run.stop_reason = run.stop_reason or (
+            "every replica is quarantined, for losses or gradients that are not finite: lower "
+            "--learning-rate, or give --quarantine-after none"
+        )
+
+
+def _commit(run: RunParts, number: int, files: tuple[SnapshotFile, ...], now: float) -> None:
+    checkpoint = Checkpoint(
+        number=number,
+        updates=slowest(files),
+        files=files,
+        elapsed_s=run.elapsed_s(now),
+        accuracy=run.evaluation.accuracy,
+        ramp=run.leases.warm_start.dump(),
+        scores=run.early_stopping.dump(run.training_s(now)),
+    )
+    run.out.append(CommitCheckpoint(checkpoint=checkpoint))
+
+
+# The end
+
+
+def _scored(run: RunParts, evaluation: Evaluation, now: float) -> None:
+    """Weights were scored: does the run end with that?"""
+    ended = run.early_stopping.scored(run.scoring(evaluation, now))
+    if ended is None or run.ended or run.leases.finished or run.stop_reason is not None:
+        return
+    run.ended = ended
+    run.out.append(Tell(text=f"the run ends early: {ended.reason}"))
+    end_early(run)
+
+
+def end_early(run: RunParts) -> None:
+    """Have all processes drop their windows; what every partition covers by then is the run."""
+    run.processes.drop_windows()
+    run.leases.end_early()
+
+
+# Windows
+
+
+def _trained(run: RunParts, call: RunWindow, report: WindowReport) -> None:
+    run.out.append(WindowTrained(report=report))
+    run.refused |= {(report.epoch, batch) for batch in report.refused}
+    run.skipped.update(report.skipped)
+    run.leases.trained(call.replica, call.lease, report)
+    run.processes.trained(call.replica, report)
+    run.failures.policy.progressed("shuffler")
+    policy, num_refused = run.config.policy, len(run.refused)
+    bound = 0 if policy.on_refusal == "stop" else policy.max_refused
+    if bound is not None and num_refused > bound and run.stop_reason is None:
+        batch = next(iter(report.refused), None)
+        named = "" if batch is None else f", the last of them (epoch {report.epoch}, {batch})"
+        run.stop_reason = (
+            f"{num_refused} mini-batches were refused for a loss or gradient that is "
+            f"not finite{named} from replica {call.replica}: lower --learning-rate, or raise "
+            "--max-refused"
+        )
+
+
+def _window_failed(run: RunParts, call: RunWindow, error: Exception, now: float) -> None:
+    if isinstance(error, ShufflerLost):
+        # Its death is told by every window that it was to deliver; it is replaced once.
+        run.leases.undelivered(call.lease)
+        run.out.append(ReplaceShufflers())
+    else:
+        run.processes.window_failed(call.replica, error, now)

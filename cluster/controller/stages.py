@@ -1,0 +1,212 @@
+"""What is due as time passes: the stages of a run, and what goes on all the time in them. Pure.
+
+Starting, resuming and training, then winding up. What follows from single answers is in
+`reactions`.
+"""
+
+from __future__ import annotations
+
+from downpour.cluster.controller import partitions
+from downpour.cluster.controller.instructions import (
+    Finish,
+    MakeSpares,
+    Outcome,
+    ReadRequests,
+    RunWindow,
+    Tell,
+)
+from downpour.cluster.controller.parts import RunParts, Stage
+from downpour.cluster.controller.reactions import partition_lost
+from downpour.cluster.run.early_stopping import Ended
+
+
+def go_on(run: RunParts, now: float) -> None:
+    """Do what is due now, and pass on to the next stages as far as they have been reached.
+
+    Raises:
+        GaveUp: the run cannot go on.
+    """
+    run.partitions.check_deadlines(now)
+    stage: Stage | None = None
+    while stage != run.stage:
+        stage = run.stage
+        match stage:
+            case "starting":
+                _start(run, now)
+            case "resuming":
+                _resume(run, now)
+            case "training":
+                _train(run, now)
+            case "saving":
+                _save(run, now)
+            case "reporting":
+                _report(run, now)
+            case "scoring":
+                _score(run, now)
+            case "verifying":
+                _verify(run, now)
+            case "ended":
+                run.out.append(Finish(outcome=_outcome(run, now)))
+
+
+# Starting
+
+
+def _start(run: RunParts, now: float) -> None:
+    """Wait for all partitions; then resume, or train."""
+    if run.stop_reason is not None:
+        _wind_up(run)
+    elif not run.partitions.all_up:
+        return
+    elif run.resumed is not None:
+        run.stage = "resuming"
+    else:
+        run.processes.start()
+        run.stage = "training"
+
+
+def _resume(run: RunParts, now: float) -> None:
+    """Ask the partitions what they cover of all epochs."""
+    if run.stop_reason is not None:
+        _wind_up(run)
+    elif run.partitions.all_up and not run.partitions.is_asked("resume"):
+        run.partitions.ask_all_flags("resume", _all_epochs(run), give_up_s=_give_up_s(now))
+
+
+# Training
+
+
+def _train(run: RunParts, now: float) -> None:
+    """Grant leases and look after everybody, until the run is finished or asked to stop."""
+    if run.leases.finished or run.stop_reason is not None:
+        _wind_up(run)
+        return
+    _grant(run)
+    _look_after(run, now)
+    if run.partitions.all_up and not run.leases.reopening and run.processes.all_wanted_up:
+        run.failures.all_back(now)
+
+
+def _grant(run: RunParts) -> None:
+    if run.leases.reopening:
+        return
+    course = run.leases.decide_course(run.replicas_wanted)
+    if course.reason is not None:
+        run.out.append(Tell(text=course.reason))
+    sound = [r for r in range(run.replicas_wanted) if r not in run.quarantined]
+    active = [r for r in sound[: course.replicas] if run.processes.is_up(r)]
+    for replica, lease in run.leases.grant(active):
+        run.num_windows_out += 1
+        run.out.append(RunWindow(replica=replica, lease=lease))
+
+
+def _look_after(run: RunParts, now: float) -> None:
+    """Ask how everybody is, bring back what is lost, score and save if it is time for it."""
+    if run.partitions.ask_reports(now):
+        run.out.append(ReadRequests())
+        run.processes.retire()
+        run.processes.look_for_stragglers(now)
+    for index in run.partitions.silent(now):
+        partition_lost(run, index, "silent", now)
+    if not run.partitions.all_up:
+        return
+    if run.failures.take_reserves_due(now):
+        run.out.append(MakeSpares())
+        run.partitions.followers.start_missing()
+    _mend(run)
+    if run.stage == "training":
+        has_begun = run.partitions.first_update_at is not None
+        if run.ended is None and has_begun:
+            run.evaluation.score_if_due(now)
+        run.checkpoints.begin_if_due(now)
+
+
+def _mend(run: RunParts) -> None:
+    """Bring back what has lost its connections, and lease again what was lost."""
+    cut_off = run.processes.any_cut_off or run.evaluation.cut_off
+    if cut_off and not run.partitions.is_asked("probe"):
+        run.partitions.ask_all_reports("probe")
+    if not run.partitions.is_asked("census"):
+        census = run.leases.census(quiet=run.quiet)
+        if census is not None:
+            run.partitions.ask_all_flags("census", census.epochs, census=census)
+
+
+# Winding up
+
+
+def _wind_up(run: RunParts) -> None:
+    run.finished = run.leases.finished
+    run.last_checkpoint_begun = False
+    run.covered_before = None
+    run.stage = "saving"
+
+
+def _save(run: RunParts, now: float) -> None:
+    """Write one more checkpoint, after one that began before."""
+    if run.finished and run.ended is not None and run.covered_before is None:
+        if not run.partitions.is_asked("first flags"):
+            epochs = _all_epochs(run)
+            run.partitions.ask_all_flags("first flags", epochs, give_up_s=_give_up_s(now))
+        return
+    if run.checkpoints.in_the_making:
+        return
+    if run.partitions.all_up and not run.last_checkpoint_begun:
+        run.last_checkpoint_begun = True
+        run.checkpoints.begin()
+        return
+    run.stage = "reporting"
+
+
+def _report(run: RunParts, now: float) -> None:
+    """Ask for the last figures. A run that stops does without a partition that is lost."""
+    if not run.partitions.all_up:
+        run.stage = "ended"
+    elif not run.partitions.is_asked("last reports"):
+        run.partitions.ask_all_reports("last reports", give_up_s=_give_up_s(now))
+
+
+def _score(run: RunParts, now: float) -> None:
+    """Score the last weights, and keep them."""
+    if run.evaluation.score_final(now):
+        run.stage = "verifying"
+    elif not run.evaluation.ready:
+        _look_after(run, now)
+
+
+def _verify(run: RunParts, now: float) -> None:
+    """Ask the partitions for the last time what they cover."""
+    if not run.partitions.is_asked("last flags"):
+        run.partitions.ask_all_flags("last flags", _all_epochs(run), give_up_s=_give_up_s(now))
+
+
+def _outcome(run: RunParts, now: float) -> Outcome:
+    restarts = run.failures.policy.restarts
+    ready_s = run.all_replicas_s
+    return Outcome(
+        finished=run.finished,
+        ended=run.ended or Ended(),
+        reached=run.early_stopping.reached,
+        unfinished_epochs=run.unfinished_epochs,
+        reports=run.partitions.latest_reports,
+        evaluation=run.evaluation.newest,
+        best_accuracy=run.evaluation.best_accuracy,
+        exactly_once=run.exactly_once,
+        refused=len(run.refused),
+        skipped=run.skipped,
+        quarantined=tuple(sorted(run.quarantined)),
+        restarts={part: n for part, n in restarts.items() if n},
+        updates_before=run.resumed.updates if run.resumed else 0,
+        all_replicas_s=None if ready_s is None else run.wall_s(ready_s),
+        elapsed_s=run.elapsed_s(now),
+        wall_s=run.wall_s(now),
+        checkpoint=run.checkpoints.last,
+    )
+
+
+def _all_epochs(run: RunParts) -> range:
+    return range(run.config.policy.epochs)
+
+
+def _give_up_s(now: float) -> float:
+    return now + partitions.SILENT_AFTER_S

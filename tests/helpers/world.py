@@ -1,0 +1,359 @@
+"""A run without threads, actors or clocks: the state, and a world that answers its calls.
+
+The world keeps what partitions cover as arrays, and answers one call at a time. `answer_all` does
+it in order. `step` takes any of the calls, and things die meanwhile, by the draws of a seed. The
+invariants of the state are checked after every event.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller import instructions as do
+from downpour.cluster.controller.backend import PartitionLost, ProcessLost, ShufflerLost
+from downpour.cluster.controller.state import RunState
+from downpour.paramserver.actor import PartitionReport
+from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
+from downpour.paramserver.partition.snapshot import SnapshotFile
+from downpour.shuffler.plan.plan import Plan
+from downpour.workers.actor import Evaluation
+from downpour.workers.evaluation.evaluator import Score
+from downpour.workers.replica.replicas import ReplicaFailed, WindowReport
+from tests.helpers import tiny
+
+PLAN = Plan(num_rows=43, batch_size=4, seed=5, window_batches=4, past_bound="rekey")
+"""11 mini-batches, 3 windows."""
+C = TypeVar("C")
+
+
+def configured(**about: Any) -> RunConfig:
+    """A run of two epochs; `about` goes to `ReplicaConfig`, and `policy` and `server` to theirs."""
+    policy, server = about.pop("policy", {}), about.pop("server", {})
+    plain = tiny.config("nowhere", replicas=about.pop("replicas", 4), checkpoint_every_s=1e9)
+    return dataclasses.replace(
+        plain,
+        replicas=dataclasses.replace(plain.replicas, **about),
+        policy=dataclasses.replace(plain.policy, **policy),
+        server=dataclasses.replace(plain.server, **server),
+    )
+
+
+class PartitionWorld:
+    """What one partition covers, by epoch."""
+
+    def __init__(self, index: int, epochs: int) -> None:
+        self.index = index
+        self.flags = np.full((epochs, PLAN.num_batches), WAITING, np.uint8)
+        self.saved: dict[int, NDArray[np.uint8]] = {0: self.flags.copy()}
+        """Its snapshots, by the checkpoint's number."""
+        self.alive = False
+        self.quarantined: tuple[int, ...] = ()
+
+    def report(self, has_follower: bool) -> PartitionReport:
+        applied = int((self.flags == APPLIED).sum())
+        return PartitionReport(
+            index=self.index,
+            version=applied,
+            examples=4 * applied,
+            rate=0.1,
+            batches_applied=applied,
+            refused=int((self.flags == REFUSED).sum()),
+            duplicates=0,
+            dropped=0,
+            malformed=0,
+            staleness={},
+            refusals={},
+            quarantined=self.quarantined,
+            drift=0.0,
+            connections=1,
+            connections_closed={},
+            first_update_at=0.0 if applied else None,
+            last_update_at=0.0 if applied else None,
+            updates_before=0,
+            has_follower=has_follower,
+        )
+
+
+class World:
+    """A run, and all that it talks to."""
+
+    def __init__(
+        self,
+        config: RunConfig | None = None,
+        *,
+        num_partitions: int = 2,
+        processes: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3)),
+        seed: int = 0,
+        **about: Any,
+    ) -> None:
+        self.config = config or configured()
+        self.rng = random.Random(seed)
+        self.now = 0.0
+        epochs = self.config.policy.epochs
+        self.partitions = [PartitionWorld(i, epochs) for i in range(num_partitions)]
+        self.processes = list(processes)
+        self.state = RunState(
+            config=self.config,
+            plan=PLAN,
+            num_partitions=num_partitions,
+            processes=processes,
+            run="runs/a",
+            now=0.0,
+            **about,
+        )
+        self.pending: list[do.Call] = []
+        self.given: list[do.Instruction] = []
+        """Instructions that no call is made by, since `taken` last looked."""
+        self.committed: list[int] = []
+        self.shufflers_dead = 0
+        self.dead_processes: set[int] = set()
+        self.loss: float | None = 1.0
+        self.accuracy = 0.5
+
+    # Handing in
+
+    def hand_in(self, event: do.Event) -> None:
+        for instruction in self.state.handle(event, self.now):
+            if isinstance(instruction, do.Call):
+                self.pending.append(instruction)
+            else:
+                self._note(instruction)
+        self.state.check()
+
+    def _note(self, instruction: do.Instruction) -> None:
+        self.given.append(instruction)
+        if isinstance(instruction, do.AddProcess):
+            assert instruction.process == len(self.processes)
+            self.processes.append(instruction.replicas)
+
+    def tick(self, seconds: float = 0.0) -> None:
+        self.now += seconds
+        self.hand_in(do.Tick())
+
+    def begin(self) -> None:
+        self.hand_in(do.Begin())
+
+    # Looking
+
+    def calls(self, kind: type[C]) -> list[C]:
+        """Calls of a kind that have not been answered."""
+        return [call for call in self.pending if isinstance(call, kind)]
+
+    def taken(self, kind: type[C]) -> list[C]:
+        """Instructions of a kind, and no call, since the last look."""
+        found = [given for given in self.given if isinstance(given, kind)]
+        self.given = [given for given in self.given if not isinstance(given, kind)]
+        return found
+
+    def told(self) -> str:
+        """News since the last look."""
+        return "\n".join(news.text for news in self.taken(do.Tell))
+
+    @property
+    def outcome(self) -> do.Outcome | None:
+        return next((g.outcome for g in self.given if isinstance(g, do.Finish)), None)
+
+    @property
+    def error(self) -> Exception | None:
+        return next((g.error for g in self.given if isinstance(g, do.GiveUp)), None)
+
+    def flags(self) -> list[NDArray[np.uint8]]:
+        return [p.flags for p in self.partitions]
+
+    # Answering
+
+    def fail(self, call: do.Call, error: Exception) -> None:
+        self.pending.remove(call)
+        self.hand_in(do.Failed(call=call, error=error))
+
+    def answer(self, call: do.Call) -> None:
+        """Do what a call asks for, and answer it."""
+        self.pending.remove(call)
+        try:
+            value = self._done(call)
+        except (PartitionLost, ProcessLost, ShufflerLost) as error:
+            self.hand_in(do.Failed(call=call, error=error))
+        else:
+            self.hand_in(do.Answered(call=call, value=value))
+
+    def answer_all(self, kind: type[Any] = object) -> None:
+        """Answer all calls of a kind, and those that follow, in their order."""
+        while calls := self.calls(kind):
+            self.answer(calls[0])
+
+    def go_on(self, until: Callable[[], bool], turns: int = 500) -> None:
+        """Answer everything, turn by turn."""
+        for _ in range(turns):
+            if until():
+                return
+            for call in list(self.pending):
+                self.answer(call)
+            self.tick(1.0)
+        raise AssertionError("it has not come to that")
+
+    def train(self) -> None:
+        """Begin, and go on until all replicas have been leased windows."""
+        self.begin()
+        wanted = len(self.processes)
+        self.answer_all(do.StartPartition)
+        self.tick()
+        self.answer_all(do.StartProcess)
+        assert all(p.ready for p in self.state.processes.members), wanted
+        self.tick()
+
+    def _done(self, call: do.Call) -> Any:
+        match call:
+            case do.StartPartition():
+                self._restart(call)
+                return None
+            case do.Promote() | do.AskReport() | do.AskFlags() | do.WriteSnapshot():
+                return self._asked(call)
+            case do.RunWindow():
+                return self._window(call)
+            case do.StartProcess():
+                self.dead_processes.discard(call.process)
+                self._connect(call.process)
+                return None
+            case do.ReconnectProcess():
+                if call.process in self.dead_processes:
+                    raise ProcessLost("it is dead")
+                self._connect(call.process)
+                return None
+            case do.ReplaceShufflers():
+                count, self.shufflers_dead = self.shufflers_dead, 0
+                return count
+            case do.BeginCheckpoint():
+                return f"somewhere/{call.number}"
+            case do.CommitCheckpoint():
+                self.committed.append(call.checkpoint.number)
+                return None
+            case do.Evaluate():
+                self._needs_all()
+                versions = tuple(p.report(False).version for p in self.partitions)
+                score = Score(accuracy=self.accuracy, loss=1.0, num_examples=10)
+                return Evaluation(versions=versions, score=score, wall_s=0.1)
+            case do.StartEvaluator() | do.ReconnectEvaluator() | do.StartFollower():
+                self._needs_all()
+                return None
+            case do.PruneCheckpoints():
+                return None
+
+    def _needs_all(self) -> None:
+        for partition in self.partitions:
+            if not partition.alive:
+                raise PartitionLost(f"partition {partition.index} is out of reach")
+
+    def _is_now(self, call: do.PartitionCall) -> bool:
+        return self.state.partitions.members[call.partition].incarnation == call.incarnation
+
+    def _restart(self, call: do.StartPartition) -> None:
+        partition = self.partitions[call.partition]
+        if self._is_now(call):
+            number = max([0, *self.committed])
+            partition.flags = partition.saved[number].copy()
+            partition.alive = True
+
+    def _asked(self, call: do.PartitionCall) -> Any:
+        partition = self.partitions[call.partition]
+        if isinstance(call, do.Promote):
+            partition.alive = True  # its follower has all of it
+            return None
+        if not partition.alive or not self._is_now(call):
+            raise PartitionLost(f"partition {call.partition} is dead")
+        match call:
+            case do.AskReport():
+                followers = self.state.partitions.followers
+                return partition.report(followers.can_take_over(call.partition))
+            case do.AskFlags():
+                return {e: partition.flags[e].copy() for e in call.epochs}
+            case do.WriteSnapshot():
+                partition.saved[call.number] = partition.flags.copy()
+                version = partition.report(False).version
+                name = f"partition-{call.partition}"
+                return SnapshotFile(name=name, num_bytes=1, sha256="", version=version)
+
+    def _window(self, call: do.RunWindow) -> WindowReport:
+        lease = call.lease
+        if self.shufflers_dead:
+            raise ShufflerLost("a shuffler is dead")
+        process = next(i for i, of in enumerate(self.processes) if call.replica in of)
+        if process in self.dead_processes:
+            raise ProcessLost("it is dead")
+        self._push(lease.epoch, lease.batches)
+        self._needs_all()
+        return WindowReport(
+            replica=call.replica,
+            epoch=lease.epoch,
+            num_batches=len(lease.batches),
+            num_examples=4 * len(lease.batches),
+            mean_loss=self.loss,
+            refused=() if self.loss is not None else lease.batches,
+            unsettled=(),
+            wall_s=1.0,
+        )
+
+    def _push(self, epoch: int, batches: tuple[int, ...]) -> None:
+        """Every partition that lives takes the mini-batches, unless it covers them already."""
+        for partition in self.partitions:
+            if partition.alive:
+                waiting = partition.flags[epoch, list(batches)] == WAITING
+                fresh = np.array(batches)[waiting]
+                partition.flags[epoch, fresh] = APPLIED if self.loss is not None else REFUSED
+
+    def _connect(self, process: int) -> None:
+        """A process has dropped the windows of its past; some of them it has pushed by then.
+
+        A window that was on its way to it is run all the same, on the new connections.
+        """
+        self._needs_all()
+        for call in self.calls(do.RunWindow):
+            dropped = not self.state.leases.is_live(call.lease) and self.rng.random() < 0.7
+            if call.replica in self.processes[process] and dropped:
+                self._push_some(call)
+                self.fail(call, ReplicaFailed("the replicas were stopped"))
+
+    # Dying
+
+    def kill_partition(self, index: int) -> None:
+        """What it has covered since its last snapshot is gone with it."""
+        self.partitions[index].alive = False
+
+    def kill_process(self, index: int) -> None:
+        """Its windows end somewhere, also between two partitions."""
+        self.dead_processes.add(index)
+        for call in self.calls(do.RunWindow):
+            if call.replica in self.processes[index]:
+                self._push_some(call)
+
+    def _push_some(self, call: do.RunWindow) -> None:
+        lease = call.lease
+        for partition in self.partitions:
+            done = lease.batches[: self.rng.randint(0, len(lease.batches))]
+            if partition.alive:
+                fresh = [b for b in done if partition.flags[lease.epoch, b] == WAITING]
+                partition.flags[lease.epoch, fresh] = APPLIED
+
+    def step(self, deaths: float) -> None:
+        """Answer any call, in any order; something dies with the probability `deaths`."""
+        if self.rng.random() < deaths:
+            match self.rng.randrange(4):
+                case 0:
+                    self.kill_partition(self.rng.randrange(len(self.partitions)))
+                case 1:
+                    self.kill_process(self.rng.randrange(len(self.processes)))
+                case 2:
+                    self.shufflers_dead = 1
+                case _:
+                    for call in self.calls(do.Evaluate)[:1]:
+                        self.fail(call, ProcessLost("the evaluator died"))
+        if self.pending and self.rng.random() < 0.8:
+            self.answer(self.rng.choice(self.pending))
+        else:
+            self.tick(self.rng.random())

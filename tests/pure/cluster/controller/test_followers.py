@@ -1,0 +1,93 @@
+"""When a follower counts, and when there is to be another one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from downpour.cluster.controller.backend import FollowerLost
+from downpour.cluster.controller.failure_policy import MAX_IN_A_ROW, FailurePolicy
+from downpour.cluster.controller.failures import Failures
+from downpour.cluster.controller.followers import REPORTS_TO_FOLLOW, Followers
+from downpour.cluster.controller.instructions import Instruction, StartFollower, StopFollower, Tell
+
+
+class Script:
+    """The followers of one partition, and what they ask for."""
+
+    def __init__(self, *, wanted: bool = True, max_restarts: int = 100) -> None:
+        self.out: list[Instruction] = []
+        failures = Failures(FailurePolicy(max_restarts=max_restarts), run="runs/a", out=self.out)
+        self.followers = Followers(1, wanted=wanted, failures=failures, out=self.out)
+
+    def taken(self, kind: type[Any]) -> list[Any]:
+        """What has been asked for of a kind since the last look."""
+        found = [given for given in self.out if isinstance(given, kind)]
+        self.out[:] = [given for given in self.out if not isinstance(given, kind)]
+        return found
+
+    def start(self) -> StartFollower:
+        self.followers.start_missing()
+        (call,) = self.taken(StartFollower)
+        assert isinstance(call, StartFollower)
+        return call
+
+    def report(self, has_follower: bool) -> None:
+        report: Any = SimpleNamespace(index=0, has_follower=has_follower)
+        self.followers.reported(report, 0.0)
+
+    @property
+    def counts(self) -> bool:
+        return self.followers.can_take_over(0)
+
+
+def test_a_follower_counts_from_its_arrival_until_its_partition_goes_on_without_it() -> None:
+    script = Script()
+    call = script.start()
+    script.followers.start_missing()
+    assert script.taken(StartFollower) == []  # one at a time
+    script.report(False)
+    assert not script.counts
+    script.followers.started(call)
+    assert script.counts
+    for _ in range(REPORTS_TO_FOLLOW - 1):
+        script.report(False)  # asked for before it arrived
+    script.report(True)
+    for _ in range(REPORTS_TO_FOLLOW - 1):
+        script.report(False)
+    assert script.counts
+    assert script.taken(StopFollower) == []
+    script.report(False)
+    assert not script.counts
+    assert script.taken(StopFollower) == [StopFollower(partition=0)]
+    assert "its partition goes on without it" in script.taken(Tell)[-1].text
+
+
+def test_a_follower_of_a_partition_that_is_no_more_does_not_count() -> None:
+    script = Script()
+    late = script.start()
+    script.followers.partition_replaced(0)
+    script.followers.started(late)
+    script.followers.start_failed(late, FollowerLost("too late"), 0.0)
+    assert not script.counts
+    assert script.out == []
+    script.followers.started(script.start())
+    assert script.counts
+
+
+def test_without_another_chance_the_partition_goes_on_without_one() -> None:
+    script = Script()
+    for _ in range(MAX_IN_A_ROW + 1):
+        script.followers.start_failed(script.start(), FollowerLost("it died"), 0.0)
+    assert "going on without one" in script.taken(Tell)[-1].text
+    script.followers.start_missing()
+    script.followers.partition_replaced(0)
+    script.followers.start_missing()
+    assert script.taken(StartFollower) == []
+
+
+def test_followers_that_nobody_wants_are_never_started() -> None:
+    script = Script(wanted=False)
+    script.followers.start_missing()
+    script.report(False)
+    assert script.out == []
