@@ -1,11 +1,11 @@
-"""What a user sees when something goes wrong, and with which exit status the command ends.
+"""Errors that a user can cause: their base class, and how a command reports them.
 
-Here live the base class of errors that a user can cause and `run_cli`, the one place that turns
-exceptions into a line on stderr. What the errors are lives beside the code that raises them.
+`run_cli` alone turns an exception into a line on stderr and an exit status. The classes of errors
+stand beside the code that raises them.
 
-A lower package cannot import this one, so what counts is not the base class but the attribute
-`user_facing = True` on the exception's class. Everything else that escapes a command is a defect
-and keeps its traceback.
+Lower packages cannot import this one. An error is therefore the user's if its class has the
+attribute `user_facing = True`, whatever its base class. Any other exception that escapes a command
+is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class UserError(Exception):
 def user_message(error: BaseException) -> str | None:
     """Returns the one line to show for `error`, or None if `error` is a defect.
 
-    An error that crossed a Ray actor call arrives as a class derived from both Ray's and ours,
-    whose text is a remote traceback; the original is then its `cause`.
+    An error from a Ray actor arrives as a class derived from Ray's and ours, whose text is a remote
+    traceback. The original error is its `cause`.
     """
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException) and _is_user_facing(cause):
@@ -57,17 +57,17 @@ def run_cli(command: click.Command, argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or the int that the command returned or gave to `ctx.exit`; 2 after an error of the
-        user's, which has been printed as `downpour: error: …`; 130 after an interrupt.
+        user's, printed as `downpour: error: …`; 130 after an interrupt.
 
     Raises:
-        Exception: whatever else the command raised, which is a defect.
+        Exception: any other exception of the command. It is a defect.
     """
     try:
         status = command.main(
             args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=False
         )
     except click.exceptions.NoArgsIsHelpError as error:
-        # Its message is the whole help, which is what somebody who typed nothing wants to see.
+        # Its message is the whole help.
         click.echo(error.format_message(), err=True)
         return EXIT_ERROR
     except click.ClickException as error:
@@ -80,7 +80,7 @@ def run_cli(command: click.Command, argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         return _fail(message)
-    # click hands back ctx.exit's status as an int, just as if the command had returned it.
+    # click returns the status of ctx.exit as if the command had returned it.
     return status if isinstance(status, int) and not isinstance(status, bool) else EXIT_OK
 
 
@@ -94,7 +94,7 @@ def _fail(message: str) -> int:
 
 
 def _usage_line(error: click.ClickException) -> str:
-    """Returns click's message with the close matches it found and where to look for help."""
+    """Returns click's message, with the close matches that it found and the command for help."""
     message = " ".join(error.format_message().split())
     if isinstance(error, click.UsageError) and error.ctx is not None:
         link = " See" if message.endswith("?") else "; see"

@@ -1,6 +1,6 @@
 """Downpour: asynchronous distributed training for batch-normalised networks, on Ray and PyTorch.
 
-What a recipe, a script or a notebook needs stands here by name:
+A recipe, a script or a notebook needs only the names that are here:
 
     import downpour
 
@@ -8,9 +8,9 @@ What a recipe, a script or a notebook needs stands here by name:
 
     folder = downpour.train(recipe(), runs="runs")
 
-Everything below is importable by its full name, as `downpour.paramserver.client`. In a checkout
-the parts of this package are links to the folders at the root. Importing `downpour` imports
-neither PyTorch nor Ray; a name brings in what it needs at its first use.
+Every other module is imported by its full name, such as `downpour.paramserver.client`. In a
+checkout the parts of this package are links to the folders at the root. `import downpour` imports
+neither PyTorch nor Ray; the first use of a name imports its module.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The public name `name`, imported from where it is defined (PEP 562)."""
+    """Import the public name `name` from the module that defines it (PEP 562)."""
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'downpour' has no attribute {name!r}")

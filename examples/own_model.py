@@ -4,10 +4,10 @@ From the folder that holds this file's folder:
 
     downpour train examples.own_model:recipe
 
-The network is any `torch.nn.Module`; batch normalization is `downpour.BatchNorm`, whose
-statistics the parameter server keeps. A factory may take `seed`, `num_classes` and `image_size`;
-what else it takes stands in the recipe's `arguments`. A loss takes the network's outputs and the
-labels of a mini-batch and returns their mean.
+The network is any `torch.nn.Module`. Batch normalization is `downpour.BatchNorm`: the parameter
+server keeps its statistics. A factory may take `seed`, `num_classes` and `image_size`; its other
+arguments stand in the recipe's `arguments`. A loss takes the network's outputs and the labels of a
+mini-batch and returns the mean loss.
 """
 
 import torch

@@ -32,7 +32,7 @@ def bench(
     as_json: bool,
     save: bool,
 ) -> int:
-    """Measure NAME, on a machine that does nothing else: the claims of speed behind the docs."""
+    """Run the benchmark NAME, behind a claim of speed in the docs. The machine should be idle."""
     from downpour.benchmarks import suite
     from downpour.benchmarks.harness import Settings
 

@@ -23,7 +23,7 @@ FILES = "`downpour train` and `downpour resume`"
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> int:
-    """Check FILE, a cluster for `ray up` or KubeRay, before it costs anything."""
+    """Check FILE, a cluster for `ray up` or KubeRay, before it costs money."""
     from downpour.cluster.deploy.cluster_file import problems
 
     found = problems(file)
@@ -86,10 +86,10 @@ def submit(
 
 
 def check_job(arguments: tuple[str, ...]) -> Upload:
-    """Refuse here what the job would refuse on the cluster, and return what would travel there.
+    """Check a job's command before anything is sent, and return what would be sent with it.
 
     Raises:
-        UserError: the command is wrong, or what it needs does not travel.
+        UserError: the command is wrong, or something that it needs would not be sent.
     """
     from downpour.cluster.deploy import upload
 

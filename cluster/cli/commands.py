@@ -1,4 +1,4 @@
-"""The command `downpour` and its commands, each of which lives in the file of its group."""
+"""The command `downpour`, put together from the groups of its commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from downpour.cluster.simulate.commands import simulate
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="downpour")
 def downpour() -> None:
-    """Train batch-normalised networks asynchronously, on a sharded parameter server."""
+    """Train batch-normalised networks asynchronously, on a partitioned parameter server."""
 
 
 for _group in (training, inference, datasets, runs, clusters, bench):

@@ -99,7 +99,7 @@ def predict(
     top: int,
     as_json: bool,
 ) -> None:
-    """Tell the most probable classes of IMAGES (files), by the weights of RUN."""
+    """Show the most probable classes of the files IMAGES, by the weights of RUN."""
     from downpour.cluster.serving import inference
     from downpour.workers.evaluation.predictor import Predictor
 
@@ -191,10 +191,10 @@ def serve(
     address: str | None,
     given: dict[str, object],
 ) -> None:
-    """Answer images over HTTP with the classes that RUN finds in them, until interrupted.
+    """Answer images over HTTP with their most probable classes by RUN, until interrupted.
 
-    Callers have to show a key: a new one for each deployment, or the one in --key-file. The file
-    that is named at the start holds it as the header that they send.
+    Callers have to show a key: a new one for each deployment, or the one in --key-file. A file
+    that is named at the start holds the header to send.
     """
     from downpour.cluster.serving import app
 

@@ -23,7 +23,7 @@ from downpour.cluster.run.folder import CONFIG, RESULT, STATUS, RunFolder
 @config_options(RunConfig)
 @click.argument("recipe", required=False)
 def list_recipes(recipe: str | None, given: dict[str, object]) -> None:
-    """List the recipes; or show RECIPE, with options if any: its network and all its values."""
+    """List the recipes; or show RECIPE, with any options: its network and all its values."""
     if recipe is not None:
         from downpour.cluster.config.describe import describe
 
@@ -67,7 +67,7 @@ def status(run: Path | None, runs: Path, as_json: bool) -> None:
 
 
 def run_status(folder: RunFolder) -> dict[str, Any]:
-    """Where a run stands. One that says it is training, but that nobody holds, has died."""
+    """Return where a run stands. It has died if its status is `training` and nobody holds it."""
     status: dict[str, Any] = {"run": folder.name, "recipe": folder.config().recipe}
     if (folder.path / STATUS).exists():
         status |= folder.read_json(STATUS)
@@ -85,7 +85,7 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--once", is_flag=True, help="Print where it stands, and end.")
 def watch(run: Path, once: bool) -> int:
-    """Show the progress of RUN, the folder of a run that trains somewhere, until it ends."""
+    """Show the progress of the run in the folder RUN until it ends, wherever it trains."""
     from downpour.cluster.monitoring.watch import watch as follow
 
     return follow(RunFolder.open(run), once=once, console=Console())
@@ -95,7 +95,7 @@ def watch(run: Path, once: bool) -> int:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--wait/--no-wait", default=True, help="Wait until it has stopped.")
 def stop(run: Path, wait: bool) -> int:
-    """Ask the training of RUN to write a checkpoint and end, wherever it runs."""
+    """Have the run in the folder RUN write a checkpoint and end, wherever it trains."""
     from downpour.cluster.monitoring.watch import stop as ask
 
     return ask(RunFolder.open(run), wait=wait, console=Console())
@@ -104,7 +104,7 @@ def stop(run: Path, wait: bool) -> int:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write RUN's report.html, a page with its curves, as far as it has come."""
+    """Write report.html of RUN, a page with its curves up to now."""
     from downpour.cluster.monitoring.html_report import write_report
 
     click.echo(f"written: {write_report(RunFolder.open(run).path)}")

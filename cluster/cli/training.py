@@ -88,7 +88,7 @@ def resume(
     address: str | None,
     dashboard: bool,
 ) -> int:
-    """Go on with RUN, the folder of a run that was stopped or died."""
+    """Go on with the run in the folder RUN, which was stopped or died."""
     from downpour.cluster.training import change, inputs, launch
 
     folder = RunFolder.open(run)
@@ -120,7 +120,7 @@ def resume(
     "--wait", "wait_s", type=float, default=30.0, show_default=True, help="Seconds to wait for it."
 )
 def scale(run: Path, replicas: int, wait_s: float) -> int:
-    """Have RUN, which is training, go on with another number of replicas."""
+    """Change the number of replicas of RUN while it trains."""
     folder = RunFolder.open(run)
     if not folder.held():
         raise UserError(f"{run} is not being trained: `downpour resume {run}` goes on with it")
@@ -143,9 +143,9 @@ def scale(run: Path, replicas: int, wait_s: float) -> int:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def replay(run: Path) -> int:
-    """Compute RUN again from its record, and compare it to the bit with its last checkpoint.
+    """Compute RUN again from its record, and compare every bit with its last checkpoint.
 
-    For runs that were trained with --record-pushes.
+    RUN has to be trained with --record-pushes.
     """
     from downpour.cluster.monitoring.bars import progress_bar
     from downpour.cluster.replay.run import replay_run

@@ -1,6 +1,6 @@
 """What a dataset holds, how a strategy mixes it, and what a network will see of it.
 
-`downpour inspect` shows what is found here. Rows are read through the package that trains on them.
+`downpour inspect` shows it. Rows are read by the code that reads them in training (`shuffler`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from downpour.shuffler.plan.permutation import Permutation
 from downpour.shuffler.plan.plan import Plan, Strategy
 
 SAMPLE_ROWS = 512
-"""Rows of which sizes are looked at; the company of eight times as many is counted."""
+"""Rows whose image sizes are looked at. Pairs are counted for eight times as many."""
 
 MOST_CLASSES = 20
 """Classes that are shown one by one."""
@@ -41,7 +41,7 @@ class InspectConfig:
     """What is looked at."""
 
     split: str = "train"
-    """Split whose pairs are counted, and that the contact sheet is of."""
+    """Split for the counts of pairs and for the contact sheet."""
     batch_size: int = 32
     """Examples in a mini-batch."""
     strategy: Strategy = "pairwise"
@@ -53,9 +53,9 @@ class InspectConfig:
     epochs: int = 10
     """Epochs over which pairs are counted."""
     seed: int = 0
-    """Of order and variations."""
+    """Seed of the order of rows and of the variations of images."""
     image_size: int | None = None
-    """Height and width of the images on the contact sheet; none takes those of the first image."""
+    """Height and width of the images on the contact sheet; default: those of the first image."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How the images on the contact sheet are varied."""
 
@@ -69,7 +69,7 @@ class InspectConfig:
 def inspect(
     data: str, config: InspectConfig, *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Return what there is to know of a dataset, as plain data.
+    """Return what a dataset holds and how the strategy mixes it, as plain data.
 
     Raises:
         DatasetError: it cannot be opened.
@@ -77,7 +77,7 @@ def inspect(
     """
     names = split_names(data)
     if config.split not in names:
-        Dataset.open(data, config.split)  # says what there is
+        Dataset.open(data, config.split)  # its error lists the splits
     splits = {
         name: Dataset.open(data, name, verify_checksums=config.verify or None) for name in names
     }
@@ -134,7 +134,7 @@ def _split(dataset: Dataset) -> dict[str, Any]:
 
 
 def _label_counts(dataset: Dataset) -> dict[int, int]:
-    """Rows of each label; only that column is read. Rows without a label count as -1."""
+    """Count the rows of each label, reading that column only. Rows without a label count as -1."""
     found: dict[int, int] = {}
     for shard in dataset.shards:
         with dataset.filesystem.open_input_file(shard.path) as source:
@@ -146,7 +146,7 @@ def _label_counts(dataset: Dataset) -> dict[int, int]:
 
 
 def _images(dataset: Dataset) -> dict[str, Any]:
-    """Sizes of a sample of the images: least, median and most."""
+    """Return the sizes of a sample of the images: least, median and most."""
     if isinstance(dataset.encoding, PackedBits):
         bits = dataset.encoding
         return {"sampled": 0, "height": [bits.height] * 3, "width": [bits.width] * 3}
@@ -263,7 +263,7 @@ def _vary(images: dict[str, Any]) -> bool:
 
 
 def _class_lines(classes: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The classes, by label; of many only the first ones and the range of their rows."""
+    """Return the classes by label; if there are many, the first ones and the others' range."""
     named = [(f"  {c['label']} {c['name'] or ''}".rstrip(), f"{c['rows']:,}") for c in classes]
     if len(named) <= MOST_CLASSES:
         return named

@@ -1,7 +1,7 @@
 """Checks a cluster file before it costs money: Ray's own schema and loader, and what they miss.
 
-`problems` gives lines that each name the place and what to change. Nothing is launched, and no
-cloud is asked.
+`problems` gives lines, each with the place and what to change there. It launches nothing and asks
+no cloud.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ Document = Mapping[str, Any]
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file; a one-line error where it is none."""
+    """Return the documents of a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or holds no cluster.
+    """
     try:
         documents = list(yaml.safe_load_all(path.read_text()))
     except OSError as error:
@@ -44,7 +48,11 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def problems(path: Path) -> list[str]:
-    """What is wrong with a cluster file, a line each; none if nothing is."""
+    """Return what is wrong with a cluster file, a line each; none if nothing is.
+
+    Raises:
+        UserError: the file cannot be read, or holds no cluster.
+    """
     documents = load(path)
     kinds = [document.get("kind") for document in documents]
     if any(kinds):
@@ -56,7 +64,7 @@ def problems(path: Path) -> list[str]:
     (config,) = documents
     found = list(_schema_problems(config))
     if found:
-        return found  # the rest would stumble over the same places
+        return found  # the other checks would fail on the same places
     return [
         *_token_problems(config),
         *_mount_problems(config),
@@ -68,7 +76,7 @@ def problems(path: Path) -> list[str]:
 
 
 def _schema_problems(config: dict[str, Any]) -> Iterator[str]:
-    """What Ray's schema and loader say."""
+    """Yield what Ray's schema and loader say."""
     import jsonschema
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -88,7 +96,7 @@ def _schema_problems(config: dict[str, Any]) -> Iterator[str]:
     except SystemExit:
         lines = [line.strip() for line in told.getvalue().splitlines() if line.strip()]
         yield f"Ray refuses it: {' '.join(lines) or 'no reason given'}"
-    except Exception as error:  # Ray's loader raises whatever it stumbles over
+    except Exception as error:  # Ray's loader raises errors of all kinds
         yield f"Ray cannot read it: {type(error).__name__}: {one_line(error)}"
     finally:
         log.setLevel(level)
@@ -142,7 +150,7 @@ _SETUP = ("setup_commands", "head_setup_commands", "worker_setup_commands")
 
 
 def starts(config: Document) -> Iterator[tuple[str, str]]:
-    """The commands that start Ray, by the list that they are in."""
+    """Yield the commands that start Ray, each with the name of its list."""
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         for command in config.get(key) or ():
             if _START.search(command):
@@ -150,7 +158,7 @@ def starts(config: Document) -> Iterator[tuple[str, str]]:
 
 
 def flags(command: str) -> dict[str, str]:
-    """The options of `ray start` in a command."""
+    """Return the options of `ray start` in a command, by name."""
     found = _START.search(command)
     words = shlex.split(found[1]) if found else []
     pairs = (word.removeprefix("--").partition("=") for word in words if word.startswith("--"))

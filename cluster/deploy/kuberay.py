@@ -13,7 +13,7 @@ API = "ray.io/v1"
 
 
 def kuberay_problems(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with the Ray objects in a manifest, a line each."""
+    """Return what is wrong with the Ray objects in a manifest, a line each."""
     found: list[str] = []
     known = False
     for document in documents:

@@ -18,17 +18,17 @@ _VERSION = re.compile(r"\d+(?:\.\d+)+")
 
 
 def requirements(line: str) -> Iterator[tuple[str, str]]:
-    """Packages and versions that a line of a requirements file or of a command pins."""
+    """Yield the packages and versions that a line of a requirements file or a command pins."""
     yield from re.findall(r"([A-Za-z][A-Za-z0-9_-]*)(?:\[[a-z,]*\])?==([0-9][0-9A-Za-z.]*)", line)
 
 
 def pinned() -> Iterator[tuple[str, str]]:
-    """Packages and versions that requirements.lock pins."""
+    """Yield the packages and versions that requirements.lock pins."""
     yield from requirements((PACKAGE / LOCK).read_text())
 
 
 def image_problem(image: str) -> str | None:
-    """What is wrong with an image's tag, if it is Ray's own."""
+    """Return what is wrong with the tag of one of Ray's images; None for others and if it fits."""
     name, _, tag = image.partition(":")
     version, own = _VERSION.match(tag), importlib.metadata.version("ray")
     if name.startswith("rayproject/") and (version is None or version[0] != own):

@@ -1,9 +1,8 @@
-"""The Grafana dashboard of a run, as data: `python -m cluster.monitoring.dashboard` writes its file
-anew.
+"""The Grafana dashboard of a run, as data.
 
-Ray's head copies nothing of ours; the file goes to the folder from which Grafana is provisioned
-(RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR), as the cluster files do. Metrics are
-`cluster.monitoring.prometheus`'.
+`python -m downpour.cluster.monitoring.dashboard` writes its file. The cluster files copy that to
+the folder that Ray provisions Grafana from (RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR). Not here:
+the metrics (`prometheus`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ RUN = 'run=~"$run"'
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A graph: queries with the legend of each."""
+    """A graph: its queries by their legend."""
 
     title: str
     queries: dict[str, str]
@@ -197,7 +196,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard as Grafana imports it."""
+    """Return the dashboard as Grafana imports it."""
     panels: list[dict[str, Any]] = []
     top = 0
     for title, row in ROWS.items():
@@ -279,7 +278,7 @@ def _runs() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The dashboard's file."""
+    """Return the text of the dashboard's file."""
     return json.dumps(dashboard(), indent=1, ensure_ascii=False) + "\n"
 
 

@@ -1,7 +1,7 @@
-"""A run as one page of HTML: what came out, its curves, its news, its configuration.
+"""A run as one page of HTML: result, curves, news, configuration.
 
-The page needs nothing besides itself: no script, no font, no picture from elsewhere. It is made of
-the files in the run's folder, so it can be written while a run lasts, and after a crash.
+The page needs no other file: no script, no font, no picture. It is made from the files in the run's
+folder, so it can be written while the run lasts and after a crash.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     """Write `report.html` in a run's folder, whole or not at all, and return its path.
 
     Raises:
-        ReportError: no metrics in the folder, or a file in it is not what it should be.
+        ReportError: the folder has no metrics, or a file in it is damaged.
     """
     folder = RunFolder.open(Path(run_folder))
     metrics = read_metrics(folder.path / METRICS_FILE)
@@ -84,7 +84,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
 
 
 def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The page."""
+    """Return the page's HTML."""
     result = folder.read_json(RESULT) if (folder.path / RESULT).exists() else {}
     status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
     config = folder.config()

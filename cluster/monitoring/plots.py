@@ -1,8 +1,8 @@
 """Plots of a run, from the files that it leaves in its folder.
 
-`plot_run` reads `metrics.jsonl` (a JSON object a line, written as training goes on) and, if it is
-there, `result.json`; it writes `plots/training.png`. It may be called while the run lasts, or
-after a crash: a last line that was cut off is left out. Writing metrics is not done here.
+`plot_run` reads `metrics.jsonl` and, if there is one, `result.json`, and writes
+`plots/training.png`. It may be called while the run lasts or after a crash: a last line that is cut
+off is left out. Not here: writing metrics.
 """
 
 from __future__ import annotations
@@ -34,19 +34,18 @@ _RENAMED = {"replicas": "replicas_alive", "time_s": "elapsed_s"}
 
 
 class ReportError(UserError):
-    """A run's folder that has nothing to plot, or whose files cannot be read."""
+    """A run has nothing to plot, or its files cannot be read."""
 
 
 def plot_run(run_folder: str | os.PathLike[str]) -> Path:
     """Draws a run's training curves and returns the path of the picture.
 
-    Four panels: validation accuracy@1, training loss and updates a second, each against updates
-    applied, and the histogram of staleness (from `staleness.histogram` in `result.json`: pairs of
-    a bucket's lower edge and its count, buckets of one width; without it, mean staleness against
-    updates).
+    There are four panels. Validation accuracy@1, training loss and updates a second are drawn
+    against updates applied. The fourth is the histogram of staleness if there is a `result.json`,
+    and otherwise mean staleness against updates applied.
 
     Raises:
-        ReportError: no metrics in the folder, or a file in it is not what it should be.
+        ReportError: the folder has no metrics, or a file in it is damaged.
     """
     folder = Path(run_folder)
     metrics = read_metrics(folder / METRICS_FILE)
@@ -54,7 +53,7 @@ def plot_run(run_folder: str | os.PathLike[str]) -> Path:
         raise ReportError(f"{folder / METRICS_FILE} holds no metrics yet; train for longer")
     histogram = _staleness_histogram(folder / RESULT_FILE)
 
-    # Drawn on a canvas of its own: no window system, no state shared with other figures.
+    # On a canvas of its own: no window system, no state shared with other figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,7 +80,7 @@ def plot_run(run_folder: str | os.PathLike[str]) -> Path:
 
     picture = folder / TRAINING_PLOT
     picture.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: somebody may be looking at the last one.
+    # Whole or not at all: somebody may be looking at the previous one.
     unfinished = picture.with_name(f".{picture.name}.tmp")
     figure.savefig(unfinished, format="png", dpi=130)
     unfinished.replace(picture)
@@ -89,7 +88,12 @@ def plot_run(run_folder: str | os.PathLike[str]) -> Path:
 
 
 def plot_histogram(picture: Path, histogram: Sequence[tuple[float, float]], title: str) -> None:
-    """Draws a histogram of staleness, pairs of a bucket's lower edge and its count.
+    """Draws a histogram of staleness.
+
+    Args:
+        picture: the file to write.
+        histogram: pairs of a bucket's lower edge, in versions, and its count.
+        title: shown above it.
 
     Raises:
         ReportError: the picture cannot be written.
@@ -141,7 +145,7 @@ def _under_present_names(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def series(metrics: Metrics, key: str, *, against: str = "updates") -> tuple[list[float], ...]:
-    """Returns (xs, ys) of those rows in which both are finite numbers."""
+    """Returns the xs (`against`) and ys (`key`) of the rows that have finite numbers for both."""
     points = [
         (float(row[against]), float(row[key]))
         for row in metrics

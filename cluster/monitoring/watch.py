@@ -1,6 +1,7 @@
-"""Looking at a run, and asking it to stop, from wherever its folder is seen.
+"""Watching a run and stopping it, from any machine that sees its folder.
 
-The process that trains writes its status and metrics there; nothing else connects the two.
+The process that trains writes status and metrics to the folder, and looks there for a request to
+stop. There is no other connection.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from downpour.cluster.run.folder import METRICS, RESULT, STATUS, RunFolder
 
 EVERY_S = 0.5
 SILENT_S = 30.0
-"""A run whose status is older is not written to by anybody."""
+"""If a run's status is older, nothing trains it."""
 STOP_DEADLINE_S = 180.0
 
 
@@ -30,7 +31,7 @@ def watch(
     console: Console,
     pause: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Show a run's progress until it ends, or once; gives the exit status."""
+    """Show a run's progress until it ends, or once; return the exit status."""
     if once:
         console.print(plain_line(progress(folder)), markup=False, highlight=False, soft_wrap=True)
         return 0
@@ -53,7 +54,11 @@ def stop(
     pause: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Ask a run to stop after a checkpoint; gives the exit status."""
+    """Ask a run to stop after a checkpoint; return the exit status.
+
+    Raises:
+        UserError: the run does not train, or has not stopped in time.
+    """
     if ended := end(folder):
         raise UserError(f"{folder.path} does not train: {ended}")
     folder.request_stop()
@@ -72,7 +77,7 @@ def stop(
 
 
 def end(folder: RunFolder) -> str | None:
-    """How a run ended, in words; None while it goes on."""
+    """Return how a run ended, in words; None while it goes on."""
     if (folder.path / RESULT).exists():
         result = folder.read_json(RESULT)
         early = result.get("ended_by", "epochs") != "epochs"
@@ -83,14 +88,14 @@ def end(folder: RunFolder) -> str | None:
         return f"stopped ({status.get('reason')}): `downpour resume {folder.path}` goes on"
     if folder.held():
         return None
-    # Where the folder is on a network disk without locks, its age tells.
+    # On a network disk without locks the age of the status tells.
     if time.time() - status.get("time", 0.0) < SILENT_S:
         return None
     return f"died: `downpour resume {folder.path}` goes on with it"
 
 
 def progress(folder: RunFolder) -> Progress:
-    """Where a run stands, by its files."""
+    """Return where a run stands, from the files in its folder."""
     config, status = folder.config(), _status(folder)
     lines = _metrics(folder)
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
@@ -133,6 +138,6 @@ def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
     for line in path.read_text().splitlines():
         try:
             found.append(json.loads(line))
-        except ValueError:  # the last one, while it is written
+        except ValueError:  # the last line, while it is written
             continue
     return found

@@ -1,13 +1,13 @@
 """What the BN paper could not show: statistics and shuffling under asynchronous training.
 
-The paper says that moving averages track a network's accuracy while it trains, and not whose they
-are where 50 steps are in flight on 10 replicas. Runs of the MNIST net are recorded push by push,
-and computed again to the bit (`cluster.replay.replay`); at some versions on the way the same
-weights are scored with the statistics that one replica keeps, with their average over replicas,
-with the server's, and with Algorithm 2's. The second half is section 4.2.1's shuffling: the same
-training under several strategies.
+The paper scores a network with moving averages while it trains. It does not say whose averages, if
+50 steps are in flight on 10 replicas. Runs of the MNIST net are therefore recorded push by push and
+computed again to the bit (`cluster.replay`). At some versions on the way, the same weights are
+scored with the statistics of one replica, with their average over replicas, with the server's, and
+with Algorithm 2's. The second half is the shuffling of section 4.2.1: the same training under
+several strategies.
 
-Here: which runs those are and what is measured on them. Not here: the report.
+Here: the runs and what is measured on them. Not here: the report.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.reproduce.keepers import Keepers
+from downpour.cluster.reproduce.local_statistics import LocalStatistics
 from downpour.cluster.reproduce.runs import fitted
 from downpour.cluster.run.folder import RESULT, RunFolder
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from downpour.paramserver.partition.state import PartitionState
 
 FLIGHTS: Mapping[int, tuple[int, int]] = {1: (1, 1), 10: (10, 1), 50: (10, 5)}
-"""Replicas and concurrent steps of each, by steps in flight."""
+"""Replicas, and concurrent steps of each, by steps in flight."""
 ONE, AVERAGED, SERVER, RECOMPUTED = "one replica", "average of replicas", "server", "Algorithm 2"
 STATISTICS = "statistics.json"
 SHUFFLES: Mapping[str, tuple[str, bool]] = {
@@ -48,23 +48,23 @@ NUM_SHARDS = 10
 BATCHES = 256
 """Mini-batches that Algorithm 2 is given."""
 RESERVED = ("replicas", "concurrent_steps", "strategy", "partitions", "record_pushes", "seed")
-"""Options that the experiment sets itself."""
+"""Options that the experiment sets, and a user may not."""
 
 
 def flight_run(flight: int, seed: int) -> str:
-    """The name of a run with so many steps in flight."""
+    """Return the name of a run with `flight` steps in flight."""
     return f"flight-{flight}-seed-{seed}"
 
 
 def shuffle_run(shuffle: str, seed: int) -> str:
-    """The name of a run under one of `SHUFFLES`; pairwise is what the others with 50 steps have."""
+    """Return the name of a run under one of `SHUFFLES`; pairwise is the run with 50 in flight."""
     if shuffle == "pairwise":
         return flight_run(50, seed)
     return f"{shuffle.replace(',', '').replace(' ', '-')}-seed-{seed}"
 
 
 def flight_runs(given: Mapping[str, object], seeds: Sequence[int]) -> dict[str, RunConfig]:
-    """By name, the recorded runs with 1, 10 and 50 steps in flight."""
+    """Return the recorded runs with 1, 10 and 50 steps in flight, by name."""
     base = _base(given)
     return {
         flight_run(flight, seed): apply(
@@ -85,9 +85,12 @@ def flight_runs(given: Mapping[str, object], seeds: Sequence[int]) -> dict[str, 
 def shuffle_runs(
     given: Mapping[str, object], seeds: Sequence[int], data: Mapping[bool, Path]
 ) -> dict[str, RunConfig]:
-    """By name, the runs with 50 steps in flight under each strategy but pairwise.
+    """Return the runs with 50 steps in flight under each strategy but pairwise, by name.
 
-    `data` is the dataset with shards as stored and with shards by class, see `write_shards`.
+    Args:
+        given: the user's options.
+        seeds: seeds of the runs.
+        data: the dataset's folder, by whether a shard holds one class only; see `write_shards`.
     """
     base = _base(given)
     return {
@@ -117,8 +120,9 @@ def write_shards(
 ) -> Path:
     """Write a dataset's training rows to `NUM_SHARDS` shards, or to one for each class.
 
-    Rows keep their order, within their class at least; the evaluation split is as it is. What is
-    there already is left. Returns the folder, which comes into being whole or not at all.
+    Rows keep their order; within their class, if shards are by class. The evaluation split is
+    copied. A folder that exists is left alone. Returns the folder, which is made whole or not at
+    all.
     """
     import numpy as np
 
@@ -165,12 +169,12 @@ def measure(
     progress: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Compute a recorded run again, scoring its weights at `looks` versions with all statistics.
+    """Compute a recorded run again and score its weights at `looks` versions, by each statistics.
 
-    What was measured is kept in the run's folder, and is not measured again.
+    The result is kept in the run's folder, and is not measured twice.
 
     Raises:
-        UserError: the replay did not come out as the run did.
+        UserError: the replay differs from the run.
     """
     from downpour.cluster.replay.run import replay_run
 
@@ -197,7 +201,7 @@ def measure(
 
 
 class _Scorer:
-    """Takes the pushes of a replay, and scores the weights now and then."""
+    """Takes the pushes of a replay, and scores the weights at some versions."""
 
     def __init__(self, config: RunConfig, *, looks: int) -> None:
         from downpour.cluster.training.inputs import check_data, loader
@@ -215,7 +219,7 @@ class _Scorer:
         self._frozen = spec.build_flat("cpu")
         load = loader(config, plan)
         self._batches = [load(0, b) for b in range(min(BATCHES, plan.num_batches))]
-        self._keepers = Keepers(
+        self._local = LocalStatistics(
             num_replicas=config.replicas.replicas,
             num_features=self._frozen.layout.num_features,
             rule=config.server.statistics,
@@ -223,7 +227,7 @@ class _Scorer:
 
     def taken(self, state: PartitionState, push: Push, moments: Tensor) -> None:
         """See `Replay`."""
-        self._keepers.take(push.replica, moments)
+        self._local.take(push.replica, moments)
         if state.version in self._at:
             self._look(state)
 
@@ -233,13 +237,13 @@ class _Scorer:
         self._evaluator.weights.copy_(state.current.weights)
         self._frozen.weights.copy_(state.current.weights)
         exact = population_statistics(self._frozen, self._batches)
-        keepers = self._keepers
+        local = self._local
         self.looks.append(
             {
                 "version": state.version,
                 "epoch": state.version / self._per_epoch,
-                ONE: {str(r): self._score(keepers.of(r), exact) for r in keepers.replicas},
-                AVERAGED: self._score(keepers.averaged(), exact),
+                ONE: {str(r): self._score(local.of(r), exact) for r in local.replicas},
+                AVERAGED: self._score(local.averaged(), exact),
                 SERVER: self._score(state.current.statistics, exact),
                 RECOMPUTED: self._score(exact, exact),
             }
@@ -260,13 +264,19 @@ class _Scorer:
 def summary(
     measured: Mapping[str, Mapping[str, Any]], accuracies: Mapping[str, float], num_seeds: int
 ) -> dict[str, Any]:
-    """The numbers of the report, from `measure` by flight's run and accuracy by shuffle's run."""
+    """Return the numbers of the report.
+
+    Args:
+        measured: what `measure` returned, by the name of the run.
+        accuracies: accuracy at the end of each run of shuffling, by its name.
+        num_seeds: seeds of each kind of run.
+    """
     flights = {}
     for flight in FLIGHTS:
         runs = [measured[flight_run(flight, seed)] for seed in range(num_seeds)]
         flights[str(flight)] = {
             "staleness_mean": mean_and_deviation([run["staleness_mean"] for run in runs]),
-            **{keeper: _of_keeper(keeper, runs) for keeper in (ONE, AVERAGED, SERVER, RECOMPUTED)},
+            **{kind: _by_kind(kind, runs) for kind in (ONE, AVERAGED, SERVER, RECOMPUTED)},
         }
     shuffles = {
         name: mean_and_deviation([accuracies[shuffle_run(name, seed)] for seed in range(num_seeds)])
@@ -275,15 +285,18 @@ def summary(
     return {"flights": flights, "shuffles": shuffles}
 
 
-def _of_keeper(keeper: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Gap: accuracy by this keeper's statistics less that by Algorithm 2's, on the same weights."""
+def _by_kind(kind: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarise one kind of statistics.
+
+    A gap is accuracy with it less accuracy with Algorithm 2's, on the same weights.
+    """
     gaps, away, ends = [], [], []
     for run in runs:
         for look in run["looks"]:
-            scores = scores_of(look, keeper)
+            scores = scores_of(look, kind)
             gaps.append([s["accuracy"] - look[RECOMPUTED]["accuracy"] for s in scores])
             away.append([s["from_algorithm_2"] for s in scores])
-        ends.append(_mean([s["accuracy"] for s in scores_of(run["looks"][-1], keeper)]))
+        ends.append(_mean([s["accuracy"] for s in scores_of(run["looks"][-1], kind)]))
     return {
         "final_accuracy": mean_and_deviation(ends),
         "mean_gap": _mean([_mean(gap) for gap in gaps]),
@@ -292,13 +305,13 @@ def _of_keeper(keeper: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     }
 
 
-def scores_of(look: Mapping[str, Any], keeper: str) -> list[dict[str, float]]:
-    """A keeper's scores at a look: one, or one for each replica."""
-    return list(look[keeper].values()) if keeper == ONE else [look[keeper]]
+def scores_of(look: Mapping[str, Any], kind: str) -> list[dict[str, float]]:
+    """Return the scores with one kind of statistics at a look: one, or one for each replica."""
+    return list(look[kind].values()) if kind == ONE else [look[kind]]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard deviation with n - 1; the latter is 0 for a single value."""
+    """Return the mean, and the standard deviation with n - 1; 0 for a single value."""
     mean = _mean(values)
     square = sum((value - mean) ** 2 for value in values)
     return mean, math.sqrt(square / max(1, len(values) - 1))

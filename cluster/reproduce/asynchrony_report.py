@@ -1,4 +1,4 @@
-"""The page about statistics and shuffling under asynchronous training, from what was measured."""
+"""The page about statistics and shuffling under asynchronous training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from downpour.cluster.reproduce.report import (
 )
 from downpour.cluster.reproduce.runs import Curve, curve_as_data
 
-KEEPERS = (ONE, AVERAGED, SERVER, RECOMPUTED)
+KINDS = (ONE, AVERAGED, SERVER, RECOMPUTED)
 _COLOURS = {ONE: "#d1495b", AVERAGED: "#edae49", SERVER: "#2a9d5c", RECOMPUTED: "#8a8f98"}
 
 
@@ -46,7 +46,7 @@ def make_report(
     seeds: int,
     command: str,
 ) -> Path:
-    """Write the figures and the page; returns the page's path."""
+    """Write the figures and the page; return the page's path."""
     ends = {name: curve.final for name, curve in curves.items()}
     numbers = summary(measured, ends, seeds)
     _statistics_figure(folder / "statistics.png", measured, seeds)
@@ -75,7 +75,7 @@ def make_report(
         picture("statistics.png", "Test accuracy with each kind of statistics; shaded: all runs"),
         table(
             ["steps in flight, statistics of", "at the end", "mean gap", "worst gap", "distance"],
-            [_keeper_row(numbers, flight, keeper) for flight in FLIGHTS for keeper in KEEPERS],
+            [_row(numbers, flight, kind) for flight in FLIGHTS for kind in KINDS],
         ),
         table(
             ["steps in flight", "mean staleness"],
@@ -111,7 +111,7 @@ def make_report(
 
 
 def _shown(config: RunConfig) -> dict[str, Any]:
-    """The configuration as a reader elsewhere can use it."""
+    """Return the configuration without paths of this machine."""
     values = to_plain(config)
     values["data"]["data"] = Path(config.data.data).name
     return values
@@ -122,10 +122,10 @@ def _epochs(config: RunConfig) -> str:
     return f"{warm:g} epochs, then all others over {ramp:g}" if warm or ramp else "no epoch"
 
 
-def _keeper_row(numbers: Mapping[str, Any], flight: int, keeper: str) -> list[Any]:
-    found = numbers["flights"][str(flight)][keeper]
+def _row(numbers: Mapping[str, Any], flight: int, kind: str) -> list[Any]:
+    found = numbers["flights"][str(flight)][kind]
     return [
-        f"{flight}, {keeper}",
+        f"{flight}, {kind}",
         _percent(found["final_accuracy"]),
         f"{found['mean_gap']:+.2%}",
         f"{found['worst_gap']:+.2%}",
@@ -142,12 +142,12 @@ def _statistics_figure(path: Path, measured: Mapping[str, Any], seeds: int) -> N
     for one, flight in zip(axes, FLIGHTS, strict=True):
         runs = [measured[flight_run(flight, seed)]["looks"] for seed in range(seeds)]
         epochs = [look["epoch"] for look in runs[0]]
-        for keeper in KEEPERS:
+        for kind in KINDS:
             values = [
-                [s["accuracy"] for looks in runs for s in scores_of(looks[i], keeper)]
+                [s["accuracy"] for looks in runs for s in scores_of(looks[i], kind)]
                 for i in range(len(epochs))
             ]
-            _band(one, epochs, values, keeper, _COLOURS[keeper])
+            _band(one, epochs, values, kind, _COLOURS[kind])
         one.set_title(f"{flight} steps in flight" if flight > 1 else "1 step in flight", loc="left")
         one.set_xlabel("epochs")
     axes[0].set_ylabel("test accuracy")
@@ -173,7 +173,7 @@ def _shuffles_figure(path: Path, curves: Mapping[str, Curve], seeds: int) -> Non
 
 
 def _band(axes: Any, xs: Sequence[float], values: Sequence[Any], label: str, colour: str) -> None:
-    """The mean of the values at each x, and their range shaded."""
+    """Draw the mean of the values at each x, and shade their range."""
     means = [sum(v) / len(v) for v in values]
     axes.plot(xs, means, color=colour, label=label, linewidth=1.3)
     lows, highs = [min(v) for v in values], [max(v) for v in values]

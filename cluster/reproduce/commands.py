@@ -32,7 +32,7 @@ output_option = click.option(
 def reproduce() -> None:
     """Run the papers' experiments and write a report.
 
-    What was stopped goes on where it was when the same command is given again.
+    An experiment that was stopped goes on if the same command is given again.
     """
 
 
@@ -122,9 +122,9 @@ def inception(
 ) -> int:
     """Section 4.2: the five variants and the two failures, Figures 2 and 3.
 
-    `--learning-rate`, `--decay-epochs` and `--weight-decay` are Inception's: the other variants'
-    follow in the paper's proportions. All other options are the same for all runs:
-    `--width 0.25 --image-size 32 --epochs 10` is for a small machine.
+    `--learning-rate`, `--decay-epochs` and `--weight-decay` are Inception's. Those of the other
+    variants follow in the paper's proportions. All other options are the same for all runs: for
+    a small machine, give `--width 0.25 --image-size 32 --epochs 10`.
     """
     from downpour.cluster.reproduce.family import best_rate, family, make_report, trials
     from downpour.cluster.reproduce.runs import curve_of, train_all
@@ -207,8 +207,9 @@ def asynchrony(
 ) -> int:
     """What the paper could not show: whose BN statistics, and which shuffling, on 50 steps.
 
-    The MNIST net with 1, 10 and 50 steps in flight, scored with the statistics of one replica, of
-    all, of the server and of Algorithm 2; and under several ways of shuffling.
+    The MNIST net is trained with 1, 10 and 50 steps in flight, and scored with the statistics of
+    one replica, of all, of the server and of Algorithm 2. It is also trained under several ways of
+    shuffling.
     """
     from downpour.cluster.reproduce import asynchrony as experiment
     from downpour.cluster.reproduce.asynchrony_report import make_report
@@ -251,5 +252,5 @@ def asynchrony(
 
 
 def command_line() -> str:
-    """The command as a user would type it again."""
+    """Return the command as a user would type it again."""
     return shlex.join(["downpour", *sys.argv[1:]])

@@ -19,7 +19,7 @@ PAPER_ENSEMBLE = {("six networks", 144): (0.201, 0.049)}
 
 
 def members(given: Mapping[str, object]) -> dict[str, RunConfig]:
-    """The six networks, with the user's options."""
+    """Return the six networks, with the user's options."""
     names = [name for name in recipes.RECIPES if name.startswith("ensemble-")]
     return {name: fitted(recipes.find(name), given) for name in names}
 
@@ -31,9 +31,12 @@ def errors(
     rows: int | None,
     show: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Top-1 and top-5 error of the best member by one crop, and of all together, for each `crops`.
+    """Score the best member and all members together, for each number of crops.
 
-    Which member is best is decided on the rows that are scored here, by one crop.
+    The best member is the one with the highest accuracy by one crop, on the rows scored here.
+
+    Returns:
+        Top-1 and top-5 error of both, for each of `crops`.
     """
     loaded = [inference.load(path) for path in paths]
     alone = []
@@ -73,7 +76,7 @@ def errors(
 def make_report(
     folder: Path, runs: Mapping[str, RunConfig], found: Sequence[Mapping[str, Any]], command: str
 ) -> Path:
-    """Write Figure 4's table; returns the page's path."""
+    """Write Figure 4's table; return the page's path."""
     paper = {**PAPER, **PAPER_ENSEMBLE}
     cells = []
     for row in found:

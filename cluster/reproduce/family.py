@@ -1,8 +1,8 @@
 """Section 4.2.2: Inception and its batch-normalised variants, Figures 2 and 3.
 
-The paper's rates were chosen for its Inception on ImageNet. At another scale the same experiment
-is: choose the rate that plain Inception learns best with, and derive the others' from it as the
-paper did (x1, x1, x5, x30, x5). `trials` are the short runs that it is chosen by.
+The paper chose its rates for Inception on ImageNet. At another scale, the rate with which plain
+Inception learns best is chosen first, by short runs (`trials`). The rates of the other variants are
+derived from it as in the paper: x1, x1, x5, x30, x5.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ _IN_PROPORTION: dict[str, Callable[[RunConfig], float]] = {
     "decay_epochs": lambda config: config.server.schedule.decay_epochs,
     "weight_decay": lambda config: config.server.weight_decay,
 }
-"""Options in which the variants differ by the paper's factors; a user gives Inception's."""
+"""Options in which the variants differ by the paper's factors. A user gives Inception's value."""
 
 
 def family(given: Mapping[str, object], only: Sequence[str] = ()) -> dict[str, RunConfig]:
-    """The five variants and the two failures, with the user's options.
+    """Return the five variants and the two failures, with the user's options.
 
-    `only` leaves out all but those named and Inception, which the others are compared with.
-
-    Of `_IN_PROPORTION` the user gives Inception's value, and each variant has as many times that
-    as in the paper; all other options are the same for all.
+    Args:
+        given: the user's options. Those in `_IN_PROPORTION` are Inception's, and each variant has
+            a multiple of them as in the paper. All others are the same for all.
+        only: variants to keep besides Inception, which the others are compared with; empty keeps
+            all.
     """
     plain = recipes.find("inception")
     runs = {}
@@ -72,7 +73,7 @@ def family(given: Mapping[str, object], only: Sequence[str] = ()) -> dict[str, R
 def trials(
     given: Mapping[str, object], rates: Sequence[float], epochs: int
 ) -> dict[float, RunConfig]:
-    """Plain Inception for a few epochs at each of the rates, otherwise with the user's options."""
+    """Return short runs of plain Inception, one for each rate, with the user's other options."""
     if len(set(rates)) != len(rates):
         raise UserError(f"search rates {', '.join(f'{r:g}' for r in rates)}: give each once")
     plain = fitted(recipes.find("inception"), given)
@@ -80,10 +81,10 @@ def trials(
 
 
 def best_rate(curves: Mapping[float, Curve], chance: float) -> float:
-    """The rate of the highest accuracy.
+    """Return the rate of the highest accuracy.
 
     Raises:
-        UserError: none got above twice `chance`, so that nothing tells them apart.
+        UserError: no run got above twice `chance`, so nothing tells them apart.
     """
     best = max(curves, key=lambda rate: curves[rate].best)
     if curves[best].best <= 2 * chance:
@@ -96,7 +97,7 @@ def best_rate(curves: Mapping[float, Curve], chance: float) -> float:
 
 
 def figure_3(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
-    """The table: steps to Inception's best accuracy, and the best accuracy, beside the paper's."""
+    """Return the rows: steps to Inception's best accuracy, best accuracy, the paper's values."""
     goal = curves["inception"].best
     base = curves["inception"].first_at(goal)
     rows = []
@@ -119,9 +120,9 @@ def figure_3(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
 
 
 def findings(rows: list[dict[str, Any]], chance: float) -> list[tuple[str, str, bool]]:
-    """What the paper found, what was found here, and whether the two agree.
+    """Return what the paper found, what was found here, and whether the two agree.
 
-    Only what the variants in `rows` tell of.
+    Findings about variants that are not in `rows` are left out.
     """
     by_name = {row["variant"]: row for row in rows}
     learned = by_name["inception"]["best"] > 2 * chance
@@ -164,9 +165,10 @@ def make_report(
     *,
     tried: Mapping[float, Curve] | None = None,
 ) -> Path:
-    """Write Figures 2 and 3; returns the page's path.
+    """Write Figures 2 and 3; return the page's path.
 
-    `tried` are the short runs by which Inception's rate was chosen, where it was.
+    `tried` has the short runs by which Inception's rate was chosen; it is empty if the rate was
+    given.
     """
     rows = figure_3(curves)
     config = runs["inception"]
@@ -223,7 +225,7 @@ def make_report(
 
 
 def _told_of_rates(tried: Mapping[float, Curve], runs: Mapping[str, RunConfig]) -> list[str]:
-    """How rates and decay came about."""
+    """Say how rates and decay were chosen."""
     schedule = runs["inception"].server.schedule
     parts = [
         heading("Rates"),

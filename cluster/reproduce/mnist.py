@@ -1,10 +1,10 @@
 """Section 4.1: the MNIST net with and without batch normalization, and its Figure 1.
 
-Two nets that start with the same weights are trained on the same mini-batches by plain SGD at the
-same rate, one step after the other. A net's progress is kept in a file, so that a run that was
-stopped goes on from its last piece.
+Two nets start with the same weights. Plain SGD trains them on the same mini-batches at the same
+rate, one after the other. A net's progress is kept in a file, and an experiment that was stopped
+goes on from there.
 
-Here: training, what is recorded on the way, and the numbers made of it. Not here: the report.
+Here: training, the records, and the numbers. Not here: the report.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VARIANTS = {"with BN": True, "without BN": False}
 PERCENTILES = (15, 50, 85)
 STATISTICS_DECAY = 0.99
 PROBE_ROWS = 1000
-"""Training images whose last sigmoids' inputs are looked at."""
+"""Training images for which the inputs of the last sigmoids are recorded."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,15 +60,15 @@ class MnistConfig:
     learning_rate: float = 0.3
     """The rate, the same for both nets; the paper does not give it."""
     final_rate: float = 1.0
-    """Share of it that an exponential decay leaves at the end; the paper says nothing of one."""
+    """Share of the rate at the end, after exponential decay; the paper mentions no decay."""
     init_std: float = 0.05
     """Standard deviation of all initial weights; the paper says "small random Gaussian values"."""
     seed: int = 0
-    """What weights and mini-batches come from."""
+    """Seed of weights and mini-batches."""
     record_every: int = 100
     """Steps between two looks at accuracy and percentiles."""
     save_every: int = 2_500
-    """Steps between two saves of what `reproduce` goes on from."""
+    """Steps between two saves of the progress."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "record_every", "save_every"):
@@ -91,16 +91,16 @@ class MnistConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Curves:
-    """What one net did."""
+    """The records of one net."""
 
     steps: npt.NDArray[np.int64]
-    """[n]: steps taken at each look."""
+    """int64 `[n]`: steps taken at each look."""
     accuracy: Floats
-    """[n]: on the test split, with moving averages of the statistics."""
+    """float64 `[n]`: on the test split, with moving averages of the statistics."""
     percentiles: Floats
-    """[n, 3, units]: of the inputs of the last hidden layer's sigmoids."""
+    """float64 `[n, 3, units]`: of the inputs of the last hidden layer's sigmoids."""
     seconds: float
-    """Time spent on it, over all sessions."""
+    """Time of its training, over all sessions."""
 
 
 def train(
@@ -110,7 +110,7 @@ def train(
     show: Callable[[str, int], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Curves]:
-    """Train both nets, or go on with them; `show(variant, steps)` is told how far each is."""
+    """Train both nets, or go on with them; `show(variant, steps)` gets the progress of each."""
     inputs, labels = _split(config.data, "train")
     test = _split(config.data, "test")
     found = {}
@@ -140,7 +140,7 @@ def _split(data: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 class _Net:
-    """One of the two, and what has been recorded of it."""
+    """One of the two nets, and its records."""
 
     def __init__(self, config: MnistConfig, batch_norm: bool, num_rows: int) -> None:
         self._config = config
@@ -159,7 +159,7 @@ class _Net:
         self._percentiles: list[npt.NDArray[np.float32]] = []
 
     def train_piece(self, inputs: Tensor, labels: Tensor, test: tuple[Tensor, Tensor]) -> None:
-        """Steps up to the next look, and the look."""
+        """Take the steps up to the next look, and look."""
         if not self._accuracy:
             self._look(inputs, test)
         gradient = self._flat.gradient
@@ -175,7 +175,7 @@ class _Net:
         self._look(inputs, test)
 
     def _rows(self) -> Tensor:
-        """The rows of the next mini-batch, in the plan's order."""
+        """Return the rows of the next mini-batch, in the plan's order."""
         epoch, place = divmod(self.step, self._plan.num_batches)
         if epoch != self._epoch:
             windows = self._plan.window_order(epoch)
@@ -190,12 +190,12 @@ class _Net:
         return float(config.learning_rate * config.final_rate ** (self.step / config.steps))
 
     def _average(self) -> None:
-        """The moving averages of section 3.1, by steps, free of start-up bias."""
+        """Update the moving averages of section 3.1, without start-up bias."""
         share = max(1 - STATISTICS_DECAY, 1 / (self.step + 1))
         self._flat.statistics.lerp_(self._flat.moments[1:], share)
 
     def _look(self, inputs: Tensor, test: tuple[Tensor, Tensor]) -> None:
-        """Accuracy in inference; percentiles of the sigmoids' inputs as in training."""
+        """Record accuracy as in inference, percentiles of the sigmoids' inputs as in training."""
         net = self._net
         assert isinstance(net, MnistNet)
         with torch.no_grad():
@@ -209,7 +209,7 @@ class _Net:
             self._percentiles.append(torch.quantile(values, shares, dim=0).numpy())
 
     def curves(self) -> Curves:
-        """What has been recorded."""
+        """Return the records."""
         every = self._config.record_every
         return Curves(
             steps=np.arange(len(self._accuracy), dtype=np.int64) * every,
@@ -219,7 +219,7 @@ class _Net:
         )
 
     def save(self, path: Path) -> None:
-        """Keep the net and the records, whole or not at all."""
+        """Write the net and the records to a file, whole or not at all."""
         tensors = {
             "weights": self._flat.weights.clone(),
             "statistics": self._flat.statistics.clone(),
@@ -237,7 +237,11 @@ class _Net:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` kept. Raises `UserError` where that is another experiment."""
+        """Go on from the file that `save` wrote.
+
+        Raises:
+            UserError: it is of an experiment with other options.
+        """
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 about = json.loads(file.metadata()["about"])
@@ -260,21 +264,24 @@ class _Net:
 
 @dataclass(frozen=True, kw_only=True)
 class Steadiness:
-    """How much a sigmoid's inputs wander over training, in units of its own usual width."""
+    """How much a sigmoid's inputs wander over training, in units of their usual width."""
 
     median_wander: float
     """Standard deviation over time of the median, divided by the mean width of the band."""
     band_wander: float
-    """Root mean square over time and the three percentiles of the distance from each one's own mean
-    over time, divided by the mean width of the band from the 15th to the 85th."""
+    """Distance of each percentile from its mean over time, as a root mean square over time and the
+    three percentiles, divided by the mean width of the band from the 15th to the 85th."""
     width_ratio: float
     """Largest width of the band over its smallest."""
 
 
 def steadiness(percentiles: Floats, skip: int = 1) -> list[Steadiness]:
-    """Of each unit; `percentiles` is `[n, 3, units]`, of which the first `skip` looks are left out.
+    """Return how steady the inputs of each unit are.
 
-    The first look is before any step: it says where training begins, not how it wanders.
+    Args:
+        percentiles: `[n, 3, units]`, see `Curves`.
+        skip: looks to leave out. The first one is before any step: it shows where training begins,
+            not how the inputs wander.
     """
     bands = percentiles[skip:]
     width = bands[:, 2] - bands[:, 0]
@@ -290,19 +297,19 @@ def steadiness(percentiles: Floats, skip: int = 1) -> list[Steadiness]:
 
 
 def typical_unit(percentiles: Floats) -> int:
-    """The unit whose band wanders as much as the median unit's does."""
+    """Return the unit whose band wanders as much as that of the median unit."""
     wander = [s.band_wander for s in steadiness(percentiles)]
     return int(np.argsort(wander)[len(wander) // 2])
 
 
 def first_step_at(curves: Curves, accuracy: float) -> int | None:
-    """Steps after which a net was first seen at `accuracy`."""
+    """Return the steps at the first look with `accuracy`; None if there is none."""
     reached = np.flatnonzero(curves.accuracy >= accuracy)
     return int(curves.steps[reached[0]]) if len(reached) else None
 
 
 def summary(config: MnistConfig, found: dict[str, Curves]) -> dict[str, Any]:
-    """The numbers of the report."""
+    """Return the numbers of the report."""
     variants = {}
     for name, curves in found.items():
         every = steadiness(curves.percentiles)

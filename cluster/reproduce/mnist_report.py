@@ -1,4 +1,4 @@
-"""Figure 1 and its numbers, from what `mnist.train` recorded."""
+"""The page with Figure 1 and its numbers, from the records of `mnist.train`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLOURS = {"with BN": "#2a9d5c", "without BN": "#3b6fb6"}
 def make_report(
     folder: Path, config: MnistConfig, found: Mapping[str, Curves], command: str
 ) -> Path:
-    """Write Figure 1 and the report; returns the page's path."""
+    """Write Figure 1 and the report; return the page's path."""
     numbers = summary(config, dict(found))
     _accuracy_figure(folder / "figure-1a.png", found)
     _bands_figure(folder / "figure-1bc.png", found)
@@ -101,7 +101,7 @@ def make_report(
 
 
 def _shown(config: MnistConfig) -> dict[str, Any]:
-    """The configuration as a reader elsewhere can use it."""
+    """Return the configuration without paths of this machine."""
     values = dataclasses.asdict(config)
     return values | ({"data": "bundled"} if config.data == BUNDLED_MNIST else {})
 

@@ -1,4 +1,4 @@
-"""Reports: a page of HTML beside its pictures and data. What is in them comes from elsewhere."""
+"""Pages of HTML with pictures and data beside them. Not here: what they say."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STYLE = (
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; what is in its cells is escaped."""
+    """Return a table; the text of its cells is escaped."""
     head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     lines = [
         "<tr>" + "".join(f"<td>{html.escape(cell_text(cell))}</td>" for cell in row) + "</tr>"
@@ -36,17 +36,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
+    """Return a paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def heading(text: str) -> str:
-    """A heading within the page."""
+    """Return a heading within the page."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def picture(name: str, caption: str) -> str:
-    """A picture beside the page."""
+    """Return the picture that lies beside the page as the file `name`."""
     return (
         f'<figure><img src="{html.escape(name)}" alt="{html.escape(caption)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -56,7 +56,7 @@ def picture(name: str, caption: str) -> str:
 def write_report(
     folder: Path, title: str, parts: Sequence[str], *, command: str, data: Mapping[str, Any]
 ) -> Path:
-    """Write `report.html` and `data.json`; returns the page's path."""
+    """Write `report.html` and `data.json`; return the page's path."""
     made = {
         "command": command,
         "made": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -86,7 +86,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def new_figure(columns: int, *, width: float = 10, height: float = 4) -> tuple[Figure, list[Any]]:
-    """A figure with axes side by side, on a canvas of its own."""
+    """Return a figure with axes side by side, on a canvas of its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""Several training runs one after the other, each finished, gone on with, or begun.
+"""The training runs of an experiment, one after the other, and what their metrics say.
 
-Here: the runs of an experiment and what their metrics say. Not here: which runs those are, and the
-reports made of them.
+A run that is finished is left alone, and one that was stopped goes on. Not here: which runs an
+experiment has, and the reports.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 FAILED = "failed.json"
 PAUSE_S = 10.0
-"""Between two lines of metrics: the run, or all of the machine, was stopped meanwhile."""
+"""If two lines of metrics are further apart, the run or the machine was stopped meanwhile."""
 LOSSES = 100
-"""Training losses of a run that a report keeps, about."""
+"""About how many training losses of a run a report keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class Curve:
     accuracy: tuple[float, ...]
     """Share of the evaluation split, in [0, 1]."""
     seconds: float
-    """Time that the run was at work, over all its sessions."""
+    """Time that the run trained, over all its sessions."""
     failure: str | None = None
-    """Why it did not come to its end."""
+    """Why the run failed; None if it finished."""
     losses: tuple[tuple[int, float], ...] = ()
     """(updates, smoothed training loss), at the looks of the metrics."""
 
@@ -66,13 +66,17 @@ class Curve:
         return max((b - a for a, b in itertools.pairwise(self.updates)), default=0)
 
     def first_at(self, accuracy: float) -> int | None:
-        """Updates when it was first seen at `accuracy`."""
+        """Return the updates at the first score of `accuracy` or more; None if there is none."""
         pairs = zip(self.updates, self.accuracy, strict=True)
         return next((u for u, a in pairs if a >= accuracy), None)
 
 
 def fitted(config: RunConfig, given: Mapping[str, object]) -> RunConfig:
-    """A recipe with the user's options, and classes and evaluation split as the data has them."""
+    """Return a recipe with the user's options, and the data's number of classes and splits.
+
+    Raises:
+        UserError: an option is wrong, or the data has no evaluation split that is meant.
+    """
     config = apply(config, given)
     data = config.data
     names = Dataset.open(data.data, data.train_split).class_names
@@ -93,9 +97,12 @@ def fitted(config: RunConfig, given: Mapping[str, object]) -> RunConfig:
 def train_all(
     runs: Mapping[str, RunConfig], folder: Path, *, address: str | None, console: Console
 ) -> int:
-    """Train what is not finished; the exit status, which is not 0 where a signal stopped it.
+    """Train the runs that are not finished; return the exit status, 0 unless a signal stopped one.
 
-    All runs are on one Ray, which is started when the first of them needs it.
+    All runs are on one Ray, which starts when the first of them needs it.
+
+    Raises:
+        UserError: a run in `folder` has other options.
     """
     with contextlib.ExitStack() as ray:
         return _train_all(runs, folder, address=address, console=console, ray=ray)
@@ -150,7 +157,7 @@ def _train_all(
 
 
 def curve_of(path: Path) -> Curve:
-    """What a run's folder says of its accuracy."""
+    """Return the accuracy of a run, from its folder."""
     read = read_metrics(path / METRICS)
     metrics = _lasting(read)
     updates, accuracy = series(metrics, "accuracy")
@@ -169,7 +176,7 @@ def curve_of(path: Path) -> Curve:
 
 
 def _lasting(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what was lost, and done again, where a run went on from an older checkpoint."""
+    """Leave out lines that were lost and trained again, after a run went on from a checkpoint."""
     kept: list[dict[str, Any]] = []
     for row in metrics:
         while kept and kept[-1]["updates"] > row["updates"]:
@@ -179,21 +186,21 @@ def _lasting(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _at_work(times: Sequence[float]) -> float:
-    """Seconds between a run's metrics, written each second, without pauses of `PAUSE_S` or more."""
+    """Return the seconds of training: between lines of metrics, pauses of `PAUSE_S` left out."""
     return sum(b - a for a, b in itertools.pairwise(times) if b - a < PAUSE_S)
 
 
 def curve_as_data(curve: Curve) -> dict[str, Any]:
-    """A curve for a report's data."""
+    """Return a curve as plain data."""
     return dataclasses.asdict(curve)
 
 
 def with_network(config: RunConfig, name: str, **arguments: object) -> RunConfig:
-    """A recipe under another name and with other arguments of its network."""
+    """Return a recipe under another name, with other arguments of its network."""
     model = dataclasses.replace(config.model, arguments={**config.model.arguments, **arguments})
     return dataclasses.replace(config, recipe=name, model=model)
 
 
 def _plain(config: RunConfig) -> Any:
-    """As JSON has it, where tuples are lists."""
+    """Return the configuration as JSON has it, with lists for tuples."""
     return json.loads(json.dumps(to_plain(config)))

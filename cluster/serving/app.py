@@ -3,8 +3,8 @@
     POST /predict     an image file as the body; JSON with the most probable classes
     GET  /stats       how many images in how many batches so far
 
-Requests that arrive together go through the network together. Callers have to show a key
-(`serve_key`), on whatever address it listens; without being asked to, that is loopback.
+Requests that arrive together go through the network together. Callers have to show a key (`key`),
+whatever the address. The default address is loopback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from downpour.cluster.serving import key
 
 MAX_BODY_BYTES = 32 << 20
 MAX_PIXELS = 64 << 20
-"""Images that claim more are refused before their pixels take memory."""
+"""Larger images are refused by their header, before their pixels take memory."""
 READY_DEADLINE_S = 120.0
 
 
@@ -45,11 +45,11 @@ class ServeConfig:
     max_batch: int = 32
     """Most images that go through the network together."""
     batch_wait_s: float = 0.01
-    """Longest that a request waits for others to come."""
+    """Longest that a request waits for others to join its batch."""
     copies: int = 1
     """Processes that answer."""
     key_file: str | None = None
-    """File with the key that callers show, for its owner alone; without it a new key is made."""
+    """File with the key that callers show, readable by its owner alone; default: a new key."""
 
     def __post_init__(self) -> None:
         try:
@@ -75,7 +75,7 @@ class ServeConfig:
 
 
 class Refused(Exception):
-    """A request that gets a 4xx and a sentence."""
+    """A request that is answered with a status of 4xx and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -83,7 +83,7 @@ class Refused(Exception):
 
 
 class Classifier:
-    """What answers. Plain Python: `application` makes a Serve deployment of it."""
+    """Answers requests. Plain Python; `application` makes a Serve deployment of it."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Classifier:
         config: ServeConfig,
         digest: str,
     ) -> None:
-        """Load the runs' weights. `digest` is that of the header which callers have to show."""
+        """Load the runs' weights. `digest` is of the header that callers have to show."""
         import torch
 
         from downpour.cluster.serving import inference
@@ -110,7 +110,7 @@ class Classifier:
         self._requests = self._batches = self._largest = 0
 
     async def answer(self, request: Any, predict_batch: Any) -> tuple[int, dict[str, Any]]:
-        """Status and JSON for a request; `predict_batch` is given checked images."""
+        """Return the status and the JSON for a request; `predict_batch` gets checked images."""
         try:
             self._admit(request.headers.get("authorization", ""))
             path, method = request.url.path, request.method
@@ -127,7 +127,7 @@ class Classifier:
             return error.status, {"error": str(error)}
 
     def _admit(self, header: str) -> None:
-        # Serve's proxy has looked already, but for one that ran before this deployment.
+        # Serve's proxy has checked the key already, unless it ran before this deployment.
         if not key.admits(self._digest, header):
             raise Refused(401, key.REFUSED)
 
@@ -142,7 +142,11 @@ class Classifier:
         return bytes(data)
 
     def check_image(self, data: bytes) -> None:
-        """Raises `Refused` unless `data` is an image that can be decoded."""
+        """Check that `data` is an image that can be decoded.
+
+        Raises:
+            Refused: it is not, or it has too many pixels.
+        """
         from PIL import Image
 
         from downpour.shuffler.errors import DecodeError
@@ -163,7 +167,7 @@ class Classifier:
             raise Refused(400, f"the image cannot be decoded: {error}") from error
 
     def predict(self, images: Sequence[bytes]) -> list[list[dict[str, Any]]]:
-        """The most probable classes of each image."""
+        """Return the most probable classes of each image."""
         from downpour.cluster.serving.inference import predict
 
         self._requests += len(images)
@@ -173,7 +177,7 @@ class Classifier:
         return predict(self._predictor, self._names, images, names, top=self._config.top)
 
     def stats(self) -> dict[str, int]:
-        """Images and batches so far, and the largest batch."""
+        """Return the images and batches so far, and the largest batch."""
         return {
             "requests": self._requests,
             "batches": self._batches,
@@ -189,7 +193,7 @@ def application(
     config: ServeConfig,
     digest: str,
 ) -> Any:
-    """The Serve application of some runs."""
+    """Return the Serve application that answers with the networks of `runs`, as an ensemble."""
     from ray import serve
 
     @serve.deployment(
@@ -228,13 +232,20 @@ def serving(
     config: ServeConfig,
     address: str | None,
 ) -> Iterator[tuple[str, Path]]:
-    """Serve until the end of the block; gives the URL, and the file with the callers' header."""
+    """Serve until the end of the block.
+
+    Yields:
+        The URL, and the file with the header that callers send.
+
+    Raises:
+        UserError: a run, the key or the port cannot be used.
+    """
     from downpour.cluster.serving import inference
     from downpour.cluster.training.session import on_ray
     from downpour.workers.evaluation.predictor import Predictor
 
     loaded = [inference.load(run, best=best, weights=weights) for run in runs]
-    Predictor([run.network for run in loaded], crops=config.crops)  # what it refuses, refuse now
+    Predictor([run.network for run in loaded], crops=config.crops)  # refuses bad crops now
     secret = key.read(Path(config.key_file)) if config.key_file else key.make()
     digest = key.digest(key.header(secret))
     _check_port(config)
@@ -263,10 +274,10 @@ def serving(
 
 
 def _keep_to_loopback() -> None:
-    """Serve has every replica listen for other deployments, on all addresses; there are none.
+    """Have this replica listen on loopback for other deployments, of which there are none.
 
-    Ray's token guards that port as well. Ray gives no say in its address; a test notices when what
-    is replaced here has gone.
+    Serve would listen on all addresses. Ray's token guards the port, but its address is no option,
+    so this replaces a function of Ray's. A test notices if that function goes.
     """
     from ray.serve._private import replica
 
@@ -293,7 +304,7 @@ def _check_port(config: ServeConfig) -> None:
 
 
 def wait_for_signal() -> None:
-    """Return at SIGTERM or SIGINT."""
+    """Wait for SIGTERM or SIGINT."""
     asked = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: asked.set())

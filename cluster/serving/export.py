@@ -1,9 +1,9 @@
 """A run's network as a file for other programs: ONNX or torch.export, BN folded.
 
-A file is kept only once it has been read back and its outputs agree with the checkpoint's, which is
-not folded, on images of the evaluation split. It is refused where the moving statistics that
-training kept are not those of the weights (Algorithm 2), because then the network would not do in
-use what it did in training.
+A file is kept only if it can be read back and its outputs agree with those of the checkpoint, whose
+BN is not folded, on images of the evaluation split. The export is refused if the moving statistics
+differ from those that Algorithm 2 computes for the weights: the network would then do in use
+something else than in training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from downpour.workers.evaluation.predictor import decode_any_size
 Format = Literal["onnx", "torch"]
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-4
-"""Most that outputs may differ by, as a share of the largest one (of 1 where that is smaller)."""
+"""Most that outputs may differ by, as a share of the largest output, or of 1 if that is more."""
 CHECKED_ROWS = 64
 
 
@@ -43,8 +43,21 @@ def export(
 ) -> dict[str, Any]:
     """Write the folded network to `output`, whole and checked, or not at all.
 
-    Raises `UserError` where the statistics disagree by more than `max_disagreement` (None: not
-    looked at), where the file's outputs do not agree, and where it cannot be written.
+    Args:
+        run: the weights to export.
+        output: the file to write.
+        format: `onnx`, or `torch` for torch.export.
+        data: folder or URI with the shards; None takes the run's.
+        batches: mini-batches that Algorithm 2 is given.
+        max_disagreement: most that moving and recomputed statistics may differ, in standard
+            deviations; None does not compare them.
+
+    Returns:
+        What was written and how well it agrees, as plain data.
+
+    Raises:
+        UserError: the statistics disagree, the file's outputs do not agree with the checkpoint's,
+            or the file cannot be written.
     """
     if not output.parent.is_dir():
         raise UserError(f"the folder of {output} does not exist: make it, or give another --output")
@@ -59,7 +72,7 @@ def export(
                 f"{max_disagreement:g}: recalibrate the run and export the result with --weights"
             )
     inputs, expected = _examples(run, data)
-    partial = output.with_name(f".{output.name}.partial")
+    partial = output.with_name(f".partial.{output.name}")  # PyTorch looks at the ending
     try:
         _write(run, inputs, partial, format)
         difference = _difference(_read_back(partial, inputs, format), expected)
@@ -84,7 +97,7 @@ def export(
 
 
 def _examples(run: Trained, data: str | None) -> tuple[Tensor, Tensor]:
-    """Inputs of the evaluation split, and what the unfolded network makes of them."""
+    """Return inputs of the evaluation split, and the outputs of the network that is not folded."""
     config, network = run.config, run.network
     source = data or config.data.data
     count = config.model.num_classes
@@ -125,9 +138,9 @@ def _write(run: Trained, inputs: Tensor, path: Path, format: Format) -> None:
 
 
 def _read_back(path: Path, inputs: Tensor, format: Format) -> Tensor:
-    """What the file that was written makes of the inputs."""
+    """Return the outputs for `inputs` of the network in the file that was written."""
     if format == "torch":
-        # By its bytes: the loader goes by a file's ending, and this one has not its own yet.
+        # By its bytes: the loader goes by a file's ending, and `output` may have any.
         program = torch.export.load(io.BytesIO(path.read_bytes()))
         with torch.inference_mode():
             outputs: Tensor = program.module()(inputs)
@@ -150,7 +163,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """PyTorch's exporter tells its progress and warns of its own future."""
+    """Silence PyTorch's exporter, which prints its progress and warns of its own future."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

@@ -1,7 +1,7 @@
 """Trained runs put to use: loading them, scoring, recalibrating, predicting.
 
 Here: from a run's folder to networks, rows and answers. Not here: exporting (`export`), serving
-(`serving`), the command line.
+over HTTP (`app`), the command line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from downpour.workers.evaluation.evaluator import population_statistics
 from downpour.workers.evaluation.predictor import Network, Predictor, decode_any_size, rows_of
 
 ROWS = 256
-"""Rows that are read and decoded at a time, divided by the crops of each."""
+"""Rows that are read and decoded at a time, if each is one crop."""
 READ_BATCHES = 8
 """Mini-batches that are read and decoded at a time for Algorithm 2."""
 RECALIBRATED = "recalibrated.safetensors"
@@ -51,7 +51,7 @@ class Trained:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the labels 0, 1, ...; numbers where the run's data names none."""
+        """Names of the labels 0, 1, ...; numbers if the run's data has no names."""
         names: list[str] = []
         if (self.folder.path / DATA).exists():
             names = self.folder.read_json(DATA).get("class_names") or []
@@ -60,7 +60,16 @@ class Trained:
 
 
 def load(run: Path, *, best: bool = False, weights: str | None = None) -> Trained:
-    """The run of a folder; `weights` is a file in it or a path, otherwise the best or the last."""
+    """Load the weights of the run in the folder `run`.
+
+    Args:
+        run: the run's folder.
+        best: the best weights instead of the last.
+        weights: another file of weights, in the folder or elsewhere.
+
+    Raises:
+        UserError: the folder holds no run, or no such weights.
+    """
     folder = RunFolder.open(run)
     if weights is not None:
         path = folder.path / weights if (folder.path / weights).is_file() else Path(weights)
@@ -86,7 +95,11 @@ def evaluate(
     crops: int,
     rows: int | None = None,
 ) -> dict[str, Any]:
-    """Score one run, or several as an ensemble, on a split, or on its first `rows` rows."""
+    """Score one run, or several as an ensemble, on a split, or on its first `rows` rows.
+
+    Raises:
+        UserError: the data or the networks do not fit together.
+    """
     first = runs[0].config
     source, split = data or first.data.data, split or first.data.eval_split
     predictor = Predictor([run.network for run in runs], crops=crops)
@@ -109,7 +122,7 @@ def evaluate(
 def split_rows(
     data: str, split: str, num_classes: int, *, rows: int = ROWS, limit: int | None = None
 ) -> Iterator[Iterator[pa.RecordBatch]]:
-    """A split's rows in their order, `rows` at a time; the first `limit` of them."""
+    """Yield a split's rows in their order, `rows` at a time; only the first `limit` if given."""
     dataset = Dataset.open(data, split)
     end = min(dataset.num_rows, limit or dataset.num_rows)
     with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
@@ -122,10 +135,16 @@ def split_rows(
 def recomputed_statistics(
     run: Trained, *, data: str | None, split: str | None, batches: int
 ) -> tuple[Tensor, int]:
-    """Algorithm 2's statistics `[2, F]` over mini-batches of a split, and how many those were.
+    """Compute Algorithm 2's statistics over mini-batches of a split, the weights as they are.
 
-    The mini-batches are those of the first epoch of the run's plan on that split; images are seen
+    The mini-batches are those of the first epoch of the run's plan on that split. Images are seen
     as in inference, without random crops or distortion.
+
+    Returns:
+        Mean and unbiased variance, float32 `[2, F]`, and the number of mini-batches.
+
+    Raises:
+        UserError: the network has no batch normalization.
     """
     config = run.config
     source, split = data or config.data.data, split or config.data.train_split
@@ -157,7 +176,11 @@ def recomputed_statistics(
 def recalibrate(
     run: Trained, *, data: str | None, split: str | None, batches: int, output: Path | None
 ) -> dict[str, Any]:
-    """Write the run's weights with statistics recomputed on a dataset, whole or not at all."""
+    """Write the run's weights with statistics recomputed on a dataset, whole or not at all.
+
+    Raises:
+        UserError: the network has no batch normalization, or the file cannot be written.
+    """
     path = output or run.folder.path / RECALIBRATED
     if not path.parent.is_dir():
         raise UserError(f"the folder of {path} does not exist: make it, or give another --output")
@@ -186,7 +209,11 @@ def recalibrate(
 
 
 def read_images(paths: Sequence[Path]) -> list[bytes]:
-    """The bytes of image files; a one-line error for one that cannot be read."""
+    """Return the bytes of image files.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     found = []
     for path in paths:
         try:

@@ -1,10 +1,10 @@
-"""The key that callers of `downpour serve` have to show, on whatever address it listens.
+"""The key that callers of `downpour serve` have to show, whatever the address.
 
     Authorization: Bearer KEY
 
 The key is made anew for each deployment, or read from a file of the user's. It stays in this
-process and in a file for its owner alone: what goes to Ray's processes, and so into its tables, is
-the SHA-256 of the header, which is enough to compare with.
+process and in a file that only its owner can read. Ray's processes, and so Ray's tables, get the
+SHA-256 of the header, which is enough to compare with.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from downpour.cluster.errors import UserError
 
 FOLDER = Path("~/.downpour")
 MIN_CHARACTERS = 16
-"""Of a key of the user's own."""
+"""Shortest key of the user's own, in characters."""
 DIGEST = "DOWNPOUR_SERVE_DIGEST"
-"""Environment of Ray's processes: what `gate` compares with."""
+"""Variable of Ray's processes: the digest that `gate` compares with."""
 GATE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Environment of Ray's processes: who gives Serve's HTTP proxy its middlewares."""
+"""Variable of Ray's processes: the function that gives Serve's HTTP proxy its middlewares."""
 REFUSED = "the key is missing or wrong: send it as 'Authorization: Bearer KEY'"
 
 
@@ -37,7 +37,11 @@ def make() -> str:
 
 
 def read(path: Path) -> str:
-    """The key in a file of the user's, which holds nothing else. Raises `UserError`."""
+    """Return the key in a file of the user's, which holds nothing else.
+
+    Raises:
+        UserError: the file cannot be read, others can read it, or the key is too weak.
+    """
     try:
         mode, text = path.stat().st_mode, path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -55,12 +59,12 @@ def read(path: Path) -> str:
 
 
 def header(key: str) -> str:
-    """What a caller sends."""
+    """Return the header that a caller sends."""
     return f"Bearer {key}"
 
 
 def digest(authorization: str) -> str:
-    """What stands for a header where its key should not be, in hexadecimal."""
+    """Return the SHA-256 of a header in hexadecimal, for places where the key should not be."""
     return hashlib.sha256(authorization.encode()).hexdigest()
 
 
@@ -71,7 +75,7 @@ def admits(expected: str, authorization: str) -> bool:
 
 @contextlib.contextmanager
 def kept(key: str, name: str) -> Iterator[Path]:
-    """A file with the whole header, for `curl -H @FILE`, while the context lasts."""
+    """Keep the whole header in a file, for `curl -H @FILE`, while the context lasts."""
     folder = FOLDER.expanduser()
     path = folder / name
     try:
@@ -92,21 +96,21 @@ def kept(key: str, name: str) -> Iterator[Path]:
 
 
 def environment(expected: str) -> dict[str, str]:
-    """What has Serve's HTTP proxy refuse whoever does not know the key of this digest."""
+    """Return variables by which Serve's HTTP proxy refuses callers without the key of `digest`."""
     return {GATE: f"{__name__}.gate", DIGEST: expected}
 
 
 def gate() -> list[Any]:
-    """The proxy's middlewares: called in its process, by Serve."""
+    """Return the proxy's middlewares. Serve calls this in the proxy's process."""
     from starlette.middleware import Middleware
 
     return [Middleware(Gate, os.environ[DIGEST])]
 
 
 class Gate:
-    """ASGI middleware: without the key nothing is answered and no body is read.
+    """ASGI middleware: without the key it answers nothing and reads no body.
 
-    It stands before all of Serve, whose own routes (`/-/healthz`, `/-/routes`) ask for none.
+    It stands before all of Serve, whose own routes (`/-/healthz`, `/-/routes`) ask for no key.
     """
 
     def __init__(self, app: Any, expected: str) -> None:
@@ -114,7 +118,7 @@ class Gate:
         self._app, self._expected = app, expected
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass on what may come in, and what is no request."""
+        """Pass on requests with the key, and events that are no requests."""
         if scope["type"] in ("http", "websocket"):
             shown = [v for k, v in scope["headers"] if k.lower() == b"authorization"]
             if len(shown) != 1 or not admits(self._expected, shown[0].decode("latin-1")):
