@@ -79,6 +79,8 @@ class _Bench:
             clock=time.monotonic,
         )
         self.search_s[name] = round(time.monotonic() - began_s, 1)
+        if not found.trials:
+            return found
         left_out = f", {found.left_out} not tried for want of time" if found.left_out else ""
         self._say(
             f"learning: {title_of(peer, found.best)}: best of {len(found.trials)} is "
