@@ -17,9 +17,9 @@ from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.partition import record
 from downpour.paramserver.rules.policy import PolicyName, StalenessPolicy
 from tests.helpers import tiny
+from tests.helpers.partition_pairs import freeze
 from tests.helpers.runs import Run
 from tests.helpers.thread_backend import ThreadBackend
-from tests.inprocess.paramserver.standby.test_follower import freeze
 
 
 @pytest.fixture(scope="module")

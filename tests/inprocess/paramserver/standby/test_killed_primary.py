@@ -17,7 +17,8 @@ from downpour.paramserver.errors import ConnectionLost
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.server.server import PartitionServer
-from tests.inprocess.paramserver.server.test_server import (
+from tests.helpers.partition_pairs import answered, push_batches
+from tests.helpers.served_partitions import (
     DEADLINE_S,
     EXACT,
     KEY,
@@ -27,7 +28,6 @@ from tests.inprocess.paramserver.server.test_server import (
     gradient_of,
     leave,
 )
-from tests.inprocess.paramserver.standby.test_follower import answered, push
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.inprocess.paramserver.standby.test_killed_primary"])
@@ -58,7 +58,7 @@ def train_until_killed(
                 if box not in in_flight:
                     leave(client, box, pushed)
                     in_flight[box] = pushed
-                    push(client, box, (pushed,))
+                    push_batches(client, box, (pushed,))
                     pushed += 1
                     if pushed == kill_after:
                         process.kill()
@@ -105,7 +105,7 @@ def test_nothing_answered_or_published_is_lost_with_the_process(seed: int) -> No
         closing.callback(again.close)
         for batch in range(pushed):
             leave(again, 0, batch)
-            push(again, 0, (batch,))
+            push_batches(again, 0, (batch,))
             wanted = Outcome.DUPLICATE if flags[batch] else Outcome.APPLIED
             assert answered(again) == (wanted,)
         weights = follower.call(lambda state: state.current.weights.clone())

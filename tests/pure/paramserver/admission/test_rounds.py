@@ -1,7 +1,6 @@
-"""Synchronous rounds: what is added up, who may begin, and that nobody waits for ever."""
+"""Synchronous rounds: who may begin a step, and that nobody waits for ever."""
 
 import itertools
-import json
 import math
 import random
 from collections import deque
@@ -9,186 +8,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from downpour.paramserver.admission.permits import Key, Permit, Turn
 from downpour.paramserver.admission.rounds import RoundPermits
-from downpour.paramserver.errors import BadConfiguration, MalformedMessage
+from downpour.paramserver.errors import MalformedMessage
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.applied_set import WAITING
 from downpour.paramserver.partition.ledger import RoundLedger
-from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.state import PartitionState
-from downpour.paramserver.partition.update_config import UpdateConfig
-from downpour.paramserver.partition.vectors import Version
-from downpour.paramserver.rules.policy import StalenessPolicy
-from downpour.paramserver.rules.schedule import Schedule
-from downpour.paramserver.rules.statistics import BatchStatistics
-from downpour.paramserver.rules.update import Momentum, Regulariser
+from tests.helpers.rounds import PARTITION, P, Q, config, moments_of, new_version, push
 
 torch.set_num_threads(1)
-
-P, F, Q = 12, 2, 10
-(PARTITION,) = split(num_parameters=P, num_features=F, num_decayed=5, num_partitions=1)
-
-
-def config(pushes: int, *, steps: int | None = None, epochs: int | None = 1) -> UpdateConfig:
-    policy = StalenessPolicy(
-        staleness_policy="synchronous", round_pushes=pushes, round_steps=steps or pushes
-    )
-    return UpdateConfig(
-        rule=Momentum(momentum=0.9),
-        regulariser=Regulariser(weight_decay=0.01, clip_norm=5.0),
-        schedule=Schedule(learning_rate=0.1, decay_factor=0.5),
-        policy=policy,
-        batches_per_epoch=Q,
-        epoch_examples=8 * Q,
-        epochs=epochs,
-    )
-
-
-def new_version() -> Version:
-    return Version(weights=torch.zeros(P), statistics=torch.zeros(2, F))
-
-
-def push(
-    batch: int, version: int, gradient: Tensor, *, examples: int = 8, loss: float = 1.0
-) -> Push:
-    return Push(
-        mailbox=0,
-        replica=0,
-        epoch=0,
-        batches=(batch,),
-        examples=examples,
-        version=version,
-        loss=loss,
-        gradient_norm=gradient.norm().item(),
-    )
-
-
-def moments_of(batch: int) -> Tensor:
-    return torch.stack([torch.full((F,), 8.0), torch.full((F,), float(batch)), torch.ones(F)])[None]
-
-
-class Bench:
-    """A state and mini-batches with gradients of their own."""
-
-    def __init__(self, of: UpdateConfig) -> None:
-        self.config = of
-        self.state = PartitionState(PARTITION, of, new_version())
-        torch.manual_seed(1)
-        self.gradients = [torch.randn(P) for _ in range(Q)]
-        self.examples = [8] * (Q - 1) + [3]
-
-    def take(self, batch: int, version: int | None = None, loss: float = 1.0) -> Outcome:
-        gradient = self.gradients[batch].clone()
-        version = self.state.weights_version if version is None else version
-        arrival = push(batch, version, gradient, examples=self.examples[batch], loss=loss)
-        return self.state.apply(arrival, gradient, moments_of(batch), new_version)
-
-
-def test_rounds_are_steps_on_the_mean_over_their_examples() -> None:
-    bench = Bench(config(4))
-    weights, rule = torch.zeros(P), Momentum(momentum=0.9)
-    velocity, examples = rule.init(P), 0
-    for batches in ([3, 1, 4, 0], [5, 9, 2, 6], [8, 7]):  # the last is closed by the epoch's end
-        for n, batch in enumerate(batches):
-            assert bench.state.weights_version == bench.state.version - n
-            assert torch.equal(bench.state.current.weights, weights)
-            assert bench.take(batch) is Outcome.APPLIED
-        count = sum(bench.examples[b] for b in batches)
-        total = sum(bench.examples[b] * bench.gradients[b] for b in batches)
-        assert isinstance(total, Tensor)
-        mean = total / count
-        mean[:5] += 0.01 * weights[:5]
-        rate = bench.config.schedule.rate(examples, bench.config.epoch_examples)
-        new = torch.empty(P)
-        rule.update(weights, mean, velocity, rate, new)
-        weights, examples = new, examples + count
-        torch.testing.assert_close(bench.state.current.weights, weights)
-        assert bench.state.weights_version == bench.state.version
-        weights = bench.state.current.weights.clone()  # so that roundings do not add up
-        bench.state.check()
-    assert bench.state.ledger.staleness.dump() == {0: [10]}
-
-
-def test_moments_are_merged_when_the_round_ends_in_the_order_of_the_pushes() -> None:
-    bench, order = Bench(config(3)), [2, 0, 7, 5, 1, 3]
-    oracle = BatchStatistics(F, bench.config.statistics)
-    found = new_version().statistics
-    for n, batch in enumerate(order):
-        before = bench.state.current.statistics.clone()
-        bench.take(batch)
-        oracle.update(found, moments_of(batch)[0], found)
-        expected = found if n % 3 == 2 else before
-        assert torch.equal(bench.state.current.statistics, expected)
-
-
-def test_what_is_late_is_dropped_and_may_come_again() -> None:
-    bench = Bench(config(2))
-    assert [bench.take(b, 0) for b in (0, 1)] == [Outcome.APPLIED] * 2
-    assert bench.take(2, 0) is Outcome.REFUSED_STALE
-    assert bench.state.version == bench.state.weights_version == 2
-    assert bench.take(2, 2) is Outcome.APPLIED
-    assert bench.take(2, 2) is Outcome.DUPLICATE
-    assert bench.state.version == 3
-    assert bench.state.ledger.counts()["dropped"] == 1
-
-
-def test_in_one_packet_what_comes_after_the_round_is_late() -> None:
-    bench = Bench(config(2))
-    arrivals = []
-    for batch in range(5):
-        gradient = bench.gradients[batch].clone()
-        arrivals.append((push(batch, 0, gradient), gradient, moments_of(batch)))
-    outcomes = bench.state.apply_all(arrivals, new_version)
-    assert outcomes == [Outcome.APPLIED] * 2 + [Outcome.REFUSED_STALE] * 3
-
-
-@pytest.mark.parametrize("last_is_refused", [False, True])
-def test_the_last_round_is_closed_as_it_is(last_is_refused: bool) -> None:
-    bench = Bench(config(4))
-    for batch in range(Q - 1):
-        bench.take(batch)
-    before = bench.state.current.weights.clone()
-    assert bench.state.weights_version == 8
-    outcome = bench.take(Q - 1, loss=math.nan if last_is_refused else 1.0)
-    assert (outcome is Outcome.REFUSED_LOSS) == last_is_refused
-    assert bench.state.weights_version == bench.state.version == Q - last_is_refused
-    assert not torch.equal(bench.state.current.weights, before)
-    bench.state.check()
-
-
-def test_a_restored_state_goes_on_in_the_middle_of_a_round_to_the_bit() -> None:
-    bench = Bench(config(4))
-    for batch in range(6):
-        bench.take(batch)
-    again = Bench(config(4))
-    meta, tensors = bench.state.dump(bench.state.room())
-    again.state.load(json.loads(json.dumps(meta)), {n: t.clone() for n, t in tensors.items()})
-    assert (again.state.version, again.state.weights_version) == (6, 4)
-    for batch in range(6, Q):
-        assert bench.take(batch) is again.take(batch) is Outcome.APPLIED
-    other = again.state.dump()[1]
-    for name, tensor in bench.state.dump()[1].items():
-        assert torch.equal(tensor, other[name]), name
-
-
-def test_a_round_that_is_longer_than_rounds_are_now_is_closed() -> None:
-    """The run is resumed with fewer slots."""
-    bench = Bench(config(6))
-    for batch in range(5):
-        bench.take(batch)
-    shorter = Bench(config(3))
-    shorter.state.load(*bench.state.dump())
-    assert shorter.state.weights_version == shorter.state.version == 5
-    bench.state.close_round()
-    assert torch.equal(shorter.state.current.weights, bench.state.current.weights)
-    longer = Bench(config(9))
-    longer.state.load(*bench.state.dump())
-    for batch in range(5, Q):
-        assert longer.take(batch) is Outcome.APPLIED
-    assert longer.state.weights_version == Q
 
 
 def test_permits_are_given_for_one_round_and_taken_back() -> None:
@@ -417,8 +247,3 @@ def test_without_backup_workers_and_deaths_every_partition_has_the_same_rounds(
             patch.setattr(RoundLedger, "enter", noted)
             net.run()
         assert len({frozenset(of) for of in taken}) == 1
-
-
-def test_a_round_has_at_least_one_push() -> None:
-    with pytest.raises(BadConfiguration, match="round pushes is 0: give at least 1, or none"):
-        StalenessPolicy(staleness_policy="synchronous", round_pushes=0)

@@ -1,189 +1,43 @@
 """Exactly once: any sequence of pushes, against an oracle that applies the distinct ones."""
 
-import copy
-import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from downpour.paramserver.errors import BadConfiguration, BadSnapshot
-from downpour.paramserver.messages import Outcome, Push
+from downpour.paramserver.errors import BadConfiguration
+from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
-from downpour.paramserver.partition.ranges import Partition, split
+from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
-from downpour.paramserver.partition.vectors import Arrival, Version
+from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
-from downpour.paramserver.rules.statistics import StatisticsRule
 from downpour.paramserver.rules.update import SGD, Adagrad, Momentum, Nesterov, Regulariser, Rule
+from tests.helpers.arrivals import (
+    EPOCHS,
+    EXACT,
+    PARTITION,
+    RATE,
+    ROUGH,
+    Bench,
+    Event,
+    F,
+    Oracle,
+    P,
+    Q,
+    arrival_of,
+    by_way_of_json,
+    deliver,
+    events,
+    everything,
+)
 
 torch.set_num_threads(1)
-
-P, F, Q, EPOCHS = 16, 3, 6, 2
-RATE = 0.5
-NAN, INF = math.nan, math.inf
-
-(PARTITION,) = split(num_parameters=P, num_features=F, num_decayed=10, num_partitions=1)
-# With this rate and gradients of small integers, every weight is exact in float32.
-EXACT = UpdateConfig(
-    rule=SGD(),
-    schedule=Schedule(learning_rate=RATE),
-    statistics=StatisticsRule(window=8),
-    batches_per_epoch=Q,
-    epoch_examples=4 * Q,
-)
-# And with this one, any change of order or state anywhere shows in the last bits.
-ROUGH = UpdateConfig(
-    rule=Momentum(momentum=0.9),
-    regulariser=Regulariser(weight_decay=0.01, clip_norm=2.0),
-    schedule=Schedule(learning_rate=0.1, decay_factor=0.9, warmup_epochs=1.0),
-    statistics=StatisticsRule(decay=0.7, window=8),
-    batches_per_epoch=Q,
-    epoch_examples=4 * Q,
-)
-
-
-class Bench:
-    """A state over a ring of slots, as the server keeps it, but in plain memory."""
-
-    def __init__(self, config: UpdateConfig, partition: Partition = PARTITION) -> None:
-        self.slots = [
-            Version(
-                weights=torch.zeros(partition.num_parameters),
-                statistics=torch.zeros(2, partition.num_features),
-            )
-            for _ in range(3)
-        ]
-        self.state = PartitionState(partition, config, self.slots[0])
-
-    def apply(self, push: Push, gradient: Tensor, moments: Tensor) -> Outcome:
-        return self.apply_all([(push, gradient, moments)])[0]
-
-    def apply_all(self, arrivals: list[Arrival]) -> list[Outcome]:
-        at = next(i for i, slot in enumerate(self.slots) if slot is self.state.current)
-        return self.state.apply_all(arrivals, lambda: self.slots[(at + 1) % 3])
-
-
-def by_way_of_json(state: PartitionState, config: UpdateConfig) -> Bench:
-    """A new bench that goes on from a snapshot of `state`."""
-    meta, tensors = state.dump()
-    bench = Bench(config, state.partition)
-    bench.state.load(json.loads(json.dumps(meta)), {n: t.clone() for n, t in tensors.items()})
-    return bench
-
-
-def everything(state: PartitionState) -> dict[str, object]:
-    """All that a snapshot holds, comparable."""
-    meta, tensors = state.dump()
-    return {**copy.deepcopy(meta), **{n: t.tolist() for n, t in tensors.items()}}
-
-
-@dataclass(frozen=True)
-class Event:
-    """A push that arrives, and what is wrong with it."""
-
-    epoch: int
-    batches: tuple[int, ...]
-    fault: str
-    behind: int
-    replica: int
-
-    @property
-    def push(self) -> Push:
-        return Push(
-            mailbox=0,
-            replica=self.replica,
-            epoch=self.epoch,
-            batches=self.batches,
-            examples=4 * len(self.batches),
-            version=0,
-            loss={"loss": NAN, "infinite loss": INF}.get(self.fault, 1.0),
-            gradient_norm=NAN if self.fault == "norm" else 3.0,
-        )
-
-    @property
-    def gradient(self) -> Tensor:
-        return sum((gradient_of(self.epoch, b) for b in self.batches), torch.zeros(P))
-
-    @property
-    def moments(self) -> Tensor:
-        return torch.stack([moments_of(self.epoch, b) for b in self.batches])
-
-    def spoilt(self) -> tuple[Tensor, Tensor]:
-        gradient, moments = self.gradient, self.moments
-        if self.fault == "gradient":
-            gradient[-1] = NAN
-        elif self.fault == "opposite infinities":
-            gradient[0], gradient[1] = INF, -INF
-        elif self.fault == "moments":
-            moments[-1, 2, -1] = INF
-        return gradient, moments
-
-
-def gradient_of(epoch: int, batch: int) -> Tensor:
-    return (torch.arange(P) * (batch + 1) + 7 * epoch).remainder(5).float() - 2
-
-
-def moments_of(epoch: int, batch: int) -> Tensor:
-    row = torch.arange(F, dtype=torch.float32)
-    return torch.stack([torch.full((F,), 4.0), row + batch - epoch, row * 0.5 + batch + 1])
-
-
-FAULTS = ["loss", "infinite loss", "norm", "gradient", "opposite infinities", "moments"]
-events = st.builds(
-    Event,
-    epoch=st.integers(0, EPOCHS - 1),
-    batches=st.lists(st.integers(0, Q - 1), min_size=1, max_size=3, unique=True).map(tuple),
-    fault=st.sampled_from(["none"] * 8 + FAULTS + ["of the future", "no such batch"]),
-    behind=st.integers(0, 3),
-    replica=st.integers(0, 2),
-)
-
-
-class Oracle:
-    """What a sequential run would have made of the mini-batches that count."""
-
-    def __init__(self) -> None:
-        self.settled: dict[tuple[int, int], int] = {}
-        self.weights = torch.zeros(P)
-        self.version = 0
-
-    def expect(self, event: Event) -> Outcome:
-        if event.fault in ("of the future", "no such batch"):
-            return Outcome.REFUSED_UNKNOWN
-        names = [(event.epoch, b) for b in event.batches]
-        held = [n for n in names if n in self.settled]
-        if held:
-            return Outcome.DUPLICATE if len(held) == len(names) else Outcome.REFUSED_MIXED
-        if event.fault in FAULTS:
-            self.settled |= dict.fromkeys(names, REFUSED)
-            return Outcome.REFUSED_LOSS if "loss" in event.fault else Outcome.REFUSED_GRADIENT
-        self.settled |= dict.fromkeys(names, APPLIED)
-        for name in names:
-            self.weights -= RATE * gradient_of(*name)
-        self.version += 1
-        return Outcome.APPLIED
-
-
-def arrival_of(event: Event, version: int) -> Arrival:
-    """What arrives at a partition that is at `version`, or a little beyond."""
-    push = replace(event.push, version=max(0, version - event.behind))
-    if event.fault == "of the future":
-        push = replace(push, version=version + 1)
-    if event.fault == "no such batch":
-        push = replace(push, batches=(*push.batches[1:], Q))
-    return push, *event.spoilt()
-
-
-def deliver(bench: Bench, event: Event) -> Outcome:
-    return bench.apply(*arrival_of(event, bench.state.version))
 
 
 @given(st.lists(events, max_size=30))
@@ -252,40 +106,6 @@ def test_pushes_taken_together_come_out_as_one_after_the_other(
         assert torch.equal(held.weights, held_weights), "readers' version was written to"
         assert (together.state.current is not held) == (Outcome.APPLIED in outcomes)
     together.state.check()
-
-
-@pytest.mark.parametrize("rule", [SGD(), Momentum(), Nesterov(), Adagrad()])
-@given(arrivals=st.lists(events, min_size=1, max_size=25), cut=st.integers(0, 25))
-@example(arrivals=[Event(0, (b,), "none", 0, 0) for b in range(Q)], cut=Q)
-def test_a_restart_from_a_snapshot_changes_no_bit(
-    rule: Rule, arrivals: list[Event], cut: int
-) -> None:
-    config = replace(ROUGH, rule=rule)
-    whole, first = Bench(config), Bench(config)
-    outcomes = [deliver(whole, event) for event in arrivals]
-    for event in arrivals[:cut]:
-        deliver(first, event)
-    second = by_way_of_json(first.state, config)
-    assert everything(second.state) == everything(first.state)
-    assert [deliver(second, event) for event in arrivals[cut:]] == outcomes[cut:]
-    assert everything(second.state) == everything(whole.state)
-    second.state.check()
-
-
-@given(st.permutations([(0, b) for b in range(Q)]), st.integers(0, Q))
-def test_a_restored_partition_takes_just_what_it_lost(
-    order: list[tuple[int, int]], kept: int
-) -> None:
-    # The snapshot is older than the crash; afterwards everything is sent once more.
-    bench = Bench(EXACT)
-    for epoch, batch in order[:kept]:
-        deliver(bench, Event(epoch, (batch,), "none", 0, 0))
-    restored = by_way_of_json(bench.state, EXACT)
-    outcomes = [deliver(restored, Event(e, (b,), "none", 0, 1)) for e, b in order]
-    assert outcomes == [Outcome.DUPLICATE] * kept + [Outcome.APPLIED] * (Q - kept)
-    total = sum((gradient_of(*name) for name in order), torch.zeros(P))
-    assert torch.equal(restored.state.current.weights, -RATE * total)
-    assert restored.state.ledger.applied.complete_epochs == (0,)
 
 
 @pytest.fixture
@@ -384,64 +204,6 @@ def test_a_model_without_batch_normalization() -> None:
     assert bench.apply(push, torch.ones(P), torch.zeros(1, 3, 0)) is Outcome.APPLIED
     assert torch.equal(bench.state.current.weights, torch.full((P,), -RATE))
     assert everything(by_way_of_json(bench.state, EXACT).state) == everything(bench.state)
-
-
-class TestLoading:
-    def used(self, config: UpdateConfig = ROUGH) -> PartitionState:
-        bench = Bench(config)
-        for batch in range(3):
-            deliver(bench, Event(0, (batch,), "none", 0, 0))
-        return bench.state
-
-    def load(self, meta: dict[str, object], tensors: dict[str, Tensor]) -> str:
-        """The message of the error that loading this gives."""
-        with pytest.raises(BadSnapshot) as caught:
-            Bench(ROUGH).state.load(meta, tensors)
-        message = str(caught.value)
-        assert "\n" not in message
-        return message
-
-    @pytest.mark.parametrize("rule", [SGD(), Adagrad()])
-    def test_another_rule(self, rule: Rule) -> None:
-        message = self.load(*self.used(replace(ROUGH, rule=rule)).dump())
-        assert "resume with the rule" in message
-
-    def test_another_batch_size(self) -> None:
-        message = self.load(*self.used(replace(ROUGH, batches_per_epoch=Q + 1)).dump())
-        assert f"{Q + 1} mini-batches, not {Q}" in message
-
-    def test_anything_missing(self) -> None:
-        meta, tensors = self.used().dump()
-        for name in meta:
-            assert "damaged" in self.load({k: v for k, v in meta.items() if k != name}, tensors)
-        for name in tensors:
-            if not name.startswith("rule."):
-                self.load(meta, {k: t for k, t in tensors.items() if k != name})
-
-    @pytest.mark.parametrize("value", [None, "x", -1, 1, [], {}, {"0": 1}, {"x": []}])
-    def test_anything_of_another_kind(self, value: object) -> None:
-        meta, tensors = self.used().dump()
-        for name in meta:
-            possible = {
-                "refusals": [{}, {"0": 1}],
-                "examples": [1],
-                "mean_staleness": [1],
-                "mean_norm": [1],
-            }.get(name, [meta[name]])
-            if value not in possible:
-                self.load({**meta, name: value}, tensors)
-
-    def test_tensors_of_another_shape_or_type(self) -> None:
-        meta, tensors = self.used().dump()
-        for name, tensor in tensors.items():
-            self.load(meta, {**tensors, name: tensor.flatten()[:1]})
-            if name not in ("applied.0", "ledger"):
-                self.load(meta, {**tensors, name: tensor.double()})
-
-    def test_weights_that_are_not_finite(self) -> None:
-        meta, tensors = self.used().dump()
-        tensors["weights"][3] = NAN
-        assert "damaged" in self.load(meta, tensors)
 
 
 @pytest.mark.parametrize(("batches", "examples"), [(0, 5), (5, 0), (-1, 5)])

@@ -3,35 +3,38 @@
 import contextlib
 import logging
 import os
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.errors import ConnectionLost, Fenced
 from downpour.paramserver.messages import Outcome
-from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Adagrad, Momentum, Nesterov, Regulariser
-from downpour.paramserver.server.server import PartitionServer
 from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S
-from downpour.paramserver.standby.roles import Primary
 from downpour.paramserver.transport.shared import replication
-from tests.inprocess.paramserver.server.test_server import (
-    DEADLINE_S,
+from tests.helpers.partition_pairs import (
+    POINTS,
+    Clock,
+    Killed,
+    Pair,
+    answered,
+    assert_same,
+    dumped,
+    freeze,
+    kill_at,
+    push_batches,
+    work_through,
+)
+from tests.helpers.served_partitions import (
     EXACT,
     KEY,
-    Cluster,
     F,
     P,
     Q,
@@ -39,83 +42,6 @@ from tests.inprocess.paramserver.server.test_server import (
     gradient_of,
     leave,
 )
-
-# MKL's square root comes out with half of its digits, once in some hundred times, where two threads
-# call it for the first time at once; primary and follower are processes, but not here.
-torch.ones(P).sqrt()
-
-
-class Killed(BaseException):
-    """Ends a server's thread where it stands, as kill -9 ends a process."""
-
-
-class Pair(Cluster):
-    """One partition with its follower."""
-
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, **options: Any) -> None:
-        super().__init__(1, clock=clock, **options)
-        self.config = options.get("config", EXACT)
-        self.follower = self.follow()
-
-    @property
-    def primary(self) -> PartitionServer:
-        return self.servers[0]
-
-    def follow(self) -> PartitionServer:
-        """A new follower of the first server; comes back once it follows."""
-        follower = PartitionServer(
-            partition=self.parts[0], config=self.config, key=KEY, follow=self.primary.endpoint
-        ).start()
-        by_deadline(lambda: self.primary.has_follower)
-        self._closing.callback(follower.stop)
-        return follower
-
-    def fail_over(self) -> None:
-        """The follower becomes the partition."""
-        self.follower.promote()
-        self.servers[0] = self.follower
-
-
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    with contextlib.closing(Pair()) as pair:
-        yield pair
-
-
-def dumped(server: PartitionServer) -> tuple[dict[str, object], dict[str, Tensor]]:
-    def dump(state: PartitionState) -> tuple[dict[str, object], dict[str, Tensor]]:
-        meta, tensors = state.dump()
-        return {**meta, "quarantined": sorted(state.ledger.quarantined)}, tensors
-
-    return server.call(dump)
-
-
-def assert_same(one: PartitionServer, other: PartitionServer) -> None:
-    """All of the state, to the bit."""
-    (meta, tensors), (meta2, tensors2) = dumped(one), dumped(other)
-    assert meta == meta2
-    assert tensors.keys() == tensors2.keys()
-    for name, tensor in tensors.items():
-        assert tensor.numpy().tobytes() == tensors2[name].numpy().tobytes(), name
-
-
-def push(client: ParameterClient, mailbox: int, batches: tuple[int, ...], **about: Any) -> None:
-    versions = about.pop("versions", [0])
-    client.push(
-        mailbox=mailbox,
-        **{"replica": 0, "epoch": 0, "examples": 32, "loss": 1.0, "gradient_norm": 30.0, **about},
-        batches=batches,
-        versions=versions,
-    )
-
-
-def answered(client: ParameterClient) -> tuple[Outcome, ...]:
-    """The next answer, waited for."""
-    while not (settled := client.wait()):
-        pass
-    (one,) = settled
-    return one.outcomes
-
 
 NOISY = UpdateConfig(
     rule=Momentum(),
@@ -162,7 +88,7 @@ def test_a_follower_is_the_same_to_the_bit_at_every_version(
             version = 0 if step % 7 == 6 else pair.versions()[0]
             batch = step - 1 if step % 6 == 5 else step
             norm = float(gradient.norm()) if not poisoned else 1.0
-            push(
+            push_batches(
                 client,
                 box,
                 (batch,),
@@ -192,49 +118,6 @@ def test_a_follower_is_the_same_to_the_bit_at_every_version(
         assert dumped(pair.follower)[0] == before[0]
 
 
-POINTS = ("before forwarding", "after forwarding", "after applying", "before answering")
-
-
-def kill_at(server: PartitionServer, point: str, count: int) -> None:
-    """Have a server die when it comes to `point` for the `count`th time."""
-    left = [count]
-
-    def count_down() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
-    def arm(state: PartitionState) -> None:
-        primary = server._replication.role
-        assert isinstance(primary, Primary)
-        link, release = primary.link, primary.release
-        forward, apply_all = link.forward, state.apply_all
-
-        def forwarding(*arguments: Any) -> None:
-            if point == "before forwarding":
-                count_down()
-            forward(*arguments)
-            if point == "after forwarding":
-                count_down()
-
-        def applying(*arguments: Any) -> Any:
-            outcomes = apply_all(*arguments)
-            if point == "after applying":
-                count_down()
-            return outcomes
-
-        def releasing(owed: Any) -> None:
-            if owed and point == "before answering":
-                count_down()
-            release(owed)
-
-        link.forward = forwarding  # type: ignore[method-assign]
-        state.apply_all = applying  # type: ignore[method-assign]
-        primary.release = releasing  # type: ignore[method-assign]
-
-    server.call(arm)
-
-
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("bell_every", [1, 3])
@@ -254,7 +137,7 @@ def test_nothing_that_was_answered_or_seen_is_lost_wherever_the_primary_dies(
                 if box not in in_flight:
                     in_flight[box] = todo.pop(0)
                     leave(client, box, in_flight[box])
-                    push(client, box, (in_flight[box],))
+                    push_batches(client, box, (in_flight[box],))
             for settled in client.wait():
                 assert settled.outcomes == (Outcome.APPLIED,)
                 told.add(in_flight.pop(settled.mailbox))
@@ -273,19 +156,12 @@ def test_nothing_that_was_answered_or_seen_is_lost_wherever_the_primary_dies(
     outcomes = []
     for batch in range(num):
         leave(again, 0, batch)
-        push(again, 0, (batch,))
+        push_batches(again, 0, (batch,))
         outcomes += answered(again)
     assert outcomes.count(Outcome.DUPLICATE) == held
     assert outcomes.count(Outcome.APPLIED) == num - held
     assert pair.versions() == [num]
     assert torch.equal(pair.weights(), -0.5 * sum(gradient_of(b) for b in range(num)))  # type: ignore[arg-type]
-
-
-def work_through(pair: Pair, batches: range, client: ParameterClient) -> None:
-    for batch in batches:
-        leave(client, 0, batch)
-        push(client, 0, (batch,))
-        assert answered(client) == (Outcome.APPLIED,)
 
 
 def test_a_follower_that_dies_holds_nobody_up_and_another_may_come(pair: Pair) -> None:
@@ -303,29 +179,6 @@ def test_a_follower_that_dies_holds_nobody_up_and_another_may_come(pair: Pair) -
     assert pair.versions() == [30]
 
 
-class Clock:
-    """A time that stands still until it is told to go on."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def freeze(server: PartitionServer) -> threading.Event:
-    """Have a server do nothing until the event is set."""
-    thaw, frozen = threading.Event(), threading.Event()
-
-    def wait(_: PartitionState) -> None:
-        frozen.set()
-        assert thaw.wait(DEADLINE_S)
-
-    threading.Thread(target=lambda: server.call(wait), daemon=True).start()
-    assert frozen.wait(DEADLINE_S)
-    return thaw
-
-
 def test_a_frozen_follower_is_given_up_at_the_deadline_and_can_never_be_the_partition() -> None:
     clock = Clock()
     with contextlib.closing(Pair(clock=clock)) as pair:
@@ -333,7 +186,7 @@ def test_a_frozen_follower_is_given_up_at_the_deadline_and_can_never_be_the_part
         work_through(pair, range(3), client)
         thaw = freeze(pair.follower)
         leave(client, 0, 3)
-        push(client, 0, (3,))
+        push_batches(client, 0, (3,))
         by_deadline(lambda: pair.versions() == [4])
         assert client.collect(0.05) == []  # not answered: the follower does not have it
         clock.now_s = FOLLOWER_DEADLINE_S + 0.1
@@ -359,7 +212,7 @@ def test_a_primary_whose_follower_became_the_partition_answers_nobody_any_more(
     leave(client, 0, 3)
 
     def push_one_more() -> None:
-        push(client, 0, (3,))
+        push_batches(client, 0, (3,))
         answered(client)
 
     with pytest.raises(ConnectionLost):  # it is not answered: the connection is closed
@@ -431,7 +284,7 @@ def test_bounded_staleness_goes_on_after_a_promotion() -> None:
                     client.wait()
                 client.pull(weights, versions)
                 leave(client, 0, batch)
-                push(client, 0, (batch,), versions=versions)
+                push_batches(client, 0, (batch,), versions=versions)
                 assert answered(client) == (Outcome.APPLIED,)
             if not begin:
                 assert_same(pair.primary, pair.follower)
@@ -440,32 +293,3 @@ def test_bounded_staleness_goes_on_after_a_promotion() -> None:
                 pair.primary.stop()
                 pair.fail_over()
         assert pair.versions() == [10]
-
-
-def test_a_primary_that_is_killed_with_something_unread_leaves_all_it_had_sent() -> None:
-    """The kernel tells of anything unread once, by ECONNRESET, ahead of what is in the buffer."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    theirs.send(replication.pushes(1, 7, b"abc"))
-    theirs.send(replication.gone(1))
-    ours.send(b"unread")
-    theirs.close()
-    assert replication.receive(ours) == replication.Pushes(1, 7, b"abc")
-    assert replication.receive(ours) == replication.Closed(1)
-    with pytest.raises(ConnectionLost):
-        replication.receive(ours)
-    ours.close()
-
-
-def test_what_was_sent_before_a_take_over_is_read_and_nothing_can_be_sent_after() -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    theirs.send(replication.gone(1))
-    ours.shutdown(socket.SHUT_RD)
-    with pytest.raises(BrokenPipeError):
-        theirs.send(replication.gone(2))
-    assert replication.receive(ours) == replication.Closed(1)
-    with pytest.raises(ConnectionLost):
-        replication.receive(ours)
-    ours.close()
-    theirs.close()

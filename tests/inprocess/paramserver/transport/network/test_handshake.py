@@ -1,4 +1,4 @@
-"""What of the network transport needs no socket: which way, compression, greeting, keys."""
+"""The handshake, both sides in turns, without a socket."""
 
 import contextlib
 from dataclasses import replace
@@ -8,26 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downpour.paramserver.access import Access, way
-from downpour.paramserver.config import NetworkConfig
+from downpour.paramserver.access import Access
 from downpour.paramserver.errors import (
     MalformedMessage,
     NotAuthenticated,
-    NotColocated,
     ServerError,
 )
 from downpour.paramserver.messages import NONCE_BYTES, PROOF_BYTES, Hello, Introduction, WireDtype
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.transport.endpoint import Endpoint, NetworkAddress
-from downpour.paramserver.transport.names import NODE
 from downpour.paramserver.transport.network import security
 from downpour.paramserver.transport.network.acceptor import NetworkListen
-from downpour.paramserver.transport.network.compress import (
-    ErrorFeedback,
-    Plain,
-    encoder,
-    wire_dtype,
-)
 from downpour.paramserver.transport.network.handshake import (
     HandshakeResult,
     handshake_as_client,
@@ -43,14 +33,13 @@ from downpour.paramserver.transport.network.security import (
 
 torch.set_num_threads(1)
 
+
 (PARTITION,) = split(num_parameters=64, num_features=3, num_decayed=0, num_partitions=1)
-ENDPOINT = Endpoint(
-    partition=PARTITION,
-    machine="here",
-    address="a",
-    network=NetworkAddress(host="10.0.0.1", port=7),
-)
+
+
 KEY = b"k" * 32
+
+
 HELLO = Introduction(
     proof=bytes(PROOF_BYTES),
     nonce=bytes(NONCE_BYTES),
@@ -66,97 +55,6 @@ HELLO = Introduction(
 @pytest.fixture(scope="module")
 def run() -> RunCredentials:
     return issue()
-
-
-# --- Which way ----------------------------------------------------------------------------------
-
-
-def test_the_way_to_a_partition() -> None:
-    assert way(ENDPOINT, "auto", "here") == "shared"
-    assert way(ENDPOINT, "auto", "there") == "network"
-    assert way(ENDPOINT, "network", "here") == "network"
-    assert way(ENDPOINT, "shared", "here") == "shared"
-    with pytest.raises(NotColocated, match=r"another machine.*--transport auto"):
-        way(ENDPOINT, "shared", "there")
-    deaf = replace(ENDPOINT, network=None)
-    assert way(deaf, "auto", "here") == "shared"
-    with pytest.raises(NotColocated, match="--transport network"):
-        way(deaf, "auto", "there")
-
-
-def test_where_partitions_listen() -> None:
-    assert NetworkConfig().listens_on(1) is None
-    assert NetworkConfig().listens_on(2) == NODE
-    assert NetworkConfig(transport="network").listens_on(1) == "127.0.0.1"
-    assert NetworkConfig(transport="network", listen="10.0.0.7").listens_on(1) == "10.0.0.7"
-    assert NetworkConfig(listen="10.0.0.7").listens_on(1) == "10.0.0.7"
-    assert NetworkConfig(transport="shared").listens_on(3) is None
-    with pytest.raises(ValueError, match="listen is 'everywhere': give auto"):
-        NetworkConfig(listen="everywhere")
-
-
-# --- Sixteen bits -------------------------------------------------------------------------------
-
-
-def sent(encoding: ErrorFeedback | Plain, mailbox: int, dtype: torch.dtype) -> torch.Tensor:
-    data = b"".join(encoding.slices(mailbox, finite=True))
-    return torch.frombuffer(bytearray(data), dtype=dtype).float()
-
-
-@given(
-    st.sampled_from([WireDtype.BFLOAT16, WireDtype.FLOAT16]),
-    st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=30),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([1e-6, 1.0, 1e4]),
-)
-def test_what_is_applied_lags_by_one_residual(
-    wire: WireDtype, pushes: list[tuple[int, bool]], seed: int, scale: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    boxes = [torch.zeros(40) for _ in range(3)]
-    encoding = encoder(boxes, wire)
-    assert isinstance(encoding, ErrorFeedback)
-    dtype = torch.bfloat16 if wire is WireDtype.BFLOAT16 else torch.float16
-    true, applied = torch.zeros(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
-    for mailbox, is_applied in pushes:
-        boxes[mailbox].copy_(scale * torch.randn(40, generator=generator))
-        rounded = sent(encoding, mailbox, dtype)
-        if is_applied:
-            true += boxes[mailbox].double()
-            applied += rounded.double()
-        else:
-            encoding.restore(mailbox)
-    bound = 1e-5 * scale * len(pushes)  # float32's own rounding
-    assert (applied + encoding.residual.double() - true).abs().max() <= bound
-    # A rounding error at the most: of the largest bfloat16 here, or of a half's smallest step.
-    assert encoding.residual.abs().max() <= max(0.05 * scale, 6e-8) * len(pushes)
-
-
-def test_beyond_the_largest_half_the_rest_goes_later() -> None:
-    encoding = ErrorFeedback([torch.tensor([1e5, -1e5])], WireDtype.FLOAT16)
-    first = sent(encoding, 0, torch.float16)
-    assert first.tolist() == [65504.0, -65504.0]
-    encoding._gradients[0].zero_()
-    second = sent(encoding, 0, torch.float16)
-    assert (first + second + encoding.residual).tolist() == [1e5, -1e5]
-
-
-def test_a_gradient_that_is_not_finite_leaves_no_residual() -> None:
-    encoding = ErrorFeedback([torch.tensor([torch.nan, torch.inf])], WireDtype.BFLOAT16)
-    data = b"".join(encoding.slices(0, finite=False))
-    assert not torch.frombuffer(bytearray(data), dtype=torch.bfloat16).isfinite().any()
-    encoding.restore(0)
-    assert encoding.residual.tolist() == [0.0, 0.0]
-
-
-def test_float32_is_sent_from_where_it_is() -> None:
-    box = torch.arange(4.0)
-    (view,) = encoder([box], wire_dtype("float32")).slices(0, finite=True)
-    box.fill_(7)
-    assert torch.frombuffer(bytearray(view), dtype=torch.float32).tolist() == [7.0] * 4
-
-
-# --- The greeting -------------------------------------------------------------------------------
 
 
 def converse(
