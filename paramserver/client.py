@@ -27,7 +27,7 @@ DEFAULT_ACCESS = Access()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settled:
+class PushResult:
     """Every partition has answered the push from a mailbox, which is free again."""
 
     mailbox: int
@@ -240,13 +240,13 @@ class ParameterClient:
         """Whether answers for this mailbox are still to come."""
         return self._waiting[mailbox] > 0
 
-    def collect(self, wait_s: float = 0.0) -> list[Settled]:
+    def collect(self, wait_s: float = 0.0) -> list[PushResult]:
         """Pushes that all partitions have answered by now; waits up to `wait_s` for an answer."""
         if self._ahead:
             return self._settle([])
         return self._settle(self._poll.poll(wait_s * 1000))
 
-    def wait(self) -> list[Settled]:
+    def wait(self) -> list[PushResult]:
         """Wait for something to come, and settle what it settles; it may be only a part of that.
 
         Raises `DeadlineExceeded` where nothing comes any more.
@@ -266,11 +266,11 @@ class ParameterClient:
             if sum(c.moved for c in self._network.values()) == moved:
                 raise DeadlineExceeded(f"no partition has answered for {self._deadline_s} s")
 
-    def _settle(self, ready: list[tuple[int, int]]) -> list[Settled]:
+    def _settle(self, ready: list[tuple[int, int]]) -> list[PushResult]:
         if self._ahead:
             ready = [*ready, *((fd, 0) for fd in self._ahead)]
             self._ahead.clear()
-        settled: list[Settled] = []
+        settled: list[PushResult] = []
         for fd, _ in ready:
             index, connection = self._by_fd[fd]
             connection.service()
@@ -285,7 +285,7 @@ class ParameterClient:
                 self._waiting[mailbox] -= 1
                 if not self._waiting[mailbox]:
                     settled.append(
-                        Settled(mailbox=mailbox, outcomes=tuple(self._outcomes[mailbox]))
+                        PushResult(mailbox=mailbox, outcomes=tuple(self._outcomes[mailbox]))
                     )
             connection.inbox.clear()
         if ready and self._network:

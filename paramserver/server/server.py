@@ -39,7 +39,7 @@ from downpour.paramserver.server.inbox import Inbox
 from downpour.paramserver.server.intake import make_intake
 from downpour.paramserver.server.replies import Replies
 from downpour.paramserver.server.versions import Versions
-from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S, Source
+from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S, MailboxSource
 from downpour.paramserver.standby.primary_link import PrimaryLink
 from downpour.paramserver.standby.roles import Follower, Replication
 from downpour.paramserver.transport.endpoint import Endpoint, machine
@@ -368,7 +368,7 @@ class PartitionServer:
 
         self._replication.receive(peer, self._state.room(), join)
 
-    def _sources(self) -> list[Source]:
+    def _sources(self) -> list[MailboxSource]:
         sides = self._connections.sides.values()
         return [_source(s) for s in sides if isinstance(s, SharedSide) and s.views]
 
@@ -394,9 +394,9 @@ def _check(
         restore.check(partition)
 
 
-def _source(side: SharedSide) -> Source:
+def _source(side: SharedSide) -> MailboxSource:
     assert side.views is not None
-    return Source(
+    return MailboxSource(
         number=side.socket.fileno(),
         num_mailboxes=len(side.views.gradients),
         depth=side.depth,

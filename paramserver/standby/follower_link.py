@@ -85,7 +85,7 @@ class FollowerLink(Generic[Peer]):
         finally:
             os.close(fd)
 
-    def open(self, source: Source) -> None:
+    def open(self, source: MailboxSource) -> None:
         """Hand on the memory of a connection's mailboxes."""
         about = replication.mailboxes(source.number, source.num_mailboxes, source.depth)
         self._send(about, [source.fd])
@@ -172,7 +172,7 @@ class FollowerLink(Generic[Peer]):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class MailboxSource:
     """A replica's connection, as the follower has to know it."""
 
     number: int

@@ -20,7 +20,7 @@ from downpour.paramserver.messages import Answer
 from downpour.paramserver.partition.snapshot import Snapshot
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.vectors import Arrival
-from downpour.paramserver.standby.follower_link import FollowerLink, Source
+from downpour.paramserver.standby.follower_link import FollowerLink, MailboxSource
 from downpour.paramserver.standby.primary_link import PACKETS_A_TURN, PrimaryLink
 from downpour.paramserver.transport.poller import Poller
 from downpour.paramserver.transport.shared.replication import Handover
@@ -48,7 +48,7 @@ class Role(Protocol[Peer_contra]):
     def answer(self, peer: Peer_contra, answers: Sequence[Answer]) -> None:
         """Send answers to a replica's process, as soon as the second process has those pushes."""
 
-    def opened(self, source: Source) -> None:
+    def opened(self, source: MailboxSource) -> None:
         """Note that a replica's process has connected. Raises as `forward` does."""
 
     def closed(self, number: int) -> None:
@@ -78,7 +78,7 @@ class Alone(Generic[Peer]):
         """See `Role`."""
         self._answer(peer, answers)
 
-    def opened(self, source: Source) -> None:
+    def opened(self, source: MailboxSource) -> None:
         """See `Role`."""
 
     def closed(self, number: int) -> None:
@@ -136,7 +136,7 @@ class Primary(Generic[Peer]):
         for peer, answers in due:
             self._answer(peer, answers)
 
-    def opened(self, source: Source) -> None:
+    def opened(self, source: MailboxSource) -> None:
         """See `Role`."""
         try:
             self.link.open(source)
@@ -313,7 +313,7 @@ class Replication(Generic[Peer]):
         state: PartitionState,
         peer: socket.socket,
         memory: Handover,
-        sources: Iterable[Source],
+        sources: Iterable[MailboxSource],
         **about: object,
     ) -> None:
         """Hand the state over; from now on `peer` gets every packet. Run between two pushes.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from downpour.paramserver.client import ParameterClient, Settled
+from downpour.paramserver.client import ParameterClient, PushResult
 from downpour.paramserver.errors import (
     ConnectionLost,
 )
@@ -212,7 +212,7 @@ def send(client: ParameterClient, batch: int, mailbox: int = 0, **changes: Any) 
 
 def settle(client: ParameterClient, mailbox: int = 0) -> tuple[Outcome, ...]:
     """Wait for what became of the push from a mailbox."""
-    settled: list[Settled] = []
+    settled: list[PushResult] = []
     while client.in_flight(mailbox):
         settled += client.wait()
     (found,) = (s for s in settled if s.mailbox == mailbox)

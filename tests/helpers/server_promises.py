@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from downpour.models.flat import FlatModel
 from downpour.models.mlp import MnistNet
-from downpour.paramserver.client import ParameterClient, Settled
+from downpour.paramserver.client import ParameterClient, PushResult
 from downpour.paramserver.messages import (
     MAX_MAILBOXES,
     Outcome,
@@ -205,7 +205,7 @@ def as_many_mailboxes_as_there_may_be_without_reading_an_answer(cluster: Cluster
         leave(client, mailbox, mailbox)
         send(client, mailbox, mailbox)
     by_deadline(lambda: cluster.versions() == [MAX_MAILBOXES])
-    settled: list[Settled] = []
+    settled: list[PushResult] = []
     while len(settled) < MAX_MAILBOXES:
         settled += client.wait()
     assert {s.mailbox for s in settled} == set(range(MAX_MAILBOXES))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from downpour.paramserver.client import ParameterClient, Settled
+from downpour.paramserver.client import ParameterClient, PushResult
 from downpour.paramserver.messages import Outcome
 from downpour.shuffler.delivery import Reading
 from downpour.workers.replica.cpu_usage import Meter, Spent
@@ -384,7 +384,7 @@ class Replicas:
         for mailbox in [m for m in self._rotation.asking if self._client.permitted(m)]:
             self._rotation.permitted(mailbox)
 
-    def _settle(self, settled: list[Settled]) -> None:
+    def _settle(self, settled: list[PushResult]) -> None:
         rotation = self._rotation
         for push in settled:
             turn = rotation.answered(push.mailbox)

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from downpour.paramserver.client import ParameterClient, Settled
+from downpour.paramserver.client import ParameterClient, PushResult
 from downpour.paramserver.errors import (
     BadConfiguration,
     DeadlineExceeded,
@@ -28,7 +28,7 @@ def test_a_bell_rings_for_several_pushes_or_when_it_is_waited_for(two: Cluster) 
         send(client, batch, mailbox=batch)
         # The partitions' threads answer `call` between two packets, in the order of arrival.
         assert max(two.versions()) <= batch // 3 * 3 + (3 if batch % 3 == 2 else 0)
-    settled: list[Settled] = []
+    settled: list[PushResult] = []
     while len(settled) < 3:
         settled += client.collect(DEADLINE_S)
     assert two.versions() == [3, 3], "two are kept back until somebody waits"

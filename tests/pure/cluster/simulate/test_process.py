@@ -12,7 +12,7 @@ from downpour.cluster.simulate.clock import Clock, Processors
 from downpour.cluster.simulate.inputs import Costs, Spread
 from downpour.cluster.simulate.partition import Message
 from downpour.cluster.simulate.process import Counts, Task, VirtualProcess
-from downpour.paramserver.client import Settled
+from downpour.paramserver.client import PushResult
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.transport.link import Pull
 from downpour.workers.replica.replicas import Joined, Replicas, Window
@@ -43,7 +43,7 @@ class FakeClient(Recorder):
         super().__init__()
         self._bell_every = bell_every
         self._outbox: list[tuple[int, int, tuple[int, ...]]] = []
-        self._answered: list[Settled] = []
+        self._answered: list[PushResult] = []
 
     def start_pull(self, weights: object, versions: list[int]) -> Any:
         self.seen.append("pull")
@@ -58,15 +58,15 @@ class FakeClient(Recorder):
         if self._outbox:
             self.packet(self._outbox)
             self._answered += [
-                Settled(mailbox=m, outcomes=(Outcome.APPLIED,)) for m, _, _ in self._outbox
+                PushResult(mailbox=m, outcomes=(Outcome.APPLIED,)) for m, _, _ in self._outbox
             ]
             self._outbox = []
 
-    def collect(self, wait_s: float = 0.0) -> list[Settled]:
+    def collect(self, wait_s: float = 0.0) -> list[PushResult]:
         answered, self._answered = self._answered, []
         return answered
 
-    def wait(self) -> list[Settled]:
+    def wait(self) -> list[PushResult]:
         self.flush()
         return self.collect()
 

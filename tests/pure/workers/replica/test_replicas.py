@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from downpour.paramserver.client import Settled
+from downpour.paramserver.client import PushResult
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.transport.link import Pull
 from downpour.workers.replica.replicas import Joined, Replicas, Way, Window, turns_ahead
@@ -34,7 +34,7 @@ class CountingServer:
         self.told: list[int] = []
         """What the pushes said that they were computed on."""
         self.computed_on: int | None = None
-        self._answers: list[Settled] = []
+        self._answers: list[PushResult] = []
 
     def start_pull(self, weights: npt.NDArray[np.float32], versions: list[int]) -> Pull:
         weights[0] = versions[0] = self.version
@@ -49,9 +49,9 @@ class CountingServer:
         self.pushes.append((self.computed_on, self.version))
         self.told.append(versions[0])
         self.version += 1
-        self._answers.append(Settled(mailbox=mailbox, outcomes=(Outcome.APPLIED,)))
+        self._answers.append(PushResult(mailbox=mailbox, outcomes=(Outcome.APPLIED,)))
 
-    def collect(self, wait_s: float = 0.0) -> list[Settled]:
+    def collect(self, wait_s: float = 0.0) -> list[PushResult]:
         answers, self._answers = self._answers, []
         return answers
 
@@ -183,12 +183,12 @@ class TellingServer(CountingServer):
 
     def push(self, *, mailbox: int, versions: Sequence[int], **about: Any) -> None:
         self._story.tell("pushed", int(about["loss"]))
-        self._answers.append(Settled(mailbox=mailbox, outcomes=(Outcome.APPLIED,)))
+        self._answers.append(PushResult(mailbox=mailbox, outcomes=(Outcome.APPLIED,)))
 
-    def collect(self, wait_s: float = 0.0) -> list[Settled]:
+    def collect(self, wait_s: float = 0.0) -> list[PushResult]:
         return []
 
-    def wait(self) -> list[Settled]:
+    def wait(self) -> list[PushResult]:
         assert self._answers, "waits for an answer to a push that it keeps back"
         return super().collect()
 

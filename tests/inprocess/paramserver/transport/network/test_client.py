@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from downpour.paramserver.access import Access
-from downpour.paramserver.client import ParameterClient, Settled
+from downpour.paramserver.client import ParameterClient, PushResult
 from downpour.paramserver.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -147,7 +147,7 @@ def test_several_pulls_at_a_time_arrive_where_they_belong(two: Networked, driven
             assert version > mailbox, "a pull sees the pushes that were sent before it"
             own = slice(part.start, part.stop)
             assert np.array_equal(weights[own], -0.5 * totals[version][own].numpy())
-    settled: list[Settled] = []
+    settled: list[PushResult] = []
     while len(settled) < 4:
         settled += client.wait()
     assert {s.outcomes for s in settled} == {(Outcome.APPLIED,) * 2}
