@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
 from downpour.cluster.controller.backend import Backend, PendingCall
 from downpour.cluster.controller.state import RunState
@@ -26,7 +27,7 @@ TURN_S = 0.25
 """Something may be due after so long, even if no call is answered."""
 
 
-class Listener(Protocol):
+class RunListener(Protocol):
     """Looks on at a run. It may read the state, and must not change it."""
 
     def note(self, note: do.Note, state: RunState, now: float) -> None:
@@ -47,7 +48,7 @@ class Controller:
         backend: Backend,
         folder: RunFolder,
         store: CheckpointStore,
-        listener: Listener,
+        listener: RunListener,
         resumed: Checkpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         began_s: float | None = None,
@@ -75,7 +76,7 @@ class Controller:
         self._stop_requested: str | None = None
         self._pending: dict[PendingCall, do.Call] = {}
         """What the backend has been asked and has not answered yet."""
-        self._events: deque[do.Event] = deque()
+        self._events: deque[events.Event] = deque()
         """Events that have yet to be handed in."""
         self.state = RunState(
             config=config,
@@ -99,14 +100,14 @@ class Controller:
         """Why the run was asked to stop, if it was."""
         return self.state.stop_reason
 
-    def run(self) -> do.Outcome:
+    def run(self) -> do.RunOutcome:
         """Train until every epoch is complete, the run has arrived, or it is asked to stop.
 
         Raises:
             RunFailed: the run cannot go on by itself.
             Exception: an error of the user's that an actor met.
         """
-        self._events.append(do.Begin())
+        self._events.append(events.Begin())
         while True:
             outcome = self._hand_in_all()
             if outcome is not None:
@@ -115,14 +116,14 @@ class Controller:
             for done in self._backend.wait(list(self._pending), TURN_S):
                 call = self._pending.pop(done.call)
                 if done.error is None:
-                    self._events.append(do.Answered(call=call, value=done.value))
+                    self._events.append(events.Answered(call=call, value=done.value))
                 else:
-                    self._events.append(do.Failed(call=call, error=done.error))
+                    self._events.append(events.Failed(call=call, error=done.error))
             if self._stop_requested is not None:
-                self._events.append(do.StopRequested(reason=self._stop_requested))
-            self._events.append(do.Tick())
+                self._events.append(events.StopRequested(reason=self._stop_requested))
+            self._events.append(events.Tick())
 
-    def _hand_in_all(self) -> do.Outcome | None:
+    def _hand_in_all(self) -> do.RunOutcome | None:
         """Hand all events in, and carry out what comes of them, until nothing more does."""
         while self._events:
             event, now = self._events.popleft(), self._clock()
@@ -160,7 +161,7 @@ class Controller:
             case do.RunWindow() as call:
                 self._expect(call, backend.run_window(call.replica, call.lease))
             case do.ReplaceShufflers() as call:
-                self._events.append(do.Answered(call=call, value=backend.replace_shufflers()))
+                self._events.append(events.Answered(call=call, value=backend.replace_shufflers()))
             case do.StartEvaluator() as call:
                 self._expect(call, backend.start_evaluator())
             case do.ReconnectEvaluator() as call:
@@ -193,9 +194,9 @@ class Controller:
     def _try(self, call: do.Call, work: Callable[..., Any], *arguments: object) -> None:
         """Do what is done at once, and fails if the disk is full or gone."""
         try:
-            self._events.append(do.Answered(call=call, value=work(*arguments)))
+            self._events.append(events.Answered(call=call, value=work(*arguments)))
         except OSError as error:
-            self._events.append(do.Failed(call=call, error=error))
+            self._events.append(events.Failed(call=call, error=error))
 
     def _start_partition(self, call: do.StartPartition) -> None:
         checkpoint = self._resumed
@@ -221,6 +222,6 @@ class Controller:
     def _read_requests(self) -> None:
         wanted = self._folder.replicas_asked_for()
         if wanted is not None:
-            self._events.append(do.ReplicasRequested(replicas=wanted))
+            self._events.append(events.ReplicasRequested(replicas=wanted))
         if self._folder.stop_requested():
-            self._events.append(do.StopRequested(reason=ASKED))
+            self._events.append(events.StopRequested(reason=ASKED))

@@ -1,15 +1,14 @@
-"""What goes into the run's state and what comes out of it: events and instructions.
+"""What comes out of the run's state: instructions, which the controller carries out.
 
-`RunState.handle(event, now)` returns instructions. The controller carries them out. An instruction
-that is a *call* is answered by one `Answered` or `Failed`, at once or later. All of it is plain
-frozen data.
+An instruction that is a *call* is answered by one event, `Answered` or `Failed`, at once or later.
+All of it is plain frozen data. What goes in is in `events`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.run.checkpoint import Checkpoint
@@ -241,7 +240,7 @@ Note = Tell | WindowTrained | AllReported | WeightsScored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunOutcome:
     """How the controller's part of a run ended."""
 
     finished: bool
@@ -284,7 +283,7 @@ class Outcome:
 class Finish:
     """Return from the run with its outcome."""
 
-    outcome: Outcome
+    outcome: RunOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,48 +306,3 @@ Instruction = (
     | Finish
     | GiveUp
 )
-
-# Events
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begin:
-    """The session begins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tick:
-    """Time has passed, or all events of one moment have been handed in: do what is due."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopRequested:
-    """Somebody asks for a checkpoint and an end."""
-
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplicasRequested:
-    """Somebody asks for another number of replicas."""
-
-    replicas: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """A call has been answered."""
-
-    call: Call
-    value: Any = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failed:
-    """A call has failed, by one of the exceptions in `backend` or by another one."""
-
-    call: Call
-    error: Exception
-
-
-Event = Begin | Tick | StopRequested | ReplicasRequested | Answered | Failed

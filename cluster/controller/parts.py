@@ -106,7 +106,7 @@ class RunParts:
         self.exactly_once = False
         """At the end of a finished run: every partition covers every mini-batch, each once."""
         self.unfinished_epochs: dict[int, int] = {}
-        """At the end of a run that ends early: see `Outcome`."""
+        """At the end of a run that ends early: see `RunOutcome`."""
         self.ended: Ended | None = None
         """Why the run ends early, once it does."""
         self.early_stopping = early_stopping or EarlyStopping(

@@ -8,17 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.controller.backend import PartitionLost, ShufflerLost, WriteFailed
+from downpour.cluster.controller.events import Answered, Failed
 from downpour.cluster.controller.failure_policy import Cause, Failure
 from downpour.cluster.controller.failures import GaveUp
 from downpour.cluster.controller.instructions import (
     AllReported,
-    Answered,
     AskFlags,
     AskReport,
     BeginCheckpoint,
     CommitCheckpoint,
     Evaluate,
-    Failed,
     PartitionCall,
     Promote,
     PruneCheckpoints,

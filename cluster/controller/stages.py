@@ -10,8 +10,8 @@ from downpour.cluster.controller import partitions
 from downpour.cluster.controller.instructions import (
     Finish,
     MakeSpares,
-    Outcome,
     ReadRequests,
+    RunOutcome,
     RunWindow,
     Tell,
 )
@@ -180,10 +180,10 @@ def _verify(run: RunParts, now: float) -> None:
         run.partitions.ask_all_flags("last flags", _all_epochs(run), give_up_s=_give_up_s(now))
 
 
-def _outcome(run: RunParts, now: float) -> Outcome:
+def _outcome(run: RunParts, now: float) -> RunOutcome:
     restarts = run.failures.policy.restarts
     ready_s = run.all_replicas_s
-    return Outcome(
+    return RunOutcome(
         finished=run.finished,
         ended=run.ended or Ended(),
         reached=run.early_stopping.reached,

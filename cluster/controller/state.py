@@ -9,19 +9,21 @@ carries the instructions out.
 
 from __future__ import annotations
 
-from downpour.cluster.controller.failures import GaveUp
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.events import (
     Answered,
     Begin,
     Event,
     Failed,
+    ReplicasRequested,
+    StopRequested,
+    Tick,
+)
+from downpour.cluster.controller.failures import GaveUp
+from downpour.cluster.controller.instructions import (
     Finish,
     GiveUp,
     Instruction,
-    ReplicasRequested,
-    StopRequested,
     Tell,
-    Tick,
 )
 from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.controller.reactions import answered, failed

@@ -1,6 +1,6 @@
 """What people and files are told of a run: progress, metrics, status, events.
 
-Telemetry only looks on (it is a `Listener` of the controller). It reads the run's state, is told
+Telemetry only looks on (it is a `RunListener` of the controller). It reads the run's state, is told
 what happens, and makes rates, percentiles and sums of that. Nothing is decided from what it holds.
 """
 
@@ -80,11 +80,11 @@ class Telemetry:
         """What the evaluator has said of its BN statistics."""
 
     def look(self, run: RunParts, now: float) -> None:
-        """See `Listener`: show people where the run stands."""
+        """See `RunListener`: show people where the run stands."""
         self._show(self.progress(run, now))
 
     def note(self, note: Note, run: RunParts, now: float) -> None:
-        """See `Listener`: tell people and files what has happened."""
+        """See `RunListener`: tell people and files what has happened."""
         match note:
             case Tell():
                 self._tell(note.text)

@@ -35,7 +35,7 @@ from downpour.paramserver.messages import KEY_BYTES
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
-    from downpour.cluster.controller.instructions import Outcome
+    from downpour.cluster.controller.instructions import RunOutcome
     from downpour.cluster.monitoring.observation import Sink
     from downpour.cluster.ray_backend.nodes import Nodes
 
@@ -156,7 +156,7 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
 
 def _train_on_ray(
     session: _Session, show: Show, address: str | None, dashboard: bool
-) -> tuple[Outcome, str | None]:
+) -> tuple[RunOutcome, str | None]:
     """Start Ray and train; gives what came out, and why it stopped if it did."""
     session.phase(show, "starting Ray")
     # Importing PyTorch takes as long as half of Ray's start, which mostly waits. It begins once Ray
@@ -213,7 +213,7 @@ def _resolve(session: _Session, model: Model, show: Show) -> tuple[RunSpecs, Nod
 
 def _control(
     session: _Session, model: Model, specs: RunSpecs, nodes: Nodes, show: Show
-) -> tuple[Outcome, str | None]:
+) -> tuple[RunOutcome, str | None]:
     """Start the actors and train; gives what came out, and why it stopped if it did."""
     from downpour.cluster.controller.controller import Controller
     from downpour.cluster.monitoring.telemetry import Telemetry

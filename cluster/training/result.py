@@ -17,13 +17,13 @@ from downpour.cluster.monitoring.telemetry import merged_staleness
 from downpour.cluster.run.folder import RESULT, STATUS, RunFolder
 
 if TYPE_CHECKING:
-    from downpour.cluster.controller.instructions import Outcome
+    from downpour.cluster.controller.instructions import RunOutcome
 
 
 SKIPPED_SHOWN = 5
 
 
-def stopped(folder: RunFolder, reason: str, outcome: Outcome, console: Any) -> int:
+def stopped(folder: RunFolder, reason: str, outcome: RunOutcome, console: Any) -> int:
     """Note why the run of `folder` stopped, and say so; returns the exit status."""
     from downpour.cluster.controller.controller import ASKED
 
@@ -39,7 +39,7 @@ def stopped(folder: RunFolder, reason: str, outcome: Outcome, console: Any) -> i
 
 
 def conclude(
-    folder: RunFolder, config: RunConfig, outcome: Outcome, began_at: float, console: Any
+    folder: RunFolder, config: RunConfig, outcome: RunOutcome, began_at: float, console: Any
 ) -> int:
     """Write what a finished run leaves, and show it; returns the exit status."""
     result = make_result(folder, config, outcome, began_at)
@@ -59,7 +59,7 @@ def conclude(
 
 
 def make_result(
-    folder: RunFolder, config: RunConfig, outcome: Outcome, began_at: float
+    folder: RunFolder, config: RunConfig, outcome: RunOutcome, began_at: float
 ) -> dict[str, Any]:
     """What came out of a finished run, for `result.json`."""
     reports = outcome.reports

@@ -11,7 +11,7 @@ import torch
 from downpour.cluster.config.derive import make_plan
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.controller import Controller
-from downpour.cluster.controller.instructions import Outcome
+from downpour.cluster.controller.instructions import RunOutcome
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.monitoring.telemetry import Telemetry
@@ -50,7 +50,9 @@ class Run:
             resumed=self.resumed,
         )
 
-    def go(self, on_window: Callable[[ThreadBackend, int, Lease], None] | None = None) -> Outcome:
+    def go(
+        self, on_window: Callable[[ThreadBackend, int, Lease], None] | None = None
+    ) -> RunOutcome:
         self.backend.on_window = on_window
         try:
             return self.controller.run()
@@ -64,7 +66,7 @@ class Run:
             self.weights = torch.cat(parts)
             self.backend.stop()
 
-    def assert_exactly_once(self, outcome: Outcome) -> None:
+    def assert_exactly_once(self, outcome: RunOutcome) -> None:
         """From the applied sets, and not from anything that the controller says."""
         total = self.config.policy.epochs * self.plan.num_batches
         assert outcome.finished
@@ -88,7 +90,7 @@ def recorded(folder: Path, config: RunConfig, *, resume: bool = False) -> Run:
 
 def killed_stopped_and_resumed(
     folder: Path, config: RunConfig, *, deaths: Mapping[int, int], stop_at: int
-) -> Outcome:
+) -> RunOutcome:
     """A recorded run whose partitions died, that was stopped and, resumed, came to its end.
 
     `deaths` are partitions by the lease from which on they are killed; `stop_at` is a lease, too.
@@ -115,7 +117,7 @@ def replay(folder: Path, taken: Taken = lambda *_: None) -> Replayed:
     return replay_run(RunFolder.open(folder), lambda done, total: None, lambda line: None, taken)
 
 
-def assert_replays_to_the_bit(folder: Path, outcome: Outcome) -> None:
+def assert_replays_to_the_bit(folder: Path, outcome: RunOutcome) -> None:
     found = replay(folder)
     assert found.differing == ()
     assert found.versions == tuple(r.version for r in outcome.reports)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
 from downpour.cluster.controller.backend import PartitionLost, ProcessLost, ShufflerLost
 from downpour.cluster.controller.state import RunState
@@ -119,7 +120,7 @@ class World:
 
     # Handing in
 
-    def hand_in(self, event: do.Event) -> None:
+    def hand_in(self, event: events.Event) -> None:
         for instruction in self.state.handle(event, self.now):
             if isinstance(instruction, do.Call):
                 self.pending.append(instruction)
@@ -135,10 +136,10 @@ class World:
 
     def tick(self, seconds: float = 0.0) -> None:
         self.now += seconds
-        self.hand_in(do.Tick())
+        self.hand_in(events.Tick())
 
     def begin(self) -> None:
-        self.hand_in(do.Begin())
+        self.hand_in(events.Begin())
 
     # Looking
 
@@ -157,7 +158,7 @@ class World:
         return "\n".join(news.text for news in self.taken(do.Tell))
 
     @property
-    def outcome(self) -> do.Outcome | None:
+    def outcome(self) -> do.RunOutcome | None:
         return next((g.outcome for g in self.given if isinstance(g, do.Finish)), None)
 
     @property
@@ -171,7 +172,7 @@ class World:
 
     def fail(self, call: do.Call, error: Exception) -> None:
         self.pending.remove(call)
-        self.hand_in(do.Failed(call=call, error=error))
+        self.hand_in(events.Failed(call=call, error=error))
 
     def answer(self, call: do.Call) -> None:
         """Do what a call asks for, and answer it."""
@@ -179,9 +180,9 @@ class World:
         try:
             value = self._done(call)
         except (PartitionLost, ProcessLost, ShufflerLost) as error:
-            self.hand_in(do.Failed(call=call, error=error))
+            self.hand_in(events.Failed(call=call, error=error))
         else:
-            self.hand_in(do.Answered(call=call, value=value))
+            self.hand_in(events.Answered(call=call, value=value))
 
     def answer_all(self, kind: type[Any] = object) -> None:
         """Answer all calls of a kind, and those that follow, in their order."""
@@ -357,3 +358,7 @@ class World:
             self.answer(self.rng.choice(self.pending))
         else:
             self.tick(self.rng.random())
+
+
+Made = Callable[..., World]
+"""Makes a run."""

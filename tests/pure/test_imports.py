@@ -175,6 +175,7 @@ CONTROLLER = (
     {"partitions"},
     {"followers"},
     {"failures"},
+    {"events"},
     {"instructions"},
     {"leases.manager", "backend"},
     {"leases.book", "leases.warm_start"},

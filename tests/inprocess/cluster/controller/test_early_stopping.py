@@ -20,7 +20,7 @@ from rich.console import Console
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller import reactions
-from downpour.cluster.controller.instructions import Outcome
+from downpour.cluster.controller.instructions import RunOutcome
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.run.folder import BEST, MODEL, RESULT
@@ -47,7 +47,7 @@ def config(data: str, **policy: Any) -> RunConfig:
     return dataclasses.replace(config, policy=often)
 
 
-def assert_what_was_trained_was_trained_once(run: Run, outcome: Outcome) -> None:
+def assert_what_was_trained_was_trained_once(run: Run, outcome: RunOutcome) -> None:
     """From the applied sets, and not from anything that the controller says."""
     assert outcome.finished
     assert outcome.exactly_once
