@@ -109,8 +109,8 @@ class ImmediateCombiner:
     ) -> None:
         """Apply a push to the weights of `version`."""
         vectors = self._vectors
-        vectors.config.regulariser.clip(gradient, push.gradient_norm)
-        vectors.step(gradient, moments, rate, into)
+        vectors.config.regulariser.clip(gradient, push.gradient_norm, len(push.batches))
+        vectors.step(gradient, moments, rate, into, len(push.batches))
 
     def close_round(self, into: Place | None) -> None:
         """There are no rounds."""
@@ -177,7 +177,7 @@ class CompensatedCombiner(ImmediateCombiner):
         into: Version,
     ) -> None:
         vectors = self._vectors
-        vectors.config.regulariser.clip(gradient, push.gradient_norm)
+        vectors.config.regulariser.clip(gradient, push.gradient_norm, len(push.batches))
         self._compensation.apply(
             gradient,
             vectors.current.weights,
@@ -186,7 +186,7 @@ class CompensatedCombiner(ImmediateCombiner):
             self._scratch,
             len(push.batches),
         )
-        vectors.step(gradient, moments, rate, into)
+        vectors.step(gradient, moments, rate, into, len(push.batches))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Combiner`. Of earlier versions a snapshot has nothing."""

@@ -71,7 +71,12 @@ class Vectors:
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
 
     def step(
-        self, gradient: Tensor, moments: Sequence[Tensor] | Tensor, rate: float, into: Version
+        self,
+        gradient: Tensor,
+        moments: Sequence[Tensor] | Tensor,
+        rate: float,
+        into: Version,
+        batches: int = 1,
     ) -> None:
         """Weight decay, the rule, and the BN statistics; `into` becomes the latest version.
 
@@ -80,9 +85,10 @@ class Vectors:
             moments: Of each mini-batch, float32 [3, f].
             rate: The learning rate.
             into: Where to write the new version; may be the latest one itself.
+            batches: Mini-batches whose gradients `gradient` is the sum of.
         """
         config, current = self.config, self.current
-        config.regulariser.decay(gradient, current.weights, self.partition.num_decayed)
+        config.regulariser.decay(gradient, current.weights, self.partition.num_decayed, batches)
         config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
         if self.partition.num_features:
             source = current.statistics

@@ -226,20 +226,25 @@ class Regulariser:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise BadConfiguration(f"clip norm is {self.clip_norm}: give more than 0, or none")
 
-    def apply(self, gradient: Tensor, weights: Tensor, num_decayed: int, norm: float) -> None:
-        """Change `gradient` in place. `norm` is the whole one's, as its replica measured it."""
-        self.clip(gradient, norm)
-        self.decay(gradient, weights, num_decayed)
+    def apply(
+        self, gradient: Tensor, weights: Tensor, num_decayed: int, norm: float, batches: int = 1
+    ) -> None:
+        """Change `gradient`, the sum of so many mini-batches' gradients, in place.
 
-    def clip(self, gradient: Tensor, norm: float) -> None:
-        """The first half: no longer than `clip_norm`."""
-        if self.clip_norm is not None and norm > self.clip_norm:
-            gradient.mul_(self.clip_norm / norm)
+        `norm` is that of the whole sum, over all partitions, as its replica measured it.
+        """
+        self.clip(gradient, norm, batches)
+        self.decay(gradient, weights, num_decayed, batches)
 
-    def decay(self, gradient: Tensor, weights: Tensor, num_decayed: int) -> None:
-        """The second half: L2."""
+    def clip(self, gradient: Tensor, norm: float, batches: int = 1) -> None:
+        """The first half: the mean over the mini-batches is no longer than `clip_norm`."""
+        if self.clip_norm is not None and norm > batches * self.clip_norm:
+            gradient.mul_(batches * self.clip_norm / norm)
+
+    def decay(self, gradient: Tensor, weights: Tensor, num_decayed: int, batches: int = 1) -> None:
+        """The second half: L2, for each of the mini-batches."""
         if self.weight_decay and num_decayed:
-            gradient[:num_decayed].add_(weights[:num_decayed], alpha=self.weight_decay)
+            gradient[:num_decayed].add_(weights[:num_decayed], alpha=batches * self.weight_decay)
 
 
 def check_fraction(name: str, value: float) -> None:

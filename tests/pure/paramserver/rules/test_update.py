@@ -279,3 +279,22 @@ def test_make_rule_passes_momentum_where_it_belongs() -> None:
     assert make_rule("nesterov", 0.7) == Nesterov(momentum=0.7)
     assert make_rule("sgd", 0.7) == SGD()
     assert make_rule("adagrad", 0.7) == Adagrad()
+
+
+def test_a_push_of_several_mini_batches_decays_and_is_clipped_for_each() -> None:
+    """64 mini-batches of zero gradient leave the same weight, whatever a push adds up."""
+    left = []
+    for batches in (1, 4, 16):
+        weights = torch.ones(2)
+        regulariser = Regulariser(weight_decay=1e-3)
+        for _ in range(64 // batches):
+            gradient = torch.zeros(2)
+            regulariser.apply(gradient, weights, 1, 0.0, batches)
+            weights -= 0.1 * gradient
+        left.append(weights[0].item())
+        assert weights[1] == 1
+    assert left == pytest.approx([left[0]] * 3, abs=1e-4)
+    # The mean of 4 gradients is bounded, not their sum.
+    gradient = torch.tensor([6.0, 8.0])
+    Regulariser(clip_norm=2.0).clip(gradient, 10.0, batches=4)
+    torch.testing.assert_close(gradient, torch.tensor([4.8, 6.4]))
