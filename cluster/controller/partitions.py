@@ -25,6 +25,7 @@ from downpour.cluster.controller.instructions import (
 from downpour.cluster.controller.leases.manager import Census
 
 if TYPE_CHECKING:
+    from downpour.cluster.run.early_stopping import Point
     from downpour.paramserver.actor import PartitionReport
 
 REPORT_EVERY_S = 1.0
@@ -95,6 +96,8 @@ class Partitions:
         self.members = [PartitionMember(index=i) for i in range(num_partitions)]
         self.reports: dict[int, PartitionReport] = {}
         """The newest report of each."""
+        self.points: dict[int, tuple[Point, Point]] = {}
+        """Of each: where it was at its last report but one, and at its last."""
         self.first_update_at: float | None = None
         """Unix time of this session's first update, as far as is known."""
         self.inquiries: dict[int, Inquiry] = {}
@@ -215,6 +218,11 @@ class Partitions:
     def note_report(self, report: PartitionReport) -> None:
         """Keep a report as the newest of its partition."""
         self.reports[report.index] = report
+        last = self.points.get(report.index, ((0, 0), (0, 0)))[1]
+        if report.version < last[0]:  # it has gone back in time
+            last = (0, 0)
+        if report.version > last[0]:
+            self.points[report.index] = (last, (report.version, report.examples))
         # A partition that starts again forgets its first update, and all of them may.
         seen = [at for at in (self.first_update_at, report.first_update_at) if at is not None]
         self.first_update_at = min(seen, default=None)

@@ -22,7 +22,7 @@ from downpour.cluster.controller.leases.warm_start import WarmStart
 from downpour.cluster.controller.partitions import Partitions
 from downpour.cluster.controller.replica_processes import ReplicaProcesses
 from downpour.cluster.run.checkpoint import Checkpoint
-from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring
+from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring, examples_at
 from downpour.shuffler.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -192,15 +192,12 @@ class RunParts:
     def scoring(self, evaluation: Evaluation, now: float) -> Scoring:
         """Return what the weights that have just been scored had cost when they were pulled.
 
-        Partitions tell their examples once a second. Between two reports the examples are taken to
-        grow with the versions.
+        Partitions tell their examples once a second; see `examples_at`.
         """
         version = min(evaluation.versions)
-        reports = self.partitions.latest_reports
-        slowest = min(reports, key=lambda r: r.version, default=None)
-        examples = version * self._plan.batch_size * self._batches_per_push
-        if slowest is not None and slowest.version:
-            examples = round(version * slowest.examples / slowest.version)
+        points = self.partitions.points.get(evaluation.versions.index(version), ((0, 0), (0, 0)))
+        per_update = self._plan.batch_size * self._batches_per_push
+        examples = examples_at(version, *points, per_update)
         return Scoring(
             accuracy=evaluation.score.accuracy,
             training_s=round(max(0.0, self.training_s(now) - evaluation.wall_s), 3),

@@ -19,6 +19,9 @@ from downpour.cluster.config.policy import PolicyConfig
 MILESTONES = (0.9, 0.95, 0.97, 0.975, 0.98, 0.99)
 """Accuracies of which a result says when they were first reached."""
 
+Point = tuple[int, int]
+"""A version, and the examples applied by then."""
+
 EndedBy = Literal["epochs", "accuracy", "patience"]
 
 
@@ -97,3 +100,20 @@ class EarlyStopping:
             "reached": self.reached,
             "training_s": round(training_s, 3),
         }
+
+
+def examples_at(version: int, before: Point, after: Point, examples_per_update: int) -> int:
+    """Return about how many examples were applied when a partition had `version`.
+
+    Between two reports and beyond them, examples are taken to grow evenly with versions; how many
+    an update brings changes as steps are computed together.
+
+    Args:
+        version: of the weights in question.
+        before: what a report says, or (0, 0).
+        after: what a later report says, or the same as `before`.
+        examples_per_update: what to take if the two reports have one version.
+    """
+    updates = after[0] - before[0]
+    slope = (after[1] - before[1]) / updates if updates > 0 else examples_per_update
+    return max(0, round(after[1] + (version - after[0]) * slope))

@@ -24,10 +24,10 @@ from downpour.workers.spec import ModelSpec
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Inputs [m, ...] and int64 targets [m]."""
-PRECISION = 0.015
+PRECISION = 0.01
 """The standard error at which an estimate of population statistics is good enough: the root mean
 square, over features, of how far normalized values are expected to be off, in standard deviations.
-About 210 mini-batches of 32 independent normal values; about 100 of section 4.1's net."""
+About 470 mini-batches of 32 independent normal values; about 200 of section 4.1's net."""
 LEAST_BATCHES = 16
 """Fewer mini-batches do not tell how much they vary."""
 

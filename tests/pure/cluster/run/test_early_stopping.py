@@ -7,7 +7,7 @@ import json
 import pytest
 
 from downpour.cluster.config.policy import PolicyConfig
-from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring
+from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring, examples_at
 
 
 def scoring(accuracy: float, training_s: float = 1.0) -> Scoring:
@@ -77,3 +77,19 @@ def test_what_cannot_be_meant_is_refused_with_a_remedy(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         PolicyConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("version", "before", "after", "examples"),
+    [
+        (5, (0, 0), (0, 0), 80),  # nothing is known yet
+        (5, (0, 0), (10, 160), 80),
+        (15, (10, 160), (20, 960), 560),  # steps are computed together from 10 on
+        (30, (10, 160), (20, 960), 1760),
+        (0, (10, 160), (20, 960), 0),
+    ],
+)
+def test_examples_grow_evenly_with_versions(
+    version: int, before: tuple[int, int], after: tuple[int, int], examples: int
+) -> None:
+    assert examples_at(version, before, after, 16) == examples
