@@ -96,7 +96,7 @@ class PartitionActor:
         self._updates_before = server.call(lambda state: state.version)
         self._snapshots = threading.Lock()
         self._copies: dict[str, torch.Tensor] = {}
-        """Where snapshots are copied to."""
+        """Memory that snapshots are copied to."""
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""
@@ -104,7 +104,7 @@ class PartitionActor:
         return f"Partition {partition.index + 1} of {partition.num_partitions}"
 
     def endpoint(self) -> Endpoint:
-        """Where replicas reach this partition."""
+        """The endpoint for replicas."""
         return self._server.endpoint
 
     def report(self) -> PartitionReport:
@@ -140,7 +140,8 @@ class PartitionActor:
     def snapshot(self, folder_uri: str) -> SnapshotFile:
         """Write a snapshot into a folder; pushes wait only while the state is copied.
 
-        Raises `OSError` where it cannot be written.
+        Raises:
+            OSError: it cannot be written.
         """
         filesystem, folder = pyarrow.fs.FileSystem.from_uri(folder_uri)
         with self._snapshots:
@@ -176,7 +177,11 @@ class FollowerActor(PartitionActor):
         return f"Follower of partition {partition.index + 1} of {partition.num_partitions}"
 
     def promote(self) -> Endpoint:
-        """Be the partition; gives where replicas reach it. Raises `Fenced`."""
+        """Become the partition; gives the endpoint for replicas.
+
+        Raises:
+            Fenced: another process is the partition already.
+        """
         self._server.promote()
         return self._server.endpoint
 

@@ -106,7 +106,7 @@ class ReplicasActor:
 
         Apart from construction, so that processes start while the partitions do. A second time it
         drops the windows in hand and every old connection: a partition has been replaced, or a
-        connection to one was lost. Raises `ReplicaFailed` where the steps do not end.
+        connection to one was lost. Raises `ReplicaFailed` if the steps do not end.
         """
         self.stop()
         here = machine()

@@ -1,1 +1,1 @@
-"""What a run is told: its configuration, the options made of it, the recipes."""
+"""Configuration of a run, the command-line options made from it, recipes, and placement."""

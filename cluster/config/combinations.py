@@ -1,6 +1,6 @@
-"""Values of a run's configuration that are good by themselves and not together.
+"""Values of a run's configuration that are good by themselves, but not together.
 
-Each check names the values and the remedy in one line, and says why in a few words.
+Each check names the values and the remedy in one line, and says in a few words why.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from downpour.workers.config import ReplicaConfig
 
 
 def check(server: ServerConfig, replicas: ReplicaConfig, policy: PolicyConfig) -> None:
-    """Raise `ValueError` for what cannot go together."""
+    """Check values against each other.
+
+    Raises:
+        ValueError: two values cannot go together; the text names both and the remedy.
+    """
     name, steps = server.policy.staleness_policy, replicas.steps
     if name in ("bounded", "compensate") and steps.n_fetch != steps.n_push:
         raise ValueError(
@@ -54,7 +58,7 @@ def _check_device(replicas: ReplicaConfig, policy: PolicyConfig) -> None:
         )
     if steps.record_steps == "on":
         raise ValueError(
-            f"record steps is on, and replica device is {steps.device}, where steps are not "
+            f"record steps is on, and replica device is {steps.device}, where no step is "
             "recorded: give record steps auto, or replica device cpu"
         )
     if spares != "none":

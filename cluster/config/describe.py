@@ -1,4 +1,4 @@
-"""A recipe in full, for people: the network with its parameters counted, and every value."""
+"""A recipe in full: its network with all parameters counted, and every value."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def describe(config: RunConfig, console: Console) -> None:
 
 
 def parameters_by_part(layout: Layout) -> dict[str, int]:
-    """Parameters of each part of a network: of each stage, or of what its names begin with."""
+    """Parameters of each part of a network: of each stage, or by the first word of their names."""
     counts: Counter[str] = Counter()
     for entry in layout.entries:
         names = entry.name.split(".")
@@ -67,7 +67,7 @@ def parameters_by_part(layout: Layout) -> dict[str, int]:
 
 
 def _stage_order(layout: Layout) -> list[str]:
-    """Parts in the order in which the network has them: decayed and other entries are apart."""
+    """Parts in the order that the network has them; the layout puts decayed entries first."""
     parts = [
         ".".join(e.name.split(".")[: 2 if e.name.startswith("stages.") else 1])
         for e in layout.entries

@@ -2,9 +2,9 @@
 
 A configuration is a frozen keyword-only dataclass, possibly with others inside it, and a docstring
 under each field. `config_options` gives a click command one option for each field, whatever its
-depth; `apply` returns the recipe's configuration with just those fields replaced that were given
-on the command line. The fields themselves, their defaults and their checks (`__post_init__`) stay
-with the dataclasses; nothing about a value is said twice.
+depth. `apply` returns a configuration with just those fields replaced that the command line gave.
+Fields, defaults and checks (`__post_init__`) stay with the dataclasses. Not here: how fields become
+settings (`settings`).
 
     learning_rate: float          --learning-rate FLOAT
     num_epochs: int | None        --num-epochs INTEGER|none
@@ -14,9 +14,8 @@ with the dataclasses; nothing about a value is said twice.
     server: ServerConfig          the options of its fields
 
 A field opts out with `field(metadata={"cli": False})`, and takes another name on the command line
-with `field(metadata={"cli": "server-seed"})`. Two fields that would have the same option, and
-a type that has no form on the command line, are errors as soon as the options are derived, which
-is at import.
+with `field(metadata={"cli": "server-seed"})`. Two fields with one option, or a type that has no
+form on the command line, are errors at import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which node of the cluster each actor runs on. Decisions only: nothing here talks to Ray.
+"""Which node of the cluster each actor runs on. Pure decisions: nothing here talks to Ray.
 
     partitions  nodes labelled `downpour=partitions`, in turn; without any, the driver's node
     shufflers   nodes labelled `downpour=shufflers`, in turn; without any, the driver's node
@@ -6,9 +6,9 @@
                 every node
     evaluator   the driver's node
 
-That is what `auto` means; the configuration may name another label, a custom resource, `driver`
-or `any` for each. A node that dies drops out, and what ran there is placed anew on those left.
-Replicas that compute on GPUs are where Ray finds the share of one that each process is to have.
+That is what `auto` means. The configuration may name another label, a custom resource, `driver` or
+`any` for each role. If a node dies, what ran there is placed on the nodes that are left.
+Replicas that compute on GPUs run wherever Ray finds each process its share of a GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PlacementConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a node must have; with neither label nor resource, `where` says it all."""
+    """What a node must have: a label, a resource, or just what `where` says."""
 
     where: Literal["auto", "any", "driver", "marked"]
     label: tuple[str, str] | None = None
@@ -69,7 +69,11 @@ class Place:
 
     @classmethod
     def parse(cls, role: str, text: str) -> Place:
-        """Raises ValueError for a text that is none of the forms."""
+        """Read a place.
+
+        Raises:
+            ValueError: the text has none of the forms.
+        """
         if text in ("auto", "any", "driver"):
             return cls(where=text)  # type: ignore[arg-type]
         key, equals, value = text.partition("=")
@@ -110,7 +114,14 @@ def candidates(
 ) -> list[Node]:
     """The nodes that actors of `role` may run on, in a fixed order.
 
-    `driver` is the id of the driver's node. Raises `NoPlace` where there is none.
+    Args:
+        role: of the actors.
+        config: of the run.
+        nodes: that are alive.
+        driver: id of the driver's node.
+
+    Raises:
+        NoPlace: there is none.
     """
     place = config.place(role)
     ordered = sorted(nodes, key=lambda node: (node.address, node.id))
@@ -138,9 +149,10 @@ def candidates(
 
 
 def with_gpus(config: PlacementConfig, nodes: Sequence[Node], driver: str) -> list[Node]:
-    """The nodes whose GPUs replicas may compute on; without a place named, all that have one.
+    """The nodes whose GPUs replicas may compute on; `auto` takes all that have one.
 
-    Raises `NoPlace` where there is none.
+    Raises:
+        NoPlace: there is none.
     """
     place = config.place("replicas")
     if place.where == "auto":
@@ -162,7 +174,11 @@ def gpu_room(nodes: Sequence[Node], share: float) -> int:
 
 
 def check_gpu_room(num_processes: int, nodes: Sequence[Node], share: float) -> None:
-    """Raise `NoPlace` where there is no room for so many processes of replicas."""
+    """Check that the GPUs have room for so many processes of replicas.
+
+    Raises:
+        NoPlace: they have not.
+    """
     room = gpu_room(nodes, share)
     if num_processes > room:
         raise NoPlace(
@@ -173,9 +189,10 @@ def check_gpu_room(num_processes: int, nodes: Sequence[Node], share: float) -> N
 
 
 def disks(config: PlacementConfig, nodes: Sequence[Node], driver: str) -> list[Node]:
-    """The nodes on whose disks shards are looked for: those for shufflers, without labels any.
+    """The nodes on whose disks to look for shards: those for shufflers; without labels, any.
 
-    Raises `NoPlace` where there is none.
+    Raises:
+        NoPlace: there is none.
     """
     marked = any(node.labels.get(LABEL) == "shufflers" for node in nodes)
     if config.place("shufflers").where == "auto" and not marked:
@@ -210,7 +227,7 @@ def demand(
 ) -> list[tuple[Place, int]]:
     """Processors to ask an autoscaler for, by what their node must have.
 
-    For replicas `on_gpus` a share of a GPU goes with each, which says enough of their node.
+    Each of the replicas `on_gpus` also asks for a share of a GPU, which says enough of its node.
     """
     wanted = []
     for role, count in counts.items():

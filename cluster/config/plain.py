@@ -33,7 +33,11 @@ def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def from_plain(config_class: type[ConfigT], plain: Mapping[str, Any]) -> ConfigT:
-    """The configuration that `to_plain` gave. Unknown and missing names are one-line errors."""
+    """The configuration that `to_plain` gave. Values that are missing have their defaults.
+
+    Raises:
+        UserError: a name is unknown, or a value cannot be used.
+    """
     hints = typing.get_type_hints(config_class)
     names = {f.name for f in dataclasses.fields(typing.cast("Any", config_class))}
     unknown = set(plain) - names

@@ -21,7 +21,7 @@ class PolicyConfig:
     seed: int = 0
     """What every random stream of the run comes from."""
     evaluate_every_s: float = 5.0
-    """Seconds between two scorings of the evaluation split; longer where scoring is slow."""
+    """Seconds between two scorings of the evaluation split; longer if scoring is slow."""
     evaluation_share: float = 0.1
     """Largest share of the time that scoring may take."""
     bn_statistics: Literal["recomputed", "moving"] = "recomputed"

@@ -1,7 +1,7 @@
 """Recipes: complete configurations by name. Each is Python, and a line that says what it is.
 
-A recipe names every value in which it departs from the defaults; the command line may override
-any of them. A recipe of the user's own is a function that returns a `RunConfig`, and its name is
+A recipe names each value that differs from its default. The command line may override any value. A
+recipe of the user's own is a function that returns a `RunConfig`; its name is
 `package.module:function`.
 """
 
@@ -43,8 +43,8 @@ class Recipe:
 def mnist_bn() -> RunConfig:
     """Section 4.1's net with batch normalization, as section 4.2 trains: 10 x 5, batches of 32.
 
-    Rates and ramp are this project's: with 50 steps in flight the output layer's curvature bounds
-    the rate while the loss is high, which is what the warm start gets over.
+    Rates and ramp are this project's choice. With 50 steps in flight, the curvature of the output
+    layer bounds the rate while the loss is high; the warm start gets past that.
     """
     return RunConfig(
         recipe="mnist-bn",
@@ -67,7 +67,7 @@ def mnist_bn() -> RunConfig:
 
 
 def mnist() -> RunConfig:
-    """The same net without batch normalization, at a rate that it bears."""
+    """The same net without batch normalization, at a rate at which it still learns."""
     return RunConfig(
         recipe="mnist",
         model=ModelConfig(model="mnist", arguments={"batch_norm": False}, image=BINARY_MNIST),
@@ -206,7 +206,7 @@ def admit(config: RunConfig) -> RunConfig:
 
 
 def add_working_directory() -> None:
-    """Make modules of the working directory importable, here and in processes started later."""
+    """Make modules of the working directory importable, here and in processes that start later."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)

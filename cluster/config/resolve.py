@@ -179,10 +179,11 @@ def spread(num_replicas: int, num_processes: int) -> list[tuple[int, ...]]:
 
 
 def num_processes(config: ReplicaConfig, num_processors: int) -> int:
-    """How many processes the replicas are spread over; on GPUs, `num_processors` is their room.
+    """How many processes the replicas are spread over.
 
     Steps of small nets are bound by the processor, so more processes than processors only add
-    context switches, memory and time to start.
+    context switches, memory and time to start. On GPUs, `num_processors` is the number of processes
+    that the GPUs have room for.
     """
     if config.replicas_per_process is not None:
         return -(-config.replicas // config.replicas_per_process)
@@ -192,7 +193,7 @@ def num_processes(config: ReplicaConfig, num_processors: int) -> int:
 def num_threads(config: PolicyConfig, num_processes: int, num_processors: int) -> int:
     """How many threads each of so many processes of replicas computes a step on.
 
-    One where pushes are recorded: on several, matrix products round otherwise now and then while
-    the machine is busy, and a replay would find other bits.
+    It is one if pushes are recorded. On several threads, matrix products now and then round
+    otherwise while the machine is busy, and a replay would find other bits.
     """
     return 1 if config.record_pushes else max(1, num_processors // num_processes)

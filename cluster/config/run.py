@@ -20,7 +20,7 @@ from downpour.workers.config import ModelConfig, ReplicaConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything about a run except where its folder is and which cluster it runs on.
+    """Everything about a run except its folder and the cluster that it runs on.
 
     Raises:
         ValueError: two values that cannot go together; the text names both and the remedy.

@@ -1,4 +1,4 @@
-"""An actor's beginning and its end, whatever it is."""
+"""Starting and ending an actor of any class."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from typing import Any
 
 import ray
 
-from downpour.cluster.ray_backend.parent_death import leashed
+from downpour.cluster.ray_backend.parent_death import ending_with_parent
 
 
 def start(
     actor: type, max_concurrency: int, *arguments: Any, scheduling: Any, **options: Any
 ) -> Any:
-    """Start an actor of this class; does not wait for it. `options` are further ones of Ray's."""
+    """Start an actor; does not wait for it.
+
+    Args:
+        actor: its class.
+        max_concurrency: calls that it answers at a time.
+        arguments: of its constructor.
+        scheduling: Ray's scheduling strategy.
+        options: further options of Ray's.
+    """
     # Ray's overloads know neither the options of actors nor a class that is not spelled out.
     remote: Any = ray.remote
-    made = remote(leashed(actor)).options(
+    made = remote(ending_with_parent(actor)).options(
         num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling, **options
     )
     return made.remote(*arguments)
 
 
 def kill(actor: Any) -> None:
-    """End an actor, if there is one; one that is dead already is none of our business."""
+    """End an actor, if there is one. It may be dead already."""
     if actor is not None:
         with contextlib.suppress(Exception):
             ray.kill(actor)

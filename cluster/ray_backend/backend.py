@@ -1,7 +1,8 @@
-"""The backend on Ray: places actors, starts them, reaches them, and replaces those that die.
+"""The backend on Ray: places actors, starts them, calls them, and replaces those that die.
 
-No gradient passes through here: Ray carries windows of rows to the replicas, and calls that are
-made a few times a second at the most. Who decides is `controller`.
+No gradient passes through here. Ray carries windows of rows to the replicas, and calls that come a
+few times a second at the most. Not here: decisions (`cluster.controller`), nodes (`nodes`),
+shufflers (`shufflers`), and what Ray's exceptions mean (`translation`).
 """
 
 from __future__ import annotations
@@ -14,16 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-    TaskUnschedulableError,
-    WorkerCrashedError,
-)
 
 from downpour.cluster.config.resolve import RunSpecs
 from downpour.cluster.config.run import RunConfig
@@ -35,20 +26,18 @@ from downpour.cluster.controller.backend import (
     ProcessLost,
     RunFailed,
     ShufflerLost,
-    WriteFailed,
 )
 from downpour.cluster.controller.leases.book import Lease
-from downpour.cluster.errors import one_line, user_message
 from downpour.cluster.ray_backend.actors import kill, start
 from downpour.cluster.ray_backend.nodes import Nodes
 from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
+from downpour.cluster.ray_backend.translation import translated
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.cluster.run.provenance import write_about
 from downpour.paramserver.access import Access
 from downpour.paramserver.actor import FollowerActor, PartitionActor
 from downpour.paramserver.config import NetworkConfig
-from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
 from downpour.paramserver.spec import Origin, PartitionSpec, PartitionStart, Restore
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.network.security import Credentials, issue
@@ -61,16 +50,6 @@ PARTITION_CALLS = 4
 
 Parts = Sequence[tuple[Any, Any]]
 """Parts of a window that are being delivered, each with the shuffler that does it."""
-
-_LOST = (
-    ActorDiedError,
-    ActorUnavailableError,
-    RayActorError,
-    NodeDiedError,
-    ObjectLostError,
-    WorkerCrashedError,
-    TaskUnschedulableError,
-)
 
 
 class RayBackend:
@@ -127,7 +106,7 @@ class RayBackend:
         """Calls whose answer is the endpoint of a partition."""
 
     def endpoints(self) -> list[Endpoint]:
-        """Where the partitions are reached; all of them have been up."""
+        """The endpoints of all partitions, each of which has been up."""
         return [self._endpoints[i] for i in range(self.num_partitions)]
 
     def start_partition(self, index: int, checkpoint: Checkpoint | None) -> PendingCall:
@@ -188,9 +167,9 @@ class RayBackend:
         return len(self.processes) - 1
 
     def make_spares(self) -> None:
-        """Have a process ready for each kind that `--spares` wants, where all is on one node.
+        """Have a process ready for each kind that `--spares` asks for.
 
-        On several nodes a spare would have to be on each.
+        On several nodes this does nothing: each would need a spare of its own.
         """
         wanted = self._config.replicas.spares
         if self._nodes.several:
@@ -346,7 +325,7 @@ class RayBackend:
             for part, shuffler in parts:
                 if (failed := self._delivery_error(part, shuffler)) is not None:
                     return Done(call=call, error=failed)
-            return Done(call=call, error=_translated(error, lost, what))
+            return Done(call=call, error=translated(error, lost, what))
 
     def _delivery_error(self, part: Any, shuffler: Any) -> Exception | None:
         """Why a part of a window could not be delivered, if it was that."""
@@ -355,10 +334,10 @@ class RayBackend:
             if ready:
                 ray.get(part, timeout=START_DEADLINE_S)
         except Exception as error:
-            translated = _translated(error, ShufflerLost, "a shuffler")
-            if isinstance(translated, ShufflerLost):
+            failure = translated(error, ShufflerLost, "a shuffler")
+            if isinstance(failure, ShufflerLost):
                 self._shufflers.lost(shuffler)
-            return translated
+            return failure
         return None
 
 
@@ -370,33 +349,3 @@ def _network(config: NetworkConfig, spec: PartitionSpec) -> tuple[Access, Creden
     credentials = issue()
     access = dataclasses.replace(access, credentials=credentials.clients)
     return access, credentials.partitions
-
-
-def _translated(error: Exception, lost: type[Exception], what: str) -> Exception:
-    """One of our exceptions for one of Ray's."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        if isinstance(cause, ConnectionLost | DeadlineExceeded):
-            return PartitionLost(str(cause))
-        if isinstance(cause, _LOST):
-            return lost(f"{what} died")
-        if isinstance(cause, OSError) and user_message(cause) is None:
-            return WriteFailed(f"{what}: {one_line(cause)}")
-        return error
-    if isinstance(error, _LOST):
-        message = user_message(error)
-        if message is not None:
-            return RunFailed(message)
-        reason = _init_failure(error)
-        return reason if reason is not None else lost(f"{what} died")
-    return error
-
-
-def _init_failure(error: BaseException) -> Exception | None:
-    """The user's own error that kept an actor from starting, if it was that."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if (message := user_message(seen)) is not None:
-            return RunFailed(message)
-        seen = seen.__cause__ or getattr(seen, "cause", None)
-    return None

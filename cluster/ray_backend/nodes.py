@@ -1,6 +1,6 @@
-"""The nodes of the Ray cluster that this driver is connected to, and how to get an actor onto one.
+"""The nodes of the Ray cluster that this driver is connected to, and how an actor gets onto one.
 
-Who goes where is decided in `placement`; here the decision is carried out.
+Which actor goes to which node is decided in `config.placement`; here the decision is carried out.
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ RESOURCE_SHARE = 0.001
 
 
 class Nodes:
-    """Where actors of each role go. With a single node in the cluster, wherever Ray likes."""
+    """Places actors of each role. If the cluster has a single node, Ray does."""
 
     def __init__(self, config: PlacementConfig, gpu_share: float | None = None) -> None:
-        """`gpu_share` is of a GPU, for each process of replicas; None where they need none."""
+        """Look at nothing yet.
+
+        Args:
+            config: of the run.
+            gpu_share: share of a GPU for each process of replicas; None if they need none.
+        """
         self._config = config
         self._gpu_share = gpu_share
         self.driver: str = ray.get_runtime_context().get_node_id()
@@ -58,19 +63,27 @@ class Nodes:
         return self.count > 1
 
     def on(self, role: Role) -> list[Node]:
-        """The nodes for a role. Raises `NoPlace`."""
+        """The nodes for a role.
+
+        Raises:
+            NoPlace: there is none.
+        """
         if role == "replicas" and self._gpu_share is not None:
             return with_gpus(self._config, alive(), self.driver)
         return candidates(role, self._config, alive(), self.driver)
 
     def disks(self) -> list[Node]:
-        """The nodes on whose disks shards are looked for. Raises `NoPlace`."""
+        """The nodes on whose disks to look for shards.
+
+        Raises:
+            NoPlace: there is none.
+        """
         return disks(self._config, alive(), self.driver)
 
     def scheduling(self, role: Role, index: int) -> Any:
         """Ray's scheduling strategy for actor `index` of a role, by the nodes that are alive now.
 
-        Where none is left that the configuration asks for, Ray chooses among all.
+        If no node is left that the configuration asks for, Ray chooses among all.
         """
         if not self.several:
             return "DEFAULT"
@@ -81,10 +94,10 @@ class Nodes:
         return NodeAffinitySchedulingStrategy(node.id, soft=False)
 
     def options(self, role: Role, index: int) -> dict[str, Any]:
-        """Ray's options for actor `index` of a role: where it goes, and what it holds there.
+        """Ray's options for actor `index` of a role: its place, and what it takes there.
 
-        A share of a GPU is Ray's to find: it knows which are taken, and has an actor wait for one
-        that is not free yet.
+        Ray finds the share of a GPU: it knows which are taken, and lets an actor wait until one is
+        free.
         """
         if role != "replicas" or self._gpu_share is None:
             return {"scheduling": self.scheduling(role, index)}
@@ -128,9 +141,11 @@ class Nodes:
         num_shufflers: int,
         tell: Callable[[str], None],
     ) -> None:
-        """Ask an autoscaler for what the run needs and wait for it, if the configuration says so.
+        """Ask an autoscaler for the nodes that the run needs, and wait, if it is configured so.
 
-        Raises `RunFailed` when the time is up, and `NoPlace` at once where nothing is to come.
+        Raises:
+            RunFailed: the time is up.
+            NoPlace: a node is missing, and nothing is to be waited for.
         """
         counts: Mapping[Role, int] = {
             "partitions": num_partitions,
@@ -163,7 +178,7 @@ class Nodes:
             time.sleep(NODES_EVERY_S)
 
     def _wanted(self, counts: Mapping[Role, int]) -> list[tuple[Place, int, float]]:
-        """Processors by what their node must have, with the share of a GPU that goes with each."""
+        """Processors, by what their node must have, with the share of a GPU that each takes."""
         share, found = self._gpu_share or 0.0, []
         for role, count in counts.items():
             of_gpu = share if role == "replicas" else 0.0
@@ -191,7 +206,11 @@ class Nodes:
         return ", ".join(words)
 
     def check_folder(self, folder: Path) -> None:
-        """Raise `RunFailed` unless every node that writes to the run's folder has it, too."""
+        """Check that every node that writes to the run's folder sees it.
+
+        Raises:
+            RunFailed: one does not.
+        """
         if not self.several:
             return
         nodes = {node.id: node for role in ("partitions", "evaluator") for node in self.on(role)}
@@ -234,7 +253,7 @@ def alive() -> list[Node]:
 
 
 def request(bundles: list[dict[str, float]], selectors: list[dict[str, str]]) -> None:
-    """Ask the autoscaler, where there is one, to hold nodes for these bundles; none lets go."""
+    """Ask the autoscaler, if there is one, for nodes for these bundles; none gives them back."""
     from ray.autoscaler.sdk import request_resources
 
     if bundles:

@@ -34,23 +34,29 @@ SHUFFLER_CALLS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Post:
-    """What a shuffler does, and where."""
+    """Which rows a shuffler reads, and on which node."""
 
     share: int = 0
-    """Which of the shares of the rows is its own, with the data in one place."""
+    """The share of the rows that it reads, if the data is in one place."""
     node: str | None = None
-    """Its node's id, where it has to be on one."""
+    """Id of its node; None if it need not be on a certain one."""
     holding: Holding | None = None
-    """The shards that are its own, on that node's disk."""
+    """The shards that it reads from that node's disk."""
 
 
 class Shufflers:
     """The shufflers of one run."""
 
     def __init__(self, config: RunConfig, specs: Sequence[ShufflerSpec], nodes: Nodes) -> None:
-        """Start them; does not wait for them. Raises `RunFailed` where a shard is on no node.
+        """Start them; does not wait for them.
 
-        `specs` are those with the data in one place.
+        Args:
+            config: of the run.
+            specs: those with the data in one place.
+            nodes: of the cluster.
+
+        Raises:
+            RunFailed: no node has a certain shard.
         """
         self._config, self._specs, self._nodes = config, specs, nodes
         self._posts = self._find_posts()
@@ -68,8 +74,10 @@ class Shufflers:
     def replace(self) -> int:
         """Replace every shuffler that was lost; gives how many those were.
 
-        Where a node with shards is gone, those that other nodes have too become theirs. Raises
-        `RunFailed` where a shard is on none of the nodes left.
+        If a node with shards is gone, other nodes that have the same shards take over.
+
+        Raises:
+            RunFailed: none of the nodes left has a certain shard.
         """
         lost = [actor for actor in self._actors if actor in self._lost]
         self._lost.clear()
@@ -124,7 +132,7 @@ class Shufflers:
         return [_Post(node=id, holding=holding) for id, holding in holdings.items()]
 
     def _answer(self, call: Any, address: str) -> Sequence[str]:
-        """The shards that a node has; none where it is gone before it answers."""
+        """The shards that a node has; none if it is gone before it answers."""
         try:
             names: Sequence[str] = ray.get(call, timeout=SEE_DEADLINE_S)
         except RayTaskError as error:

@@ -1,8 +1,8 @@
-"""Spares: processes that wait to become an actor of a run with everything imported.
+"""Spares: processes that have everything imported, and wait to become an actor of a run.
 
-What keeps a new actor from its work is the import of PyTorch, a second and more of processor time.
-A spare has that behind it; what it is to be, it is told when somebody has died. Which spares there
-are is `ray_backend`'s; Ray is not imported here.
+A new actor first has to import PyTorch, which takes a second and more of processor time. A spare
+has done that. When an actor has died, a spare is told what it is to be. Not here: how many spares
+there are (`backend`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ ASSUME_DEADLINE_S = 60.0
 
 
 class _Spare:
-    """What both kinds have in common; comes before the actor's class among the bases.
+    """What both kinds have in common. It comes before the actor's class among the bases.
 
-    Calls may come from several threads, in any order.
+    Ray may call from several threads, in any order.
     """
 
     _kind: ClassVar[str]
 
     def __init__(self) -> None:
-        """Nothing but the imports, which are done by now."""
+        """Do nothing: the imports are done by now."""
         self._assumed: Future[None] = Future()
 
     def __repr__(self) -> str:

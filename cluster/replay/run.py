@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """What a replay showed."""
+    """What came out of a replay."""
 
     pushes: int
     """Entries of the record."""
     versions: tuple[int, ...]
-    """At the end, by partition."""
+    """Version of each partition at the end."""
     checkpoint: int | None
-    """Number of the checkpoint that it was compared with, if there is one."""
+    """Number of the checkpoint that it was compared with; None if there is none."""
     differing: tuple[str, ...]
-    """What is not the same to the bit, as lines."""
+    """What is not the same to the bit, a line each."""
 
 
 def replay_run(
@@ -46,7 +46,15 @@ def replay_run(
 ) -> Replayed:
     """Compute the run of `folder` again, and compare it with its newest checkpoint.
 
-    `taken` as in `Replay`.
+    Args:
+        folder: of a run that was trained with --record-pushes.
+        progress: gets the entries done and the entries in all.
+        say: gets a warning.
+        taken: as in `Replay`.
+
+    Raises:
+        UserError: the run has no record, or its data has changed.
+        BadRecord: something else comes out than what was recorded.
     """
     from downpour.cluster.config.recipes import admit
 
@@ -75,7 +83,7 @@ def replay_run(
     def seen(state: PartitionState) -> None:
         index = state.partition.index
         if checkpoint is not None and checkpoint.files[index].version == state.version in wanted:
-            states[index] = state.dump()[1]  # of the newest branch, where there are several
+            states[index] = state.dump()[1]  # if several branches have it, the newest is last
 
     replay = Replay(
         branches,

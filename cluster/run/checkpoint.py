@@ -1,9 +1,9 @@
 """Checkpoints: folders of partition snapshots, each complete once its manifest is there.
 
-`<base>/<number>/partition-*.safetensors` are written by the partitions, each by itself, while
-training goes on; `manifest.json`, with sizes and checksums, is written last and in one step. A
-folder without a manifest is an unfinished checkpoint: it is never loaded, and is removed by the
-next `prune`. Everything goes through pyarrow.fs, so the base may be a bucket.
+Each partition writes `<base>/<number>/partition-*.safetensors` by itself while training goes on.
+`manifest.json`, with sizes and checksums, is written last and in one step. A folder without a
+manifest is an unfinished checkpoint: it is never loaded, and the next `prune` removes it.
+Everything goes through pyarrow.fs, so the base may be a bucket.
 """
 
 from __future__ import annotations
@@ -53,7 +53,15 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, uri: str, num_partitions: int | None = None) -> None:
-        """Checkpoints under `uri`, which need not exist yet; only those of so many partitions."""
+        """Checkpoints under `uri`, which need not exist yet.
+
+        Args:
+            uri: as `pyarrow.fs` takes it.
+            num_partitions: checkpoints of another number are passed over; None takes any.
+
+        Raises:
+            UserError: no file system has such a URI.
+        """
         self._num_partitions = num_partitions
         try:
             self._filesystem, self._base = pyarrow.fs.FileSystem.from_uri(uri)
@@ -62,7 +70,7 @@ class CheckpointStore:
         self._uri = uri.rstrip("/")
 
     def folder_uri(self, number: int) -> str:
-        """Where the partitions write checkpoint `number`."""
+        """The folder that the partitions write checkpoint `number` to."""
         return f"{self._uri}/{number:06d}"
 
     def begin(self, number: int) -> str:
@@ -108,10 +116,10 @@ class CheckpointStore:
             self._filesystem.delete_dir(self._folder(number))
 
     def prune(self, keep_last: int, keep_best: int = 0) -> None:
-        """Remove finished checkpoints but the last `keep_last` and the `keep_best` most accurate
-        ones, and unfinished ones that are older than the last finished one.
+        """Remove old checkpoints; what cannot be removed is left to the next time.
 
-        What cannot be removed is left to the next time.
+        Of the finished ones, the last `keep_last` and the `keep_best` most accurate ones stay. An
+        unfinished one stays if it is newer than the last finished one.
         """
         numbers = self.numbers()
         finished = [n for n in numbers if self._has_manifest(n)]

@@ -1,4 +1,4 @@
-"""When a run has arrived: at the accuracy that was asked for, or where none gets better any more.
+"""When a run has arrived: at the accuracy asked for, or when no scoring is better any more.
 
 Here: what is remembered of a run's scorings, and the decision that follows from each. Pure. Not
 here: scoring itself (`workers.evaluation`) and ending the run (`cluster.controller`).

@@ -55,7 +55,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunFolder:
-        """Make the folder for a new run; a one-line error where that cannot be."""
+        """Make the folder of a new run.
+
+        Raises:
+            UserError: the folder holds a run or something else, or cannot be written.
+        """
         if (path / CONFIG).exists():
             held = cls.open(path).config().recipe
             other = "" if held == config.recipe else f", not of {config.recipe}"
@@ -78,7 +82,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The folder of a run that exists."""
+        """The folder of a run that exists.
+
+        Raises:
+            UserError: it is no run's folder.
+        """
         if not (path / CONFIG).is_file():
             raise UserError(
                 f"{path} is not a run folder: it has no {CONFIG}; `downpour status` lists runs"
@@ -86,7 +94,7 @@ class RunFolder:
         return cls(path)
 
     def discard_if_unused(self) -> None:
-        """Remove the folder where nothing was trained, so that a mistake leaves nothing behind."""
+        """Remove the folder if nothing was trained, so that a mistake leaves nothing behind."""
         if not {entry.name for entry in self.path.iterdir()} - {CONFIG, RESOLVED, DATA, ".lock"}:
             shutil.rmtree(self.path)
 
@@ -97,7 +105,7 @@ class RunFolder:
 
     @property
     def checkpoints_uri(self) -> str:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         elsewhere = self.config().policy.checkpoints
         if elsewhere is None:
             return (self.path / CHECKPOINTS).as_uri()
@@ -113,7 +121,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run, so that it cannot be trained twice at a time."""
+        """Hold the run, so that no other process trains it.
+
+        Raises:
+            UserError: another process holds it, or the folder cannot be written.
+        """
         try:
             fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -141,7 +153,10 @@ class RunFolder:
             return True
 
     def ask_for_replicas(self, replicas: int) -> None:
-        """Leave word for whoever trains the run, readable and writable by this user alone."""
+        """Ask the process that trains the run for another number of replicas.
+
+        The file is readable and writable by this user alone.
+        """
         partial = self.path / f".{CONTROL}.partial"
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "w") as file:
@@ -150,9 +165,9 @@ class RunFolder:
         os.replace(partial, self.path / CONTROL)
 
     def replicas_asked_for(self) -> int | None:
-        """Take the word that `ask_for_replicas` left; None where there is none that counts.
+        """Take what `ask_for_replicas` left; None if there is nothing.
 
-        It counts only if nobody but this user can have written it.
+        A file that somebody else can have written does not count.
         """
         try:
             fd = os.open(self.path / CONTROL, os.O_RDONLY | os.O_NOFOLLOW)
@@ -171,7 +186,11 @@ class RunFolder:
         return replicas if type(replicas) is int and 1 <= replicas <= MAX_REPLICAS else None
 
     def request_stop(self) -> None:
-        """Ask whoever trains the run to write a checkpoint and end."""
+        """Ask the process that trains the run to write a checkpoint and end.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         try:
             (self.path / STOP).touch()
         except OSError as error:
@@ -180,11 +199,11 @@ class RunFolder:
             ) from None
 
     def stop_requested(self) -> bool:
-        """Whether somebody has asked for that."""
+        """Whether somebody has asked for an end."""
         return (self.path / STOP).exists()
 
     def clear_stop(self) -> None:
-        """Forget that somebody has."""
+        """Forget that somebody has asked for an end."""
         (self.path / STOP).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -194,7 +213,11 @@ class RunFolder:
         os.replace(partial, self.path / name)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON file; a one-line error where it is damaged."""
+        """Read a JSON file.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
         path = self.path / name
         try:
             value = json.loads(path.read_text())

@@ -17,7 +17,7 @@ def write_about(folder: Path, *, threads: int) -> None:
 
 
 def surroundings() -> dict[str, str]:
-    """What the last bits of a sum may depend on."""
+    """What the last bits of a sum may depend on: version of PyTorch, machine, processor."""
     from importlib import metadata
 
     model = ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -64,6 +65,7 @@ def resume(
     replicas: int | None = None,
     partitions: int | None = None,
     device: DeviceName | None = None,
+    until: Mapping[str, float | int | None] | None = None,
     address: str | None = None,
     dashboard: bool = False,
 ) -> Path:
@@ -74,6 +76,8 @@ def resume(
         replicas: another number of replicas.
         partitions: another number of partitions.
         device: another device for the replicas, `"cpu"` or `"cuda"`.
+        until: other values of `stop_at_accuracy` and `patience`, by name; a value of None lets the
+            run go on to its last epoch.
         address: as for `train`.
         dashboard: as for `train`.
 
@@ -86,7 +90,9 @@ def resume(
     """
     folder = RunFolder.open(Path(run))
     data = inputs.check_data(recipes.admit(folder.config()))
-    change.change(folder, data, replicas=replicas, partitions=partitions, device=device)
+    change.change(
+        folder, data, replicas=replicas, partitions=partitions, device=device, until=until
+    )
     return _train(folder, data, resume=True, address=address, dashboard=dashboard)
 
 

@@ -1,4 +1,4 @@
-"""Having a run go on with other numbers: replicas, partitions, another device."""
+"""Changes to a run before it goes on: other numbers of replicas or partitions, another device."""
 
 from __future__ import annotations
 
@@ -25,10 +25,19 @@ def change(
     device: DeviceName | None = None,
     until: Mapping[str, float | int | None] | None = None,
 ) -> None:
-    """Have the run go on with other numbers of these, or on another device, where given.
+    """Write the changes into the run's folder. What is None stays.
 
-    `until` holds those of `stop_at_accuracy` and `patience` that are to be others; None ends the
-    run at its epochs only.
+    Args:
+        folder: the run's.
+        data: what `check_data` found.
+        replicas: another number of replicas.
+        partitions: another number of partitions; the newest checkpoint is cut anew.
+        device: another device for the replicas.
+        until: other values of `stop_at_accuracy` and `patience`, by name; a value of None lets the
+            run go on to its last epoch.
+
+    Raises:
+        UserError: the run cannot go on so.
     """
     config = recipes.admit(folder.config())
     members = config.replicas
@@ -51,7 +60,7 @@ def change(
 
 
 def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int) -> RunConfig:
-    """The newest checkpoint for another number of partitions, and the configuration with that."""
+    """Cut the newest checkpoint for another number of partitions; gives the configuration."""
     n_push = config.replicas.steps.n_push
     if n_push != 1 or config.policy.record_pushes:
         why = "its pushes are recorded" if config.policy.record_pushes else f"n push is {n_push}"

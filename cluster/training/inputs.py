@@ -1,4 +1,4 @@
-"""What a run is made of before Ray starts: its data opened and checked, its model built."""
+"""What a run needs before Ray starts: its data, opened and checked, and its network, built."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What opening the data tells."""
+    """What the data is."""
 
     plan: Plan
     fingerprint: str
     """Of the training split."""
     class_names: tuple[str, ...] = ()
-    """Names of the labels 0, 1, ...; empty where the data names none."""
+    """Names of the labels 0, 1, ...; empty if the data names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What building the model tells."""
+    """What the network is."""
 
     weights: npt.NDArray[np.float32]
     """Initial weights, float32 [P]."""
@@ -69,7 +69,11 @@ class Model:
 def check_data(config: RunConfig) -> Data:
     """Open both splits, decode a row of each, and lay out the plan.
 
-    Of training rows on nodes' own disks only the manifest is here; each node is asked later.
+    If training rows are on nodes' own disks, only their manifest is read; each node is asked later.
+
+    Raises:
+        DatasetError: a split cannot be read, or is damaged.
+        PlanError: the data has too few rows for the run.
     """
     _check_split(config, config.data.eval_split, Decoder(spec=config.model.input))
     train: Dataset | Inventory
@@ -104,7 +108,11 @@ def build_model(config: RunConfig) -> Model:
 
 
 def check_data_unchanged(folder: RunFolder, found: Data) -> None:
-    """A run is resumed on the rows that it began with, or mini-batches would not be the same."""
+    """Check that the rows are those that the run began with: else mini-batches would differ.
+
+    Raises:
+        UserError: they are not.
+    """
     if not (folder.path / DATA).exists():
         about = {"train_fingerprint": found.fingerprint, "class_names": list(found.class_names)}
         folder.write_json(DATA, about)
@@ -117,7 +125,9 @@ def check_data_unchanged(folder: RunFolder, found: Data) -> None:
 
 
 def loader(config: RunConfig, plan: Plan) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    """What gives the inputs and targets of a mini-batch, as replicas get them."""
+    """A function that gives the inputs and targets of mini-batch (epoch, batch), as replicas get
+    them.
+    """
     import torch
 
     dataset = Dataset.open(config.data.data, config.data.train_split)

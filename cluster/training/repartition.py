@@ -1,9 +1,9 @@
 """A checkpoint cut anew, for another number of partitions.
 
-Snapshots of one checkpoint are of different instants, each with its own applied set, and a range of
-parameters may have only one. So the partitions are first brought level: mini-batches that some have
-applied and others have not are computed here, on the weights as they are, and applied where they
-are missing, by the same code as ever. Then the ranges are joined and cut anew.
+The snapshots of one checkpoint are of different instants. Each has its own applied set, but a range
+of parameters can have only one. So the partitions are first brought level: a mini-batch that some
+of them have applied and others lack is computed here, on the weights as they are, and the others
+apply it, by the same code as ever. Then the ranges are joined and cut.
 """
 
 from __future__ import annotations
@@ -41,15 +41,28 @@ def repartition(
     recomputer: Recomputer,
     say: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
-    """Write `checkpoint` as a new one of `num_partitions` partitions, and return that."""
+    """Write `checkpoint` as a new one of `num_partitions` partitions, and return the new one.
+
+    Args:
+        store: the run's checkpoints.
+        checkpoint: the one to cut.
+        num_partitions: of the new one.
+        config: how a push changes a partition.
+        epochs: of the run.
+        recomputer: computes gradients that some partitions lack.
+        say: gets a line of news.
+
+    Raises:
+        UserError: the partitions have refused different mini-batches, and cannot be joined.
+    """
     filesystem, base = pyarrow.fs.FileSystem.from_uri(store.folder_uri(checkpoint.number))
     taken = [snapshot.read(filesystem, f"{base}/{f.name}", f.sha256) for f in checkpoint.files]
     states = [_state(one, config) for one in taken]
     count = level(states, epochs, recomputer)
     if count:
-        say(f"{count:,} mini-batches were applied where they were missing")
+        say(f"{count:,} mini-batches were applied to partitions that lacked them")
     for state in states:
-        state.close_round()  # of which each may have taken other mini-batches
+        state.close_round()  # each may have other mini-batches in it
     dumps = [state.dump() for state in states]
     metas = [meta for meta, _ in dumps]
     if any(meta["version"] != metas[0]["version"] for meta in metas):
@@ -85,7 +98,11 @@ def repartition(
 
 
 def level(states: Sequence[PartitionState], epochs: int, recomputer: Recomputer) -> int:
-    """Apply what some partitions have settled and others have not; gives how much that was."""
+    """Apply what some partitions have settled and others lack.
+
+    Returns:
+        How many mini-batches those were.
+    """
     count = 0
     for epoch in range(epochs):
         waiting = np.stack([state.ledger.applied.flags(epoch) == WAITING for state in states])

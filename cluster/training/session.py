@@ -24,16 +24,24 @@ def on_ray(
     environment: Mapping[str, str] | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
-    """A Ray cluster to run on: the one at `address` or in RAY_ADDRESS, or one of our own.
+    """Connect to a Ray cluster; gives the dashboard's address, or an empty text.
 
-    Within another `on_ray` it is that one's, which is left to it. One of our own is on loopback,
-    all of it. `environment` is that of the processes started there. `meanwhile` is called when
-    Ray has been imported, and before it starts.
+    If this process is connected already, it stays connected, and nothing is closed at the end. A
+    cluster of our own listens on loopback only.
+
+    Args:
+        address: of the cluster; None takes RAY_ADDRESS, or starts a cluster here.
+        dashboard: start Ray's dashboard with a cluster of our own.
+        environment: variables for the processes that are started there.
+        meanwhile: called once Ray is imported, before it starts.
+
+    Raises:
+        UserError: the cluster cannot be reached, or does not start.
     """
     address = ray_address(address)
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # As on a Mac, where clusters are off: what Ray listens on is loopback then.
+        # As Ray does on a Mac: it then listens on loopback only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -56,7 +64,7 @@ def on_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray at {address!r} cannot be reached: {error}") from None
     except Exception as error:
-        if type(error) is not Exception:  # what Ray raises where its own processes come up too late
+        if type(error) is not Exception:  # Ray raises this if its own processes come up too late
             raise
         raise UserError(f"Ray did not start: {error} Try again on a machine less busy") from None
     try:
