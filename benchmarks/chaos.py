@@ -56,7 +56,7 @@ WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3, "driver
 """How often each is hit, relatively."""
 FAULTS, QUICK_FAULTS = 100, 10
 FAULTS_A_RUN = 25
-BATCHES_AN_EPOCH = 1875
+BATCHES_AN_EPOCH, EXAMPLES_AN_EPOCH = 1875, 60_000
 
 
 @dataclass(kw_only=True)
@@ -198,9 +198,9 @@ def check_exactly_once(folder: Path, epochs: int) -> None:
         wanted = {str(epoch): [] for epoch in range(epochs)}
         if applied != {"num_batches": BATCHES_AN_EPOCH, "complete": wanted}:
             raise BenchmarkFailed(f"{file.name} holds {applied}")
-        # A mini-batch that was applied twice would be a version too many.
-        if meta["version"] != epochs * BATCHES_AN_EPOCH:
-            raise BenchmarkFailed(f"{file.name} has version {meta['version']}")
+        # Those of a mini-batch that was applied twice would be too many.
+        if meta["examples"] != epochs * EXAMPLES_AN_EPOCH:
+            raise BenchmarkFailed(f"{file.name} has applied {meta['examples']} examples")
 
 
 def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:

@@ -1,5 +1,6 @@
 """What every tier shares."""
 
+import gc
 import os
 
 import hypothesis
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: nobody has to look through it for garbage again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item) -> str:

@@ -69,6 +69,11 @@ def updates(run_folder: Path) -> int:
     return max((int(m["updates"]) for m in metrics(run_folder)), default=0)
 
 
+def examples(run_folder: Path) -> int:
+    """Examples so far."""
+    return max((int(m["examples"]) for m in metrics(run_folder) if "examples" in m), default=0)
+
+
 def result(run_folder: Path) -> dict[str, Any]:
     """What came out."""
     value: dict[str, Any] = json.loads((run_folder / "result.json").read_text())

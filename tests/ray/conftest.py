@@ -68,7 +68,7 @@ def on_its_own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRay]
             )
         try:
             commands.wait_for(
-                lambda: commands.updates(run) > 100 or process.poll() is not None, "updates"
+                lambda: commands.updates(run) > 20 or process.poll() is not None, "updates"
             )
             assert process.poll() is None, log.read_text()
             yield OwnRay(process, run, log, home, Path(short))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import commands
 from tests.helpers.ray_nodes import RayNodes
-from tests.helpers.small_run import NUM_BATCHES, NUM_PUSHES, SMALL, check_result
+from tests.helpers.small_run import NUM_BATCHES, NUM_PUSHES, NUM_ROWS, SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -54,13 +54,13 @@ def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> 
     )
     before = 0
     for death, told, after in (
-        (signal.SIGTERM, "stopped", NUM_PUSHES // 4),
-        (signal.SIGKILL, "died", NUM_PUSHES),
+        (signal.SIGTERM, "stopped", NUM_ROWS // 4),
+        (signal.SIGKILL, "died", NUM_ROWS),
     ):
         goal = max(before, after)
         process = commands.start(*command, log=log)
         try:
-            commands.wait_for(lambda goal=goal: commands.updates(run) > goal, f"{goal} updates")
+            commands.wait_for(lambda goal=goal: commands.examples(run) > goal, f"{goal} examples")
             family = set(commands.descendants(process.pid))
             assert len(family) > 5
             process.send_signal(death)
@@ -68,7 +68,7 @@ def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> 
         finally:
             process.kill()
         assert status == (143 if death == signal.SIGTERM else -9)
-        before = commands.updates(run)
+        before = commands.examples(run)
         assert not (run / "result.json").exists()
         commands.wait_for(
             lambda family=family: not commands.alive(family), "the end of every process of the run"
@@ -84,7 +84,7 @@ def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> 
     assert "Traceback" not in output
     result = commands.result(run)
     check_result(result, epochs=4)
-    assert 0 < before < result["updates"]
+    assert 0 < before < 4 * NUM_ROWS
 
 
 def test_a_replica_process_that_is_killed_costs_nothing_but_time(

@@ -50,7 +50,7 @@ def test_a_partition_that_is_killed_costs_no_update_and_the_run_is_the_same_to_t
         commands.wait_for(lambda: told(run, "has a follower") == 2, "the second follower")
         before = commands.updates(run)
         commands.kill(process_of(process.pid, "ray::Partition"))
-        commands.wait_for(lambda: commands.updates(run) > before + 500, "updates after the death")
+        commands.wait_for(lambda: commands.updates(run) > before + 100, "updates after the death")
         process.send_signal(signal.SIGTERM)
         assert process.wait(commands.DEADLINE_S) == 143, log.read_text()
     finally:

@@ -26,6 +26,12 @@ NODES = (
     {"downpour": "shufflers", "downpour-node": "b"},
     {"downpour": "replicas"},
 )
+WHERE = {
+    "PartitionActor": ["partitions"],
+    "ShufflerActor": ["shufflers"],
+    "ReplicasActor": ["replicas"],
+    "EvaluatorActor": [""],
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +96,8 @@ def test_a_run_on_labelled_nodes_with_rows_from_two_disks(
     )
     try:
         commands.wait_for(lambda: commands.updates(run) > 0, "updates")
-        assert nodes.roles_of_actors() == {
-            "PartitionActor": ["partitions"],
-            "ShufflerActor": ["shufflers"],
-            "ReplicasActor": ["replicas"],
-            "EvaluatorActor": [""],
-        }
+        commands.wait_for(lambda: len(nodes.roles_of_actors()) == len(WHERE), "all actors")
+        assert nodes.roles_of_actors() == WHERE
         first = nodes.processes("ShufflerActor")
         assert len(first) == 2  # one on each node that has shards, whatever --shufflers says
         commands.kill(min(first))

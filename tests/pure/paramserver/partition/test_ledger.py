@@ -16,6 +16,7 @@ from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.rules.policy import Guard, PolicyName, StalenessPolicy
+from tests.helpers.seeds import seeds
 
 P, Q, EPOCHS = 16, 12, 2
 POLICIES: tuple[PolicyName, ...] = ("asynchronous", "bounded", "drop", "scale", "synchronous")
@@ -48,7 +49,7 @@ def pushes(ledger: Ledger, seed: int, count: int = 120) -> Iterator[Push]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(2, 10))
 def test_without_vectors_it_comes_to_the_same(name: PolicyName, seed: int) -> None:
     (partition,) = split(num_parameters=P, num_features=0, num_decayed=0, num_partitions=1)
     current = Version(weights=torch.zeros(P), statistics=torch.zeros(2, 0))

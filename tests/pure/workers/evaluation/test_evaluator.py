@@ -63,14 +63,14 @@ def endless(model: FlatModel, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]
 def test_it_ends_once_the_estimate_is_good_enough() -> None:
     model = FlatModel(networks.build("mnist-bn"))
     rough = estimate_population(model, endless(model), precision=0.05)
-    fine = estimate_population(model, endless(model), precision=0.01)
+    fine = estimate_population(model, endless(model), precision=0.02)
     assert LEAST_BATCHES <= rough.num_batches < fine.num_batches
     assert rough.standard_error <= 0.05
-    assert fine.standard_error <= 0.01
+    assert fine.standard_error <= 0.02
     # A standard error falls with the square root of the number of mini-batches.
-    assert fine.num_batches == pytest.approx(25 * rough.num_batches, rel=0.5)
-    whole = population_statistics(model, itertools.islice(endless(model), 3000))
-    assert disagreement(fine.statistics, whole) < 3 * 0.01
+    assert fine.num_batches == pytest.approx(6.25 * rough.num_batches, rel=0.5)
+    whole = population_statistics(model, itertools.islice(endless(model), 1000))
+    assert disagreement(fine.statistics, whole) < 3 * 0.02
     assert disagreement(rough.statistics, whole) < 3 * 0.05
 
 
@@ -83,7 +83,7 @@ def test_it_ends_when_its_time_is_over() -> None:
 
 def test_the_standard_error_is_what_independent_values_have() -> None:
     """m standard normal values a mini-batch: means vary by 1/m, variances by 2/(m - 1)."""
-    k, m, eps = 4000, 32, 1e-5
+    k, m, eps = 1000, 32, 1e-5
     values = torch.randn(k, m, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     population, between = Population.empty(3), Moments.empty(6)
     for batch in values:
@@ -94,7 +94,7 @@ def test_the_standard_error_is_what_independent_values_have() -> None:
         both = torch.cat([mean, variance])
         between = between.merge(Moments.from_batch(torch.ones(6), both, torch.zeros(6)))
     expected = math.sqrt((1 / m + 2 / (m - 1) / 4) / k)
-    assert standard_error(population, between, eps) == pytest.approx(expected, rel=0.03)
+    assert standard_error(population, between, eps) == pytest.approx(expected, rel=0.06)
 
 
 def test_mini_batches_that_are_not_finite_are_left_out() -> None:

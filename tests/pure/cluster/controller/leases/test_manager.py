@@ -15,6 +15,7 @@ from downpour.paramserver.partition.applied_set import APPLIED, WAITING
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.config import ReplicaConfig
 from downpour.workers.replica.replicas import WindowReport
+from tests.helpers.seeds import seeds
 
 # 11 mini-batches, 3 windows.
 PLAN = Plan(num_rows=43, batch_size=4, seed=5, window_batches=4, past_bound="rekey")
@@ -174,7 +175,7 @@ def test_losses_of_windows_leased_before_a_change_of_course_do_not_count() -> No
     assert manager.warm_start.dump() != before
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(5, 40))
 def test_whatever_is_lost_in_the_end_every_partition_covers_everything(seed: int) -> None:
     """Replicas and partitions die at random, answers come late, and news of the dead too."""
     rng = random.Random(seed)

@@ -11,6 +11,7 @@ import pytest
 from downpour.cluster.config.policy import active_replicas
 from downpour.cluster.controller.leases.warm_start import WINDOWS, RampGuard
 from downpour.workers.config import ReplicaConfig
+from tests.helpers.seeds import seeds
 
 
 class Script:
@@ -204,7 +205,7 @@ def losses(seed: int) -> Iterator[float | None]:
         yield None if rng.random() < 0.05 else level * rng.uniform(0.8, 1.2)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(5, 40))
 def test_whatever_the_losses_it_is_deterministic_through_resumes_and_bounded(seed: int) -> None:
     one, other = Script(ramp_epochs=2.0), Script(ramp_epochs=2.0)
     waited = 0.0
