@@ -16,6 +16,7 @@ from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.cluster.run.checkpoint import partitions_before
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.simulate.likeness import Likeness, likeness
 from downpour.cluster.simulate.options import SimulateConfig, configured, make_inputs
@@ -104,8 +105,11 @@ def partitions_of(config: RunConfig) -> int:
 
 
 def _of(folder: RunFolder | None) -> RunConfig:
+    """The configuration of a run, with the number of partitions that it had."""
     assert folder is not None
-    return recipes.admit(folder.config())
+    config = recipes.admit(folder.config())
+    server = dataclasses.replace(config.server, partitions=partitions_before(folder))
+    return dataclasses.replace(config, server=server)
 
 
 def title(forecast: Forecast) -> str:

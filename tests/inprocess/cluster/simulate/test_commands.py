@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from downpour.cluster.cli.commands import downpour
 from downpour.cluster.config import recipes
-from downpour.cluster.run.folder import METRICS, RunFolder
+from downpour.cluster.run.folder import METRICS, RESOLVED, RunFolder
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from tests.pure.cluster.simulate.test_likeness import line
 
@@ -47,6 +47,8 @@ def test_a_run_like_another(tmp_path: Path) -> None:
     # of 2 processors 0.25 are taken and scoring has a little.
     assert plain["updates_per_s"] == pytest.approx((2 - 0.25) / 12e-3, rel=0.05)
     assert "run it is like" in invoke("--like", run)
+    folder.write_json(RESOLVED, {"partitions": 3})
+    assert json.loads(invoke("--like", run, *every_step, "--json"))["partitions"] == 3
 
 
 @pytest.mark.parametrize(
