@@ -193,8 +193,8 @@ class EvaluatorActor:
         """Open the split, and build the model."""
         torch.set_num_threads(1)
         self._client: ParameterClient | None = None
-        batches = SplitBatches(spec.model, spec.data, spec.split)
-        self._evaluator = Evaluator(spec.model, batches)
+        self._split = SplitBatches(spec.model, spec.data, spec.split)
+        self._evaluator = Evaluator(spec.model, self._split)
         self._sample: TrainingSample | None = None
         self._most_s = 0.0
         self._note: str | None = None
@@ -215,8 +215,18 @@ class EvaluatorActor:
     def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, or connect anew if one was replaced; gives the process id."""
         self.stop()
+        self._load()  # which is not what a scoring costs
         self._client = ParameterClient(endpoints, key=key, access=access)
         return os.getpid()
+
+    def _load(self) -> None:
+        """Read what is kept of both splits, the first time."""
+        self._split.load()
+        if self._sample is not None:
+            try:
+                self._sample.load()
+            except (ShufflerError, OSError) as error:
+                self._cannot_recompute(error)
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show."""

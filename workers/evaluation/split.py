@@ -34,6 +34,13 @@ class SplitBatches:
         self._rows = max(1, min(EVALUATION_ROWS, EVALUATION_BYTES // row_bytes))
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    def load(self) -> None:
+        """Decode the split now if it is small enough to be kept."""
+        row_bytes = 4 * math.prod(self._spec.image.input_shape)
+        if self._dataset.num_rows * row_bytes <= self.KEEP_BYTES:
+            for _ in self():
+                pass
+
     def __call__(self) -> Batches:
         """The split afresh."""
         return self._kept or self._decode()

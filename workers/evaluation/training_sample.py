@@ -56,6 +56,18 @@ class TrainingSample:
         self._encoded: pa.RecordBatch | None = None
         self._decoded: list[tuple[Tensor, Tensor] | None] = []
 
+    def load(self) -> None:
+        """Read the rows now, and decode them if they are kept decoded.
+
+        Raises:
+            DatasetError: rows cannot be read.
+        """
+        if self._keeps_inputs:
+            for _ in self():
+                pass
+        elif self._encoded is None:
+            self._encoded = self._read()
+
     def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs `[m, ...]` and int64 targets `[m]` of each mini-batch, m the batch size.
 
