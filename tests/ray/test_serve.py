@@ -21,7 +21,7 @@ from downpour.workers.evaluation.predictor import Predictor
 from tests.helpers import commands
 from tests.helpers.strangers import beyond_loopback, kind_of_refusal, listening
 from tests.helpers.tiny import write_split
-from tests.inprocess.cluster.serving.test_inference import _config, _file, _make_run, _pixels
+from tests.helpers.trained import as_file, coloured, make_run, small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -82,9 +82,9 @@ class _Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Place]:
     folder = tmp_path_factory.mktemp("served")
-    write_split(folder / "data", "train", *_pixels(320, 1))
-    write_split(folder / "data", "test", *_pixels(40, 2), shards=1)
-    _make_run(folder / "run", _config(folder / "data"))
+    write_split(folder / "data", "train", *coloured(320, 1))
+    write_split(folder / "data", "test", *coloured(40, 2), shards=1)
+    make_run(folder / "run", small_config(folder / "data"))
     for name in ("home", "logs"):
         (folder / name).mkdir()
     with (
@@ -105,7 +105,7 @@ def server(place: _Place) -> Iterator[_Server]:
 
 
 def test_images_over_http(place: _Place, server: _Server) -> None:
-    files = [_file(image) for image in _pixels(10, 7)[0]]
+    files = [as_file(image) for image in coloured(10, 7)[0]]
     trained = inference.load(place.run)
     names = [str(i) for i in range(10)]
     expected = inference.predict(
@@ -150,7 +150,7 @@ def test_a_key_of_the_users_own(place: _Place) -> None:
 
 
 def _check_the_key(place: _Place, server: _Server) -> None:
-    image = _file(_pixels(1, 7)[0][0])
+    image = as_file(coloured(1, 7)[0][0])
     for path in ("/predict", "/stats", "/", "/-/healthz", "/-/routes"):
         for shown in ("", "Bearer ", f"Bearer {server.key}0", server.key):
             status, answer = server.ask(path, shown=shown)
@@ -178,4 +178,4 @@ def _check_the_key(place: _Place, server: _Server) -> None:
 def _read(*places: Path) -> dict[str, bytes]:
     """Contents of all files there, but for sockets and the like."""
     files = [f for p in places for f in (p.rglob("*") if p.is_dir() else [p])]
-    return {str(f): f.read_bytes() for f in files if f.is_file() and os.access(f, os.R_OK)}
+    return {str(f): f.read_bytes() for f in files if f.isas_file() and os.access(f, os.R_OK)}

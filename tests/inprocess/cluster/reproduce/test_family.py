@@ -15,15 +15,15 @@ from downpour.cluster.reproduce.runs import Curve, curve_of, train_all
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.training import launch, session
 from tests.helpers.tiny import write_split
-from tests.inprocess.cluster.serving.test_inference import _config, _make_run, _pixels
+from tests.helpers.trained import coloured, make_run, small_config
 
 QUIET = Console(quiet=True)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    write_split(tmp_path / "data", "train", *_pixels(320, 1))
-    write_split(tmp_path / "data", "test", *_pixels(20, 2), shards=1)
+    write_split(tmp_path / "data", "train", *coloured(320, 1))
+    write_split(tmp_path / "data", "test", *coloured(20, 2), shards=1)
     return tmp_path / "data"
 
 
@@ -137,14 +137,14 @@ def test_the_report(tmp_path: Path, data: Path) -> None:
     made = json.loads((tmp_path / "report" / "data.json").read_text())
     assert len(made["figure_3"]) == 7
     assert made["tried_rates"]["0.0045"]["accuracy"] == [0.3]
-    assert (tmp_path / "report" / "figure-2.png").is_file()
+    assert (tmp_path / "report" / "figure-2.png").isas_file()
 
 
 def test_runs_are_begun_gone_on_with_or_left_alone(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = {
-        name: _config(data, seed=i, epochs=1)
+        name: small_config(data, seed=i, epochs=1)
         for i, name in enumerate(("done", "half", "new", "nan"))
     }
     done = RunFolder.create(tmp_path / "done", configs["done"])
@@ -205,7 +205,7 @@ def test_the_ensemble(tmp_path: Path, data: Path) -> None:
     paths = []
     for i in range(2):
         paths.append(tmp_path / f"member-{i}")
-        _make_run(paths[-1], _config(data, seed=i))
+        make_run(paths[-1], small_config(data, seed=i))
     said: list[str] = []
     found = ensemble.errors(paths, crops=[1, 10], rows=12, show=said.append)
     by_key = {(row["who"], row["crops"]): row for row in found}
