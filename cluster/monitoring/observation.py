@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Where a run stands. `values` are those of a line of metrics.jsonl."""
+    """Where a run stands; `values` are a line of metrics.jsonl."""
 
     values: Mapping[str, Any]
     reports: Sequence[PartitionReport]
@@ -30,7 +30,7 @@ class Observation:
 
 
 class Sink(Protocol):
-    """Takes figures. What it raises ends the training, so it had better not."""
+    """Takes figures. If it raises anything but `OSError`, the training ends."""
 
     def trained(self, report: WindowReport) -> None:
         """A window is done."""

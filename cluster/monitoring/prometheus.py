@@ -1,10 +1,10 @@
 """Figures of a run for Prometheus, through `ray.util.metrics`.
 
-All of them come from the driver, which knows them from the reports of partitions and windows: the
-hot path counts nothing for their sake, and an actor that is replaced goes on under its old tags.
-Every one is tagged with the run; what is of a partition, a replica or a shuffler, with that.
+All of them come from the driver, which takes them from the reports of partitions and windows. So
+the hot path counts nothing for them, and an actor that is replaced goes on under its old tags. Each
+figure is tagged with the run; those of a partition, a replica or a shuffler also with its number.
 
-The names below are without Ray's prefix `ray_`, and counters without the suffix `_total`.
+Ray adds the prefix `ray_` to the names below, and the suffix `_total` to counters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Metric:
     kind: Kind
     help: str
     tags: tuple[str, ...] = ()
-    """Besides `run`."""
+    """Besides `run`, which every figure has."""
 
 
 LATENCIES_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
@@ -45,7 +45,7 @@ METRICS: Mapping[str, Metric] = {
     "downpour_epoch": Metric(kind="gauge", help="Epochs of examples applied."),
     "downpour_loss": Metric(kind="gauge", help="Mean training loss of the latest window."),
     "downpour_loss_not_finite": Metric(
-        kind="gauge", help="1 where the latest window had no finite loss, else 0."
+        kind="gauge", help="1 if the latest window had no finite loss, else 0."
     ),
     "downpour_accuracy": Metric(kind="gauge", help="Validation accuracy@1 in [0, 1]."),
     "downpour_best_accuracy": Metric(kind="gauge", help="The highest accuracy@1 so far."),
@@ -108,11 +108,11 @@ METRICS: Mapping[str, Metric] = {
     "downpour_push_bytes": Metric(kind="counter", help="Bytes of gradients pushed."),
     "downpour_pull_bytes": Metric(kind="counter", help="Bytes of weights pulled."),
     "downpour_replicas": Metric(kind="gauge", help="Replicas, by state.", tags=("state",)),
-    "downpour_leases": Metric(kind="gauge", help="Windows lent to replicas."),
+    "downpour_leases": Metric(kind="gauge", help="Windows leased to replicas."),
     "downpour_queue_depth": Metric(
         kind="gauge", help="Windows that wait at a replica behind the one in work."
     ),
-    "downpour_leases_returned": Metric(kind="counter", help="Windows lent again after a loss."),
+    "downpour_leases_returned": Metric(kind="counter", help="Windows leased again."),
     "downpour_restarts": Metric(kind="counter", help="Actors replaced.", tags=("kind",)),
     "downpour_shuffler_rows": Metric(kind="counter", help="Rows delivered.", tags=("shuffler",)),
     "downpour_shuffler_seconds": Metric(
@@ -140,7 +140,17 @@ class PrometheusSink:
         staleness_bound: int,
         make: Callable[[str, Metric], Any] | None = None,
     ) -> None:
-        """`push_bytes` and `pull_bytes` are those of one push and one pull."""
+        """Make the metrics.
+
+        Args:
+            run: the run's name.
+            push_bytes: bytes of one push.
+            pull_bytes: bytes of one pull.
+            steps_per_push: steps whose gradients are added up before a push.
+            steps_per_pull: steps between two pulls.
+            staleness_bound: the configured bound, in versions.
+            make: makes a metric of a name; by default with Ray.
+        """
         make = make or _ray_metric
         self._metrics = {name: make(name, metric) for name, metric in METRICS.items()}
         self._run = run
@@ -215,7 +225,7 @@ class PrometheusSink:
             self._counted("downpour_staleness_pushes", count, index, bound)
 
     def _counted(self, name: str, total: float, *tags: str) -> None:
-        """A counter that is known by its total: what replaced an actor may know a smaller one."""
+        """Add to a counter whose total is known; after an actor was replaced it may be smaller."""
         key = (name, tags)
         before = self._last.get(key, 0.0)
         self._last[key] = total
@@ -237,7 +247,11 @@ class PrometheusSink:
 
 
 def cumulative(staleness: Mapping[int, list[int]]) -> dict[str, int]:
-    """Pushes by upper bound of their staleness, from counts of each staleness by replica."""
+    """Return the pushes by upper bound of their staleness.
+
+    Args:
+        staleness: by replica, the counts of each staleness from 0 on.
+    """
     counts: list[int] = []
     for of_replica in staleness.values():
         counts += [0] * (len(of_replica) - len(counts))

@@ -33,7 +33,7 @@ CURVES = {
 
 
 class TensorBoardSink:
-    """Writes curves against updates. The file is begun with the first of them."""
+    """Writes curves against updates, to a file that begins with the first of them."""
 
     def __init__(self, run: Path) -> None:
         self._folder = run / FOLDER
@@ -63,8 +63,8 @@ class TensorBoardSink:
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            # What an earlier session wrote beyond the checkpoint that this one goes on from is
-            # not shown.
+            # An earlier session may have written beyond the checkpoint that this one goes on from.
+            # That is not shown.
             self._writer = SummaryWriter(
                 str(self._folder), purge_step=updates, flush_secs=FLUSH_S, write_to_disk=True
             )
