@@ -40,7 +40,7 @@ class Restore:
 
 
 Origin: TypeAlias = "npt.NDArray[np.float32] | Restore | Endpoint"
-"""Where a partition's state comes from: initial weights float32 [num_parameters] of the partition,
+"""What a partition's state comes from: initial weights float32 [num_parameters] of the partition,
 a snapshot, or, for a follower, the endpoint of its primary."""
 
 
@@ -51,6 +51,6 @@ class PartitionStart:
     key: bytes = field(repr=False)
     """The run's key, which every client has to show."""
     origin: Origin = field(repr=False)
-    """Where its state comes from."""
+    """What its state comes from."""
     credentials: Credentials | None = None
     """For connections over the network; None encrypts nothing."""

@@ -40,7 +40,7 @@ class ModelSpec:
     def build(self) -> nn.Module:
         """The model with its initial weights.
 
-        A factory that takes `num_classes` or `image_size` is given them where the arguments do not.
+        A factory that takes `num_classes` or `image_size` gets them, if the arguments lack them.
         """
         from downpour.models.registry import build
 

@@ -1,4 +1,4 @@
-"""Where this installation keeps its files. The environment is not asked: the package is."""
+"""The folders of this installation, found from the package, not from the environment."""
 
 from __future__ import annotations
 

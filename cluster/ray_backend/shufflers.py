@@ -1,8 +1,9 @@
-"""The shuffler actors of a run: started where their rows are, and replaced where they die.
+"""The shufflers of a run: started on the nodes that have their rows, and replaced if they die.
 
-With the data in one place each has a share of its shards. With `--node-folder` each node is asked
-which shards lie on its own disk, and gets a shuffler for those that become its business; the rows
-of a window then travel from each node in one record batch.
+If the data is in one place, there are as many shufflers as the configuration says. If its shards
+are on nodes' own disks, each node is asked which it has, each shard goes to one of the nodes that
+have it, and each of these nodes runs a shuffler. The rows of a window then travel from each node in
+one record batch.
 """
 
 from __future__ import annotations

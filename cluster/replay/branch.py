@@ -63,7 +63,7 @@ class BranchReplay:
 
     @property
     def version_id(self) -> VersionId:
-        """Where the branch is now."""
+        """The version that the branch is at."""
         return VersionId(self.branch.partition, self.branch.number, self.state.version)
 
     @property
@@ -120,7 +120,7 @@ class BranchReplay:
             self._spare = before
 
     def _room(self) -> Version:
-        """Where the next version goes. Versions that the state still needs are left alone."""
+        """Memory for the next version. Versions that the state still needs are left alone."""
         if self.state.config.policy.versions_kept:
             return _version(self.state.partition)
         return self._spare

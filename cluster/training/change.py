@@ -60,7 +60,11 @@ def change(
 
 
 def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int) -> RunConfig:
-    """Cut the newest checkpoint for another number of partitions; gives the configuration."""
+    """Cut the newest checkpoint for another number of partitions.
+
+    Returns:
+        The configuration with that number.
+    """
     n_push = config.replicas.steps.n_push
     if n_push != 1 or config.policy.record_pushes:
         why = "its pushes are recorded" if config.policy.record_pushes else f"n push is {n_push}"

@@ -157,7 +157,7 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
 def _train_on_ray(
     session: _Session, show: Show, address: str | None, dashboard: bool
 ) -> tuple[RunOutcome, str | None]:
-    """Start Ray and train; gives what came out, and why it stopped if it did."""
+    """Start Ray and train; returns what came out, and why it stopped if it did."""
     session.phase(show, "starting Ray")
     # Importing PyTorch takes as long as half of Ray's start, which mostly waits. It begins once Ray
     # is imported: before that the two would only take Python's lock from each other.
@@ -214,7 +214,7 @@ def _resolve(session: _Session, model: Model, show: Show) -> tuple[RunSpecs, Nod
 def _control(
     session: _Session, model: Model, specs: RunSpecs, nodes: Nodes, show: Show
 ) -> tuple[RunOutcome, str | None]:
-    """Start the actors and train; gives what came out, and why it stopped if it did."""
+    """Start the actors and train; returns what came out, and why it stopped if it did."""
     from downpour.cluster.controller.controller import Controller
     from downpour.cluster.monitoring.telemetry import Telemetry
     from downpour.cluster.ray_backend.backend import RayBackend
