@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = ("models", "paramserver", "shuffler", "workers", "cluster", "benchmarks")
 IN_ROOT = {path.name for path in ROOT.iterdir()} - {"runs", ".venv"}
 SUFFIXES = (".py", ".md", ".toml", ".yaml", ".lock")
