@@ -134,11 +134,11 @@ class Oracle:
 
     def apply(self, push: Push, gradient: Tensor, pulled: Tensor, moved: bool) -> None:
         regulariser = self.config.regulariser
-        regulariser.clip(gradient, push.gradient_norm)
+        regulariser.clip(gradient, push.gradient_norm, len(push.batches))
         if self.compensation is not None:
             args = (gradient, self.weights, pulled if moved else None, self.state, ROOM)
             self.compensation.apply(*args, len(push.batches))
-        regulariser.decay(gradient, self.weights, PARTITION.num_decayed)
+        regulariser.decay(gradient, self.weights, PARTITION.num_decayed, len(push.batches))
         new = torch.empty(P)
         self.config.rule.update(self.weights, gradient, self.state, 0.1, new)
         self.weights = new
