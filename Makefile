@@ -35,7 +35,7 @@ help:
 	@echo 'make clean      remove .venv and caches (runs/ stays)'
 
 demo: $(STAMP)
-	@$(BIN)/downpour train mnist-bn
+	@$(BIN)/downpour train mnist-bn --stop-at-accuracy 0.975
 
 test: $(STAMP)
 	@$(PYTEST) $(SHARED_OUT) -m 'not cluster and not soak'

@@ -68,7 +68,8 @@ def _recipe(
         ),
         replicas=ReplicaConfig(
             replicas=10,
-            steps=StepConfig(concurrent_steps=5),
+            # A mini-batch is enough work for a pass and a push of its own.
+            steps=StepConfig(concurrent_steps=5, steps_together=1),
             warm_start_epochs=0.1,
             ramp_epochs=0.9,
         ),

@@ -42,6 +42,7 @@ def test_a_configuration_of_before_the_rooms_is_the_same_run(tmp_path: Path) -> 
         "partitions_on": "disk=fast",
         "max_refused": None,
         "in_flight": "all",  # which is how it trained
+        "steps_together": None,
     }
     shutil.copy(OLD, tmp_path / CONFIG)
     assert RunFolder.open(tmp_path).config() == apply(recipes.find("bn-x5"), given)
