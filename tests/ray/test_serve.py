@@ -178,4 +178,4 @@ def _check_the_key(place: _Place, server: _Server) -> None:
 def _read(*places: Path) -> dict[str, bytes]:
     """Contents of all files there, but for sockets and the like."""
     files = [f for p in places for f in (p.rglob("*") if p.is_dir() else [p])]
-    return {str(f): f.read_bytes() for f in files if f.isas_file() and os.access(f, os.R_OK)}
+    return {str(f): f.read_bytes() for f in files if f.is_file() and os.access(f, os.R_OK)}

@@ -137,7 +137,7 @@ def test_the_report(tmp_path: Path, data: Path) -> None:
     made = json.loads((tmp_path / "report" / "data.json").read_text())
     assert len(made["figure_3"]) == 7
     assert made["tried_rates"]["0.0045"]["accuracy"] == [0.3]
-    assert (tmp_path / "report" / "figure-2.png").isas_file()
+    assert (tmp_path / "report" / "figure-2.png").is_file()
 
 
 def test_runs_are_begun_gone_on_with_or_left_alone(
