@@ -25,11 +25,9 @@ pytest.register_assert_rewrite("tests.helpers.runs")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first; and in several processes, what shares something in one of them."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
 

@@ -56,7 +56,7 @@ def training_batches(folder: RunFolder) -> Iterator[tuple[Tensor, Tensor]]:
 def test_the_server_kept_what_algorithm_2_recomputes(
     folder: RunFolder, evaluator: Evaluator
 ) -> None:
-    model = FlatModel(folder.config().model_spec().build())
+    model = FlatModel(model_spec(folder.config()).build())
     model.bind(evaluator.weights)
     recomputed = population_statistics(model, training_batches(folder))
     kept = evaluator.statistics
