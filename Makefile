@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Many tests wait more than they compute; each process needs a processor for a part of its time.
 TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest
-SHARED_OUT := -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+SHARED_OUT := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-pure test-soak test-cluster lint format check bench lock clean

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,22 +15,21 @@ hypothesis.settings.register_profile("few", deadline=None, max_examples=15)
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=300)
 hypothesis.settings.load_profile("few")
 
-# What shares something costly, by the fixture that makes it: one process has to run it all.
-SHARED = ("trained", "ray_here", "on_its_own_ray")
-
+# Files whose tests share something costly: in several processes, one has to run them all.
+SHARING = (
+    ("test_train.py", "test_names.py", "test_statistics.py"),
+    ("test_ports.py", "test_prometheus.py"),
+)
 # Files whose tests share nothing, and take long: any process may take any of them.
-EACH_ALONE = ("test_train.py", "test_bench.py", "test_chaos.py")
+APART = ("test_resume.py", "test_bench.py", "test_chaos.py")
 
 # Helpers that assert: a failure is to say with what values.
 pytest.register_assert_rewrite("tests.helpers.runs")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first; and in several processes, what shares something in one of them."""
+    """The longest first."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
 def pytest_collection_finish() -> None:
@@ -38,10 +38,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def _group(item: pytest.Item) -> str:
-    fixtures = getattr(item, "fixturenames", ())
-    if any(name in fixtures for name in SHARED):
-        return "on its own ray" if "on_its_own_ray" in fixtures else "on a shared ray"
-    if item.path.name in EACH_ALONE:
-        return item.nodeid
-    return str(item.path)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out files, but for those above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            name = file.rpartition("/")[2]
+            if file.startswith("tests/ray/") and name in APART:
+                return nodeid
+            return next((group[0] for group in SHARING if name in group), file)
+
+    return Scheduling(config, log)

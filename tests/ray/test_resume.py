@@ -1,0 +1,95 @@
+"""The real command on a Ray of its own: it stops, dies and is resumed, ends early, cleans up."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import commands
+from tests.helpers.small_run import NUM_BATCHES, NUM_ROWS, SMALL, check_result
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> None:
+    """It is told to stop in its first epoch and, resumed, killed in its second."""
+    log, run = tmp_path / "log", tmp_path / "runs" / "a"
+    command: tuple[str | Path, ...] = (
+        *("train", "mnist-bn", "--runs", run.parent, "--name", "a", "--epochs", "4"),
+        *("--checkpoint-every-s", "0.5", "--no-dashboard", *SMALL),
+    )
+    before = 0
+    for death, told, after in (
+        (signal.SIGTERM, "stopped", NUM_ROWS // 4),
+        (signal.SIGKILL, "died", NUM_ROWS),
+    ):
+        goal = max(before, after)
+        process = commands.start(*command, log=log)
+        try:
+            commands.wait_for(lambda goal=goal: commands.examples(run) > goal, f"{goal} examples")
+            family = set(commands.descendants(process.pid))
+            assert len(family) > 5
+            process.send_signal(death)
+            status = process.wait(commands.DEADLINE_S)
+        finally:
+            process.kill()
+        assert status == (143 if death == signal.SIGTERM else -9)
+        before = commands.examples(run)
+        assert not (run / "result.json").exists()
+        commands.wait_for(
+            lambda family=family: not commands.alive(family), "the end of every process of the run"
+        )
+        state = tmp_path / f"status after {told}"
+        assert commands.run("status", run, "--json", log=state) == 0
+        assert f'"state": "{told}' in state.read_text()
+        command = ("resume", run, "--no-dashboard")
+
+    assert commands.run(*command, log=log) == 0, log.read_text()
+    output = log.read_text()
+    assert output.count("resuming from checkpoint") == 2
+    assert "Traceback" not in output
+    result = commands.result(run)
+    check_result(result, epochs=4)
+    assert 0 < before < 4 * NUM_ROWS
+
+
+def test_what_is_wrong_with_the_model_leaves_nothing_behind(tmp_path: Path) -> None:
+    """It is found while Ray starts, since that is when PyTorch is imported."""
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    arguments = ("--runs", runs, "--partitions", "99999", "--no-dashboard")
+    assert commands.run("train", "mnist-bn", *arguments, log=log) == 2
+    lines = log.read_text().splitlines()
+    assert lines[-1].startswith("downpour: error: partitions is 99999")
+    assert lines[-1].endswith("give 6250 or fewer")
+    assert "Traceback" not in log.read_text()
+    assert list(runs.iterdir()) == []
+
+
+def test_a_run_ends_when_it_has_arrived(tmp_path: Path) -> None:
+    """At the first scoring that reaches the accuracy, and all that a finished run has is there."""
+    log, run = tmp_path / "log", tmp_path / "runs" / "a"
+    arguments = ("--runs", tmp_path / "runs", "--name", "a", "--epochs", "40", "--partitions", "3")
+    goal = ("--stop-at-accuracy", "0.8", "--evaluate-every-s", "0.5")
+    assert commands.run("train", "mnist-bn", *arguments, *SMALL, *goal, log=log) == 0, (
+        log.read_text()
+    )
+    result = commands.result(run)
+    assert result["ended_by"] == "accuracy"
+    assert "--stop-at-accuracy" in result["ended_because"]
+    assert result["exactly_once"] is True
+    assert 0.8 <= result["accuracy"] == result["best_accuracy"]
+    assert result["updates"] < result["batches_applied"] < 40 * NUM_BATCHES
+    rest = result["batches_applied"] % NUM_BATCHES
+    assert sum(result["unfinished_epochs"].values()) % NUM_BATCHES == rest
+    assert result["bn_statistics"] == "recomputed"
+    assert result["bn_gap"] == pytest.approx(result["accuracy"] - result["moving_accuracy"])
+    scored = [line for line in commands.metrics(run) if "accuracy" in line]
+    assert [line["accuracy"] >= 0.8 for line in scored] == [False] * (len(scored) - 1) + [True]
+    assert scored[-1]["bn_gap"] == pytest.approx(result["bn_gap"], abs=1e-6)
+    for name in ("model.safetensors", "best.safetensors", "plots/training.png", "report.html"):
+        assert (run / name).is_file(), name
+    commands.run("evaluate", run, log=tmp_path / "evaluate")
+    assert f'"accuracy": {result["accuracy"]}' in (tmp_path / "evaluate").read_text()
+    commands.run("status", run, "--json", log=tmp_path / "status")
+    assert "--stop-at-accuracy" in (tmp_path / "status").read_text()
+    assert "Traceback" not in log.read_text()
