@@ -1,9 +1,9 @@
 """Bounded staleness: who may begin a step, and which push is applied next, on one partition.
 
-Stale-synchronous parallel in terms of versions: nothing is applied more than `bound` versions after
-it was pulled, and nothing is dropped, so whoever is fast waits. A slot asks for a permit before it
-pulls, and gives it back with its push. The permit bears the partition's version when it was given,
-below which the pull that follows cannot lie.
+Stale-synchronous parallel (Ho et al. 2013) in terms of versions: nothing is applied more than
+`bound` versions after it was pulled, and nothing is dropped, so whoever is fast waits. A step asks
+for a permit before it pulls, and gives it back with its push. The permit bears the partition's
+version when it was given. The pull that follows cannot be of an older one.
 
 Let the partition be at version V, and v_0 <= v_1 <= ... be the versions of the permits that are
 out. Applied oldest first, the push of permit r would have staleness V + r - v_r. The invariant is
@@ -12,9 +12,9 @@ that this exceeds the bound for none of them:
 - A permit is given at version V while at most `bound` are out. It comes last, at r <= bound.
 - Applying the oldest push takes V and every other r one step in opposite directions.
 - Applying another one moves V up for those before it, so it waits until each has room for that.
-- A push says what was pulled, a permit is withdrawn: versions go up, or r goes down.
+- A push that says what was pulled moves v_r up; a permit that is withdrawn moves r down.
 
-So the oldest push can be applied whenever it comes, and nothing has ever to be dropped.
+So the oldest push can be applied whenever it comes, and nothing ever has to be dropped.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class BoundedPermits(Permits[T]):
         self._bound = bound
 
     def push(self, key: Key, version: int, push: T) -> None:
-        """As of all `Permits`; nothing older than `version` counts for this step any more."""
+        """As for all `Permits`; from now on the step counts as one on `version`."""
         super().push(key, version, push)
         self._out[key] = version
 
     def next(self, version: int, changed: int | None = None) -> Permit | Turn[T] | None:
-        """As of all `Permits`; when the weights `changed` last does not matter."""
+        """As for all `Permits`; `changed` does not matter."""
         if self._pushed:
             key = self._applicable(version)
             if key is not None:
@@ -46,7 +46,7 @@ class BoundedPermits(Permits[T]):
         return None
 
     def _applicable(self, version: int) -> Key | None:
-        """The oldest push, if every older step has room for one more version before it."""
+        """Return the oldest push for which every older step has room for one more version."""
         for rank, key in enumerate(sorted(self._out, key=self._out.__getitem__)):
             if key in self._pushed:
                 return key

@@ -1,8 +1,7 @@
 """Permits to begin a step, on one partition: asked for, out, and given back with a push.
 
-A slot asks for a permit before it pulls, and gives it back with its push. What is the same whoever
-decides is here; when a permit is given, and which push is applied next, is `bounded`'s or
-`rounds`'s.
+A step asks for a permit before it pulls, and gives it back with its push. Here is what all policies
+share. `bounded` and `rounds` decide when a permit is given and which push is applied next.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Permits(ABC, Generic[T]):
         """None yet."""
         self._asked: deque[Key] = deque()
         self._out: dict[Key, int] = {}
-        """The lowest version that the step can have pulled."""
+        """The lowest version that each step can have pulled."""
         self._pushed: dict[Key, T] = {}
         """In the order in which they came."""
 
@@ -56,14 +55,20 @@ class Permits(ABC, Generic[T]):
         return len(self._pushed)
 
     def ask(self, key: Key) -> None:
-        """A step wants to begin. Raises `MalformedMessage` where it has asked already."""
+        """Note that a step wants to begin.
+
+        Raises:
+            MalformedMessage: It has asked already.
+        """
         if key in self._out or key in self._asked:
             raise MalformedMessage(f"a second permit is asked for mailbox {key[1]}")
         self._asked.append(key)
 
     def push(self, key: Key, version: int, push: T) -> None:
-        """A step has ended that was computed on `version`. Raises `MalformedMessage` for one
-        without a permit, or on weights older than that.
+        """Note that a step has ended, which was computed on `version`.
+
+        Raises:
+            MalformedMessage: It has no permit, or its weights are older than its permit.
         """
         low = self._out.get(key)
         if low is None or key in self._pushed:
@@ -73,7 +78,7 @@ class Permits(ABC, Generic[T]):
         self._pushed[key] = push
 
     def leave(self, connection: int) -> None:
-        """A connection is gone, and with it all that it has asked for, and not had applied."""
+        """Forget a connection that is gone: its requests, its permits and its pending pushes."""
         for key in [key for key in self._out if key[0] == connection]:
             self._take_back(key)
             self._pushed.pop(key, None)
@@ -81,9 +86,11 @@ class Permits(ABC, Generic[T]):
 
     @abstractmethod
     def next(self, version: int, changed: int) -> Permit | Turn[T] | None:
-        """What can be done now at the partition's `version`, if anything; it counts as done.
+        """Return what can be done now, which counts as done; None if there is nothing.
 
-        `changed` is the version at which its weights changed last.
+        Args:
+            version: The partition's version.
+            changed: The version at which its weights changed last.
         """
 
     def _permit(self, version: int) -> Permit:
@@ -97,5 +104,5 @@ class Permits(ABC, Generic[T]):
         return Turn(key, self._pushed.pop(key))
 
     def _take_back(self, key: Key) -> int:
-        """Gives what `_out` had."""
+        """Take a permit back; returns what `_out` had."""
         return self._out.pop(key)

@@ -2,10 +2,10 @@
 
 Chen et al. 2016, "Revisiting distributed synchronous SGD": N + b workers compute a gradient each on
 the same weights, the first N that come are averaged and applied, and those of the b backup workers
-that come later are dropped. Here a worker is a slot, N is the round's `pushes` and N + b its
-`steps`; what is added up is `state`'s.
+that come later are dropped. Here a worker is a concurrent step, N is the round's `pushes` and N + b
+its `steps`. What is added up is `combiner`'s.
 
-A slot asks for a permit before it pulls, and gives it back with its push. Let a be the pushes that
+A step asks for a permit before it pulls, and gives it back with its push. Let a be the pushes that
 the present round has taken and o the permits that are out and were given in it. A permit is given
 while a + o < steps. So a round begins as many steps as its pushes and backups are, and one more for
 each push that came to nothing (refused, a duplicate, or of a connection that is gone). Permits of
@@ -36,9 +36,9 @@ class RoundPermits(Permits[T]):
         """Permits that are out and were given in it."""
 
     def next(self, version: int, changed: int) -> Permit | Turn[T] | None:
-        """As of all `Permits`. No push waits any more once nothing can be done.
+        """As for all `Permits`; `changed` is the present round's start.
 
-        Where the weights `changed` last is the present round's start.
+        Once this returns None, no push is pending.
         """
         if changed != self._start:
             self._start = changed

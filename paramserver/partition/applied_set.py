@@ -1,8 +1,8 @@
-"""The applied set: which mini-batches a partition has taken in. Exactly-once rests on it.
+"""The applied set: which mini-batches a partition has settled. Exactly-once rests on it.
 
-A mini-batch is named (epoch, index). Each is *waiting*, *applied* or *refused* (taken note of, and
-not applied: a loss or a gradient that is not finite). An epoch in progress costs a byte a
-mini-batch; a complete one costs its number and its refusals.
+A mini-batch is named (epoch, index). Each is *waiting*, *applied* or *refused*: noted but not
+applied, because its loss or its gradient was not finite. An epoch in progress costs one byte for
+each mini-batch. A complete epoch costs its number and its refusals.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class AppliedSet:
         self._complete: dict[int, frozenset[int]] = {}
 
     def valid(self, epoch: int, batches: Iterable[int]) -> bool:
-        """Whether these name mini-batches at all."""
+        """Whether these name mini-batches."""
         return epoch >= 0 and all(0 <= b < self.num_batches for b in batches)
 
     def get(self, epoch: int, batch: int) -> int:
-        """`WAITING`, `APPLIED` or `REFUSED`."""
+        """Return what became of a mini-batch: `WAITING`, `APPLIED` or `REFUSED`."""
         if epoch in self._complete:
             return REFUSED if batch in self._complete[epoch] else APPLIED
         flags = self._open.get(epoch)
@@ -57,7 +57,7 @@ class AppliedSet:
             del self._open[epoch], self._waiting[epoch]
 
     def flags(self, epoch: int) -> npt.NDArray[np.uint8]:
-        """The state of every mini-batch of an epoch, shape [num_batches]."""
+        """Return what became of every mini-batch of an epoch: uint8 [num_batches], a copy."""
         if epoch in self._complete:
             flags = np.full(self.num_batches, APPLIED, np.uint8)
             flags[list(self._complete[epoch])] = REFUSED
@@ -78,7 +78,11 @@ class AppliedSet:
         return tuple(sorted(self._complete))
 
     def dump(self) -> tuple[dict[str, object], dict[int, npt.NDArray[np.uint8]]]:
-        """What `load` takes: plain metadata, and the flags of the open epochs."""
+        """Return what `load` takes.
+
+        Returns:
+            Plain metadata, and by open epoch its flags, uint8 [num_batches].
+        """
         meta: dict[str, object] = {
             "num_batches": self.num_batches,
             "complete": {str(e): sorted(r) for e, r in sorted(self._complete.items())},
@@ -89,7 +93,15 @@ class AppliedSet:
     def load(
         cls, meta: Mapping[str, object], open_flags: Mapping[int, npt.NDArray[np.uint8]]
     ) -> AppliedSet:
-        """The set that `dump` described."""
+        """Return the set that `dump` described.
+
+        Args:
+            meta: The metadata.
+            open_flags: By open epoch, its flags, uint8 [num_batches].
+
+        Raises:
+            LookupError, TypeError, ValueError, AssertionError: No `dump` gave this.
+        """
         new = cls(int(meta["num_batches"]))  # type: ignore[call-overload]
         complete: Mapping[str, list[int]] = meta["complete"]  # type: ignore[assignment]
         for number, refused in complete.items():

@@ -53,10 +53,20 @@ class Partition:
 def split(
     *, num_parameters: int, num_features: int, num_decayed: int, num_partitions: int
 ) -> tuple[Partition, ...]:
-    """Cut a model's flat vectors into `num_partitions` byte-balanced partitions.
+    """Cut a model's flat vectors into byte-balanced partitions.
 
-    Raises `BadConfiguration` where there are fewer than `ALIGNMENT` parameters for a partition,
-    and for a model that cannot be.
+    Args:
+        num_parameters: P of the whole model.
+        num_features: F of the whole model.
+        num_decayed: How many parameters, from the first on, take weight decay.
+        num_partitions: How many partitions to make.
+
+    Returns:
+        The partitions, by index.
+
+    Raises:
+        BadConfiguration: The numbers fit no model, or a partition would have fewer than `ALIGNMENT`
+            parameters.
     """
     if num_parameters < 1 or num_features < 0 or not 0 <= num_decayed <= num_parameters:
         raise BadConfiguration(
@@ -73,7 +83,7 @@ def split(
         )
 
     def cuts(total: int, align: int) -> list[int]:
-        # In whole blocks, of which the last partition, whose last one may be short, gets the most.
+        # In whole blocks. The last one may be short, so the last partition gets the most blocks.
         blocks = -(-total // align)
         inner = [blocks * i // num_partitions * align for i in range(1, num_partitions)]
         return [0, *inner, total]

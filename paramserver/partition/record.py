@@ -1,14 +1,13 @@
 """The record of a partition: every push in the order in which it was taken, 20 bytes each.
 
 With the plan of the mini-batches it is all that is needed to compute a run again
-(`cluster.replay.replay`). A push's entry names the mini-batch, the replica, the version that it was
-computed on and what became of it, and bears a fingerprint of the loss and the gradient's norm, by
-which the entries of one computation are told from those of another on the same mini-batch, on all
-partitions.
+(`cluster.replay`). An entry names the mini-batch, the replica, the version that the push was
+computed on, and what became of it. It also has a fingerprint of the loss and the gradient's norm.
+The fingerprint tells two computations of one mini-batch apart, on all partitions.
 
-The file is mapped, so an entry costs no system call, and outlives its process: it is written before
-the version that it leads to is published, so no weights were ever pulled that the record does not
-explain. It is not made to outlive the machine. Each start of a partition has a file of its own.
+The file is mapped, so an entry costs no system call and outlives its process. An entry is written
+before its version is published, so the record explains all weights that were ever pulled. It need
+not outlive the machine. Each start of a partition has its own file.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def fingerprint(loss: float, gradient_norm: float) -> int:
-    """32 bits of a computation's results, to the last bit of each."""
+    """Return 32 bits that depend on every bit of a computation's results."""
     return zlib.crc32(_NUMBERS.pack(loss, gradient_norm))
 
 
@@ -48,7 +47,7 @@ class Entry:
     replica: int
     outcome: Outcome
     version: int
-    """That it was computed on."""
+    """The version that it was computed on."""
     fingerprint: int
 
 
@@ -58,9 +57,16 @@ class PushRecord:
     def __init__(
         self, folder: Path, partition: int, version: int, *, follows: bool = False
     ) -> None:
-        """Start a new file in `folder`, which is made; the partition is at `version`.
+        """Start a new file in `folder`, which is made if need be.
 
-        The record of one that `follows` another counts only once it takes that one's place.
+        Args:
+            folder: Where the records of all partitions lie.
+            partition: Index of the partition.
+            version: The version that it starts from.
+            follows: Whether it is a follower; its record counts only once it is promoted.
+
+        Raises:
+            OSError: The file cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
         start = len(files(folder, partition))
@@ -68,14 +74,14 @@ class PushRecord:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._size = 0
         self.failure: OSError | None = None
-        """Why the record is not complete, if it is not."""
+        """Why the record is incomplete, if it is."""
         self._grow()
         role = _FOLLOWER if follows else _PRIMARY
         _HEADER.pack_into(self._map, 0, MAGIC, version, partition, start, role)
         self._at = _HEADER.size
 
     def add(self, push: Push, outcome: Outcome) -> None:
-        """Note what became of a push of one mini-batch."""
+        """Note what became of a push of one mini-batch. Raises nothing; see `failure`."""
         at = self._at
         if at + _ENTRY.size > self._size:
             if self.failure is not None:
@@ -99,7 +105,7 @@ class PushRecord:
 
     def _grow(self) -> None:
         size = self._size + CHUNK_BYTES
-        # Not a hole: a full disk is to be an error here, and not a signal at some later entry.
+        # Not a hole: a full disk must be an error here, not a signal at some later entry.
         os.posix_fallocate(self._fd, 0, size)
         self._map = mmap.mmap(self._fd, size)
         self._size = size
@@ -123,20 +129,25 @@ class Branch:
     number: int
     """Counts the partition's starts from 0."""
     version: int
-    """That it started from."""
+    """The version that it started from."""
     entries: tuple[Entry, ...]
     counts: bool = True
-    """False where it is of a follower that never became the partition."""
+    """False for a follower that never became the partition."""
 
 
 def files(folder: Path, partition: int | None = None) -> list[Path]:
-    """The files of one partition, or of all, in order."""
+    """Return the files of one partition, or of all, in order."""
     name = "*" if partition is None else f"{partition:05d}"
     return sorted(folder.glob(f"partition-{name}-*.pushes"))
 
 
 def read(path: Path) -> Branch:
-    """What a `PushRecord` wrote. Raises `BadRecord` for anything else."""
+    """Read what a `PushRecord` wrote.
+
+    Raises:
+        BadRecord: The file holds something else, or is damaged.
+        OSError: It cannot be read.
+    """
     data = path.read_bytes()
     if len(data) < _HEADER.size:
         raise BadRecord(f"{path} is shorter than a record's header: it was cut off")

@@ -1,9 +1,9 @@
 """Snapshots of a partition: one safetensors file each, plain metadata inside, nothing pickled.
 
 A snapshot is consistent in itself: weights, rule state, BN statistics, version and applied set of
-one instant. A set of snapshots of different instants is a consistent checkpoint all the same,
-because each brings its own applied set: on resume every partition takes just what it lacks.
-Naming, keeping and pruning checkpoints is `cluster`'s.
+one instant. Snapshots of different instants still make a consistent checkpoint, because each brings
+its own applied set: on resume every partition takes just what it lacks. `cluster` names, keeps and
+prunes checkpoints. What a snapshot holds is `persistence`'s.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ _DTYPES = {"float32": "F32", "float64": "F64", "uint8": "U8"}
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What a partition's state was at one instant."""
+    """A partition's state at one instant."""
 
     partition: Partition
     meta: Mapping[str, object]
     tensors: Mapping[str, Tensor]
 
     def check(self, partition: Partition) -> None:
-        """Raise `BadSnapshot` unless this is a snapshot of `partition`."""
+        """Make sure that this is a snapshot of `partition`.
+
+        Raises:
+            BadSnapshot: It is of another model or another cut of it.
+        """
         if self.partition != partition:
             raise BadSnapshot(
                 f"the snapshot is of {self.partition}, not of {partition}: resume with the model "
@@ -56,11 +60,21 @@ class SnapshotFile:
 
 
 def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) -> SnapshotFile:
-    """Write a snapshot into `folder` as one file, and say what was written.
+    """Write a snapshot as one file, a block at a time, straight from the tensors' memory.
 
-    The safetensors format is written here, a block at a time straight from the tensors' memory: the
-    library's own writer copies everything twice with Python's lock held, and the partition serves
-    pushes meanwhile. Raises `OSError` where it cannot be written.
+    The library's own writer would copy everything twice with Python's lock held, while the
+    partition serves pushes.
+
+    Args:
+        filesystem: Where to write.
+        folder: A folder there.
+        snapshot: What to write.
+
+    Returns:
+        Name, size and checksum of what was written.
+
+    Raises:
+        OSError: It cannot be written.
     """
     name = f"partition-{snapshot.partition.index:05d}.safetensors"
     digest, num_bytes = hashlib.sha256(), 0
@@ -78,7 +92,7 @@ def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) ->
 
 
 def blocks(snapshot: Snapshot) -> Iterator[memoryview]:
-    """The bytes of a snapshot's file, at most `BLOCK_BYTES` at a time."""
+    """Yield the bytes of a snapshot's file, at most `BLOCK_BYTES` at a time."""
     document = {
         "format": FORMAT,
         "partition": asdict(snapshot.partition),
@@ -88,7 +102,7 @@ def blocks(snapshot: Snapshot) -> Iterator[memoryview]:
 
 
 def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """The bytes of a safetensors file, at most `BLOCK_BYTES` at a time."""
+    """Yield the bytes of a safetensors file, at most `BLOCK_BYTES` at a time."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     arrays: dict[str, npt.NDArray[Any]] = {}
@@ -113,7 +127,11 @@ def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
 
 
 def read(filesystem: pyarrow.fs.FileSystem, path: str, sha256: str | None = None) -> Snapshot:
-    """The snapshot in the file at `path`, checked against its checksum where one is given."""
+    """Read the snapshot in the file at `path`, and compare its checksum if one is given.
+
+    Raises:
+        BadSnapshot: The file cannot be read, is damaged, or is no snapshot.
+    """
     try:
         with filesystem.open_input_file(path) as stream:
             data = stream.read()
@@ -128,7 +146,15 @@ def read(filesystem: pyarrow.fs.FileSystem, path: str, sha256: str | None = None
 
 
 def parse(data: bytes, name: str) -> Snapshot:
-    """The snapshot that a file's bytes are; an error, `BadSnapshot`, calls them by `name`."""
+    """Return the snapshot that a file's bytes are.
+
+    Args:
+        data: The bytes.
+        name: What errors call them.
+
+    Raises:
+        BadSnapshot: They are none, or of another format.
+    """
     import safetensors.torch
 
     try:

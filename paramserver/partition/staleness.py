@@ -1,4 +1,4 @@
-"""Staleness: version when applied - version pulled, counted exactly, by replica."""
+"""Staleness: version when applied − version pulled, counted exactly, by replica."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Histogram:
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """Observations of each value from 0 on."""
+        """Observations of each value from 0 on: int64 [largest value + 1]."""
         return np.asarray(self._counts, np.int64)
 
     @property
@@ -34,7 +34,7 @@ class Histogram:
         return sum(self._counts)
 
     def merge(self, other: Histogram) -> Histogram:
-        """The histogram of both sets of observations."""
+        """Return the histogram of both sets of observations."""
         a, b = self.counts, other.counts
         if len(a) < len(b):
             a, b = b, a
@@ -43,7 +43,7 @@ class Histogram:
         return Histogram(merged)
 
     def percentile(self, share: float) -> int:
-        """The least value that at least `share` (0 to 1) of the observations do not exceed."""
+        """Return the least value that at least `share` (0 to 1) of all observations stay within."""
         counts = self.counts
         total = int(counts.sum())
         if not total:
@@ -51,7 +51,7 @@ class Histogram:
         return int(np.searchsorted(np.cumsum(counts), share * total - 1e-9))
 
     def summary(self) -> dict[str, float]:
-        """`mean`, `p50`, `p99` and `max`, in versions; zeros where nothing was observed."""
+        """Return `mean`, `p50`, `p99` and `max`, in versions; zeros if nothing was observed."""
         counts = self.counts
         total = int(counts.sum())
         if not total:
@@ -84,16 +84,16 @@ class StalenessRecord:
         histogram.add(staleness)
 
     def of(self, replica: int) -> Histogram:
-        """One replica's histogram."""
+        """Return one replica's histogram."""
         return self._by_replica.get(replica, Histogram())
 
     def all(self) -> Histogram:
-        """The histogram over all replicas."""
+        """Return the histogram over all replicas."""
         whole = Histogram()
         for histogram in self._by_replica.values():
             whole = whole.merge(histogram)
         return whole
 
     def dump(self) -> dict[int, list[int]]:
-        """Counts by replica, plain."""
+        """Return the counts by replica, plain."""
         return {r: h.counts.tolist() for r, h in sorted(self._by_replica.items())}

@@ -13,11 +13,15 @@ all elementwise. With `constant` (their DC-ASGD-c) lambda is the same always and
     s <- decay * s + (1 - decay) * g * g
     lambda = lambda_0 / sqrt(s + 1e-7)
 
-Departures: s is one for all replicas, where the authors' own code keeps one for each worker; g is
-clipped before and decays after it is compensated, so that neither limit nor L2 term is
-extrapolated; the rule that follows may be any, momentum included. Where a push is the sum of k
-mini-batches' gradients, g above is their mean, and the result is k times what it gives. A block of
-the correction that is not finite is left out, and its gradient applied as it came.
+Departures from the paper:
+
+- s is one for all replicas; the authors' code keeps one for each worker.
+- g is clipped before and decays after it is compensated, so neither limit nor L2 term is
+  extrapolated.
+- Any rule may follow, momentum included.
+- If a push is the sum of k gradients, g above is their mean, and the result is k times what the rule
+  gives.
+- A block of the correction that is not finite is left out, and its gradient applied as it came.
 """
 
 from __future__ import annotations
@@ -46,16 +50,16 @@ class Compensation:
     strength: float
     """lambda, or lambda_0."""
     decay: float | None
-    """Of the moving mean of squares, in [0, 1); None for a constant lambda."""
+    """Share of the mean of squares kept at each update, in [0, 1); None for a constant lambda."""
 
     def init(self, num_parameters: int) -> dict[str, Tensor]:
-        """State beside the rule's: the mean of squares s = 0, where lambda adapts."""
+        """Return the state beside the rule's: s = 0, float32 [n], if lambda adapts."""
         import torch
 
         return {} if self.decay is None else {MEAN_SQUARE: torch.zeros(num_parameters)}
 
     def room(self, num_parameters: int) -> Tensor:
-        """Memory that `apply` works in."""
+        """Return memory for `apply` to work in, float32 [2, at most BLOCK]."""
         import torch
 
         return torch.empty(2, min(BLOCK, num_parameters))
@@ -69,10 +73,17 @@ class Compensation:
         room: Tensor,
         num_batches: int = 1,
     ) -> None:
-        """Correct `gradient` [n], the sum over `num_batches`, in place, and bring `state` forward.
+        """Correct `gradient` in place, and bring `state` forward.
 
-        `pulled` is None where the weights have not moved. Done a block at a time, so that what is
-        in between stays in a processor's cache.
+        It is done a block at a time, so that what is in between stays in a processor's cache.
+
+        Args:
+            gradient: Sum of the gradients of `num_batches` mini-batches, float32 [n].
+            weights: The present weights, float32 [n].
+            pulled: Those that it was computed on, float32 [n]; None if they have not moved.
+            state: What `init` gave.
+            room: What `room` gave.
+            num_batches: k above.
         """
         import torch
 
@@ -96,7 +107,7 @@ class Compensation:
 
 
 def make_compensation(policy: StalenessPolicy) -> Compensation | None:
-    """What a policy says about compensation; None where it says nothing of it."""
+    """Return the compensation of a staleness policy; None if it does not compensate."""
     if policy.staleness_policy != "compensate":
         return None
     return Compensation(

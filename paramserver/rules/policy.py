@@ -1,9 +1,9 @@
 """Policies: what is done about a gradient that was computed on old weights, or that is poison.
 
-A policy is a pure function of a push's staleness and of the mean staleness of late. It says at
-which share of the learning rate the push is applied, or that it is not: a dropped mini-batch is
-not settled, so it is lent again and computed anew on newer weights. Each partition decides by its
-own versions.
+A policy is a pure function of a push's staleness and of the recent mean staleness. It says at which
+share of the learning rate the push is applied, or that it is dropped. A dropped mini-batch is not
+settled, so it is lent again and computed anew on newer weights. Each partition decides by its own
+versions.
 
 `Guard` says which gradients are refused for their size, and which replicas are quarantined: those
 that send what has to be refused, while others do not.
@@ -35,7 +35,7 @@ class Decision:
     """What is done with a push, and why."""
 
     scale: float
-    """What the learning rate is multiplied by; 0 where the push is dropped."""
+    """What the learning rate is multiplied by; 0 if the push is dropped."""
     reason: str
 
     @property
@@ -49,7 +49,11 @@ APPLY = Decision(scale=1.0, reason="asynchronous")
 
 @dataclass(frozen=True, kw_only=True)
 class StalenessPolicy:
-    """How staleness is governed."""
+    """How staleness is governed.
+
+    Raises:
+        BadConfiguration: A number is out of its range.
+    """
 
     staleness_policy: PolicyName = "asynchronous"
     """`asynchronous` applies every push as it comes; `bounded` has whoever is fast wait, so that no
@@ -68,10 +72,10 @@ class StalenessPolicy:
     compensation_decay: float = 0.95
     """For `adaptive`: share of the mean square that is kept at each update, in [0, 1)."""
     round_pushes: int | None = None
-    """For `synchronous`: gradients in a round; slots beyond so many are backup workers, whose
-    gradients are dropped where they come last. None is all slots, and no backup."""
+    """For `synchronous`: gradients in a round; concurrent steps beyond so many are backup workers,
+    whose gradients are dropped if they come last. None is all steps, and no backup."""
     round_steps: int | None = field(default=None, metadata={"cli": False})
-    """Steps begun for a round, backups among them: the run's slots."""
+    """Steps begun for a round, backups among them: the run's concurrent steps."""
 
     def __post_init__(self) -> None:
         if self.staleness_bound < 0:
@@ -97,13 +101,16 @@ class StalenessPolicy:
         return self.staleness_bound if self.staleness_policy == "compensate" else 0
 
     def decide(self, staleness: int, mean: float) -> Decision:
-        """What to do with a push of this staleness, where `mean` is usual (both in versions).
+        """Decide what to do with a push.
 
         `scale` is relative, `min(1, (mean + 1) / (staleness + 1))`: with 50 steps in flight the
-        mean is about 49, and dividing the rate by staleness outright would stop the training.
+        mean is about 49, and dividing the rate by the staleness itself would stop the training.
         `synchronous` counts from the version of the round's weights, so whatever is stale is late.
-        `bounded` never gets to see what is beyond the bound (`BoundedPermits`); if it did, it
-        would not apply it either.
+        With `bounded`, nothing beyond the bound ever arrives (`BoundedPermits`).
+
+        Args:
+            staleness: Of the push, in versions.
+            mean: The recent mean staleness, in versions.
         """
         if self.staleness_policy == "synchronous" and staleness > 0:
             return Decision(scale=0.0, reason="late: the round that it was computed for is over")
@@ -119,10 +126,14 @@ class StalenessPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """What keeps poison out."""
+    """What keeps poison out.
+
+    Raises:
+        BadConfiguration: A number is out of its range.
+    """
 
     max_norm_ratio: float | None = 1000.0
-    """A gradient is refused that is longer than so many times the usual; none for no such bound."""
+    """A gradient longer than so many times the usual norm is refused; none for no such bound."""
     quarantine_after: int | None = 5
     """Refused pushes after which a replica is quarantined, if others are not refused as often;
     none for never."""
@@ -138,10 +149,15 @@ class Guard:
             )
 
     def enormous(self, norm: float, usual: float, num_seen: int) -> bool:
-        """Whether a gradient of this norm is no gradient, where `usual` is the mean of late.
+        """Whether a gradient of this norm is too long to be one.
 
-        Nothing is usual before `NORMS_SEEN` updates; until then only what float32 cannot square
-        is enormous.
+        Before `NORMS_SEEN` updates nothing is usual, and only what float32 cannot square is
+        enormous.
+
+        Args:
+            norm: Of the whole gradient.
+            usual: The recent mean norm.
+            num_seen: Updates that this mean rests on.
         """
         if norm > MAX_NORM:
             return True
@@ -152,11 +168,11 @@ class Guard:
     def quarantines(
         self, *, refused: int, applied: int, others_refused: int, others_applied: int
     ) -> bool:
-        """Whether a replica is to be heard no more, by its pushes and those of all others.
+        """Whether a replica is quarantined, by its counts of pushes and those of all others.
 
-        It is where it has been refused `quarantine_after` times, and ten times as often as the
-        others. So neither a poisoned example, which meets all replicas alike, nor a run that
-        diverges quarantines anyone; nor is there anyone to compare a single replica with.
+        It is if it was refused `quarantine_after` times, and ten times as often as the others. So
+        neither a poisoned example, which meets all replicas alike, nor a run that diverges
+        quarantines anyone. A single replica has nobody to be compared with.
         """
         if self.quarantine_after is None or refused < self.quarantine_after:
             return False

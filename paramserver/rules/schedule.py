@@ -19,6 +19,9 @@ class Schedule:
     `rate(x) = learning_rate * min(1, x / warmup_epochs) * decay_factor ** (x / decay_epochs)`
     with x in epochs; with `staircase` the exponent is rounded down (GoogLeNet: x0.96 every 8
     epochs). The warm-up counts at least one example, so that no update is without effect.
+
+    Raises:
+        BadConfiguration: A number is out of its range.
     """
 
     learning_rate: float = 0.01
@@ -46,7 +49,7 @@ class Schedule:
             )
 
     def rate(self, examples: int, epoch_examples: int) -> float:
-        """The rate for the update after `examples` applied, `epoch_examples` to an epoch."""
+        """Return the rate of the update after `examples` applied, `epoch_examples` to an epoch."""
         epochs = examples / epoch_examples
         rate = self.learning_rate
         if self.decay_factor != 1:

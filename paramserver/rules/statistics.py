@@ -65,7 +65,10 @@ class Block:
         self.m2 = np.zeros(num_features)
 
     def merge(self, count: Array, mean: Array, m2: Array) -> None:
-        """Take in another set of values, by Chan's formula. Counts of 0 change nothing."""
+        """Take in another set of values, float64 [F] each, by Chan's formula.
+
+        Counts of 0 change nothing.
+        """
         total = self.count + count
         share = count / np.maximum(total, 1.0)
         delta = mean - self.mean
@@ -87,8 +90,8 @@ class RecentMoments:
         self._num_pending = 0
 
     def add(self, moments: npt.NDArray[np.float32] | Array) -> None:
-        """Take in one mini-batch's moments [3, F] (count, mean, unbiased variance)."""
-        if self._in_block + self._num_pending >= self._per_block:  # or more, after `load`
+        """Take in one mini-batch's moments, [3, F]: count, mean, unbiased variance."""
+        if self._in_block + self._num_pending >= self._per_block:  # more is possible after `load`
             self._merge_pending()
             self._blocks.append(Block(self._num_features))
             self._in_block = 0
@@ -98,7 +101,7 @@ class RecentMoments:
             self._merge_pending()
 
     def _merge_pending(self) -> None:
-        """Chan's formula for many mini-batches at once costs little more than for one."""
+        """Merge what is pending: many mini-batches at once cost little more than one."""
         if not self._num_pending:
             return
         counts, means, variances = self._pending[: self._num_pending].swapaxes(0, 1)
@@ -111,7 +114,7 @@ class RecentMoments:
         self._num_pending = 0
 
     def pooled(self) -> Block:
-        """Everything in the window, merged."""
+        """Return everything in the window, merged."""
         self._merge_pending()
         whole = Block(self._num_features)
         for block in self._blocks:
@@ -119,12 +122,16 @@ class RecentMoments:
         return whole
 
     def dump(self) -> tuple[Array, int]:
-        """What `load` takes: float64 [blocks, 3, F], and the updates in the last block."""
+        """Return what `load` takes: float64 [blocks, 3, F], and the updates in the last block."""
         self._merge_pending()
         return np.stack([np.stack([b.count, b.mean, b.m2]) for b in self._blocks]), self._in_block
 
     def load(self, blocks: Array, in_block: int) -> None:
-        """Go on from what `dump` gave."""
+        """Go on from what `dump` gave.
+
+        Raises:
+            ValueError: `blocks` is of another shape than [blocks, 3, F].
+        """
         if not len(blocks) or blocks.shape[1:] != (3, self._num_features):
             raise ValueError(f"the recent moments are {list(blocks.shape)}")
         self._num_pending = 0
@@ -146,7 +153,13 @@ class BatchStatistics:
         self.recent = RecentMoments(num_features, rule.window)
 
     def update(self, current: Tensor, moments: Tensor, out: Tensor) -> None:
-        """Merge a mini-batch's `moments` [3, F] into `current` [2, F], writing to `out` [2, F]."""
+        """Merge a mini-batch's moments into the moving averages.
+
+        Args:
+            current: The averages, float32 [2, F].
+            moments: Of the mini-batch, float32 [3, F].
+            out: Where to write the new averages, float32 [2, F]; may be `current`.
+        """
         import torch
 
         weight = max(1.0 - self.rule.decay, 1.0 / (self.num_updates + 1))
@@ -172,11 +185,15 @@ class BatchStatistics:
         return float(np.mean(away / np.sqrt(np.maximum(variance, 1e-12))))
 
     def dump(self) -> tuple[dict[str, int], dict[str, Array]]:
-        """Metadata and arrays that `load` takes."""
+        """Return metadata and arrays that `load` takes; `ledger` is float64 [blocks, 3, F]."""
         blocks, in_block = self.recent.dump()
         return {"num_updates": self.num_updates, "in_block": in_block}, {"ledger": blocks}
 
     def load(self, meta: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
-        """Go on from what `dump` gave."""
+        """Go on from what `dump` gave.
+
+        Raises:
+            LookupError, ValueError: No `dump` gave this.
+        """
         self.num_updates = int(meta["num_updates"])
         self.recent.load(arrays["ledger"], int(meta["in_block"]))

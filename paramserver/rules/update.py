@@ -1,16 +1,16 @@
 """Update rules: how a gradient changes the weights of a partition.
 
-A rule is a pair of pure functions over flat float32 arrays. `init(n)` gives its state, named
-vectors of n elements; `update` reads weights `w`, gradient `g` and state, and writes the new
-weights to `out`, which may be `w` itself or another buffer (a slot that the next version is
-published from while `w` is being read), to the same bits. `rate` is the learning rate. Weight decay
-and clipping come before the rule (`Regulariser`).
+A rule is a pair of functions over flat vectors, all float32 [n]. `init(n)` gives its state, vectors
+by name. `update` reads weights `w`, gradient `g` and state, and writes the new weights to `out`.
+`out` may be `w` itself or another buffer (from which the next version is published while `w` is
+being read); the bits are the same. `rate` is the learning rate. Weight decay and clipping come
+before the rule (`Regulariser`).
 
-The conventions are `torch.optim`'s, so that one replica with one step in flight equals it:
-momentum without dampening, and the rate outside the velocity.
+The conventions are `torch.optim`'s, so that one replica with one step in flight equals it: momentum
+without dampening, and the rate outside the velocity.
 
-PyTorch is imported where it is used, since rules are part of the configuration, and commands that
-compute nothing should start at once.
+PyTorch is imported where it is used: rules are part of the configuration, and commands that compute
+nothing should start at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ State = Mapping[str, "Tensor"]
 
 
 def updates_in_place(num_parameters: int) -> bool:
-    """Whether so many weights had better be written over than to and fro between two places."""
+    """Whether updating so many weights in place is faster than writing to another buffer.
+
+    It is from `IN_PLACE_BYTES` on. Smaller vectors stay in a processor's cache, and overwriting
+    lines that readers have copies of costs more than filling other ones.
+    """
     return 4 * num_parameters >= IN_PLACE_BYTES
 
 
@@ -38,12 +42,20 @@ class Rule(Protocol):
     """An update rule over flat vectors."""
 
     def init(self, num_parameters: int) -> dict[str, Tensor]:
-        """The rule's state for `num_parameters` parameters, before the first update."""
+        """Return the state before the first update: float32 [num_parameters] by name."""
 
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
     ) -> None:
-        """Write the new weights to `out`, and the new state in place."""
+        """Write the new weights to `out`, and the new state in place.
+
+        Args:
+            weights: float32 [n].
+            gradient: float32 [n]; may be overwritten.
+            state: What `init` gave.
+            rate: The learning rate.
+            out: float32 [n]; may be `weights`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +77,11 @@ class SGD:
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum:
-    """SGD with momentum: `v <- momentum * v + g; w <- w - rate * v` (torch's convention)."""
+    """SGD with momentum: `v <- momentum * v + g; w <- w - rate * v` (torch's convention).
+
+    Raises:
+        BadConfiguration: The momentum is not in [0, 1).
+    """
 
     momentum: float = 0.9
     """Share of the velocity kept at each update, in [0, 1)."""
@@ -89,7 +105,11 @@ class Momentum:
 
 @dataclass(frozen=True, kw_only=True)
 class Nesterov:
-    """Nesterov momentum: `v <- momentum * v + g; w <- w - rate * (g + momentum * v)`."""
+    """Nesterov momentum: `v <- momentum * v + g; w <- w - rate * (g + momentum * v)`.
+
+    Raises:
+        BadConfiguration: The momentum is not in [0, 1).
+    """
 
     momentum: float = 0.9
     """Share of the velocity kept at each update, in [0, 1)."""
@@ -117,6 +137,9 @@ class Adagrad:
 
     The rule of Dean et al. 2012, section 4.1: each parameter's own rate `gamma / sqrt(sum of its
     squared gradients)`. `epsilon` and its place are torch's.
+
+    Raises:
+        BadConfiguration: A number is negative or not finite, or both are 0.
     """
 
     epsilon: float = 1e-10
@@ -164,9 +187,9 @@ def _sgd_with_momentum(
 ) -> None:
     """One step, rounded the same wherever `out` is.
 
-    Of vectors that fit into a cache, two kernels that fill `out` are the fastest; of longer ones,
-    the kernel of `torch.optim.SGD(fused=True)` with everything in place: weights that are elsewhere
-    are copied first.
+    For vectors that fit into a cache, two kernels that fill `out` are the fastest. For longer ones
+    it is the kernel of `torch.optim.SGD(fused=True)` with everything in place; weights that lie
+    elsewhere are copied first.
     """
     import torch
 
@@ -201,7 +224,11 @@ RULES: dict[str, type[SGD | Momentum | Nesterov | Adagrad]] = {
 
 
 def make_rule(name: str, momentum: float) -> Rule:
-    """The rule called `name`; `momentum` reaches the two that have one."""
+    """Return the rule called `name`; `momentum` reaches the two that have one.
+
+    Raises:
+        BadConfiguration: There is no such rule, or the momentum is not in [0, 1).
+    """
     if name not in RULES:
         raise BadConfiguration(f"rule is {name!r}: give one of {', '.join(RULES)}")
     if name in ("momentum", "nesterov"):
@@ -211,7 +238,11 @@ def make_rule(name: str, momentum: float) -> Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Regulariser:
-    """What happens to a gradient before the rule: clipping by global norm, then L2 weight decay."""
+    """What happens to a gradient before the rule: clipping by global norm, then L2 weight decay.
+
+    Raises:
+        BadConfiguration: A number is out of its range.
+    """
 
     weight_decay: float = 0.0
     """L2 weight: `g <- g + weight_decay * w` for the parameters that take decay."""
@@ -229,20 +260,25 @@ class Regulariser:
     def apply(
         self, gradient: Tensor, weights: Tensor, num_decayed: int, norm: float, batches: int = 1
     ) -> None:
-        """Change `gradient`, the sum of so many mini-batches' gradients, in place.
+        """Change `gradient` in place.
 
-        `norm` is that of the whole sum, over all partitions, as its replica measured it.
+        Args:
+            gradient: The sum of the gradients of `batches` mini-batches, float32 [n].
+            weights: float32 [n].
+            num_decayed: How many of them, from the first on, take weight decay.
+            norm: Of the whole sum, over all partitions, as its replica measured it.
+            batches: How many mini-batches were added up.
         """
         self.clip(gradient, norm, batches)
         self.decay(gradient, weights, num_decayed, batches)
 
     def clip(self, gradient: Tensor, norm: float, batches: int = 1) -> None:
-        """The first half: the mean over the mini-batches is no longer than `clip_norm`."""
+        """The first half: scale the mean over the mini-batches down to `clip_norm`."""
         if self.clip_norm is not None and norm > batches * self.clip_norm:
             gradient.mul_(batches * self.clip_norm / norm)
 
     def decay(self, gradient: Tensor, weights: Tensor, num_decayed: int, batches: int = 1) -> None:
-        """The second half: L2, for each of the mini-batches."""
+        """The second half: add the L2 term once for each of the mini-batches."""
         if self.weight_decay and num_decayed:
             gradient[:num_decayed].add_(weights[:num_decayed], alpha=batches * self.weight_decay)
 

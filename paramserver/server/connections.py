@@ -1,6 +1,7 @@
 """Who is connected to a partition: coming, going, and being given up.
 
-What they send, and what they are answered, is `server`'s; how it travels is `transport`'s.
+What becomes of what they send is `intake`'s, what they are answered `replies`'; how it travels is
+`transport`'s.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Connections:
         """`sides` has none yet; `gone` is told the descriptor of each that was closed."""
         self.sides = sides
         self.dropped: Counter[str] = Counter()
-        """Connections closed by us, by reason."""
+        """Connections that we closed, by reason."""
         self._partition = partition
         self._epoll = epoll
         self._clock = clock
@@ -50,7 +51,7 @@ class Connections:
         self._next_sweep_s = -math.inf
 
     def accept(self, listener: Listener) -> None:
-        """Take in all who wait on this machine; their handshake is still to come."""
+        """Take in all connections that wait on this machine; their handshake is still to come."""
         while True:
             try:
                 peer = listener.accept()
@@ -80,19 +81,19 @@ class Connections:
         self._epoll.register(fd, select.EPOLLIN)
 
     def watch_writable(self, side: NetworkSide, watch: bool) -> None:
-        """Have the serving thread woken, or not, when more can be sent."""
+        """Have the serving thread woken when more can be sent, or no longer."""
         if side.watches_writable != watch:
             side.watches_writable = watch
             writable = select.EPOLLOUT if watch else 0
             self._epoll.modify(side.socket.fileno(), select.EPOLLIN | writable)
 
     def hand_over(self, fd: int) -> socket.socket:
-        """A connection is somebody else's business from now on."""
+        """Give a connection up to the caller."""
         self._epoll.unregister(fd)
         return self.sides.pop(fd).socket
 
     def drop_silent(self) -> None:
-        """Now and then, drop those that have not said what they should have said by now."""
+        """From time to time, drop those that are late with a handshake or stalled in a frame."""
         now_s = self._clock()
         if now_s < self._next_sweep_s:
             return
@@ -108,7 +109,7 @@ class Connections:
             self._drop(fd, reason)
 
     def failed(self, fd: int, error: Exception) -> None:
-        """Drop one: because of what it sent, or because it is gone."""
+        """Drop a connection, because of what it sent or because it is gone."""
         self._drop(fd, None if isinstance(error, ConnectionLost) else type(error).__name__)
 
     def _drop(self, fd: int, reason: str | None) -> None:

@@ -26,9 +26,17 @@ class Versions:
     def __init__(
         self, partition: Partition, config: UpdateConfig, sides: Sides, weights: Tensor | None
     ) -> None:
-        """Version 0 has these weights [num_parameters], or zeros. Nobody sees it before `open`.
+        """Make the memory and version 0, which nobody sees before `open`.
 
-        `sides` are the connections whose other ends may be reading.
+        Args:
+            partition: Of the model.
+            config: How pushes change it.
+            sides: The connections whose other ends may be reading.
+            weights: float32 [n] of version 0; zeros if None.
+
+        Raises:
+            BadConfiguration: There is not memory for the versions to keep, or the weights are of
+                another length.
         """
         kept = config.policy.versions_kept
         check_room(partition.num_parameters, kept)
@@ -51,16 +59,21 @@ class Versions:
             (as_bytes(v.weights), as_bytes(v.statistics)) for v in self.published.versions
         ]
         self._private: list[Tensor] = []
-        """Where gradients are copied to that another process reads, too."""
+        """Copies of gradients that another process reads, too."""
 
     def open(self) -> None:
         """Let readers see the version that there is."""
         self.published.publish(self.state.weights_version)
 
     def apply_all(self, arrivals: Sequence[Arrival], *, shared: bool) -> list[Answer]:
-        """Apply pushes, publish what comes of them, and say what became of each.
+        """Apply pushes, and publish the new version.
 
-        `shared` says whether another process reads the same gradients.
+        Args:
+            arrivals: As for `PartitionState.apply_all`.
+            shared: Whether another process reads the same gradients.
+
+        Returns:
+            What became of each push.
         """
         state, answers = self.state, []
         if shared and state.config.spoils_gradients:
@@ -82,7 +95,7 @@ class Versions:
         return self.apply_all(arrivals, shared=True)
 
     def _copied(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
-        """These, with gradients that may be written over: the others are read by two."""
+        """Return them with copies of their gradients, which an update may overwrite."""
         while len(self._private) < len(arrivals):
             self._private.append(torch.empty(self.state.partition.num_parameters))
         return [
@@ -91,11 +104,11 @@ class Versions:
         ]
 
     def _room(self) -> Version:
-        """Where the next version goes: where the latest one is, unless somebody is reading it."""
+        """Return where the next version goes: over the latest, unless somebody is reading it."""
         buffer = self.published.begin([side.pinned for side in self._sides.values()])
         for side in self._sides.values():
             if isinstance(side, NetworkSide):
-                side.detach(buffer)  # nothing to do, except where all buffers are pinned
+                side.detach(buffer)  # nothing to do, unless all buffers are pinned
         return self.published.versions[buffer]
 
     def send(self, side: NetworkSide) -> None:
