@@ -18,10 +18,10 @@ from downpour.paramserver.transport.shared.mailboxes import Mailboxes
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What a process is told about how to reach the partitions."""
+    """How a process is to reach the partitions."""
 
     transport: TransportName = "auto"
-    """`shared` and `network` are used whether or not a partition is on the same machine."""
+    """`auto` goes by where a partition is; the other two are used in any case."""
     wire_dtype: WireDtypeName = "float32"
     """How gradients travel over the network."""
     credentials: Credentials | None = None
@@ -29,9 +29,10 @@ class Access:
 
 
 def way(endpoint: Endpoint, transport: TransportName, here: str) -> Literal["shared", "network"]:
-    """Which way a process on the machine `here` reaches a partition.
+    """Return which way a process on the machine `here` reaches a partition.
 
-    Raises `NotColocated` where there is none.
+    Raises:
+        NotColocated: There is no way.
     """
     index = endpoint.partition.index
     if transport == "shared" or (transport == "auto" and endpoint.machine == here):
@@ -58,7 +59,11 @@ def connect(
     deadline_s: float,
     bell_every: int = 1,
 ) -> Link:
-    """Connect a process to a partition. Raises `ServerError` of every kind."""
+    """Connect a process to a partition. See `ParameterClient` for the arguments.
+
+    Raises:
+        ServerError: The partition is out of reach, or does not let us in.
+    """
     if way(endpoint, access.transport, machine()) == "shared":
         return SharedConnection(
             endpoint, key=key, mailboxes=mailboxes, deadline_s=deadline_s, bell_every=bell_every

@@ -1,11 +1,11 @@
 """A process's way to the parameter server: every partition at once.
 
 One client serves all replicas of a process. It owns the mailboxes, keeps a connection to each
-partition (over shared memory or the network, `transport.access` says which), and knows which
-mailboxes are waiting for answers from whom. It is used by one thread.
+partition (over shared memory or the network, as `access` chooses), and knows which mailboxes wait
+for answers from whom. One thread uses it.
 
-A pull is begun and finished apart, so that weights travel while other slots compute. Over shared
-memory the first half does it all: the copy is made at once.
+A pull is begun and finished apart, so that weights travel while other steps compute. Over shared
+memory the first half makes the whole copy at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from downpour.paramserver.access import Access, connect
 from downpour.paramserver.errors import BadConfiguration, DeadlineExceeded, MalformedMessage
 from downpour.paramserver.messages import MAX_BATCHES, MAX_MAILBOXES, Outcome, Push
 from downpour.paramserver.transport.endpoint import Endpoint
-from downpour.paramserver.transport.link import Link, Pull, Weights
+from downpour.paramserver.transport.link import FloatArray, Link, Pull
 from downpour.paramserver.transport.patience import Patience
 from downpour.paramserver.transport.shared.client import SharedConnection
 from downpour.paramserver.transport.shared.mailboxes import Mailboxes
@@ -32,7 +32,7 @@ class PushResult:
 
     mailbox: int
     outcomes: tuple[Outcome, ...]
-    """By partition."""
+    """What became of it, by partition."""
 
 
 class ParameterClient:
@@ -49,13 +49,25 @@ class ParameterClient:
         deadline_s: float = 30.0,
         bell_every: int = 1,
     ) -> None:
-        """Connect to every partition; `depth` is how many sets of moments a mailbox holds.
+        """Connect to every partition.
 
-        A partition next door is woken for `bell_every` pushes at a time, or when an answer is
-        waited for: a process with many steps in flight need not wake it for every one.
+        After a `ConnectionLost` from any method the client is of no use: close it and make another.
 
-        `endpoints` are those of all partitions of the model, in order of their index. After any
-        `ConnectionLost`, from here on, the client is of no more use: close it and make another.
+        Args:
+            endpoints: Of all partitions of the model, in order of their index.
+            key: The run's key.
+            access: Which way to take.
+            num_mailboxes: Pushes that may be in flight; 0 for a client that only pulls.
+            depth: Sets of moments that a mailbox holds (`n_push`).
+            deadline_s: How long to wait for a partition.
+            bell_every: Pushes after which a partition on this machine is woken. It is woken earlier
+                if an answer is waited for. A process with many steps in flight need not wake it for
+                every push.
+
+        Raises:
+            BadConfiguration: The endpoints are not those of all partitions, or a number is out of
+                its range.
+            ServerError: A partition is out of reach, or does not let us in.
         """
         if not endpoints:
             raise BadConfiguration("no partition to connect to: give at least one endpoint")
@@ -123,16 +135,23 @@ class ParameterClient:
 
     @property
     def torn(self) -> int:
-        """Copies of weights that were thrown away because they were written meanwhile."""
+        """Copies of weights that were thrown away because the writer overtook them."""
         return sum(c.torn for c in self._connections)
 
     def start_pull(
-        self, weights: Weights, versions: list[int], statistics: Weights | None = None
+        self, weights: FloatArray, versions: list[int], statistics: FloatArray | None = None
     ) -> Pull:
-        """Ask for the latest weights [P], and the BN statistics [2, F] that belong to them.
+        """Ask for the latest weights, and the BN statistics that belong to them.
 
-        They are in place, and each partition's version in `versions`, once `finish` has returned;
-        until then none of these may be looked at or written to.
+        Until `finish` has returned, none of the three may be read or written.
+
+        Args:
+            weights: Where they go, float32 [P].
+            versions: Where each partition's version goes.
+            statistics: Where they go, float32 [2, F]; None if they are not wanted.
+
+        Raises:
+            ConnectionLost: A partition is gone.
         """
         pull = Pull(versions)
         for connection in self._connections:
@@ -149,7 +168,12 @@ class ParameterClient:
         return pull
 
     def finish(self, pull: Pull) -> None:
-        """Wait for the rest of a pull; `DeadlineExceeded` where nothing comes any more."""
+        """Wait for the rest of a pull.
+
+        Raises:
+            ConnectionLost: A partition is gone.
+            DeadlineExceeded: Nothing comes any more.
+        """
         while pull.waiting:
             for fd, _ in self._wait(self._network_poll):
                 connection = self._network[fd]
@@ -158,12 +182,14 @@ class ParameterClient:
                     self._ahead.add(fd)
             self._watch()
 
-    def pull(self, weights: Weights, versions: list[int]) -> None:
-        """Get the latest weights [P]; `versions` receives each partition's version."""
+    def pull(self, weights: FloatArray, versions: list[int]) -> None:
+        """Get the latest weights, float32 [P], and each partition's version. Raises as `finish`."""
         self.finish(self.start_pull(weights, versions))
 
-    def pull_statistics(self, weights: Weights, statistics: Weights, versions: list[int]) -> None:
-        """Get the latest weights [P] and the BN statistics [2, F] that belong to them."""
+    def pull_statistics(
+        self, weights: FloatArray, statistics: FloatArray, versions: list[int]
+    ) -> None:
+        """As `pull`, with the BN statistics, float32 [2, F], that belong to the weights."""
         self.finish(self.start_pull(weights, versions, statistics))
 
     def push(
@@ -178,7 +204,14 @@ class ParameterClient:
         loss: float,
         gradient_norm: float,
     ) -> None:
-        """Tell every partition that a gradient is in `mailbox`, which must be free."""
+        """Tell every partition that a gradient is in `mailbox`, which must be free.
+
+        See `messages.Push`; `versions` are the partitions' that it was computed on.
+
+        Raises:
+            ConnectionLost: A partition is gone.
+            DeadlineExceeded: A partition has not read for too long.
+        """
         assert not self._waiting[mailbox], f"mailbox {mailbox} has a push in flight"
         assert 0 < len(batches) <= self.mailboxes.depth
         self._waiting[mailbox] = len(self._connections)
@@ -202,8 +235,9 @@ class ParameterClient:
     def ask(self, mailbox: int) -> None:
         """Ask every partition for a permit for the step that will push from `mailbox`.
 
-        Where staleness is bounded, it is wanted before the step's weights are pulled. The
-        partitions are asked one after the other, so that no two steps can wait for each other.
+        It has to be there before the step's weights are pulled, if the staleness policy works by
+        permits. The partitions are asked one after the other, so that no two steps can wait for
+        each other. Raises as `push` does.
         """
         assert not self._waiting[mailbox], f"mailbox {mailbox} has a push in flight"
         assert mailbox not in self._asking
@@ -213,7 +247,7 @@ class ParameterClient:
             self._watch()
 
     def permitted(self, mailbox: int) -> bool:
-        """Whether no permit is waited for."""
+        """Whether the step of `mailbox` waits for no permit."""
         return mailbox not in self._asking
 
     @property
@@ -232,7 +266,7 @@ class ParameterClient:
         self._connections[index].flush()
 
     def flush(self) -> None:
-        """Send off what has been kept back until there is more of it."""
+        """Send off pushes that were kept back until there are more. Raises as `push` does."""
         for connection in self._connections:
             connection.flush()
 
@@ -241,15 +275,26 @@ class ParameterClient:
         return self._waiting[mailbox] > 0
 
     def collect(self, wait_s: float = 0.0) -> list[PushResult]:
-        """Pushes that all partitions have answered by now; waits up to `wait_s` for an answer."""
+        """Return the pushes that all partitions have answered by now.
+
+        Args:
+            wait_s: How long to wait for an answer.
+
+        Raises:
+            ConnectionLost: A partition is gone.
+            MalformedMessage: A partition says what it may not.
+        """
         if self._ahead:
             return self._settle([])
         return self._settle(self._poll.poll(wait_s * 1000))
 
     def wait(self) -> list[PushResult]:
-        """Wait for something to come, and settle what it settles; it may be only a part of that.
+        """Wait for something to come, and return the pushes that are answered with it, if any.
 
-        Raises `DeadlineExceeded` where nothing comes any more.
+        Raises:
+            ConnectionLost: A partition is gone.
+            DeadlineExceeded: Nothing comes any more.
+            MalformedMessage: A partition says what it may not.
         """
         self.flush()
         if self._ahead:
@@ -302,9 +347,9 @@ class ParameterClient:
                 self._network_poll.modify(fd, events)
 
     def interrupt(self) -> None:
-        """Cut every connection, so that whoever waits for one gets `ConnectionLost`.
+        """Cut every connection, so that a thread that waits for one gets `ConnectionLost`.
 
-        The one method that may be called from another thread.
+        This is the one method that another thread may call.
         """
         for connection in self._connections:
             connection.interrupt()

@@ -1,4 +1,4 @@
-"""What replicas and partitions say to each other: small frozen dataclasses, and their bytes.
+"""The messages between replicas and partitions: small frozen dataclasses, and their bytes.
 
 Everything is fixed-width little-endian behind a 4-byte magic, a version and a kind. Nothing is
 unpickled, and every length is checked before it is used: `decode` raises `MalformedMessage` for
@@ -76,7 +76,7 @@ class Outcome(enum.IntEnum):
 
     @property
     def settled(self) -> bool:
-        """Whether the partition has now taken note of the mini-batches for good."""
+        """Whether the partition has settled the mini-batches: it will never take them again."""
         return self not in _UNSETTLED
 
 
@@ -141,7 +141,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PullRequest:
-    """Asks for the weights, as they are once all that is ahead of them has been sent."""
+    """Asks for the weights as they are when everything queued before them has been sent."""
 
     statistics: bool
     """Whether the BN statistics are wanted, too."""
@@ -149,7 +149,7 @@ class PullRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PermitRequest:
-    """Asks whether the step that will push from a mailbox may begin, where staleness is bounded.
+    """Asks whether the step that will push from a mailbox may begin, if steps begin by permit.
 
     The answer, `PERMITTED`, comes once it may. It has to come before the weights are pulled.
     """
@@ -232,7 +232,7 @@ Message = (
 
 
 def encode(message: Message) -> bytes:
-    """The message's bytes."""
+    """Return the message's bytes."""
     match message:
         case Push():
             head = _PUSH.pack(
@@ -302,7 +302,11 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """The message that these bytes are, or `MalformedMessage`."""
+    """Return the message that these bytes are.
+
+    Raises:
+        MalformedMessage: They are none.
+    """
     try:
         magic, kind = _PREFIX.unpack_from(data)
         if magic != MAGIC:
@@ -334,12 +338,16 @@ def decode(data: bytes) -> Message:
 
 
 def encode_all(messages: Sequence[Push | PermitRequest] | Sequence[Answer]) -> bytes:
-    """Several messages as one packet, one after the other."""
+    """Return several messages as one packet."""
     return b"".join([encode(message) for message in messages])
 
 
 def decode_all(packet: bytes) -> list[Message]:
-    """All messages of a packet, of which several may be pushes or answers; `MalformedMessage`."""
+    """Return all messages of a packet; several may be pushes, permit requests or answers.
+
+    Raises:
+        MalformedMessage: The bytes are no packet.
+    """
     messages, at = [], 0
     while True:
         stop = at + _length(packet, at)

@@ -19,8 +19,7 @@ Departures from the paper:
 - g is clipped before and decays after it is compensated, so neither limit nor L2 term is
   extrapolated.
 - Any rule may follow, momentum included.
-- If a push is the sum of k gradients, g above is their mean, and the result is k times what the rule
-  gives.
+- If a push is the sum of k gradients, g above is their mean, and the result is taken k times.
 - A block of the correction that is not finite is left out, and its gradient applied as it came.
 """
 

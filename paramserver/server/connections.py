@@ -103,7 +103,7 @@ class Connections:
             if isinstance(side, NetworkSide):
                 if side.stalled_since(now_s) < now_s - STALL_DEADLINE_S:
                     late.append((fd, "stalled"))
-            elif not side.greeted and side.since_s < now_s - HANDSHAKE_DEADLINE_S:
+            elif not side.is_ready and side.since_s < now_s - HANDSHAKE_DEADLINE_S:
                 late.append((fd, "no hello"))
         for fd, reason in late:
             self._drop(fd, reason)

@@ -312,8 +312,8 @@ class PartitionServer:
         try:
             if isinstance(side, NetworkSide):
                 self._serve_network(side)
-            elif not side.greeted:
-                self._greet(fd, side)
+            elif not side.is_ready:
+                self._handshake(fd, side)
             else:
                 for _ in range(PUSHES_A_TURN):
                     data = side.receive()
@@ -339,8 +339,8 @@ class PartitionServer:
             side.asks.clear()
         self._replies.send(side)
 
-    def _greet(self, fd: int, side: SharedSide) -> None:
-        if not side.greet(self.partition, self._versions.published, self._key):
+    def _handshake(self, fd: int, side: SharedSide) -> None:
+        if not side.handshake(self.partition, self._versions.published, self._key):
             return
         if side.follows:
             self._receive_follower(fd)

@@ -1,12 +1,12 @@
 """The primary's end of the connection to its follower.
 
-Every packet of pushes goes to the follower before the first of its updates is published, and what
-became of it is answered once the follower has applied it too. So whatever replicas have seen or
-been told, the follower has, or has it in the buffer of its socket, which outlives us.
+Every packet of pushes goes to the follower before the first of its updates is published. Replicas
+are answered once the follower has applied the packet, too. So the follower has everything that
+replicas have seen or been told, or has it in the buffer of its socket, which outlives us.
 
-A follower that is gone, or that has not applied a packet for `FOLLOWER_DEADLINE_S`, is given up:
-the primary takes the token first, without which no follower becomes the partition. Where the token
-is gone, the follower has become it: we must not answer any more (`Fenced`).
+A follower that is gone, or has not applied a packet for `FOLLOWER_DEADLINE_S`, is given up. The
+primary first takes the token, without which no follower becomes the partition. If the token is
+gone, the follower is the partition, and we must not answer any more (`Fenced`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from downpour.paramserver.transport.shared.replication import Handover
 FOLLOWER_DEADLINE_S = 2.0
 """How long a packet may wait for its follower, and with it replicas for the answer."""
 FIRST_DEADLINE_S = 10.0
-"""The same, until it has applied a first one: it copies the whole state before."""
+"""The same for its first packet: before that it copies the whole state."""
 
 log = logging.getLogger(__name__)
 Peer = TypeVar("Peer")
@@ -52,10 +52,10 @@ class _Owed(NamedTuple, Generic[Peer]):
 
 
 class FollowerLink(Generic[Peer]):
-    """What the primary has sent to its follower, and what it owes to others until that is applied.
+    """What the primary has sent to its follower, and the answers that wait until it is applied.
 
-    `Peer` is whom answers go to. What sends, `due` and `check` raise `ServerError` where the
-    follower is lost: then `give_up`.
+    `Peer` is whom answers go to. Every method that sends, `due` and `check` raise `ServerError` if
+    the follower is lost; the caller then calls `give_up`.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class FollowerLink(Generic[Peer]):
         self.count = replication.make_count()
         """Descriptor, readable when packets have been applied."""
         self._sent = self._applied = 0
-        """Packets sent, and of these applied."""
+        """Packets sent, and packets that the follower has applied."""
         self._owed: deque[_Owed[Peer]] = deque()
 
     def fileno(self) -> int:
@@ -76,7 +76,11 @@ class FollowerLink(Generic[Peer]):
         return self.socket.fileno()
 
     def hand_over(self, state: Snapshot, memory: Handover) -> None:
-        """Send the state; its large tensors lie in `memory`."""
+        """Send the state; its large tensors lie in `memory`.
+
+        Raises:
+            ServerError: The follower is lost.
+        """
         rest = {n: t for n, t in state.tensors.items() if n not in memory.tensors}
         small = Snapshot(partition=state.partition, meta=state.meta, tensors=rest)
         fd = replication.write_rest(snapshot.blocks(small))
@@ -86,16 +90,16 @@ class FollowerLink(Generic[Peer]):
             os.close(fd)
 
     def open(self, source: MailboxSource) -> None:
-        """Hand on the memory of a connection's mailboxes."""
+        """Hand on the memory of a connection's mailboxes. Raises as `hand_over` does."""
         about = replication.mailboxes(source.number, source.num_mailboxes, source.depth)
         self._send(about, [source.fd])
 
     def close_source(self, source: int) -> None:
-        """A connection is gone."""
+        """Tell the follower that a connection is gone. Raises as `hand_over` does."""
         self._send(replication.gone(source))
 
     def forward(self, source: int, version: int, packet: bytes) -> None:
-        """Send a packet of pushes, of which none has been applied yet."""
+        """Send a packet of pushes, none of them applied yet. Raises as `hand_over` does."""
         self._send(replication.pushes(source, version, packet))
         self._sent += 1
 
@@ -105,11 +109,16 @@ class FollowerLink(Generic[Peer]):
         return self._applied == self._sent
 
     def owe(self, peer: Peer, answers: Sequence[Answer]) -> None:
-        """These are due once all that has been sent until now is applied."""
+        """Keep answers until everything that was sent until now is applied."""
         self._owed.append(_Owed(self._sent, self._clock(), peer, answers))
 
     def due(self) -> list[tuple[Peer, Sequence[Answer]]]:
-        """Take in what the follower has applied, and give the answers that wait no more."""
+        """Take in what the follower has applied, and return the answers that wait no longer.
+
+        Raises:
+            ConnectionLost: The follower is gone.
+            MalformedMessage: It says what no follower does.
+        """
         self._applied += replication.added(self.count)
         try:
             if not self.socket.recv(replication.MAX_PACKET):
@@ -126,13 +135,24 @@ class FollowerLink(Generic[Peer]):
         return found
 
     def check(self) -> None:
-        """Raise `DeadlineExceeded` where the follower is late."""
+        """Look whether the follower is late.
+
+        Raises:
+            DeadlineExceeded: It is.
+        """
         limit_s = self._deadline_s if self._applied else max(FIRST_DEADLINE_S, self._deadline_s)
         if self._owed and self._clock() - self._owed[0].since_s > limit_s:
             raise self._late()
 
     def give_up(self) -> list[tuple[Peer, Sequence[Answer]]]:
-        """Go on without it: all that is owed. `Fenced` where it goes on without us."""
+        """Go on without the follower.
+
+        Returns:
+            All answers that were waiting for it.
+
+        Raises:
+            Fenced: The follower is the partition by now.
+        """
         alone = replication.take(self._token)
         self.close()
         if not alone:
@@ -150,7 +170,7 @@ class FollowerLink(Generic[Peer]):
         self._token = self.count = -1
 
     def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Waits, until the deadline, only while the socket's buffer is full."""
+        """Send; waits, until the deadline, only while the socket's buffer is full."""
         give_up_s = self._clock() + self._deadline_s
         while True:
             try:
@@ -173,10 +193,10 @@ class FollowerLink(Generic[Peer]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MailboxSource:
-    """A replica's connection, as the follower has to know it."""
+    """The connection of a process of replicas, as its follower has to know it."""
 
     number: int
     num_mailboxes: int
     depth: int
     fd: int
-    """Of the mailboxes' memory."""
+    """Descriptor of the mailboxes' memory."""

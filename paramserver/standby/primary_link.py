@@ -1,9 +1,10 @@
 """The follower's end of the connection to its primary.
 
 A follower applies what the primary sends, in the order in which it comes, through the same door
-(`PartitionState.apply`): updates are deterministic, so at each version it is the same to the bit.
-When the controller says so it takes the token, applies what is still in its socket's buffer, and is
-the partition. What the primary has published or answered was sent before, so it is there.
+(`PartitionState.apply_all`). Updates are deterministic, so at each version it is the same to the
+bit. When the controller says so, it takes the token, applies what is still in its socket's buffer,
+and is the partition. The primary sent everything before it published or answered it, so it is
+there.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from downpour.paramserver.transport.shared.server_side import is_ours
 
 JOIN_DEADLINE_S = 30.0
 PACKETS_A_TURN = 16
-"""Packets applied before the primary is told, if there are so many."""
+"""Packets to apply before the primary is told, if there are so many."""
 
 
 class ForwardedPush(NamedTuple):
-    """A push that the primary takes, with what belongs to it."""
+    """A push that the primary takes, with its gradient and moments."""
 
     push: Push
     gradient: Tensor
@@ -51,8 +52,17 @@ class PrimaryLink:
     def __init__(self, endpoint: Endpoint, *, key: bytes, room: Mapping[str, Tensor]) -> None:
         """Join the partition at `endpoint`; `take_state` gives what to start from.
 
-        `room` has tensors of the shapes of a state's large ones. Raises `ConnectionLost`,
-        `DeadlineExceeded`, `NotColocated`, `NotAuthenticated` and `BadSnapshot`.
+        Args:
+            endpoint: The primary's.
+            key: The run's key.
+            room: Tensors of the shapes of a state's large ones.
+
+        Raises:
+            ConnectionLost: The primary is gone, or takes no follower.
+            DeadlineExceeded: It has not handed its state over in time.
+            NotColocated: It is on another machine.
+            NotAuthenticated: It is another user's.
+            MalformedMessage, BadSnapshot: What it handed over is no state of this partition.
         """
         self._partition = endpoint.partition
         if endpoint.machine != machine():
@@ -62,7 +72,7 @@ class PrimaryLink:
             )
         self._views: dict[int, MailboxViews] = {}
         self._taken = 0
-        """Packets given that the primary has not been told of."""
+        """Packets returned that the primary has not been told of."""
         self._token = self._count = -1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(JOIN_DEADLINE_S)
@@ -109,7 +119,7 @@ class PrimaryLink:
                 os.close(fd)
 
     def take_state(self) -> Snapshot:
-        """The state that was handed over. Only once: it holds as much memory as the partition."""
+        """Return the state that was handed over; only once, as it is as large as the partition."""
         state, self._state = self._state, None
         assert state is not None
         return state
@@ -119,9 +129,11 @@ class PrimaryLink:
         return self.socket.fileno()
 
     def packet(self) -> tuple[int, list[ForwardedPush]] | None:
-        """The primary's version and the pushes that it took then; None where none waits.
+        """Return the primary's version and the pushes that it took then; None if none has come.
 
-        `ConnectionLost` once the primary is gone and all that it sent has been given.
+        Raises:
+            ConnectionLost: The primary is gone, and everything that it sent was returned.
+            MalformedMessage: It says what no primary does.
         """
         while True:
             message = replication.receive(self.socket)
@@ -146,15 +158,16 @@ class PrimaryLink:
             yield ForwardedPush(push, views.gradients[box], views.moments[box][:count])
 
     def tell(self) -> None:
-        """Say that all packets given until now are applied. Never waits."""
+        """Say that all packets returned until now are applied. Never waits."""
         if self._taken:
             replication.add(self._count, self._taken)
             self._taken = 0
 
     def take_over(self) -> None:
-        """Be the one that answers from now on; no packet comes any more but those on their way.
+        """Be the one that answers from now on; only packets that are on their way still come.
 
-        Raises `Fenced` where the primary went on without us, and we may lack what it answered.
+        Raises:
+            Fenced: The primary went on without us, and we may lack what it answered.
         """
         if not replication.take(self._token):
             raise Fenced("the primary went on without this follower, which lacks what came then")

@@ -1,4 +1,4 @@
-"""A listening socket that accepts without ever waiting, and without ever being stuck."""
+"""A listening socket that never waits and never gets stuck."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Acceptor:
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def accept(self) -> socket.socket | None:
-        """A new connection, non-blocking, or None where none waits.
+        """Return a new connection, non-blocking; None if none waits.
 
-        Raises `ConnectionLost` for one that went again or that no file descriptor is left for; it
-        is closed by then.
+        Raises:
+            ConnectionLost: A connection went again, or no descriptor is left for it. It is closed.
         """
         try:
             peer, _ = self.socket.accept()
@@ -38,7 +38,7 @@ class Acceptor:
         return peer
 
     def _turn_away(self) -> None:
-        # One that is left waiting would wake us again at once, and for ever.
+        # A connection that is left waiting would wake us again at once, and for ever.
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1

@@ -1,4 +1,4 @@
-"""What a client needs of its connection to a partition, whichever way it goes."""
+"""What a client needs of its connection to a partition, over either transport."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy.typing as npt
 from downpour.paramserver.messages import Answer, Push
 from downpour.paramserver.partition.ranges import Partition
 
-Weights = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float32]
 
 
 class Pull:
-    """Weights that are on their way to where they are wanted."""
+    """FloatArray that are on their way to where they are wanted."""
 
     __slots__ = ("versions", "waiting")
 
     def __init__(self, versions: list[int]) -> None:
         self.versions = versions
-        """Version by partition; those that have not come are old or rubbish."""
+        """Version by partition; undefined for those that have not come."""
         self.waiting = 0
         """Partitions whose weights have not come."""
 
@@ -34,7 +34,7 @@ class Link(Protocol):
 
     @property
     def torn(self) -> int:
-        """Copies of weights that were thrown away because the writer had written them meanwhile."""
+        """Copies of weights that were thrown away because the writer overtook them."""
 
     @property
     def events(self) -> int:
@@ -42,7 +42,7 @@ class Link(Protocol):
 
     @property
     def moved(self) -> int:
-        """Grows as long as anything goes to and fro."""
+        """Grows as long as bytes are sent or received."""
 
     def fileno(self) -> int:
         """For `poll`: what has come is taken in by `service`."""
@@ -56,14 +56,23 @@ class Link(Protocol):
     def flush(self) -> None:
         """Send off what `push` may have kept back."""
 
-    def start_pull(self, pull: Pull, weights: Weights, statistics: Weights | None) -> None:
-        """Ask for the weights [n], and statistics [2, f], to be put there; or put them there."""
+    def start_pull(self, pull: Pull, weights: FloatArray, statistics: FloatArray | None) -> None:
+        """Ask for the weights, float32 [n], and statistics, float32 [2, f], or put them there at once.
+
+        Raises:
+            ConnectionLost: The partition is gone.
+        """
 
     def service(self) -> None:
-        """Take in what has come, without waiting. Raises `ConnectionLost` at the end."""
+        """Take in what has come, without waiting.
+
+        Raises:
+            ConnectionLost: The partition is gone.
+            MalformedMessage: It says what it may not.
+        """
 
     def interrupt(self) -> None:
-        """Cut the connection under the feet of the thread that uses it; called by another."""
+        """Cut the connection while another thread uses it."""
 
     def close(self) -> None:
         """Close the connection."""

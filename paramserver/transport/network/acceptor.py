@@ -57,7 +57,7 @@ class NetworkListen:
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """A connection whose peer has been result."""
+    """A connection whose handshake is done."""
 
     channel: Channel
     introduction: Introduction
@@ -83,7 +83,7 @@ class _PendingHandshake:
         self._reply()  # without TLS the first word is ours
 
     def advance(self) -> bool:
-        """Go as far as it goes without waiting; true once the handshake is over."""
+        """Go on as far as goes without waiting; returns whether the handshake is done."""
         while True:
             self.send()
             if self.out:
@@ -111,14 +111,14 @@ class _PendingHandshake:
             self.out += self._pipe.take()  # an alert, too
 
     def send(self) -> None:
-        """Send what is to be sent, as far as it goes."""
+        """Send what is to be sent, as far as goes without waiting."""
         with contextlib.suppress(BlockingIOError):
             while self.out:
                 self.out = self.out[self.peer.send(self.out) :]
 
 
 class NetworkAcceptor:
-    """Listens on the network and greets whoever comes, on a thread of its own.
+    """Listens on the network and does the handshakes, on a thread of its own.
 
     So a handshake costs the serving thread nothing, and a peer that is slow, silent or a stranger
     costs a file descriptor until the deadline.
@@ -133,7 +133,18 @@ class NetworkAcceptor:
         accepted: Callable[[Accepted], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Bind. `accepted` is called on this thread, and owns what it is given."""
+        """Bind.
+
+        Args:
+            listen: Where.
+            partition: The partition that is served.
+            key: The run's key.
+            accepted: Gets each connection whose handshake is done; called on this object's thread.
+            clock: Seconds, monotonic.
+
+        Raises:
+            BadConfiguration: The address is not this machine's.
+        """
         self._partition = partition
         self._key = key
         self._accepted = accepted
@@ -163,11 +174,11 @@ class NetworkAcceptor:
         )
 
     def start(self) -> None:
-        """Start listening in earnest."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, deadline_s: float = 10.0) -> None:
-        """Stop, and turn away whoever is being result. To be called once."""
+        """Stop, and drop the handshakes under way. To be called once."""
         self._stopping = True
         if self._thread.ident is None:
             self._end()
@@ -222,7 +233,7 @@ class NetworkAcceptor:
             self._attend(epoll, fd)
 
     def _attend(self, epoll: select.epoll, fd: int) -> None:
-        """Go on with a pending's handshake; whatever goes wrong costs that pending alone."""
+        """Go on with a handshake; whatever goes wrong costs that connection alone."""
         pending = self._pending[fd]
         try:
             over = pending.advance()

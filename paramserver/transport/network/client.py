@@ -38,8 +38,7 @@ from downpour.paramserver.messages import (
     WireDtype,
 )
 from downpour.paramserver.transport.endpoint import Endpoint
-from downpour.paramserver.transport.link import Pull
-from downpour.paramserver.transport.link import Weights as Array
+from downpour.paramserver.transport.link import FloatArray, Pull
 from downpour.paramserver.transport.network.channel import SLICE_BYTES, Channel
 from downpour.paramserver.transport.network.compress import TORCH_DTYPES, encoder
 from downpour.paramserver.transport.network.connect import connect
@@ -67,8 +66,8 @@ class _Wanted:
 
     pull: Pull
     places: list[memoryview]
-    statistics: Array | None
-    staged: Array | None
+    statistics: FloatArray | None
+    staged: FloatArray | None
     """Statistics as they come, contiguous; `statistics` need not be."""
     version: int = 0
 
@@ -283,7 +282,7 @@ class NetworkConnection:
     def flush(self) -> None:
         """Nothing is kept back."""
 
-    def start_pull(self, pull: Pull, weights: Array, statistics: Array | None) -> None:
+    def start_pull(self, pull: Pull, weights: FloatArray, statistics: FloatArray | None) -> None:
         """Ask for the weights; they are there once `pull` does not wait any more."""
         wanted = _Wanted(pull=pull, places=[memory_of(weights)], statistics=statistics, staged=None)
         if statistics is not None and statistics.size:

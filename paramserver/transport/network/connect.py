@@ -38,7 +38,7 @@ def connect(
     introduction: Introduction,
     deadline_s: float,
 ) -> Channel:
-    """Connect to a partition and greet it, all before `deadline_s` from now.
+    """Connect to a partition and do the handshake, all before `deadline_s` from now.
 
     Without `credentials` the connection is not encrypted. Raises `ConnectionLost`,
     `NotAuthenticated`, `MalformedMessage` or `DeadlineExceeded`.

@@ -11,8 +11,8 @@ without sending it, and is of no use on another connection. Encrypted, the nonce
 two sides alone, and the keys of the stream that follows come from them. Not encrypted, the proofs
 keep strangers out, but not one who sits on the path.
 
-What is said is a generator over a `Pipe`, so that the client may wait for each word and the
-partition (`NetworkAcceptor`) for none.
+Each side's part is a generator over a `Pipe`, so that the client may wait for each message
+(`connect`) and the partition for none (`acceptor`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _expect_nothing_more(pipe: Pipe) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class HandshakeResult:
-    """What a handshake came to."""
+    """What a handshake comes to."""
 
     introduction: Introduction
     keys: TrafficKeys = field(repr=False)
@@ -82,7 +82,12 @@ class HandshakeResult:
 def handshake_as_partition(
     pipe: Pipe, key: bytes, partition: Partition
 ) -> Generator[None, None, HandshakeResult]:
-    """The partition's part."""
+    """The partition's part; yields when it needs to hear from the client.
+
+    Raises:
+        NotAuthenticated: The client has no certificate of this run, or another key.
+        MalformedMessage: It says something else, or means another partition or model.
+    """
     yield from pipe.begin()
     nonce = secrets.token_bytes(NONCE_BYTES)
     _send(pipe, Challenge(nonce=nonce))
@@ -115,7 +120,18 @@ def handshake_as_partition(
 def handshake_as_client(
     pipe: Pipe, key: bytes, partition: Partition, introduction: Introduction
 ) -> Generator[None, None, HandshakeResult]:
-    """The client's part; nonce and proof of `introduction` are filled in here."""
+    """The client's part; yields when it needs to hear from the partition.
+
+    Args:
+        pipe: The stream.
+        key: The run's key.
+        partition: The one that is meant.
+        introduction: What to say; nonce and proof are filled in here.
+
+    Raises:
+        NotAuthenticated: The partition has no certificate of this run, or another key.
+        MalformedMessage: It says something else, or is another partition.
+    """
     yield from pipe.begin()
     challenge = yield from _receive(pipe)
     if not isinstance(challenge, Challenge):

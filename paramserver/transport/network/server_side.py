@@ -1,13 +1,13 @@
-"""The partition's side of a connection between machines, once it has been greeted.
+"""The partition's side of a connection between machines, once the handshake is done.
 
 A push is a frame whose payload is the partition's slice of the gradient and of the moments; a
 `PullRequest` is answered by the weights. Nothing here waits: a connection is read as far as bytes
 have come and written as far as the kernel takes them, some megabytes at a time, so that a large
 push does not keep the others waiting.
 
-Weights are sent from the buffer that they were published in, which is pinned meanwhile. Where the
-writer has to take that buffer all the same before they have gone, the rest is set aside first
-(`detach`); both happen on the serving thread, so what a client gets is one version, whole.
+Weights are sent from the buffer that they were published in, which is pinned meanwhile. If the
+writer has to take that buffer before they have gone, the rest is set aside first (`detach`). Both
+happen on the serving thread, so a client gets one version, whole.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ UNPINNED = -1
 
 
 class NetworkSide:
-    """One greeted connection as the partition sees it."""
+    """One connection as the partition sees it."""
 
     def __init__(self, accepted: Accepted, partition: Partition, now_s: float) -> None:
         """Make room for one push; nothing is allocated for a peer after this."""
@@ -74,7 +74,12 @@ class NetworkSide:
         self._channel.allow(SLICE_BYTES)
 
     def next(self) -> Push | None:
-        """The next push that has come whole; None where there is none, or it is others' turn."""
+        """Return the next push that has come whole; None if there is none, or it is others' turn.
+
+        Raises:
+            ConnectionLost: The peer is gone.
+            MalformedMessage: It says what it may not.
+        """
         while (message := self._reader.next()) is not None:
             if isinstance(message, Push):
                 return message
@@ -104,11 +109,18 @@ class NetworkSide:
         raise MalformedMessage(f"{type(message).__name__} in place of a push")
 
     def gradient(self, scratch: Tensor) -> Tensor:
-        """That of the push that `next` gave last, float32 [n]; may be `scratch`, or ours."""
+        """Return the gradient of the push that `next` gave last, float32 [n].
+
+        It lies in the connection's own memory or, if it came as 16 bits, in `scratch`, float32 [n].
+        """
         return self._gradient if self.is_float32 else scratch.copy_(self._gradient)
 
     def answer(self, answer: Answer) -> None:
-        """Queue an answer. A peer that leaves too many unread is given up."""
+        """Queue an answer.
+
+        Raises:
+            DeadlineExceeded: The peer leaves too many unread, and is to be given up.
+        """
         if len(self._outbox.views) > _MAX_QUEUED:
             raise DeadlineExceeded("the peer has left its answers unread")
         self._outbox.put(frame(answer))
@@ -124,7 +136,7 @@ class NetworkSide:
         self.pinned, self.sending = buffer, True
 
     def detach(self, buffer: int) -> None:
-        """`buffer` is about to be written: set aside what is still to be sent of it."""
+        """Set aside what is still to be sent of `buffer`, which is about to be written."""
         if self.pinned != buffer:
             return
         views = self._outbox.views
@@ -141,14 +153,14 @@ class NetworkSide:
         self.pinned = UNPINNED
 
     def flush(self) -> bool:
-        """Send as much as goes without waiting; true once all has gone."""
+        """Send as much as goes without waiting; returns whether everything has gone."""
         if self._outbox.flush():
             self.pinned, self.sending = UNPINNED, False
             return True
         return False
 
     def stalled_since(self, now_s: float) -> float:
-        """Since when nothing has moved although something should have."""
+        """Return since when nothing has moved although something should have."""
         idle = self._outbox.empty and not self._reader.midway
         if idle or self._channel.moved != self._moved:
             self._moved, self._moved_s = self._channel.moved, now_s

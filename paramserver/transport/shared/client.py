@@ -34,7 +34,7 @@ from downpour.paramserver.messages import (
     encode_all,
 )
 from downpour.paramserver.transport.endpoint import Endpoint, machine
-from downpour.paramserver.transport.link import Pull, Weights
+from downpour.paramserver.transport.link import FloatArray, Pull
 from downpour.paramserver.transport.shared.mailboxes import Mailboxes
 from downpour.paramserver.transport.shared.published import (
     PAUSE_S,
@@ -48,7 +48,7 @@ USUAL_PUSH, LARGEST_PUSH = 64, 4160
 
 
 class SharedConnection:
-    """A process of replicas' connection to one partition on the same machine. A `Link`."""
+    """The connection of a process of replicas to one partition on its machine. A `Link`."""
 
     events = select.POLLIN
 
@@ -61,9 +61,20 @@ class SharedConnection:
         deadline_s: float = 30,
         bell_every: int = 1,
     ) -> None:
-        """Connect, say hello and map the published weights, all before `deadline_s` from now.
+        """Connect, say hello and map the published weights.
 
-        The doorbell rings for `bell_every` pushes at a time, or at a `flush`.
+        Args:
+            endpoint: The partition's.
+            key: The run's key.
+            mailboxes: The process's.
+            deadline_s: Until when the partition has to have answered.
+            bell_every: Pushes after which the doorbell rings; `flush` rings it earlier.
+
+        Raises:
+            BadConfiguration: The key is of another length.
+            NotColocated: The partition is on another machine.
+            NotAuthenticated: It has another key, or is another user's.
+            ConnectionLost, DeadlineExceeded, MalformedMessage: It is gone, silent, or another one.
         """
         if len(key) != KEY_BYTES:
             raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
@@ -149,7 +160,12 @@ class SharedConnection:
             self.flush()
 
     def flush(self) -> None:
-        """Ring the doorbell. Waits, until the deadline, only while the socket's buffer is full."""
+        """Ring the doorbell. Waits, until the deadline, only while the socket's buffer is full.
+
+        Raises:
+            ConnectionLost: The partition is gone.
+            DeadlineExceeded: It has not read for too long.
+        """
         if not self._outbox:
             return
         data = encode_all(self._outbox)
@@ -171,11 +187,11 @@ class SharedConnection:
 
     @property
     def torn(self) -> int:
-        """Copies of weights that were thrown away because they were written meanwhile."""
+        """Copies of weights that were thrown away because the writer overtook them."""
         return self.reader.torn
 
-    def start_pull(self, pull: Pull, weights: Weights, statistics: Weights | None) -> None:
-        """Copy the weights [n] and statistics [2, f], which ends this part of `pull` at once."""
+    def start_pull(self, pull: Pull, weights: FloatArray, statistics: FloatArray | None) -> None:
+        """Copy weights, float32 [n], and statistics, float32 [2, f]. This part of `pull` is done."""
         pull.versions[self.partition.index] = self.reader.read(weights, statistics, self._pause)
 
     def _pause(self, tries: int) -> None:
@@ -186,7 +202,12 @@ class SharedConnection:
             raise ConnectionLost(f"partition {self.partition.index} died over an update")
 
     def service(self) -> None:
-        """Take in every answer that has come; `ConnectionLost` where the partition is gone."""
+        """Take in every answer that has come.
+
+        Raises:
+            ConnectionLost: The partition is gone.
+            MalformedMessage: It says something else.
+        """
         while True:
             try:
                 data = self.socket.recv(MAX_MESSAGE)
@@ -202,7 +223,7 @@ class SharedConnection:
                 self.inbox.append(message)
 
     def interrupt(self) -> None:
-        """Cut the connection under the feet of the thread that uses it; called by another."""
+        """Cut the connection while another thread uses it."""
         with contextlib.suppress(OSError):  # it is closed already
             self.socket.shutdown(socket.SHUT_RDWR)
 

@@ -71,7 +71,12 @@ class Listener(Acceptor):
         super().__init__(listening)
 
     def accept(self) -> socket.socket | None:
-        """See `Acceptor`; a connection by a process of this user. Else, `NotAuthenticated`."""
+        """See `Acceptor`.
+
+        Raises:
+            ConnectionLost: The connection went again, or there is no descriptor left for it.
+            NotAuthenticated: It is by another user.
+        """
         peer = super().accept()
         if peer is None:
             return None
@@ -86,19 +91,28 @@ class SharedSide:
     """One accepted connection as the partition sees it."""
 
     def __init__(self, peer: socket.socket, since_s: float) -> None:
-        """Not yet greeted."""
+        """The handshake is still to come."""
         self.socket = peer
         self.since_s = since_s
         self.views: MailboxViews | None = None
         self.mailboxes_fd = -1
-        """Of the memory behind `views`."""
-        self.greeted = False
+        """Descriptor of the memory behind `views`."""
+        self.is_ready = False
         self.follows = False
-        """It is no replica's, but of a process that wants to follow this partition."""
+        """Whether the peer wants to follow this partition, and is not a process of replicas."""
         self.depth = 0
 
-    def greet(self, partition: Partition, published: PublishedWeights, key: bytes) -> bool:
-        """Take the `Hello`. False where it has not come yet; raises where it is no good."""
+    def handshake(self, partition: Partition, published: PublishedWeights, key: bytes) -> bool:
+        """Take the `Hello`, and answer it.
+
+        Returns:
+            False if it has not come yet.
+
+        Raises:
+            ConnectionLost: The peer is gone.
+            NotAuthenticated: The peer has another key.
+            MalformedMessage: It says something else, or what does not fit this partition.
+        """
         try:
             data, fds = receive_with_fds(self.socket)
         except BlockingIOError:
@@ -110,7 +124,7 @@ class SharedSide:
                 raise ConnectionLost("the peer left before it said hello")
             if replication.is_follow(data):
                 replication.check_follow(data, key, partition)
-                self.greeted = self.follows = True
+                self.is_ready = self.follows = True
                 return True
             hello = decode(data)
             if not isinstance(hello, Hello):
@@ -140,7 +154,7 @@ class SharedSide:
             socket.send_fds(self.socket, [encode(welcome)], [published.fd])
         except OSError as error:
             raise ConnectionLost(str(error)) from None
-        self.greeted = True
+        self.is_ready = True
         return True
 
     @property
@@ -149,7 +163,11 @@ class SharedSide:
         return -1 if self.views is None else self.views.pinned
 
     def receive(self) -> bytes | None:
-        """The next message's bytes, or None where none waits; `ConnectionLost` at the end."""
+        """Return the next message's bytes; None if none has come.
+
+        Raises:
+            ConnectionLost: The peer has closed the connection.
+        """
         try:
             data = self.socket.recv(MAX_MESSAGE)
         except BlockingIOError:
@@ -161,9 +179,11 @@ class SharedSide:
         return data
 
     def answer(self, answers: Sequence[Answer]) -> None:
-        """Send the answers to a packet.
+        """Send the answers to a packet. Never waits.
 
-        A peer too slow to take them is given up, so that none can hold us up.
+        Raises:
+            DeadlineExceeded: The peer has left earlier answers unread, and is to be given up.
+            ConnectionLost: The peer is gone.
         """
         try:
             self.socket.send(encode_all(answers))
