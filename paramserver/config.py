@@ -40,7 +40,7 @@ class NetworkConfig:
                 ) from None
 
     def listens_on(self, num_nodes: int) -> str | None:
-        """Where partitions listen in a cluster of so many nodes; None for nowhere.
+        """Return where partitions listen in a cluster of so many nodes; None for nowhere.
 
         `NODE` stands for the node's address.
         """

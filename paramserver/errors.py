@@ -36,7 +36,7 @@ class NotColocated(ServerError):
 
 
 class ConnectionLost(ServerError):
-    """The partition went away; pushes without an answer may or may not have been applied."""
+    """The partition is gone; pushes without an answer may or may not have been applied."""
 
 
 class DeadlineExceeded(ServerError):
@@ -62,11 +62,11 @@ class BadRecord(ServerError):
 
 
 class Diverged(Exception):
-    """A follower's state is not the primary's: it has to end."""
+    """A follower's state is not its primary's, so the follower has to end."""
 
 
 class Fenced(Exception):
-    """Of a primary and its follower the other one has the token: it is the partition.
+    """Of a primary and its follower, the other one has the token and is the partition.
 
-    No `ServerError`, which would cost a connection: whoever is fenced has to end.
+    It is no `ServerError`, which would cost one connection only: whoever is fenced has to end.
     """

@@ -14,7 +14,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Pull:
-    """FloatArray that are on their way to where they are wanted."""
+    """Weights that are on their way."""
 
     __slots__ = ("versions", "waiting")
 
@@ -57,7 +57,7 @@ class Link(Protocol):
         """Send off what `push` may have kept back."""
 
     def start_pull(self, pull: Pull, weights: FloatArray, statistics: FloatArray | None) -> None:
-        """Ask for the weights, float32 [n], and statistics, float32 [2, f], or put them there at once.
+        """Ask for weights, float32 [n], and statistics, float32 [2, f], or copy them at once.
 
         Raises:
             ConnectionLost: The partition is gone.

@@ -2,9 +2,9 @@
 
 A thread that sleeps in the kernel is woken through an interrupt to a processor that has gone idle:
 some 30 to 100 microseconds on a virtual machine, as long as the whole update of a small model. So a
-wait looks for a moment before it sleeps, but only while messages keep coming within that moment:
-where they do not (other threads want the processor, or nothing is to be done) looking would take
-time from those who have work. Each look lets others have the processor.
+wait looks for a moment before it sleeps, but only while messages keep coming within that moment. If
+they do not, other threads want the processor or there is nothing to do, and looking would take time
+from those who have work. Each look lets others have the processor.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Patience:
         return self._short >= SHORT_WAITS and not self._alone
 
     def wait(self, poll: Poll, timeout: float) -> list[tuple[int, int]]:
-        """What is ready; `timeout` is in the unit that `poll` takes."""
+        """Return what is ready; `timeout` is in the unit that `poll` takes."""
         began_s = time.perf_counter()
         if self.looks:
             while time.perf_counter() - began_s < LOOK_S:

@@ -1,13 +1,13 @@
 """Streams of bytes over a non-blocking TCP socket: as they are, or sealed.
 
 A channel never waits. `write` takes as much as the kernel does, `read_into` gives what has come.
-What the bytes mean is `frames`'; how the two sides came to trust each other is `greeting`'s.
+What the bytes mean is `frames`'; how the two sides came to trust each other is `handshake`'s.
 
 Sealed, the stream is cut into blocks of up to `BLOCK_BYTES`, each behind its length and encrypted
 and authenticated by AES-256-GCM. The nonce of a block is its number, each direction has a key of
-its own, and the keys are fresh for each connection: so a block that is altered, repeated, left out
-or moved does not open. TLS records would do the same 16 KB at a time; their cost in calls is two
-to three times that of the encryption itself, for which reason TLS is left after the greeting.
+its own, and the keys are fresh for each connection. So a block that is altered, repeated, left out
+or moved does not open. TLS records would do the same, 16 KB at a time, but their calls cost two to
+three times the encryption itself. So TLS ends with the handshake.
 """
 
 from __future__ import annotations
@@ -40,19 +40,28 @@ class Channel(Protocol):
     """Bytes read and written so far."""
 
     def allow(self, num_bytes: int) -> None:
-        """Let `read_into` take so much off the socket, from here on."""
+        """Let `read_into` take up to `num_bytes` off the socket from now on."""
 
     def read_into(self, view: memoryview) -> int:
-        """Fill some of `view`, which is not empty; 0 where nothing has come or may be taken.
+        """Fill a part of `view`, which is not empty.
 
-        Raises `ConnectionLost` at the end of the stream, `MalformedMessage` for a broken seal.
+        Returns:
+            How many bytes; 0 if nothing has come or nothing may be taken.
+
+        Raises:
+            ConnectionLost: The stream has ended.
+            MalformedMessage: A seal is broken.
         """
 
     def write(self, views: deque[memoryview]) -> bool:
-        """Send the bytes of `views`, which are taken off it as they go; true once all have gone.
+        """Send the bytes of `views`, which are taken off it as they go.
 
-        After false it has to be called again when the socket is writable, even if nothing is left
-        in `views` by then.
+        Returns:
+            Whether all have gone. If not, it has to be called again when the socket is writable,
+            even if nothing is left in `views` by then.
+
+        Raises:
+            ConnectionLost: The peer is gone.
         """
 
 

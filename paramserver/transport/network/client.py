@@ -1,9 +1,9 @@
 """The client's side of a connection between machines.
 
-Gradients are sent from the mailbox's own memory, weights are received where they are wanted; there
-is no copy but the kernel's, and the seal's. Where a partition's slice is large the connection has a
-thread of its own, so that it travels while the next step computes. A small one fits into the
-kernel's buffers, which do the same for less: then all is done on the calling thread.
+Gradients are sent from the mailbox's own memory, and weights received where they are wanted. Only
+the kernel and the seal copy. If a partition's slice is large, the connection has a thread of its
+own, so that the slice travels while the next step computes. A small slice fits into the kernel's
+buffers, which do the same for less; then the calling thread does everything.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _Pump:
         self.outbox = Outbox(channel)
         self._reader = FrameReader(channel, self._destinations)
         self._wanted: deque[_Wanted] = deque()
-        # Taken by another thread, where there are two: adding to a deque and taking are atomic.
+        # If there are two threads, the other one takes from these: both ends of a deque are atomic.
         self.answers: deque[Answer] = deque()
         self.arrived: deque[_Wanted] = deque()
 
@@ -206,7 +206,21 @@ class NetworkConnection:
         wire: WireDtype = WireDtype.FLOAT32,
         deadline_s: float = 30.0,
     ) -> None:
-        """Connect and be greeted, all before `deadline_s` from now."""
+        """Connect and do the handshake.
+
+        Args:
+            endpoint: The partition's.
+            key: The run's key.
+            credentials: The clients'; without them nothing is encrypted.
+            mailboxes: The process's.
+            wire: How gradients travel.
+            deadline_s: Until when the partition has to have answered.
+
+        Raises:
+            BadConfiguration: The key is of another length.
+            ConnectionLost, DeadlineExceeded: The partition is gone, or silent.
+            NotAuthenticated, MalformedMessage: It is of another run, or another one.
+        """
         if len(key) != KEY_BYTES:
             raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
         assert endpoint.network is not None
@@ -267,7 +281,7 @@ class NetworkConnection:
         if moments_bytes:  # those of the partition's features do not lie together
             self._sent_moments[mailbox][:count].copy_(self._moments[mailbox][:count])
         self._put([head(push, self._gradient_bytes + moments_bytes)])
-        # Sent slice by slice as they are rounded, where they are.
+        # If they are rounded, each slice is sent as soon as it is.
         for view in self._encoder.slices(mailbox, finite=math.isfinite(push.gradient_norm)):
             self._put([view])
         if moments_bytes:
@@ -283,7 +297,7 @@ class NetworkConnection:
         """Nothing is kept back."""
 
     def start_pull(self, pull: Pull, weights: FloatArray, statistics: FloatArray | None) -> None:
-        """Ask for the weights; they are there once `pull` does not wait any more."""
+        """Ask for weights, float32 [n], and statistics, float32 [2, f]; see `Link`."""
         wanted = _Wanted(pull=pull, places=[memory_of(weights)], statistics=statistics, staged=None)
         if statistics is not None and statistics.size:
             wanted.staged = np.empty(statistics.shape, np.float32)
@@ -332,7 +346,7 @@ class NetworkConnection:
         return ConnectionLost(f"partition {self.partition.index}: {error}")
 
     def interrupt(self) -> None:
-        """Cut the connection under the feet of the thread that uses it; called by another."""
+        """Cut the connection while another thread uses it."""
         with contextlib.suppress(OSError):  # it is closed already
             self.socket.shutdown(socket.SHUT_RDWR)
 

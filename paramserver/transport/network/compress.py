@@ -5,10 +5,10 @@ With 16 bits, what rounding takes from one gradient is added to the next one of 
 
     q_t = round(g_t + r_t);    r_(t+1) = g_t + r_t - q_t
 
-so the sum of what is sent lags behind the sum of the gradients by one residual, ever. The residual
-is one vector for a process and partition, not one for each slot: slots take turns, so what one
-rounds away goes out with the next one's push instead of waiting for a whole rotation, and P floats
-are kept instead of P for each slot.
+so the sum of what is sent never lags behind the sum of the gradients by more than one residual. A
+process has one residual for each partition, not one for each concurrent step. Steps take turns, so
+what one rounds away goes out with the next one's push instead of waiting for a whole rotation, and
+P floats are kept instead of P for each step.
 
 A push that was not applied takes nothing with it: its share is put back (`restore`), so that the
 sum over the pushes that were applied is that of their gradients, but for the one residual.
@@ -35,7 +35,7 @@ _SLICE = SLICE_BYTES // 4
 
 
 def wire_dtype(name: WireDtypeName) -> WireDtype:
-    """The dtype called `name`, as torch calls it."""
+    """Return the dtype that torch calls `name`."""
     return WireDtype[name.upper()]
 
 
@@ -47,11 +47,11 @@ class Plain:
         self._views = [as_bytes(gradient) for gradient in gradients]
 
     def slices(self, mailbox: int, *, finite: bool) -> Generator[memoryview, None, None]:
-        """The bytes to send for a mailbox; they must not change until the push is answered."""
+        """Yield the bytes to send for a mailbox; they must stay until the push is answered."""
         yield self._views[mailbox]
 
     def restore(self, mailbox: int) -> None:
-        """The mailbox's last push was not applied."""
+        """Note that the mailbox's last push was not applied."""
 
 
 class ErrorFeedback:
@@ -69,7 +69,7 @@ class ErrorFeedback:
         self._took_residual = [False] * len(gradients)
 
     def slices(self, mailbox: int, *, finite: bool) -> Generator[memoryview, None, None]:
-        """The bytes to send for a mailbox, made as they are asked for.
+        """Yield the bytes to send for a mailbox, made as they are asked for.
 
         A gradient that is not `finite` is sent as it is, to be refused, and leaves no residual.
         """
@@ -94,13 +94,13 @@ class ErrorFeedback:
             yield data[2 * start : 2 * stop]
 
     def restore(self, mailbox: int) -> None:
-        """The mailbox's last push was not applied: r <- r + q - g."""
+        """Note that the mailbox's last push was not applied: r <- r + q - g."""
         if self._took_residual[mailbox]:
             self.residual.add_(self._rounded[mailbox]).sub_(self._gradients[mailbox])
 
 
 def encoder(gradients: list[Tensor], wire: WireDtype) -> Plain | ErrorFeedback:
-    """How a process's gradients are sent to one partition."""
+    """Return how a process's gradients, float32 [n] for each mailbox, go to one partition."""
     if wire is WireDtype.FLOAT32 or not gradients:
         return Plain(gradients)
     return ErrorFeedback(gradients, wire)

@@ -1,8 +1,8 @@
 """Frames: a message and its payload, one after the other on a channel.
 
 A frame is the message's length, the payload's length, the message and the payload. A receiver
-knows beforehand how long a payload has to be, and where it goes: a frame that announces another
-length is refused before a byte of it is read, and nothing is allocated on a peer's word.
+knows beforehand how long a payload has to be, and where it goes. It refuses a frame that announces
+another length before it reads a byte of the payload, and allocates nothing on a peer's word.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Destinations = Callable[[Message], Sequence[memoryview]]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor; writable."""
+    """Return the memory of a contiguous tensor, writable."""
     if not tensor.numel():
         return memoryview(bytearray())
     assert tensor.is_contiguous()
@@ -37,17 +37,17 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def memory_of(array: npt.NDArray[Any]) -> memoryview:
-    """The memory of a contiguous array."""
+    """Return the memory of a contiguous array."""
     return memoryview(typing.cast("Buffer", array)).cast("B")
 
 
 def frame(message: Message, payload: Sequence[memoryview] = ()) -> list[memoryview]:
-    """The views that make up a frame; the payload is not copied."""
+    """Return the views that make up a frame; the payload is not copied."""
     return [head(message, sum(map(len, payload))), *(view for view in payload if len(view))]
 
 
 def head(message: Message, payload_bytes: int) -> memoryview:
-    """A frame up to its payload, which has to follow."""
+    """Return a frame up to its payload, which has to follow."""
     data = encode(message)
     return memoryview(_PREFIX.pack(len(data), payload_bytes) + data)
 
@@ -64,7 +64,12 @@ class FrameReader:
         """Whether a frame has come in part."""
 
     def next(self) -> Message | None:
-        """The next frame's message, its payload in place; None where it has not all come."""
+        """Return the next frame's message, its payload in place; None if not all of it has come.
+
+        Raises:
+            ConnectionLost: The peer is gone.
+            MalformedMessage: The bytes are no frame that is expected.
+        """
         return next(self._reading)
 
     def _read(self) -> Generator[Message | None, None, None]:
@@ -114,7 +119,7 @@ class Outbox:
         self.empty = False
 
     def flush(self) -> bool:
-        """Send what can be sent now; gives `empty`."""
+        """Send what can be sent now; returns `empty`."""
         if not self.empty:
             self.empty = self._channel.write(self.views)
         return self.empty

@@ -1,9 +1,9 @@
-"""Who may talk between machines, and what they say kept from others.
+"""Who may talk between machines, and how others are kept from listening.
 
 The driver makes an authority for the run (`issue`): a key pair that signs one certificate for the
-partitions and one for their clients, and is forgotten. `Credentials` travel through Ray. Here are
-also the contexts of the TLS handshake, the proofs that a peer has the run's key, and the seal on
-what is said afterwards. How these are used in turn is `greeting`'s.
+partitions and one for their clients, and is then forgotten. `Credentials` travel through Ray. Here
+are also the contexts of the TLS handshake, the proofs that a peer has the run's key, and the keys
+of the stream that follows. `handshake` uses these in turn.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _proof(key: bytes, role: bytes, challenge: bytes, about: bytes) -> bytes:
 
 
 def traffic_keys(key: bytes, challenge: bytes, nonce: bytes) -> TrafficKeys:
-    """The keys that follow from a greeting whose nonces went through TLS, and so are secret."""
+    """Return the keys that follow from a handshake whose nonces went through TLS, so are secret."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 

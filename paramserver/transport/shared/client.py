@@ -191,7 +191,7 @@ class SharedConnection:
         return self.reader.torn
 
     def start_pull(self, pull: Pull, weights: FloatArray, statistics: FloatArray | None) -> None:
-        """Copy weights, float32 [n], and statistics, float32 [2, f]. This part of `pull` is done."""
+        """Copy weights, float32 [n], and statistics, float32 [2, f], at once."""
         pull.versions[self.partition.index] = self.reader.read(weights, statistics, self._pause)
 
     def _pause(self, tries: int) -> None:

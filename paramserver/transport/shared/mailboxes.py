@@ -64,13 +64,17 @@ class Mailboxes:
         depth: int,
         num_partitions: int = 1,
     ) -> None:
-        """Make the memory, zeroed. `num` is 0 where nothing will be pushed."""
+        """Make the memory, zeroed. `num` is 0 if nothing will be pushed.
+
+        Raises:
+            MalformedMessage: It would be larger than `MAX_MAILBOX_BYTES`.
+        """
         boxes = _Boxes(num_parameters, num_features, num_partitions, num, depth)
         self.num, self.depth = num, depth
         self.fd = create_memory("downpour-mailboxes", boxes.size)
         memory = mmap.mmap(self.fd, boxes.size)
         self.memory = torch.frombuffer(memory, dtype=torch.uint8)
-        """All of it, for whoever wants it page-locked."""
+        """All of it, uint8 [bytes], to be page-locked if a device copies from it."""
         self.gradients = [floats(memory, boxes.gradient_at(i), num_parameters) for i in range(num)]
         """Flat gradients, float32 [P] each."""
         self.moments = [
@@ -81,10 +85,10 @@ class Mailboxes:
         ]
         """Sets of moments, float32 [depth, 3, F] each."""
         self.pins = [words(memory, boxes.pin_at(i), 1) for i in range(num_partitions)]
-        """For each partition, the slot of its weights that is being read, plus 1; int64 [1]."""
+        """For each partition, the buffer of its weights that is being read, plus 1: int64 [1]."""
 
     def close(self) -> None:
-        """Close the descriptor; the memory goes with its last mapping."""
+        """Close the descriptor. The memory is freed with its last mapping."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -94,7 +98,11 @@ class MailboxViews:
     """The partition's side of a process's mailboxes: its own slice of each."""
 
     def __init__(self, fd: int, partition: Partition, num: int, depth: int) -> None:
-        """Map what `Mailboxes` made. Takes over and closes `fd`."""
+        """Map what `Mailboxes` made. Takes over and closes `fd`.
+
+        Raises:
+            MalformedMessage: The memory is of another size or kind.
+        """
         try:
             boxes = _Boxes(
                 partition.total_parameters,
@@ -123,5 +131,5 @@ class MailboxViews:
 
     @property
     def pinned(self) -> int:
-        """The slot that the process is reading; -1 for none."""
+        """The buffer that the process is reading; -1 for none."""
         return int(self._pin[0]) - 1

@@ -29,7 +29,11 @@ def supported() -> bool:
 
 
 def create_memory(name: str, size: int) -> int:
-    """A descriptor of so many bytes of memory that nobody can shrink."""
+    """Return a descriptor of `size` bytes of memory that nobody can shrink.
+
+    Raises:
+        OSError: There is no such memory.
+    """
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
@@ -42,7 +46,11 @@ def create_memory(name: str, size: int) -> int:
 
 
 def check_memory(fd: int, size: int) -> None:
-    """Raise `MalformedMessage` unless this is a descriptor that `create_memory` gave."""
+    """Make sure that this is a descriptor that `create_memory` gave.
+
+    Raises:
+        MalformedMessage: It is not, or its memory is of another size.
+    """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:

@@ -75,7 +75,11 @@ class _Layout:
 
 
 def check_room(num_parameters: int, kept: int) -> None:
-    """Raise `BadConfiguration` where so many versions are more than the machine has memory for."""
+    """Make sure that the machine has memory for so many versions.
+
+    Raises:
+        BadConfiguration: It has not.
+    """
     wanted = 4 * num_parameters * kept
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > memory:
@@ -100,9 +104,13 @@ class PublishedWeights:
     ) -> None:
         """Make the memory; buffer 0 is current, zero, and published as version 0.
 
-        `in_place` says whether a version that nobody reads is written over; by default, by size.
-        Versions that are up to `kept` older than the latest are not written over; there are as many
-        more buffers, of which those that were never written take no memory.
+        Args:
+            num_parameters: n of the partition.
+            num_features: f of the partition.
+            num_buffers: How many buffers to have.
+            in_place: Whether to write over a version that nobody reads; by default, by size.
+            kept: Versions before the latest that are not written over. There are so many more
+                buffers. Those that were never written take no memory.
         """
         num_buffers += kept
         layout = _Layout(num_parameters, num_features, num_buffers)
@@ -140,9 +148,10 @@ class PublishedWeights:
         return self._current
 
     def begin(self, pinned: Collection[int] = ()) -> int:
-        """The buffer for the next version, void until `commit`: the latest one's, or a free one.
+        """Return the buffer for the next version, void until `commit`: the latest's, or a free one.
 
-        `pinned` are the buffers that are being read. Where all are, the next is taken all the same.
+        Args:
+            pinned: The buffers that are being read. If all are, the next one is taken all the same.
         """
         buffer = self._current
         if self._kept:
@@ -158,7 +167,7 @@ class PublishedWeights:
         return buffer
 
     def _begin_beside(self, pinned: Collection[int]) -> int:
-        """A buffer whose version is not needed any more. There is always one."""
+        """Return a buffer whose version is no longer needed. There is always one."""
         oldest = int(self._header[_STAMPS + self._current]) - self._kept
         while self._old and int(self._header[_STAMPS + self._old[0]]) < oldest:
             self._free.appendleft(self._old.popleft())
@@ -178,7 +187,7 @@ class PublishedWeights:
         self._header[_LATEST] = self._current
 
     def close(self) -> None:
-        """Close the descriptor; the memory goes with its last mapping."""
+        """Close the descriptor. The memory is freed with its last mapping."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -205,7 +214,10 @@ class WeightsReader:
     ) -> None:
         """Map what `PublishedWeights` made. Takes over and closes `fd`.
 
-        `pin` [1] is where the writer looks for what is being read, if it does.
+        `pin`, int64 [1], is where the writer looks for what is being read, if it does.
+
+        Raises:
+            MalformedMessage: The memory is of another size or kind.
         """
         self._pin = np.zeros(1, np.int64) if pin is None else pin
         try:
@@ -239,10 +251,19 @@ class WeightsReader:
         statistics: npt.NDArray[np.float32] | None = None,
         pause: Callable[[int], None] = yield_or_sleep,
     ) -> int:
-        """Copy the latest weights [num_parameters] (and statistics [2, F]); return their version.
+        """Copy the latest weights and, if wanted, statistics.
 
-        Where they are just being written, `pause` is called with the number of tries until now, and
-        may raise. Raises `DeadlineExceeded` after `MAX_TORN` tries.
+        Args:
+            weights: Where they go, float32 [n].
+            statistics: Where they go, float32 [2, f].
+            pause: Called with the number of tries until now while the version is being written; it
+                may raise.
+
+        Returns:
+            Their version.
+
+        Raises:
+            DeadlineExceeded: `MAX_TORN` tries in a row found a version that was being written.
         """
         header, pin = self._header, self._pin
         try:

@@ -1,14 +1,14 @@
 """What a primary and its follower say to each other, over a unix socket on one machine.
 
-A follower knocks at the door that replicas come in by, with the run's key (`FOLLOW`). It is handed
-the primary's state in memory of its own, and a token (`JOINED`); from then on every packet of
-pushes that the primary takes (`PUSHES`), after the memory of the mailboxes that they are in
-(`MAILBOXES`, `GONE`). So gradients do not travel: both read them where the replica left them. How
-many packets it has applied, the follower adds to an eventfd, and never says on the socket: Linux
-before 6.2 throws away what a process has not read yet when it sends to one that is just dying.
+A follower connects as replicas do, with the run's key (`FOLLOW`). The primary hands it the state in
+shared memory, and a token (`JOINED`). From then on it sends every packet of pushes that it takes
+(`PUSHES`), and before them the memory of the mailboxes that they are in (`MAILBOXES`, `GONE`). So
+gradients do not travel: both read them where the replica left them. The follower counts the packets
+that it has applied in an eventfd, and says nothing on the socket: Linux before 6.2 throws away what
+a process has not read yet when it sends to one that is just dying.
 
-The token is an eventfd that holds one count, which only one of the two can take, alive or not:
-whoever has it is the one that answers from then on. The kernel sees to that.
+The token is an eventfd that holds one count. Only one of the two can take it, alive or not, which
+the kernel guarantees. Whoever has it is the one that answers from then on.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Pushes:
 
 
 def follow(key: bytes, partition: Partition) -> bytes:
-    """The follower's first message."""
+    """Return the follower's first message."""
     sizes = (partition.index, partition.total_parameters, partition.total_features)
     return _FOLLOW.pack(MAGIC, FOLLOW, key, *sizes)
 
@@ -80,7 +80,12 @@ def is_follow(data: bytes) -> bool:
 
 
 def check_follow(data: bytes, key: bytes, partition: Partition) -> None:
-    """Raise `NotAuthenticated` or `MalformedMessage` unless this may follow `partition`."""
+    """Make sure that a follower with this first message may follow `partition`.
+
+    Raises:
+        NotAuthenticated: It has another key.
+        MalformedMessage: It says something else, or means another partition.
+    """
     try:
         _, kind, theirs, *sizes = _FOLLOW.unpack(data)
     except struct.error as error:
@@ -93,7 +98,10 @@ def check_follow(data: bytes, key: bytes, partition: Partition) -> None:
 
 
 def joined() -> bytes:
-    """Comes with four descriptors: large tensors, everything else, token, count of packets."""
+    """Return the answer to `follow`.
+
+    It comes with four descriptors: large tensors, everything else, token, count of packets.
+    """
     return _KIND.pack(MAGIC, JOINED)
 
 
@@ -103,22 +111,27 @@ def is_joined(data: bytes) -> bool:
 
 
 def mailboxes(source: int, num_mailboxes: int, depth: int) -> bytes:
-    """Comes with the descriptor of the mailboxes' memory."""
+    """Return the message that comes with the descriptor of a connection's mailboxes."""
     return _MAILBOXES.pack(MAGIC, MAILBOXES, source, num_mailboxes, depth)
 
 
 def gone(source: int) -> bytes:
-    """A connection was lost."""
+    """Return the message that a connection is gone."""
     return _GONE.pack(MAGIC, GONE, source)
 
 
 def pushes(source: int, version: int, packet: bytes) -> bytes:
-    """A packet of pushes; the primary is at `version` before it."""
+    """Return the message that hands a packet of pushes on; `version` is the primary's before it."""
     return _PUSHES.pack(MAGIC, PUSHES, source, version) + packet
 
 
 def receive(peer: socket.socket) -> Opened | Closed | Pushes | None:
-    """The primary's next message; None where none has come, `ConnectionLost` after the last."""
+    """Return the primary's next message; None if none has come.
+
+    Raises:
+        ConnectionLost: The primary is gone, and its last message was returned.
+        MalformedMessage: It says what no primary does.
+    """
     try:
         data, fds = _receive(peer)
     except BlockingIOError:
@@ -160,12 +173,12 @@ def _read(data: bytes, fds: list[int]) -> Opened | Closed | Pushes:
 
 
 def make_token() -> int:
-    """A token that nobody has taken yet."""
+    """Return a token that nobody has taken yet."""
     return os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
 def take(token: int) -> bool:
-    """Take the token; False where it has been taken."""
+    """Take the token; returns False if it was taken before."""
     try:
         os.eventfd_read(token)
     except BlockingIOError:
@@ -174,17 +187,17 @@ def take(token: int) -> bool:
 
 
 def make_count() -> int:
-    """Where the follower counts the packets that it has applied."""
+    """Return a counter for the packets that the follower has applied."""
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
 def add(count: int, num: int) -> None:
-    """So many more packets have been applied."""
+    """Count `num` more packets."""
     os.eventfd_write(count, num)
 
 
 def added(count: int) -> int:
-    """How many have been since this was asked last."""
+    """Return how many were counted since this was called last."""
     try:
         return os.eventfd_read(count)
     except BlockingIOError:
@@ -195,9 +208,14 @@ class Handover:
     """Memory in which a state's large tensors go from the primary to a follower."""
 
     def __init__(self, room: Mapping[str, Tensor], fd: int | None = None) -> None:
-        """Make it for tensors like those of `room`, touched already, or map what has come.
+        """Make the memory, touched already, or map what has come.
 
-        Takes over `fd`. Raises `MalformedMessage` where that is of another size.
+        Args:
+            room: Tensors of the shapes of a state's large ones, all float32.
+            fd: What has come; it is taken over. None makes the memory.
+
+        Raises:
+            MalformedMessage: `fd` is of another size or kind.
         """
         sizes = {name: 4 * tensor.numel() for name, tensor in room.items()}
         places, size = {}, 0
@@ -229,7 +247,7 @@ class Handover:
 
 
 def write_rest(blocks: Iterable[memoryview]) -> int:
-    """A descriptor of memory with these bytes in it."""
+    """Return a descriptor of memory that holds these bytes."""
     fd = os.memfd_create("downpour-handover-rest", os.MFD_CLOEXEC)
     with os.fdopen(fd, "wb", closefd=False) as file:
         for block in blocks:
@@ -238,7 +256,11 @@ def write_rest(blocks: Iterable[memoryview]) -> int:
 
 
 def read_rest(fd: int, partition: Partition, large: Mapping[str, Tensor]) -> Snapshot:
-    """The state that was handed over; takes over `fd`."""
+    """Return the state that was handed over; takes over `fd`.
+
+    Raises:
+        BadSnapshot: It is damaged, or of another partition.
+    """
     with os.fdopen(fd, "rb") as file:
         file.seek(0)
         found = snapshot.parse(file.read(), f"the state of partition {partition.index}")
