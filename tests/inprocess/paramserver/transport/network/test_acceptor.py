@@ -110,7 +110,7 @@ def test_a_client_that_encrypts_and_a_partition_that_does_not() -> None:
         by_deadline(lambda: sum(one.dropped().values()) == 1)
 
 
-def test_those_who_never_finish_their_greeting_are_dropped_in_time(
+def test_those_who_never_finish_their_handshake_are_dropped_in_time(
     keys: RunCredentials | None,
 ) -> None:
     now = [0.0]
@@ -128,7 +128,7 @@ def test_those_who_never_finish_their_greeting_are_dropped_in_time(
         assert push(client, 1) is Outcome.APPLIED
 
 
-def test_no_more_than_so_many_are_greeted_at_a_time() -> None:
+def test_no_more_than_so_many_handshakes_at_a_time() -> None:
     with contextlib.closing(Networked()) as one, unharmed(one, "too many handshakes"):
         peers = [one.socket() for _ in range(MAX_HANDSHAKES + 1)]
         assert hung_up_on(peers[-1])

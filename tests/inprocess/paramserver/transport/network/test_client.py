@@ -186,7 +186,7 @@ def test_with_error_feedback_the_sum_is_that_of_the_gradients(
 
 
 class Impostor:
-    """Listens as a partition would, and says what it is told to after a good greeting."""
+    """Listens as a partition would, and says what it is told to after a good handshake."""
 
     def __init__(self, data: bytes) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))

@@ -62,7 +62,7 @@ def converse(
     introduction: Introduction = HELLO,
     keys: tuple[bytes, bytes] = (KEY, KEY),
 ) -> list[HandshakeResult]:
-    """Both sides of a greeting, in turns, until both are through; raises what either raises."""
+    """Both sides of a handshake, in turns, until both are through; raises what either raises."""
     talks = [
         handshake_as_client(pipes[0], keys[0], PARTITION, introduction),
         handshake_as_partition(pipes[1], keys[1], PARTITION),
@@ -79,7 +79,7 @@ def converse(
                 pipes[1 - me].feed(said)
         if len(done) == 2:
             return [done[0], done[1]]
-    raise AssertionError("the greeting does not end")
+    raise AssertionError("the handshake does not end")
 
 
 def tls(ours: security.Credentials, theirs: security.Credentials) -> tuple[Pipe, Pipe]:
@@ -89,7 +89,7 @@ def tls(ours: security.Credentials, theirs: security.Credentials) -> tuple[Pipe,
     )
 
 
-def test_a_greeting_gives_both_sides_the_same_fresh_keys(run: RunCredentials) -> None:
+def test_a_handshake_gives_both_sides_the_same_fresh_keys(run: RunCredentials) -> None:
     seen = set()
     for pipes in ((PlainPipe(), PlainPipe()), tls(run.clients, run.partitions)):
         client, partition = converse(pipes)
@@ -134,7 +134,7 @@ def test_an_introduction_that_does_not_fit(changes: dict[str, int]) -> None:
 
 
 @given(st.binary(min_size=1, max_size=700))
-def test_random_bytes_in_place_of_a_greeting(data: bytes) -> None:
+def test_random_bytes_in_place_of_a_handshake(data: bytes) -> None:
     pipe = PlainPipe()
     talk = handshake_as_partition(pipe, KEY, PARTITION)
     next(talk)

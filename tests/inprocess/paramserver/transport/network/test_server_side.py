@@ -105,7 +105,7 @@ def test_pulls_from_a_server_that_is_being_pushed_to(large: Networked, driven: s
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_after_the_greeting(one: Networked, lie: str) -> None:
+def test_a_lie_after_the_handshake(one: Networked, lie: str) -> None:
     with unharmed(one, "MalformedMessage"):
         channel = one.channel()
         say(channel, LIES[lie])
