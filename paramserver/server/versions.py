@@ -48,6 +48,7 @@ class Versions:
         if weights is not None:
             current.weights.copy_(weights)
         self.state = PartitionState(partition, config, current)
+        self._ledger = self.state.ledger
         self.in_place = updates_in_place(partition.num_parameters)
         """Whether each version is published before the next push is applied."""
         self.first_update_at: float | None = None
@@ -75,16 +76,16 @@ class Versions:
         Returns:
             What became of each push.
         """
-        state, answers = self.state, []
+        state, ledger, answers = self.state, self._ledger, []
         if shared and state.config.spoils_gradients:
             arrivals = self._copied(arrivals)
-        version, before = state.version, state.weights_version
+        version, before = ledger.version, ledger.weights_version
         outcomes = state.apply_all(arrivals, self._room)
         for (push, _, _), outcome in zip(arrivals, outcomes, strict=True):
             version += outcome is Outcome.APPLIED
             answers.append(Answer(mailbox=push.mailbox, outcome=outcome, version=version))
-        if state.weights_version > before:
-            self.published.commit(state.weights_version)
+        if ledger.weights_version > before:
+            self.published.commit(ledger.weights_version)
             self.last_update_at = time.time()
             if self.first_update_at is None:
                 self.first_update_at = self.last_update_at
@@ -114,7 +115,7 @@ class Versions:
     def send(self, side: NetworkSide) -> None:
         """Begin to send the latest weights over the network."""
         buffer = self.published.current_buffer
-        side.send_weights(buffer, self.state.weights_version, *self._buffers[buffer])
+        side.send_weights(buffer, self._ledger.weights_version, *self._buffers[buffer])
 
     def close(self) -> None:
         """Give up the memory."""
