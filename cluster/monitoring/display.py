@@ -173,6 +173,7 @@ RESULT_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("epochs", "epochs", cell_text),
     ("examples", "examples", cell_text),
     ("updates", "updates", cell_text),
+    ("examples_per_s", "examples/s", rate_text),
     ("updates_per_s", "updates/s", rate_text),
     ("elapsed_s", "time", clock_text),
     ("replicas", "replicas", cell_text),

@@ -115,8 +115,8 @@ def plain_line(progress: Progress) -> str:
         parts.append(f"accuracy {percent_text(progress.accuracy)}{beside}")
     if progress.loss is not None:
         parts.append(f"loss {number_text(progress.loss)}")
-    if progress.updates_per_s is not None:
-        parts.append(f"{rate_text(progress.updates_per_s)} updates/s")
+    if progress.examples_per_s is not None:
+        parts.append(f"{rate_text(progress.examples_per_s)} examples/s")
     if progress.staleness_mean is not None:
         p99 = progress.staleness_p99
         beside = "" if p99 is None else f" (p99 {rate_text(p99)})"

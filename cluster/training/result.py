@@ -68,6 +68,8 @@ def make_result(
     updates = min(r.version for r in reports)
     session_updates = updates - outcome.updates_before
     training_s = max(last) - min(first) if first else 0.0
+    updates_per_s = session_updates / training_s if training_s else 0.0
+    examples = min(r.examples for r in reports)
     staleness = merged_staleness(reports)
     evaluation = outcome.evaluation
     assert evaluation is not None
@@ -83,7 +85,7 @@ def make_result(
         "evaluation_loss": evaluation.score.loss,
         "evaluated_examples": evaluation.score.num_examples,
         "updates": updates,
-        "examples": min(r.examples for r in reports),
+        "examples": examples,
         "epochs": config.policy.epochs,
         "ended_by": outcome.ended.by,
         "ended_because": outcome.ended.reason,
@@ -93,7 +95,8 @@ def make_result(
         "concurrent_steps": config.replicas.steps.concurrent_steps,
         "batch_size": config.data.batch_size,
         "partitions": len(reports),
-        "updates_per_s": round(session_updates / training_s, 1) if training_s else None,
+        "updates_per_s": round(updates_per_s, 1) if updates_per_s else None,
+        "examples_per_s": round(updates_per_s * examples / updates) if updates_per_s else None,
         "time_to_first_update_s": round(min(first) - began_at, 2) if first else None,
         "time_to_all_replicas_s": (
             None if outcome.all_replicas_s is None else round(outcome.all_replicas_s, 2)

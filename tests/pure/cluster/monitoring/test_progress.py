@@ -20,7 +20,7 @@ def test_fraction_and_remaining_time():
 def test_a_plain_line_says_what_matters_and_no_more_than_is_known():
     assert plain_line(FULL) == (
         "[1:23] training  epoch 3/10  42%  accuracy 97.81% (best 97.90%)  loss 0.08123  "
-        "1,204 updates/s  staleness 48.9 (p99 71.0)  replicas 9/10  3 refused  ETA 0:09"
+        "38,500 examples/s  staleness 48.9 (p99 71.0)  replicas 9/10  3 refused  ETA 0:09"
     )
     assert plain_line(EMPTY) == "[0:00] starting Ray"
     until = dataclasses.replace(FULL, stop_at_accuracy=0.985)
