@@ -255,6 +255,7 @@ class Rotation(Generic[TaskT]):
                         self._let_go(turn)  # they would be old by the time there is work
                         if self.dropped and self.dropped[-1].pull.waiting:
                             yield from self._await(turn, self.dropped[-1])
+                        yield Op.COLLECT
                         continue
                     while not self._free:
                         yield from self._read(0)
@@ -271,6 +272,7 @@ class Rotation(Generic[TaskT]):
                         self.turn = turn
                         yield Op.ASK
                     if by_permit and turn.mailbox in self.asking:
+                        yield Op.COLLECT
                         continue
                     if self._share(turn):
                         yield Op.PULL
