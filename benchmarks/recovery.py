@@ -93,7 +93,7 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
         with Child(
             "a run with deaths", ["-m", "downpour.benchmarks.recovery", folder.path]
         ) as child:
-            follower = system.Follower(child, folder.path / METRICS)
+            follower = system.RunFollower(child, folder.path / METRICS)
             # The evaluator is the last to come up, after all replicas train.
             line = follower.next(lambda line: line.get("accuracy") is not None, START_DEADLINE_S)
             follower.rates(line["time"] + SPARES_AFTER_S + settings.warmup_s + BEFORE_S)

@@ -134,7 +134,7 @@ def measure(
         what = f"the run of {config.recipe} with {config.replicas.replicas} replicas"
         flag = "--no-dashboard" if settings.quick else "--dashboard"
         with Child(what, ["-m", "downpour.benchmarks.system", folder.path, flag]) as child:
-            follower = Follower(child, folder.path / METRICS)
+            follower = RunFollower(child, folder.path / METRICS)
             # The evaluator is the last to come up, after all replicas train.
             sign = "updates_per_s" if settings.quick else "accuracy"
             everybody = {None, config.replicas.replicas}  # lines of evaluations do not count them
@@ -187,7 +187,7 @@ def _summary(
     )
 
 
-class Follower:
+class RunFollower:
     """Reads a run's metrics as they are written."""
 
     def __init__(self, child: Child, path: Path) -> None:

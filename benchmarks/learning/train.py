@@ -14,7 +14,7 @@ from downpour.benchmarks.learning.curve import Curve, Ended, curve_of_run
 from downpour.benchmarks.learning.peers import RECIPE, Bounds, Peer
 from downpour.benchmarks.learning.search import Setting
 from downpour.benchmarks.processes import BenchmarkFailed, Child, measure_in_child
-from downpour.benchmarks.system import LOOK_EVERY_S, STOP_DEADLINE_S, Follower
+from downpour.benchmarks.system import LOOK_EVERY_S, STOP_DEADLINE_S, RunFollower
 from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.run.folder import METRICS, STATUS, RunFolder
@@ -103,7 +103,7 @@ def follow(config: RunConfig, *, goal: float, bound_s: float) -> Curve:
         asked_at = time.time()
         arguments: list[str | Path] = ["-m", "downpour.benchmarks.system", folder.path]
         with Child(f"the run of {config.recipe} that learns", [*arguments, "--no-dashboard"]) as c:
-            watch = _Watch(Follower(c, folder.path / METRICS), asked_at, _rows(config))
+            watch = _Watch(RunFollower(c, folder.path / METRICS), asked_at, _rows(config))
             ended: Ended = "out of epochs"
             while c.process.poll() is None:
                 curve = watch.curve(ended)
@@ -143,7 +143,7 @@ def _rows(config: RunConfig) -> int:
 class _Watch:
     """All lines of a run's metrics so far."""
 
-    def __init__(self, follower: Follower, asked_at: float, epoch_examples: int) -> None:
+    def __init__(self, follower: RunFollower, asked_at: float, epoch_examples: int) -> None:
         self._follower = follower
         self._asked_at = asked_at
         self._epoch_examples = epoch_examples

@@ -21,7 +21,7 @@ from downpour.cluster.simulate.partition import Message
 from downpour.paramserver.messages import Outcome, PermitRequest, Push
 from downpour.paramserver.transport.link import Pull
 from downpour.workers.replica import rotation
-from downpour.workers.replica.replicas import Way as MeasuredWay
+from downpour.workers.replica.replicas import PullTimer
 from downpour.workers.replica.rotation import Op, Rotation, Turn
 from downpour.workers.spec import StepConfig
 
@@ -43,7 +43,7 @@ class Way(Protocol):
 
 
 @dataclass(kw_only=True, eq=False)
-class Task(rotation.Task):
+class VirtualTask(rotation.Task):
     """A window in progress."""
 
     replica: int
@@ -79,7 +79,7 @@ class VirtualProcess:
     """How many times longer its steps take than those of others."""
     rng: random.Random
     counts: Counts
-    finished: Callable[[Task], None]
+    finished: Callable[[VirtualTask], None]
     """Is told when every mini-batch of a window has been answered."""
     batch_size: int
     ways: list[Way] = field(default_factory=list)
@@ -89,13 +89,13 @@ class VirtualProcess:
         self.ways = list(ways)
         nearby = all(way.nearby for way in ways)
         count = len(self.replicas)
-        self.rotation: Rotation[Task] = Rotation(
+        self.rotation: Rotation[VirtualTask] = Rotation(
             replicas=self.replicas,
             config=self.config,
             num_mailboxes=rotation.num_mailboxes(count, self.config, nearby),
         )
         self._bell_every = rotation.turns_together(count, self.config)
-        self._measured = MeasuredWay()
+        self._measured = PullTimer()
         self._outbox: list[list[Message]] = [[] for _ in ways]
         self._pushed_s: dict[int, float] = {}
         """When the push in a mailbox was made."""
@@ -110,7 +110,7 @@ class VirtualProcess:
 
     def assign(self, replica: int, lease: Lease) -> None:
         """Queue a window for one of the replicas."""
-        task = Task(replica=replica, lease=lease, epoch=lease.epoch, batches=lease.batches)
+        task = VirtualTask(replica=replica, lease=lease, epoch=lease.epoch, batches=lease.batches)
         self.rotation.assign(replica, task)
         self._thread.wake()
 
@@ -164,7 +164,7 @@ class VirtualProcess:
                 break  # a real one looks round every 0.1 s
         self._collect()
 
-    def _pull(self, turn: Turn[Task]) -> None:
+    def _pull(self, turn: Turn[VirtualTask]) -> None:
         self.rotation.dropped.clear()
         assert turn.weights is not None
         pull = turn.weights.pull = Pull([0] * len(self.ways))
@@ -177,7 +177,7 @@ class VirtualProcess:
         if self.rotation.fresh and pull.waiting:
             self._measured.asked(self.clock.now_s, self.rotation.lead)
 
-    def _await_weights(self, turn: Turn[Task]) -> Body:
+    def _await_weights(self, turn: Turn[VirtualTask]) -> Body:
         assert turn.weights is not None
         since_s = self.clock.now_s
         while turn.weights.pull.waiting:
@@ -187,7 +187,7 @@ class VirtualProcess:
             most = len(self.rotation.turns) - 1
             self.rotation.lead = self._measured.come(self.clock.now_s, most)
 
-    def _push(self, turn: Turn[Task]) -> None:
+    def _push(self, turn: Turn[VirtualTask]) -> None:
         task, mailbox = turn.task, turn.mailbox
         assert task is not None
         assert mailbox is not None

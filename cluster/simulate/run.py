@@ -23,7 +23,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.simulate.clock import Clock, Processors, Wire
 from downpour.cluster.simulate.inputs import Inputs
 from downpour.cluster.simulate.partition import Line, VirtualPartition
-from downpour.cluster.simulate.process import Counts, Task, VirtualProcess
+from downpour.cluster.simulate.process import Counts, VirtualProcess, VirtualTask
 from downpour.cluster.simulate.ways import Local, Queue, Remote
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.applied_set import WAITING
@@ -228,7 +228,7 @@ class Simulation:
 
         self.clock.after(self._inputs.call_s, begin)
 
-    def _on_finished(self, member: _Member, process: VirtualProcess, task: Task) -> None:
+    def _on_finished(self, member: _Member, process: VirtualProcess, task: VirtualTask) -> None:
         if member.process is not process:
             return
         if task.unsettled:

@@ -19,7 +19,7 @@ So the oldest push can be applied whenever it comes, and nothing ever has to be 
 
 from __future__ import annotations
 
-from downpour.paramserver.admission.permits import Key, Permit, Permits, T, Turn
+from downpour.paramserver.admission.permits import DuePush, Key, Permit, Permits, T
 
 
 class BoundedPermits(Permits[T]):
@@ -35,7 +35,7 @@ class BoundedPermits(Permits[T]):
         super().push(key, version, push)
         self._out[key] = version
 
-    def next(self, version: int, changed: int | None = None) -> Permit | Turn[T] | None:
+    def next(self, version: int, changed: int | None = None) -> Permit | DuePush[T] | None:
         """As for all `Permits`; `changed` does not matter."""
         if self._pushed:
             key = self._applicable(version)

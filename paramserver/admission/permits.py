@@ -26,7 +26,7 @@ class Permit:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn(Generic[T]):
+class DuePush(Generic[T]):
     """A push that is now to be applied."""
 
     key: Key
@@ -85,7 +85,7 @@ class Permits(ABC, Generic[T]):
         self._asked = deque(key for key in self._asked if key[0] != connection)
 
     @abstractmethod
-    def next(self, version: int, changed: int) -> Permit | Turn[T] | None:
+    def next(self, version: int, changed: int) -> Permit | DuePush[T] | None:
         """Return what can be done now, which counts as done; None if there is nothing.
 
         Args:
@@ -99,9 +99,9 @@ class Permits(ABC, Generic[T]):
         self._out[key] = version
         return Permit(key)
 
-    def _turn(self, key: Key) -> Turn[T]:
+    def _turn(self, key: Key) -> DuePush[T]:
         self._take_back(key)
-        return Turn(key, self._pushed.pop(key))
+        return DuePush(key, self._pushed.pop(key))
 
     def _take_back(self, key: Key) -> int:
         """Take a permit back; returns what `_out` had."""

@@ -17,7 +17,7 @@ is at least 1, and whoever holds such a permit will push, or go.
 
 from __future__ import annotations
 
-from downpour.paramserver.admission.permits import Key, Permit, Permits, T, Turn
+from downpour.paramserver.admission.permits import DuePush, Key, Permit, Permits, T
 
 
 class RoundPermits(Permits[T]):
@@ -35,7 +35,7 @@ class RoundPermits(Permits[T]):
         self._num_present = 0
         """Permits that are out and were given in it."""
 
-    def next(self, version: int, changed: int) -> Permit | Turn[T] | None:
+    def next(self, version: int, changed: int) -> Permit | DuePush[T] | None:
         """As for all `Permits`; `changed` is the present round's start.
 
         Once this returns None, no push is pending.

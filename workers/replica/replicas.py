@@ -125,7 +125,7 @@ class _Push:
         self.pushed_s = 0.0
 
 
-class Way:
+class PullTimer:
     """How far ahead weights have to be asked for, from how long they take to come.
 
     That is their way's time over a turn's: bandwidth times delay, in turns. It is measured with
@@ -170,7 +170,7 @@ class Way:
 
 def turns_ahead(way_s: float, turn_s: float, most: int) -> int:
     """How many turns ahead to ask for weights that take `way_s`, if a turn takes `turn_s`."""
-    if way_s <= Way.SHORT * turn_s:
+    if way_s <= PullTimer.SHORT * turn_s:
         return 0
     return min(most, math.ceil(way_s / max(turn_s, 1e-9)))
 
@@ -213,7 +213,7 @@ class Replicas:
         self._found = {id(turn): _Push() for turn in self._rotation.turns}
         self._results: deque[tuple[StepResult | PendingResult, int]] = deque()
         """Of the rotation's `begun`, with their numbers of examples."""
-        self._way = Way()
+        self._pull_timer = PullTimer()
         self._wake = threading.Condition()
         self._failure: Exception | None = None
         self._meter = Meter()
@@ -361,7 +361,7 @@ class Replicas:
         versions = [0] * self._client.num_partitions
         weights.pull = self._client.start_pull(copy.weights, versions)
         if self._rotation.fresh and weights.pull.waiting:
-            self._way.asked(self._clock(), self._rotation.lead)
+            self._pull_timer.asked(self._clock(), self._rotation.lead)
 
     def _reclaim(self) -> None:
         """Take back model copies whose weights nobody needs any more."""
@@ -378,7 +378,7 @@ class Replicas:
         if turn.task is not None:
             turn.task.pull_s += now_s - began_s
         if self._rotation.fresh:
-            self._rotation.lead = self._way.come(now_s, len(self._rotation.turns) - 1)
+            self._rotation.lead = self._pull_timer.come(now_s, len(self._rotation.turns) - 1)
 
     def _note_permits(self) -> None:
         for mailbox in [m for m in self._rotation.asking if self._client.permitted(m)]:

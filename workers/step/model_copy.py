@@ -112,7 +112,7 @@ def _rows(values: Any, first: int, step: int) -> Any:
     return values
 
 
-class Trial:
+class JoinTrial:
     """One pass over several mini-batches, or a pass over each: whichever is faster here.
 
     Small layers gain from a joint pass, whose kernels are larger. Large feature maps may lose: one
@@ -168,7 +168,7 @@ class StepContext:
         """By the shapes of a step; None where there is no recording to be had."""
         self.joinable: bool | None = None
         """Whether mini-batches may be joined; None until it has been tried."""
-        self._trials: dict[int, Trial] = {}
+        self._trials: dict[int, JoinTrial] = {}
         self._loss = loss
         self._losses: dict[int, Loss] = {1: loss}
         self._moments: dict[int, Tensor] = {}
@@ -198,10 +198,10 @@ class StepContext:
             self._columns[together] = self._layout.moment_columns(together).flatten()
         return self._columns[together]
 
-    def trial(self, together: int) -> Trial:
+    def trial(self, together: int) -> JoinTrial:
         """Which way of computing so many mini-batches is the faster one here."""
         if together not in self._trials:
-            self._trials[together] = Trial()
+            self._trials[together] = JoinTrial()
         return self._trials[together]
 
     def spare(self) -> Mailbox:

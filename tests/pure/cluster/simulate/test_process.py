@@ -11,7 +11,7 @@ from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.simulate.clock import Clock, Processors
 from downpour.cluster.simulate.inputs import Costs, Spread
 from downpour.cluster.simulate.partition import Message
-from downpour.cluster.simulate.process import Counts, Task, VirtualProcess
+from downpour.cluster.simulate.process import Counts, VirtualProcess, VirtualTask
 from downpour.paramserver.client import PushResult
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.transport.link import Pull
@@ -132,7 +132,7 @@ class FakeWay(Recorder):
 def virtually(replicas: tuple[int, ...], config: StepConfig, story: Story) -> list[Any]:
     """What the simulated one does."""
     clock = Clock()
-    finished: list[Task] = []
+    finished: list[VirtualTask] = []
     process = VirtualProcess(
         replicas=replicas,
         config=config,

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from downpour.paramserver.admission.bounded import BoundedPermits
-from downpour.paramserver.admission.permits import Key, Permit, Turn
+from downpour.paramserver.admission.permits import DuePush, Key, Permit
 from downpour.paramserver.errors import MalformedMessage
 
 A, B, C = (7, 0), (7, 1), (8, 0)
@@ -18,9 +18,9 @@ def test_a_scripted_order_of_arrivals() -> None:
     assert [admission.next(0) for _ in range(4)] == [Permit(A), Permit(B), Permit(C), None]
     # B and C may pass A once each; a second time would leave A beyond the bound.
     admission.push(C, 0, "c")
-    assert admission.next(0) == Turn(C, "c")
+    assert admission.next(0) == DuePush(C, "c")
     admission.push(B, 0, "b")
-    assert admission.next(1) == Turn(B, "b")
+    assert admission.next(1) == DuePush(B, "b")
     admission.ask(B)
     admission.ask(C)
     assert [admission.next(2) for _ in range(3)] == [Permit(B), Permit(C), None]
@@ -31,8 +31,8 @@ def test_a_scripted_order_of_arrivals() -> None:
     # A comes, and is applied with a staleness of 2, before those that were there before it.
     admission.push(A, 0, "a")
     turns = [admission.next(version) for version in (2, 3, 4, 5)]
-    assert {turns[1], turns[2]} == {Turn(B, "b2"), Turn(C, "c2")}
-    assert (turns[0], turns[3]) == (Turn(A, "a"), None)
+    assert {turns[1], turns[2]} == {DuePush(B, "b2"), DuePush(C, "c2")}
+    assert (turns[0], turns[3]) == (DuePush(A, "a"), None)
 
 
 def test_no_more_steps_than_the_bound_has_room_for() -> None:
@@ -41,7 +41,7 @@ def test_no_more_steps_than_the_bound_has_room_for() -> None:
     admission.ask(B)
     assert [admission.next(5), admission.next(5)] == [Permit(A), None]
     admission.push(A, 5, "a")
-    assert [admission.next(5), admission.next(6)] == [Turn(A, "a"), Permit(B)]
+    assert [admission.next(5), admission.next(6)] == [DuePush(A, "a"), Permit(B)]
 
 
 def test_who_is_gone_holds_nobody_up() -> None:
@@ -50,14 +50,14 @@ def test_who_is_gone_holds_nobody_up() -> None:
         admission.ask(key)
         assert admission.next(0) == Permit(key)
     admission.push(C, 0, "c")
-    assert admission.next(0) == Turn(C, "c")
+    assert admission.next(0) == DuePush(C, "c")
     admission.ask(C)
     assert admission.next(1) == Permit(C)
     admission.push(C, 1, "c")
     assert admission.next(1) is None  # A has to come first
     admission.ask(B)
     admission.leave(A[0])
-    assert [admission.next(1), admission.next(2)] == [Turn(C, "c"), None]
+    assert [admission.next(1), admission.next(2)] == [DuePush(C, "c"), None]
     assert admission.num_out == 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from downpour.paramserver.admission.permits import Key, Permit, Turn
+from downpour.paramserver.admission.permits import DuePush, Key, Permit
 from downpour.paramserver.admission.rounds import RoundPermits
 from downpour.paramserver.errors import MalformedMessage
 from downpour.paramserver.messages import Outcome, Push
@@ -28,10 +28,10 @@ def test_permits_are_given_for_one_round_and_taken_back() -> None:
     assert [rounds.next(0, 0) for _ in range(3)] == [Permit((1, box)) for box in range(3)]
     assert rounds.next(0, 0) is None
     rounds.push((1, 2), 0, "c")
-    assert rounds.next(0, 0) == Turn((1, 2), "c")
+    assert rounds.next(0, 0) == DuePush((1, 2), "c")
     assert rounds.next(1, 0) is None  # it counts, so there is no room for a fourth
     rounds.push((1, 0), 0, "a")
-    assert rounds.next(1, 0) == Turn((1, 0), "a")
+    assert rounds.next(1, 0) == DuePush((1, 0), "a")
     assert rounds.next(1, 0) == Permit((1, 3))  # that one came to nothing
     # A new round: two of the former are out, and count no more.
     assert rounds.next(2, 2) == Permit((1, 4))

@@ -12,7 +12,7 @@ import torch
 from downpour.paramserver.client import PushResult
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.transport.link import Pull
-from downpour.workers.replica.replicas import Joined, Replicas, Way, Window, turns_ahead
+from downpour.workers.replica.replicas import Joined, PullTimer, Replicas, Window, turns_ahead
 from downpour.workers.replica.rotation import BELL_EVERY, num_mailboxes
 from downpour.workers.spec import StepConfig
 from downpour.workers.step.model_copy import StepResult
@@ -265,7 +265,7 @@ def test_weights_are_asked_for_ahead_by_as_many_turns_as_their_way_takes() -> No
     assert turns_ahead(2.5, 1.0, 9) == 3
     assert turns_ahead(2.5, 1.0, 2) == 2
     assert turns_ahead(2.5, 1.0, 0) == 0
-    way, now_s, leads = Way(), 0.0, [0]
+    way, now_s, leads = PullTimer(), 0.0, [0]
     for _ in range(300):
         way.asked(now_s, leads[-1])
         now_s += 0.0 if leads[-1] else 1.5  # weights that were asked for ahead are there

@@ -165,7 +165,7 @@ def test_mini_batches_together_are_the_same_ones_one_after_the_other(
     name: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the same weights: the gradients' sum to rounding, and each mini-batch's own moments."""
-    monkeypatch.setattr(model_copy.Trial, "next", lambda _: True)
+    monkeypatch.setattr(model_copy.JoinTrial, "next", lambda _: True)
     flat = FlatModel(build(name))
     initial = flat.weights.clone()
     context = StepContext(flat.layout, recorded=recorded, depth=3)
@@ -223,7 +223,7 @@ def test_a_model_that_mixes_rows_is_not_joined(caplog: pytest.LogCaptureFixture)
 
 
 def test_the_faster_way_is_taken_once_both_have_been_tried() -> None:
-    trial = model_copy.Trial()
+    trial = model_copy.JoinTrial()
     for _ in range(2 * trial.TRIES):
         joined = trial.next()
         assert trial.joined is None
