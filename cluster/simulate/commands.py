@@ -20,14 +20,24 @@ from downpour.cluster.run.checkpoint import partitions_before
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.simulate.likeness import Likeness, likeness
 from downpour.cluster.simulate.options import SimulateConfig, configured, make_inputs
+from downpour.cluster.simulate.settings import (
+    LearningConfig,
+    SimulateOptions,
+    lasting,
+    settings,
+)
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
+    from downpour.cluster.simulate.curve import LearningCurve
     from downpour.cluster.simulate.run import Forecast
+
+LINES_EVERY_S = 10.0
+"""Seconds between two lines of progress if there is no terminal."""
 
 
 @click.command(cls=ConfigCommand)
-@config_options(SimulateConfig)
+@config_options(SimulateOptions)
 @click.argument("recipe", required=False)
 @click.option(
     "--like",
@@ -37,29 +47,48 @@ if TYPE_CHECKING:
     help="A run that was measured: its configuration, and what its steps and pushes cost.",
 )
 @click.option(
+    "--learn",
+    "learns",
+    is_flag=True,
+    help="Compute gradients and weights, too: accuracy against virtual time.",
+)
+@click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="Save the histogram of staleness as a picture.",
+    help="Save a picture: the histogram of staleness, or with --learn the curves of accuracy.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(
     recipe: str | None,
     run: Path | None,
+    learns: bool,
     plot: Path | None,
     as_json: bool,
     given: dict[str, object],
 ) -> None:
     """Predict staleness and throughput of RECIPE, or of a run like another, on a virtual clock.
 
-    The server's own decisions on staleness, duplicates and leases are run; time is simulated.
+    The server's own decisions on staleness, duplicates and leases are run; time is simulated. With
+    --learn the arithmetic is real, too, the same to the bit every time.
     """
     if (recipe is None) == (run is None):
         raise UserError("nothing, or both of two, to simulate: name a recipe or a run with --like")
-    options = apply(SimulateConfig(), given)
+    learning_options = [name for name in given if name in LEARNING]
+    if learning_options and not learns:
+        option = learning_options[0].replace("_", "-")
+        raise UserError(f"--{option} is of a run that learns: give --learn, too")
+    every = apply(SimulateOptions(), given)
+    options = every.simulate
     folder = None if run is None else RunFolder.open(run)
     config = recipes.find(recipe) if folder is None and recipe else _of(folder)
     measured = None if folder is None else likeness(folder, partitions_of(config), processors())
+    if learns:
+        from downpour.cluster.simulate import report
+
+        curves = learn(config, every, measured)
+        report.give(curves, every.learn.goal, plot=plot, as_json=as_json)
+        return
     forecast = predict(config, options, measured, show_progress=not as_json)
     if plot is not None:
         from downpour.cluster.monitoring.plots import plot_histogram
@@ -69,6 +98,43 @@ def simulate(
         click.echo(json.dumps(as_plain(forecast, measured)))
     else:
         show(forecast, measured, Console())
+
+
+LEARNING = frozenset(field.name for field in dataclasses.fields(LearningConfig))
+"""Options that mean something with `--learn` alone."""
+
+
+def learn(
+    config: RunConfig, options: SimulateOptions, measured: Likeness | None
+) -> list[LearningCurve]:
+    """What runs of `config` would learn, one for each setting that is compared.
+
+    Raises:
+        UserError: costs are missing, or settings do not go together.
+    """
+    from downpour.cluster.monitoring.bars import progress_bar
+    from downpour.cluster.simulate.arithmetic import TrainingRows
+    from downpour.cluster.simulate.learning import LearningRun, WeightsScorer
+
+    runs = []
+    for setting in settings(options.learn):
+        given = setting.given(options.simulate)
+        runs.append((setting, given, lasting(configured(config, given), options.learn, setting)))
+    examples, scorer = TrainingRows.of(runs[0][2]), WeightsScorer(config)
+    curves = []
+    for setting, given, simulated in runs:
+        inputs = make_inputs(
+            simulated,
+            given,
+            num_rows=examples.plan.num_rows,
+            num_parameters=examples.model.num_parameters,
+            like=measured,
+        )
+        run = LearningRun(setting.name, inputs, options.learn, examples=examples, scorer=scorer)
+        what = "mini-batches" if len(runs) == 1 else f"mini-batches, {setting.name}"
+        with progress_bar(what, lines_every_s=LINES_EVERY_S) as show:
+            curves.append(run.run(show))
+    return curves
 
 
 def predict(

@@ -46,6 +46,9 @@ class Costs:
     """Share of the processes whose steps take longer."""
     slow_times: float = 1.0
     """How many times longer."""
+    speed_spread: float = 1.0
+    """How many times longer the slowest process's steps take than the fastest's: the others' times
+    lie evenly between them, on a logarithmic scale."""
     beside_s: float = 0.0
     """Of a mini-batch on other threads of the replicas' process: decoding, Ray."""
     apply: Spread

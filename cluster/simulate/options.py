@@ -57,6 +57,9 @@ class SimulateConfig:
     """Share of the processes whose steps take longer."""
     slow_times: float = 4.0
     """How many times longer theirs take."""
+    speed_spread: float = 1.0
+    """How many times longer the slowest process's steps take than the fastest's; the others lie
+    evenly in between on a logarithmic scale."""
     apply_ms: float | None = None
     """Processor time of a push at a partition, in milliseconds; none for the run's."""
     background: float | None = None
@@ -90,6 +93,8 @@ class SimulateConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{_words(name)} is {value}: give more than 0")
+        if not 1 <= self.speed_spread < math.inf:
+            raise ValueError(f"speed spread is {self.speed_spread}: give 1 or more")
         if not 0 <= self.slow_share <= 1:
             raise ValueError(f"slow share is {self.slow_share}: give a number from 0 to 1")
 
@@ -170,6 +175,7 @@ def make_inputs(
             step=Spread(mean_s=step_s, spread=given.step_spread),
             slow_share=given.slow_share,
             slow_times=given.slow_times,
+            speed_spread=given.speed_spread,
             beside_s=like.beside_s if like else 0.0,
             apply=Spread(mean_s=apply_s, spread=given.step_spread),
             read_s=like.read_s if like else 0.0,

@@ -1,9 +1,12 @@
-"""A partition on the virtual clock: the server's own decisions, without weights.
+"""A partition on the virtual clock: the server's own decisions, with weights if it is to learn.
 
 The server's `Ledger` decides what becomes of a push, and its `Permits` decide who may begin a step,
 as on a real partition. The loop around them is modelled on `paramserver.server.server`: connections
 that have sent something are served in turn, a packet at a time, and a packet is answered once all
 of it has been taken.
+
+A partition keeps a bare ledger, or (`arithmetic`) the server's whole state: then pushes carry their
+gradients, and versions their weights.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from downpour.cluster.simulate.clock import Body, Clock, Processors, Thread
 from downpour.cluster.simulate.inputs import Costs
@@ -19,13 +23,26 @@ from downpour.paramserver.admission.bounded import BoundedPermits
 from downpour.paramserver.admission.permits import Permit, Permits
 from downpour.paramserver.admission.rounds import RoundPermits
 from downpour.paramserver.messages import Outcome, PermitRequest, Push
-from downpour.paramserver.partition.ledger import make_ledger
+from downpour.paramserver.partition.ledger import Ledger, make_ledger
 from downpour.paramserver.partition.staleness import Histogram, StalenessRecord
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.update import updates_in_place
 from downpour.paramserver.server.server import PUSHES_A_TURN
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Message = Push | PermitRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CarriedPush(Push):
+    """A push together with what lies in its mailbox, as far as one partition is concerned."""
+
+    gradient: Tensor
+    """float32 [n], which the partition may overwrite."""
+    moments: Tensor
+    """float32 [mini-batches, 3, f]."""
 
 
 class PooledStaleness(StalenessRecord):
@@ -39,6 +56,60 @@ class PooledStaleness(StalenessRecord):
         super().add(0, staleness)
 
 
+class PartitionKeeper(Protocol):
+    """What a partition keeps: a ledger, and weights if it is to learn."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """What became of every push."""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Those of `ledger.weights_version`, float32 [n]; nobody writes over them later."""
+
+    def take(self, push: Push) -> Outcome:
+        """Take in a push; return what became of it."""
+
+    def dump(self) -> Any:
+        """A copy of everything, which `load` takes."""
+
+    def load(self, saved: Any) -> None:
+        """Go on from what `dump` gave."""
+
+    def check(self) -> None:
+        """Assert the invariants."""
+
+
+class BareLedger:
+    """A ledger without weights."""
+
+    weights: Tensor | None = None
+
+    def __init__(self, config: UpdateConfig) -> None:
+        """Version 0."""
+        self.ledger = make_ledger(config, PooledStaleness())
+
+    def take(self, push: Push) -> Outcome:
+        """See `PartitionKeeper`."""
+        return self.ledger.take(push)
+
+    def dump(self) -> Any:
+        """See `PartitionKeeper`."""
+        return self.ledger.dump()
+
+    def load(self, saved: Any) -> None:
+        """See `PartitionKeeper`."""
+        self.ledger.load(*saved)
+
+    def check(self) -> None:
+        """See `PartitionKeeper`."""
+        self.ledger.check()
+
+
+SendWeights = Callable[[list[int], int, "Tensor | None"], None]
+"""Gets the versions that a pull is to fill in, the partition's version, and its weights."""
+
+
 @dataclass(eq=False)
 class Line:
     """A connection as the partition sees it."""
@@ -49,7 +120,7 @@ class Line:
     """Pulls asked for over the network, each with the versions that it is to fill in."""
     answer: Callable[[list[tuple[int, Outcome]]], None]
     """Sends the answers to a packet: mailbox and outcome."""
-    send_weights: Callable[[list[int], int], None]
+    send_weights: SendWeights
     """Sends weights of a version for a pull."""
     is_open: bool = True
 
@@ -67,8 +138,12 @@ class VirtualPartition:
         costs: Costs,
         rng: random.Random,
         num_partitions: int = 1,
+        make_keeper: Callable[[], PartitionKeeper] | None = None,
     ) -> None:
-        """It is up, at version 0; `num_partitions` share the model."""
+        """It is up, at version 0; `num_partitions` share the model.
+
+        `make_keeper` gives what it keeps at its start; a bare ledger by default.
+        """
         self.index = index
         self._config = config
         self._clock = clock
@@ -79,22 +154,23 @@ class VirtualPartition:
         self._push_by_push = updates_in_place(share)
         """Whether each version of a packet can be pulled, as `paramserver.server.server` does it.
         """
-        self.ledger = make_ledger(config, PooledStaleness())
+        self._make_keeper = make_keeper or (lambda: BareLedger(config))
+        self.keeper = self._make_keeper()
         self.seen = Histogram()
         """Staleness of what was applied since somebody last emptied this."""
         self.applied = 0
         """Updates so far, those that a death has taken back among them."""
-        self._saved = self.ledger.dump()
+        self._saved = self.keeper.dump()
         self.up = False
         self._count = 0
         self.start()
 
     def start(self) -> None:
         """Serve from the last checkpoint on."""
-        self.ledger = make_ledger(self._config, PooledStaleness())
-        self.ledger.load(*self._saved)
-        self.version = self.ledger.weights_version
-        """The version that a pull would get now."""
+        self.keeper = self._make_keeper()
+        self.keeper.load(self._saved)
+        self.ledger = self.keeper.ledger
+        self._publish()
         policy = self._config.policy
         self._permits: Permits[tuple[Line, Push]] | None = None
         if policy.staleness_policy == "bounded":
@@ -107,9 +183,15 @@ class VirtualPartition:
         self._thread = Thread(self._processors, self._body())
         self.up = True
 
+    def _publish(self) -> None:
+        self.version = self.ledger.weights_version
+        """The version that a pull would get now."""
+        self.weights = self.keeper.weights
+        """Its weights, float32 [n]; none without arithmetic."""
+
     def save(self) -> None:
         """Take a checkpoint. What the copy costs is not modelled."""
-        self._saved = self.ledger.dump()
+        self._saved = self.keeper.dump()
 
     def die(self) -> None:
         """Lose everything since the last checkpoint."""
@@ -121,7 +203,7 @@ class VirtualPartition:
     def connect(
         self,
         answer: Callable[[list[tuple[int, Outcome]]], None],
-        send_weights: Callable[[list[int], int], None],
+        send_weights: SendWeights,
     ) -> Line:
         """A new connection."""
         self._count += 1
@@ -160,7 +242,7 @@ class VirtualPartition:
                         break
                     yield from self._take(line, line.packets.popleft())
                 while line.pulls:
-                    line.send_weights(line.pulls.popleft(), self.version)
+                    line.send_weights(line.pulls.popleft(), self.version, self.weights)
                 if line.packets:
                     self._ready.setdefault(line.number, line)
             if self._permits is not None:
@@ -176,7 +258,7 @@ class VirtualPartition:
                 yield self._costs.apply.draw(self._rng)
                 answers.append((message.mailbox, self._apply(message)))
                 if self._push_by_push:
-                    self.version = self.ledger.weights_version
+                    self._publish()
             elif not line.is_open:
                 continue
             elif isinstance(message, PermitRequest):
@@ -184,13 +266,13 @@ class VirtualPartition:
             else:
                 key = (line.number, message.mailbox)
                 self._permits.push(key, message.version, (line, message))
-        self.version = self.ledger.weights_version
+        self._publish()
         if answers and line.is_open:
             line.answer(answers)
 
     def _apply(self, push: Push) -> Outcome:
         staleness = self.ledger.staleness_of(push)
-        outcome = self.ledger.take(push)
+        outcome = self.keeper.take(push)
         if outcome is Outcome.APPLIED:
             self.seen.add(staleness)
             self.applied += 1
@@ -205,7 +287,7 @@ class VirtualPartition:
             else:
                 yield self._costs.apply.draw(self._rng)
                 outcome = self._apply(due.push[1])
-                self.version = self.ledger.weights_version
+                self._publish()
             answers.setdefault(number, []).append((mailbox, outcome))
         for number, told in answers.items():
             if self._lines[number].is_open:

@@ -3,6 +3,7 @@
 Which operation comes next is decided by `workers.replica.rotation`, as in a real process; here
 operations cost virtual time and messages. Pushes are kept back until the doorbell is worth ringing,
 or until an answer is waited for, as `paramserver.client` does it.
+With a learner, a step's gradient is computed, too, on the weights that its pull has got.
 `tests/pure/cluster/simulate/test_process.py` runs both through the same story and compares.
 """
 
@@ -12,7 +13,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.simulate.clock import Body, Clock, Processors, Thread
@@ -22,8 +23,11 @@ from downpour.paramserver.messages import Outcome, PermitRequest, Push
 from downpour.paramserver.transport.link import Pull
 from downpour.workers.replica import rotation
 from downpour.workers.replica.replicas import PullTimer
-from downpour.workers.replica.rotation import Op, Rotation, Turn
+from downpour.workers.replica.rotation import Op, PulledWeights, Rotation, Turn
 from downpour.workers.spec import StepConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Way(Protocol):
@@ -35,11 +39,45 @@ class Way(Protocol):
     def version(self) -> int:
         """What a pull from nearby would get now."""
 
+    def weights(self) -> Tensor | None:
+        """The weights of that version, float32 [n]; none without arithmetic."""
+
     def send(self, packet: list[Message]) -> None:
         """Send a packet; pushes over the network take their gradients along."""
 
-    def ask_weights(self, pull: Pull, process: VirtualProcess) -> None:
-        """Ask for weights over the network; `process.pulled` is told of them."""
+    def ask_weights(self, pulled: PulledWeights, process: VirtualProcess) -> None:
+        """Ask for weights over the network; `process.pulled` is told of them.
+
+        They are put into `pulled.holder`, a list with a place for each partition.
+        """
+
+
+class StepArithmetic(Protocol):
+    """Computes the gradients of steps."""
+
+    def begin_push(self) -> Any:
+        """Room for what one push collects."""
+
+    def step(
+        self,
+        found: Any,
+        weights: Sequence[Tensor],
+        epoch: int,
+        batches: Sequence[int],
+        index: int,
+    ) -> None:
+        """Compute one step, and add what comes of it to `found`.
+
+        Args:
+            found: of `begin_push`.
+            weights: of each partition, float32 [n].
+            epoch: of the mini-batches.
+            batches: the mini-batches that the step takes.
+            index: place of the first of them in the push.
+        """
+
+    def carry(self, found: Any, partition: int, push: Push) -> Push:
+        """The push to one partition, with its part of what was found."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,6 +120,8 @@ class VirtualProcess:
     finished: Callable[[VirtualTask], None]
     """Is told when every mini-batch of a window has been answered."""
     batch_size: int
+    learner: StepArithmetic | None = None
+    """What computes gradients; none computes none."""
     ways: list[Way] = field(default_factory=list)
 
     def start(self, ways: Sequence[Way]) -> None:
@@ -97,6 +137,8 @@ class VirtualProcess:
         self._bell_every = rotation.turns_together(count, self.config)
         self._measured = PullTimer()
         self._outbox: list[list[Message]] = [[] for _ in ways]
+        self._found: dict[int, Any] = {}
+        """What the learner has found so far for the push from a mailbox."""
         self._pushed_s: dict[int, float] = {}
         """When the push in a mailbox was made."""
         self._missing: dict[int, int] = {}
@@ -138,6 +180,8 @@ class VirtualProcess:
                     turn.task.since_s = self.clock.now_s
                 steps = sum(self.costs.step.draw(self.rng) for _ in range(turn.count))
                 yield steps * self.step_times
+                if self.learner is not None:
+                    self._learn(turn, self.learner)
                 self.counts.steps += turn.count
             elif op is Op.PUSH:
                 self._push(turn)
@@ -156,6 +200,16 @@ class VirtualProcess:
             elif op is Op.IDLE and not turns.has_work():
                 yield None
 
+    def _learn(self, turn: Turn[VirtualTask], learner: StepArithmetic) -> None:
+        assert turn.task is not None
+        assert turn.mailbox is not None
+        assert turn.weights is not None
+        if not turn.done:
+            self._found[turn.mailbox] = learner.begin_push()
+        batches = turn.batches[turn.done : turn.done + turn.count]
+        found, weights = self._found[turn.mailbox], turn.weights.holder
+        learner.step(found, weights, turn.task.epoch, batches, turn.done)
+
     def _wait(self, op: Op) -> Body:
         self._flush()
         while not self._inbox:
@@ -168,12 +222,15 @@ class VirtualProcess:
         self.rotation.dropped.clear()
         assert turn.weights is not None
         pull = turn.weights.pull = Pull([0] * len(self.ways))
+        weights = turn.weights.holder = [None] * len(self.ways)
         for index, way in enumerate(self.ways):
             if way.nearby:
                 pull.versions[index] = way.version()
+                if self.learner is not None:
+                    weights[index] = way.weights()
             else:
                 pull.waiting += 1
-                way.ask_weights(pull, self)
+                way.ask_weights(turn.weights, self)
         if self.rotation.fresh and pull.waiting:
             self._measured.asked(self.clock.now_s, self.rotation.lead)
 
@@ -193,6 +250,7 @@ class VirtualProcess:
         assert mailbox is not None
         assert turn.weights is not None
         self._missing[mailbox] = len(self.ways)
+        learner, found = self.learner, self._found.pop(mailbox, None)
         for index, version in enumerate(turn.weights.pull.versions):
             push = Push(
                 mailbox=mailbox,
@@ -204,7 +262,7 @@ class VirtualProcess:
                 loss=0.0,
                 gradient_norm=0.0,
             )
-            self._put(index, push)
+            self._put(index, push if learner is None else learner.carry(found, index, push))
         self._pushed_s[mailbox] = self.clock.now_s
 
     def _put(self, index: int, message: Message) -> None:

@@ -11,6 +11,7 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.applied_set import WAITING
 from downpour.paramserver.partition.staleness import Histogram
 from downpour.shuffler.plan.keys import stream_key
+
+if TYPE_CHECKING:
+    from downpour.cluster.simulate.arithmetic import VirtualArithmetic
 
 TURNS_BEFORE = 3
 """Turns of every slot that are simulated before anything is counted."""
@@ -87,10 +91,14 @@ class _Member:
 
 
 class Simulation:
-    """One run. `forecast` runs it."""
+    """One run. `forecast` runs it; so does `learning`, which gives it arithmetic."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        """Nothing has begun."""
+    def __init__(self, inputs: Inputs, arithmetic: VirtualArithmetic | None = None) -> None:
+        """Nothing has begun.
+
+        With `arithmetic` it computes gradients and weights, and ends after the epochs of its
+        configuration; without, it goes on as long as one likes.
+        """
         self._inputs = inputs
         self._config, machines = inputs.config, inputs.machines
         self.clock = clock = Clock()
@@ -101,20 +109,26 @@ class Simulation:
             for i in range(count)
         ]
         self._wires = [Wire(clock, machines.bytes_per_s, machines.latency_s) for _ in range(count)]
-        plan = make_plan(self._config, inputs.num_rows)
-        self._plan = dataclasses.replace(plan, past_bound="rekey")
+        self._arithmetic, epochs = arithmetic, self._config.policy.epochs
+        if arithmetic is None:
+            plan = make_plan(self._config, inputs.num_rows)
+            self._plan, epochs = dataclasses.replace(plan, past_bound="rekey"), UNLIMITED_EPOCHS
+        else:
+            self._plan = arithmetic.plan
         unit = step_config(self._config).batches_per_push
-        self.book = LeaseBook(self._plan, UNLIMITED_EPOCHS, unit=unit)
+        self.book = LeaseBook(self._plan, epochs, unit=unit)
         self._first_server = machines.machines if machines.server_machines else 0
+        updates = update_config(self._config, self._plan)
         self.partitions = [
             VirtualPartition(
                 i,
-                config=update_config(self._config, self._plan),
+                config=updates,
                 clock=clock,
                 processors=self._machines[self._machine_of(i)],
                 costs=inputs.costs,
                 rng=self._rng,
                 num_partitions=inputs.num_partitions,
+                make_keeper=None if arithmetic is None else arithmetic.keeper(i, updates),
             )
             for i in range(inputs.num_partitions)
         ]
@@ -124,7 +138,8 @@ class Simulation:
         self._members = self._make_members()
         self._member_of = {r: m for m in self._members for r in m.replicas}
         self._holding = dict.fromkeys(self._member_of, 0)
-        self._deaths = 0
+        self.deaths = 0
+        """Processes and partitions that have died."""
 
     def _machine_of(self, partition: int) -> int:
         servers = self._inputs.machines.server_machines
@@ -136,6 +151,7 @@ class Simulation:
         total = machines.machines * machines.processors
         count = num_processes(replicas, total)
         self._width = num_threads(self._config.policy, count, total)
+        spread = speeds(count, costs.speed_spread, self._inputs.seed)
         members = []
         for i in range(count):
             machine = i % machines.machines
@@ -144,7 +160,7 @@ class Simulation:
                 _Member(
                     replicas=tuple(range(i, replicas.replicas, count)),
                     machine=machine,
-                    step_times=costs.slow_times if slow else 1.0,
+                    step_times=spread[i] * (costs.slow_times if slow else 1.0),
                     decoding=Queue(self._machines[machine]),
                 )
             )
@@ -152,7 +168,8 @@ class Simulation:
 
     # What goes on all the time
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Have everybody begin."""
         for member in self._members:
             self._connect(member)
             self._fate(self._inputs.faults.process_mtbf_s, functools.partial(self._kill, member))
@@ -180,6 +197,7 @@ class Simulation:
             counts=self.counts,
             finished=lambda task: self._on_finished(member, process, task),
             batch_size=self._config.data.batch_size,
+            learner=self._arithmetic,
         )
         costs, share = inputs.costs, 1 / inputs.num_partitions
         sizes = costs.gradient_bytes * share, costs.weights_bytes * share
@@ -202,7 +220,8 @@ class Simulation:
                 continue
             while self._holding[replica] < self._config.replicas.queued_windows:
                 lease = self.book.grant(replica)
-                assert lease is not None
+                if lease is None:
+                    return  # everything is done, or lent
                 self._holding[replica] += 1
                 self._deliver(member, replica, lease)
 
@@ -278,7 +297,7 @@ class Simulation:
                 self.book.reconcile(lease.id, self._settled(lease.epoch))
 
     def _kill(self, member: _Member) -> None:
-        self._deaths += 1
+        self.deaths += 1
         self._drop(member)
         member.alive = False
 
@@ -293,7 +312,7 @@ class Simulation:
         self._grant()
 
     def _kill_partition(self, partition: VirtualPartition) -> None:
-        self._deaths += 1
+        self.deaths += 1
         partition.die()
         for member in self._members:
             self._drop(member)
@@ -330,8 +349,8 @@ class Simulation:
         slots = self._config.replicas.replicas * self._config.replicas.steps.concurrent_steps
         before = TURNS_BEFORE * slots
         wanted = max(FEWEST_UPDATES, TURNS_COUNTED * slots)
-        self._start()
-        self._until(lambda: self._applied >= before, progress, before + wanted)
+        self.start()
+        self.until(lambda: self._applied >= before, progress, before + wanted)
         begin = self._reading()
         for partition in self.partitions:
             partition.seen = Histogram()
@@ -341,10 +360,10 @@ class Simulation:
                 member.process.counts = self.counts
         if seconds is None:
             enough = begin.applied + wanted
-            self._until(lambda: self._applied >= enough, progress, before + wanted)
+            self.until(lambda: self._applied >= enough, progress, before + wanted)
         else:
             end_s = self.clock.now_s + seconds
-            self._until(lambda: self.clock.now_s >= end_s, progress, 0)
+            self.until(lambda: self.clock.now_s >= end_s, progress, 0)
         self.check()
         return self._forecast(begin, self._reading())
 
@@ -358,9 +377,16 @@ class Simulation:
         """Mini-batches that every partition has settled, and that no death has taken back."""
         return min(p.ledger.applied.num_applied for p in self.partitions)
 
-    def _until(
+    def until(
         self, ready: Callable[[], bool], progress: Callable[[int, int], None], total: int
     ) -> None:
+        """Go on until `ready`, which is asked before each event.
+
+        `progress` is told of the updates done, and of `total`, now and then.
+
+        Raises:
+            UserError: members die so often that nothing is trained.
+        """
         best, since_s, events = self._settled_batches, self.clock.now_s, 0
         while not ready():
             self.clock.advance()
@@ -381,7 +407,7 @@ class Simulation:
         """Assert the invariants of everything that has any."""
         self.book.check()
         for partition in self.partitions:
-            partition.ledger.check()
+            partition.keeper.check()
 
     def _reading(self) -> _Reading:
         return _Reading(
@@ -389,7 +415,7 @@ class Simulation:
             applied=self._applied,
             settled=self._settled_batches,
             busy_s=tuple(m.busy_s for m in self._machines),
-            deaths=self._deaths,
+            deaths=self.deaths,
         )
 
     def _forecast(self, begin: _Reading, end: _Reading) -> Forecast:
@@ -419,6 +445,17 @@ class Simulation:
             deaths=end.deaths - begin.deaths,
             repeated=sum(p.ledger.outcomes[Outcome.DUPLICATE] for p in self.partitions),
         )
+
+
+def speeds(count: int, spread: float, seed: int) -> list[float]:
+    """How many times longer than the fastest's the steps of each of so many processes take.
+
+    They are spread evenly from 1 to `spread` on a logarithmic scale, in an order that `seed`
+    decides.
+    """
+    times = [spread ** (i / max(1, count - 1)) for i in range(count)]
+    random.Random(stream_key(seed, "speeds")).shuffle(times)
+    return times
 
 
 @dataclass(frozen=True, kw_only=True)

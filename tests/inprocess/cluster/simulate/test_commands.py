@@ -10,6 +10,7 @@ from downpour.cluster.cli.commands import downpour
 from downpour.cluster.config import recipes
 from downpour.cluster.run.folder import METRICS, RESOLVED, RunFolder
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from tests.helpers import tiny
 from tests.pure.cluster.simulate.test_likeness import line
 
 
@@ -68,3 +69,46 @@ def test_what_cannot_be_simulated_is_one_line(arguments: tuple[str, ...], said: 
         CliRunner().invoke(downpour, ["simulate", *arguments], catch_exceptions=False)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+RECIPE = """
+import dataclasses
+from tests.helpers import tiny
+def small():
+    return dataclasses.replace(tiny.config({data!r}), recipe="virtual_recipe:small")
+"""
+"""A recipe of the user's own."""
+
+
+def test_settings_that_learn_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny.dataset(tmp_path / "data")
+    (tmp_path / "virtual_recipe.py").write_text(RECIPE.format(data=data))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    costs = ("--step-ms", "10", "--apply-ms", "1", "--processors", "4", "--partitions", "1")
+    learn = ("--learn", "--until", "epochs", "--goal", "0.5,0.999", "--score-every-epochs", "0.5")
+    compare = ("--compare", "asynchronous,synchronous:6@0.1", "--speed-spread", "4")
+    picture = tmp_path / "accuracy.png"
+    everything = ("virtual_recipe:small", *costs, *learn, *compare)
+    found = json.loads(invoke(*everything, "--json", "--plot", str(picture)))
+    assert [curve["setting"] for curve in found] == ["asynchronous", "synchronous:6@0.1"]
+    for curve in found:
+        assert curve["finished"]
+        assert curve["batches_applied"] == 2 * 63
+        reached, missed = curve["goals"]
+        first = next(p for p in curve["scorings"] if p["accuracy"] >= 0.5)
+        assert reached["seconds"] == first["seconds"]
+        assert missed["seconds"] is None
+    assert found[0]["staleness"]["mean"] > 0
+    assert found[1]["staleness"]["max"] == 0
+    assert picture.stat().st_size > 0
+    table = invoke(*everything)
+    assert "synchronous:6@0.1" in table
+    assert "never" in table
+
+
+def test_options_of_learning_need_it() -> None:
+    from downpour.cluster.errors import UserError
+
+    with pytest.raises(UserError, match="--score-every-epochs is of a run that learns"):
+        invoke("mnist-bn", "--score-every-epochs", "1")

@@ -16,7 +16,7 @@ from downpour.paramserver.client import PushResult
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.transport.link import Pull
 from downpour.workers.replica.replicas import Joined, Replicas, Window
-from downpour.workers.replica.rotation import num_mailboxes, turns_together
+from downpour.workers.replica.rotation import PulledWeights, num_mailboxes, turns_together
 from downpour.workers.spec import StepConfig
 
 Story = list[tuple[int, tuple[int, ...]]]
@@ -125,7 +125,10 @@ class FakeWay(Recorder):
         self.packet([(p.mailbox, p.replica, p.batches) for p in pushes])
         self._process.answered(0, [(p.mailbox, Outcome.APPLIED) for p in pushes])
 
-    def ask_weights(self, pull: Pull, process: VirtualProcess) -> None:
+    def weights(self) -> None:
+        return None
+
+    def ask_weights(self, pulled: PulledWeights, process: VirtualProcess) -> None:
         raise AssertionError("nothing is far away")
 
 

@@ -263,3 +263,22 @@ def test_options_make_up_inputs_and_what_is_missing_is_named() -> None:
             num_parameters=10,
             like=None,
         )
+
+
+def test_speeds_are_spread_evenly_on_a_logarithmic_scale() -> None:
+    found = simulated.speeds(5, 16.0, seed=3)
+    assert sorted(found) == pytest.approx([1, 2, 4, 8, 16])
+    assert found == simulated.speeds(5, 16.0, seed=3)
+    assert found != sorted(found)
+    assert simulated.speeds(1, 16.0, seed=3) == [1.0]
+    assert simulated.speeds(3, 1.0, seed=3) == [1.0] * 3
+
+
+def test_processes_of_spread_speeds_share_the_work_by_them() -> None:
+    """Four machines, steps 1, 2.5, 6.3 and 16 times as long: 1.625 times the fastest's rate."""
+    run = config(4, 1, replicas_per_process=1)
+    machines = Machines(machines=4, server_machines=1, processors=1)
+    costs = Costs(step=Spread(mean_s=STEP_S), apply=Spread(mean_s=1e-6), speed_spread=16.0)
+    found = forecast(run, machines=machines, costs=costs)
+    rate = sum(1 / 16 ** (i / 3) for i in range(4)) / STEP_S
+    assert found.batches_per_s == pytest.approx(rate, rel=0.02)
