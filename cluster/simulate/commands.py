@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,14 @@ def learn(
             num_parameters=examples.model.num_parameters,
             like=measured,
         )
-        run = LearningRun(setting.name, inputs, options.learn, examples=examples, scorer=scorer)
+        run = LearningRun(
+            setting.name,
+            inputs,
+            options.learn,
+            examples=examples,
+            scorer=scorer,
+            seconds=given.seconds or math.inf,
+        )
         what = "mini-batches" if len(runs) == 1 else f"mini-batches, {setting.name}"
         with progress_bar(what, lines_every_s=LINES_EVERY_S) as show:
             curves.append(run.run(show))

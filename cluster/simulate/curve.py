@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,7 @@ class LearningCurve:
                     "examples": point.examples,
                     "updates": point.updates,
                     "accuracy": point.accuracy,
-                    "loss": point.loss,
+                    "loss": point.loss if math.isfinite(point.loss) else None,
                 }
                 for point in self.points
             ],

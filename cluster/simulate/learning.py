@@ -81,6 +81,7 @@ class LearningRun:
         *,
         examples: TrainingRows,
         scorer: WeightsScorer,
+        seconds: float = math.inf,
     ) -> None:
         """Nothing has begun.
 
@@ -90,6 +91,7 @@ class LearningRun:
             learn: when to score and to end.
             examples: the training data, of just this configuration.
             scorer: of the configuration, too.
+            seconds: of virtual time that it takes at the most.
         """
         arithmetic = VirtualArithmetic(inputs.config, inputs.num_partitions, examples)
         self.simulation = Simulation(inputs, arithmetic)
@@ -102,10 +104,10 @@ class LearningRun:
         )
         self._every_s = math.inf if learn.score_every_s is None else learn.score_every_s
         self._next_examples, self._next_s = self._every, self._every_s
-        self._arrived = False
+        self._arrived, self._last_s = False, seconds
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> LearningCurve:
-        """Learn until the highest goal, or all epochs.
+        """Learn until the highest goal, all epochs, or the last second.
 
         Args:
             progress: gets the mini-batches that every partition has applied, and those of all
@@ -119,7 +121,7 @@ class LearningRun:
             simulation.start()
             simulation.until(self._look, lambda *_: progress(self._applied, self._total), 0)
             last = self.curve.points[-1].examples if self.curve.points else -1
-            if simulation.book.finished and self._examples > last:
+            if self._over and self._examples > last:
                 self._score()
         simulation.check()
         self._conclude()
@@ -143,7 +145,12 @@ class LearningRun:
                 self._next_s = (now_s // self._every_s + 1) * self._every_s
             if self._every < math.inf:
                 self._next_examples = (self._examples // self._every + 1) * self._every
-        return simulation.book.finished or (self._arrived and self._learn.until == "goal")
+        return self._over or (self._arrived and self._learn.until == "goal")
+
+    @property
+    def _over(self) -> bool:
+        simulation = self.simulation
+        return simulation.book.finished or simulation.clock.now_s >= self._last_s
 
     def _score(self) -> None:
         score = self._scorer.score(self.simulation)

@@ -73,7 +73,8 @@ class SimulateConfig:
     checkpoint_every_s: float | None = None
     """Seconds between two checkpoints; none for the run's."""
     seconds: float | None = None
-    """Simulated seconds that figures are taken over; none for four turns of every slot."""
+    """Simulated seconds that figures are taken over, or the most that --learn takes; none is enough
+    for four turns of every slot, or for all epochs."""
     seed: int = 0
     """Of everything that is random."""
 

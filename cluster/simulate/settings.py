@@ -38,6 +38,8 @@ class LearningConfig:
     """Epochs to learn at the most; none for the run's."""
     learning_rate: float | None = None
     """The rate that decay starts from; none for the run's."""
+    momentum: float | None = None
+    """Of the update rule; none for the run's."""
     goal: tuple[float, ...] = (0.97, 0.975)
     """Accuracies whose time is told."""
     until: Literal["goal", "epochs"] = "goal"
@@ -146,6 +148,8 @@ def lasting(config: RunConfig, learn: LearningConfig, setting: LearningSetting) 
     try:
         if learn.epochs is not None:
             policy = dataclasses.replace(policy, epochs=learn.epochs)
+        if learn.momentum is not None:
+            server = dataclasses.replace(server, momentum=learn.momentum)
         if rate is not None:
             schedule = dataclasses.replace(server.schedule, learning_rate=rate)
             server = dataclasses.replace(server, schedule=schedule)

@@ -304,3 +304,16 @@ def test_memory_is_that_of_the_versions_that_pulls_still_need(
     assert len(tensors) > 60
     # Four steps hold weights, the partition has those it publishes and those it writes.
     assert most <= 4 + 3
+
+
+def test_a_run_ends_after_so_many_virtual_seconds(data: str) -> None:
+    run = tiny.config(data, epochs=6)
+    examples = TrainingRows.of(run)
+    learn = LearningConfig(until="epochs", score_every_epochs=1.0)
+    inputs = inputs_of(run, examples)
+    scorer = WeightsScorer(run)
+    learned = LearningRun("x", inputs, learn, examples=examples, scorer=scorer, seconds=0.3)
+    curve = learned.run()
+    assert not curve.finished
+    assert curve.seconds == pytest.approx(0.3, abs=0.02)
+    assert curve.points[-1].seconds == curve.seconds  # what came of it is scored

@@ -3,6 +3,7 @@
 import pytest
 
 from downpour.cluster.config import recipes
+from downpour.cluster.errors import UserError
 from downpour.cluster.simulate.options import SimulateConfig, configured
 from downpour.cluster.simulate.settings import LearningConfig, LearningSetting, lasting, settings
 
@@ -30,8 +31,12 @@ def test_what_a_setting_leaves_out_is_the_runs() -> None:
     assert own.given(SimulateConfig(seed=5)) == SimulateConfig(seed=5)
     config = configured(recipes.find("mnist-bn"), SimulateConfig())
     assert lasting(config, LearningConfig(), own) == config
-    made = lasting(config, LearningConfig(learning_rate=0.1), LearningSetting.parse("scale"))
+    learn = LearningConfig(learning_rate=0.1, momentum=0.5)
+    made = lasting(config, learn, LearningSetting.parse("scale"))
     assert made.server.schedule.learning_rate == 0.1
+    assert made.server.momentum == 0.5
+    with pytest.raises(UserError, match="momentum is 1"):
+        lasting(config, LearningConfig(momentum=1.0), own)
 
 
 @pytest.mark.parametrize(
