@@ -5,7 +5,6 @@ Tests that are about Ray's start or end, or that change Ray itself, start their 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from tests.helpers import commands
 from tests.helpers.ray_nodes import RayNodes, connecting, ray_nodes
-from tests.helpers.small_run import SMALL, OwnRay
+from tests.helpers.small_run import SMALL
 
 
 @pytest.fixture(scope="session")
@@ -47,33 +46,3 @@ def trained(one_node: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Pat
         )
     assert status == 0, log.read_text()
     return run
-
-
-@pytest.fixture(scope="session")
-def on_its_own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRay]:
-    """A run over the network with two partitions; it is told to stop when all have looked at it."""
-    folder = tmp_path_factory.mktemp("own")
-    home, log, run = folder / "home", folder / "log", folder / "a"
-    home.mkdir()
-    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HOME", str(home))
-            patch.setenv("RAY_TMPDIR", short)
-            patch.setenv("RAY_metrics_report_interval_ms", "1000")
-            process = commands.start(
-                *("train", "mnist-bn", "--runs", folder, "--name", "a", "--epochs", "750", *SMALL),
-                *("--transport", "network", "--partitions", "2", "--evaluate-every-s", "1"),
-                *("--past-bound", "rekey"),
-                log=log,
-            )
-        try:
-            commands.wait_for(
-                lambda: commands.updates(run) > 20 or process.poll() is not None, "updates"
-            )
-            assert process.poll() is None, log.read_text()
-            yield OwnRay(process, run, log, home, Path(short))
-            assert commands.run("stop", run, log=folder / "stop.log") == 0
-            assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
-        finally:
-            commands.end(process)
-    assert (run / "tensorboard").is_dir()

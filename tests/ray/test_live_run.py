@@ -1,13 +1,20 @@
-"""A real Prometheus scrapes a real run: every query of the dashboard and of each alert has data."""
+"""A run that trains on a Ray of its own, looked at from outside.
+
+Its ports are on loopback and refuse, its secrets are kept, and a real Prometheus finds data for
+every query of the dashboard and of each alert.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +25,61 @@ import yaml
 from downpour.cluster.config.paths import ROOT
 from downpour.cluster.monitoring import dashboard
 from tests.helpers import commands
-from tests.helpers.small_run import OwnRay
+from tests.helpers.small_run import SMALL, OwnRay
+from tests.helpers.strangers import beyond_loopback, kind_of_refusal, listening
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 ALERTS = ROOT / "cluster" / "monitoring" / "alerts.yaml"
 PROMETHEUS = shutil.which("prometheus")
 WHY = "Prometheus is not installed (Debian and Ubuntu: apt-get install prometheus)"
+
+
+@pytest.fixture(scope="module")
+def on_its_own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRay]:
+    """A run over the network with two partitions; it is told to stop when all have looked at it."""
+    folder = tmp_path_factory.mktemp("own")
+    home, log, run = folder / "home", folder / "log", folder / "a"
+    home.mkdir()
+    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOME", str(home))
+            patch.setenv("RAY_TMPDIR", short)
+            patch.setenv("RAY_metrics_report_interval_ms", "1000")
+            process = commands.start(
+                *("train", "mnist-bn", "--runs", folder, "--name", "a", "--epochs", "750", *SMALL),
+                *("--transport", "network", "--partitions", "2", "--evaluate-every-s", "1"),
+                *("--past-bound", "rekey"),
+                log=log,
+            )
+        try:
+            commands.wait_for(
+                lambda: commands.updates(run) > 20 or process.poll() is not None, "updates"
+            )
+            assert process.poll() is None, log.read_text()
+            yield OwnRay(process, run, log, home, Path(short))
+            assert commands.run("stop", run, log=folder / "stop.log") == 0
+            assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
+        finally:
+            commands.end(process)
+    assert (run / "tensorboard").is_dir()
+
+
+def test_every_port_of_a_run_is_on_loopback_and_refuses(on_its_own_ray: OwnRay) -> None:
+    found = on_its_own_ray
+    processes = commands.descendants(found.process.pid)
+    ports = listening({found.process.pid, *processes})
+    assert {at for at in ports if beyond_loopback(at[0])} == set()
+    kinds = Counter(kind_of_refusal("127.0.0.1", port) for _, port in ports)
+    assert kinds["ours"] == 2  # a port of each partition
+    assert kinds["grpc"] > 5
+    assert kinds["http"] > 2
+
+    token = (found.home / ".ray" / "auth_token").read_text().strip()
+    files = [f for place in (found.run, found.ray) for f in place.rglob("*") if f.is_file()]
+    texts = {str(f): f.read_bytes() for f in [*files, found.log] if os.access(f, os.R_OK)}
+    texts |= {f"arguments of {pid}": line.encode() for pid, line in processes.items()}
+    for secret in (token, "PRIVATE KEY"):
+        assert [place for place, text in texts.items() if secret.encode() in text] == []
 
 
 def expressions() -> dict[str, str]:
