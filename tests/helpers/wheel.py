@@ -90,7 +90,11 @@ class Environment:
     def install(self, wheel: Path) -> None:
         """Install a wheel without its dependencies."""
         pip = (sys.executable, "-m", "pip", "--python", self.python)
-        options = ("--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
+        # The pins' folder knows this version as installed, in editable mode.
+        options = (
+            *("--no-deps", "--no-index", "--ignore-installed"),
+            *("--quiet", "--disable-pip-version-check"),
+        )
         run(*pip, "install", *options, wheel, cwd=self.folder)
 
 

@@ -208,7 +208,9 @@ def test_a_partition_whose_thread_fails_is_replaced(
     run = Run(tmp_path / "run", tiny.config(data, epochs=2, checkpoint_every_s=0.1))
     outcome = run.go()
     run.assert_exactly_once(outcome)
-    assert outcome.restarts == {"partition": 1}
+    # The evaluator may have been connecting to the partition just then.
+    assert outcome.restarts["partition"] == 1
+    assert "replicas" not in outcome.restarts
     events = (run.folder.path / "events.jsonl").read_text()
     assert "partition 1 failed (MemoryError: by the test): replaced" in events
     assert "everybody is back after" in events

@@ -77,7 +77,7 @@ def test_a_partition_that_dies_over_and_over_loses_no_update(tmp_path: Path, dat
     assert run.backend.followers_made >= 2 + 3
     told = events(run)
     assert sum("its follower takes its place" in line for line in told) == 3
-    assert told.count("0 mini-batches are run again") == 3
+    assert run_again(told) == {"0 mini-batches are run again"}
     assert all(r.version == 5 * run.plan.num_batches for r in outcome.reports)
 
     branches = [record.read(p) for p in record.files(tmp_path / "run" / "record")]
@@ -85,6 +85,11 @@ def test_a_partition_that_dies_over_and_over_loses_no_update(tmp_path: Path, dat
     found = replay_run(RunFolder.open(tmp_path / "run"), lambda *_: None, lambda _: None)
     assert found.differing == ()
     assert found.versions == (5 * run.plan.num_batches,) * 2
+
+
+def run_again(told: list[str]) -> set[str]:
+    """What is told of mini-batches that are run again; of deaths close together, in one line."""
+    return {line for line in told if line.endswith("mini-batches are run again")}
 
 
 @pytest.mark.parametrize("name", ["bounded", "synchronous"])
@@ -99,7 +104,7 @@ def test_permits_and_rounds_go_on_with_the_follower(
     run.assert_exactly_once(run.go(kills))
     assert kills.left == 0
     assert run.backend.partition_starts == [1, 1]
-    assert events(run).count("0 mini-batches are run again") == 2
+    assert run_again(events(run)) == {"0 mini-batches are run again"}
 
 
 def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
