@@ -50,9 +50,10 @@ class SystemMeasurement:
     """What a run showed in steady state."""
 
     updates_per_s: float
-    """Updates that the parameter server applied."""
+    """Mini-batches that the parameter server applied, which is what peers call updates. Several
+    of them may be one push."""
     updates: int
-    """Updates in the time measured."""
+    """Mini-batches in the time measured."""
     seconds: float
     """The time measured."""
     cpu_ms_per_update: float
@@ -159,7 +160,7 @@ def measure(
                     f"duplicates and {status.get('refused')} refused: see {child.log}"
                 )
         look(folder)
-    return _summary(begin, end, before, after)
+    return _summary(begin, end, before, after, config.data.batch_size)
 
 
 def _summary(
@@ -167,8 +168,9 @@ def _summary(
     end: dict[str, Any],
     before: Mapping[int, tuple[str, float]],
     after: Mapping[int, tuple[str, float]],
+    batch_size: int,
 ) -> SystemMeasurement:
-    updates = end["updates"] - begin["updates"]
+    updates = round((end["examples"] - begin["examples"]) / batch_size)
     seconds = end["time"] - begin["time"]
     by_role: dict[str, float] = {}
     for pid, (role, cpu_s) in after.items():

@@ -58,7 +58,7 @@ def test_replicas(tmp_path: Path) -> None:
     assert found["cpu_ms_per_update"] > 0
     (measured,) = record["rounds"][0]["mnist"].values()
     assert {"replicas", "partitions", "driver", "ray"} <= set(measured["cpu_ms_by_role"])
-    assert measured["staleness_mean"] > 1
+    assert measured["staleness_mean"] > 0
 
 
 @pytest.mark.soak
