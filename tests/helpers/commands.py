@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 100.0
+DEADLINE_S = 200.0
 
 
 def start(*arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:

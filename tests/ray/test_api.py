@@ -43,7 +43,7 @@ for folder in folders:
 """
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_script_trains_twice(tmp_path: Path) -> None:
     """The script and its model are in one folder, and it is called from another."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"

@@ -15,7 +15,7 @@ import pytest
 from downpour.benchmarks.policies import POLICIES
 from tests.helpers import commands
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 
 def bench(*arguments: str, tmp_path: Path) -> dict[str, Any]:

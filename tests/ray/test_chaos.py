@@ -4,7 +4,7 @@ import pytest
 
 from downpour.benchmarks import chaos
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 EACH = ("replicas", "partition", "evaluator", "driver", "shuffler")
 TWICE = (

@@ -28,7 +28,7 @@ from tests.helpers import commands
 from tests.helpers.small_run import SMALL, OwnRay
 from tests.helpers.strangers import beyond_loopback, kind_of_refusal, listening
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 ALERTS = ROOT / "cluster" / "monitoring" / "alerts.yaml"
 PROMETHEUS = shutil.which("prometheus")
 WHY = "Prometheus is not installed (Debian and Ubuntu: apt-get install prometheus)"

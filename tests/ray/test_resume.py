@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import commands
 from tests.helpers.small_run import NUM_BATCHES, NUM_ROWS, SMALL, check_result
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 
 def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.helpers.strangers import beyond_loopback, kind_of_refusal, listening
 from tests.helpers.tiny import write_split
 from tests.helpers.trained import as_file, coloured, make_run, small_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 
 class _Server:

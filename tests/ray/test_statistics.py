@@ -18,7 +18,7 @@ from downpour.shuffler.images.decode import decode
 from downpour.workers.evaluation.evaluator import Evaluator, population_statistics
 from downpour.workers.evaluation.split import SplitBatches
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 MEAN_TOLERANCE = 0.1
 """Largest difference of a mean, in standard deviations of its feature."""

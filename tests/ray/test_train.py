@@ -9,7 +9,7 @@ from tests.helpers import commands
 from tests.helpers.ray_nodes import RayNodes
 from tests.helpers.small_run import NUM_PUSHES, SMALL, check_result
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 
 def test_training_the_bundled_digits(trained: Path, tmp_path: Path) -> None:

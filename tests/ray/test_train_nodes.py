@@ -19,7 +19,7 @@ from tests.helpers import commands
 from tests.helpers.ray_nodes import RayNodes, connecting, ray_nodes
 from tests.helpers.small_run import SMALL, check_result
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 NODES = (
     {"downpour": "partitions"},
     {"downpour": "shufflers", "downpour-node": "a"},
