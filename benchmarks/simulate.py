@@ -67,7 +67,7 @@ def _measured(replicas: int, settings: Settings) -> Likeness:
 def _predicted(replicas: int, like: Likeness) -> dict[str, Any]:
     forecast = predict(system.mnist(replicas=replicas), SimulateConfig(), like)
     return {
-        "updates_per_s": forecast.batches_per_s,
+        "updates_per_s": forecast.updates_per_s,
         "staleness_mean": forecast.staleness.summary()["mean"],
         "staleness_p99": forecast.staleness.summary()["p99"],
     }

@@ -18,8 +18,8 @@ from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, medi
 from downpour.benchmarks.processes import Child, measure_in_child
 from downpour.cluster.config import recipes
 from downpour.cluster.config.resolve import num_processes
-from downpour.cluster.config.run import processors
 from downpour.cluster.run.folder import RESULT, RunFolder
+from downpour.shuffler.processors import processors
 
 FIRST, ALL = "time_to_first_update_s", "time_to_all_replicas_s"
 
