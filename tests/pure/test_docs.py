@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.sources import ROOT, parsed, sources_below, statements, text_of
+
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = ("models", "paramserver", "shuffler", "workers", "cluster", "benchmarks")
@@ -37,13 +38,18 @@ def code_spans(text: str) -> Iterator[tuple[int, str]]:
 @functools.cache
 def sources() -> dict[Path, str]:
     """The text of every source, tests aside."""
-    files = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    return {path: path.read_text(encoding="utf-8") for path in files}
+    return {path: text_of(path) for package in PACKAGES for path in sources_below(ROOT / package)}
+
+
+def body_of(path: Path) -> list[ast.stmt]:
+    return parsed(text_of(path)).body
 
 
 @functools.cache
-def body_of(path: Path) -> list[ast.stmt]:
-    return ast.parse(path.read_text(encoding="utf-8")).body
+def names_of_files() -> frozenset[str]:
+    """The names of all files below the repository's own folders."""
+    folders = [ROOT / name for name in IN_ROOT if not name.startswith(".") or name == ".ci"]
+    return frozenset(path.name for folder in folders for path in folder.rglob("*"))
 
 
 def top_names(body: list[ast.stmt]) -> dict[str, ast.stmt]:
@@ -80,8 +86,7 @@ def members_of(name: str) -> set[str] | None:
         members(node)
         for path, text in sources().items()
         if start.search(text)
-        for outer in body_of(path)
-        for node in ast.walk(outer)
+        for node in statements(body_of(path))
         if isinstance(node, ast.ClassDef) and node.name == name
     ]
     return set().union(*found) if found else None
@@ -120,9 +125,9 @@ def words() -> set[str]:
 
 @functools.cache
 def names_of_tests() -> set[str]:
-    files = (ROOT / "tests").rglob("test_*.py")
     start = re.compile(r"^ *def (test_\w+)", re.MULTILINE)
-    return {name for path in files for name in start.findall(path.read_text(encoding="utf-8"))}
+    files = sources_below(ROOT / "tests")
+    return {name for path in files for name in start.findall(text_of(path))}
 
 
 def wrong(span: str) -> str | None:
@@ -136,7 +141,7 @@ def wrong(span: str) -> str | None:
     if re.fullmatch(r"[\w-]+", word) is None and word.endswith(SUFFIXES) and "/" not in word:
         if not re.fullmatch(r"[\w.-]+", word) or word in ELSEWHERE or (ROOT / word).exists():
             return None
-        return None if any(ROOT.glob(f"*/**/{word}")) else "is no file of the repository"
+        return None if word in names_of_files() else "is no file of the repository"
     if re.fullmatch(r"downpour(\.\w+)+", span):
         return None if resolves(span) else "is neither a module nor a name in one"
     if re.fullmatch(r"test_\w+", span):

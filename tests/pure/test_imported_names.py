@@ -1,6 +1,6 @@
 """Every name that a source imports from this project stands where the import says.
 
-Tests and type checks load most modules, but benchmarks and scripts are loaded when they are run.
+Tests load themselves and most modules; benchmarks and scripts are loaded only when they are run.
 """
 
 import ast
@@ -10,31 +10,40 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ("cluster", "models", "paramserver", "shuffler", "workers", "benchmarks", "tests")
+from tests.helpers.sources import ROOT, imports_of, parsed, sources_below, text_of
+
+SOURCES = ("cluster", "models", "paramserver", "shuffler", "workers", "benchmarks")
+
+
+def top_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yields the statements that run when a module is loaded: not those inside of functions."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try | ast.With | ast.For):
+            parts = [node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])]
+            parts += [handler.body for handler in getattr(node, "handlers", ())]
+            for part in parts:
+                yield from top_statements(part)
 
 
 @functools.cache
 def bound_names(file: Path) -> frozenset[str]:
     """The names that a module binds at its top level, branches included."""
     names: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
+    for node in top_statements(parsed(text_of(file)).body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-            continue
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             names.update((a.asname or a.name).split(".")[0] for a in node.names)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        waiting.extend(ast.iter_child_nodes(node))
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.For | ast.With):
+            stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+            names.update(n.id for n in stored if isinstance(n.ctx, ast.Store))
     return frozenset(names)
 
 
 def missing(root: Path, file: Path) -> Iterator[str]:
     """One line for each imported name, or module, that is not there."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in imports_of(text_of(file)):
         if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
             continue
         package, *rest = node.module.split(".")
@@ -55,7 +64,7 @@ def missing(root: Path, file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("package", SOURCES)
 def test_every_imported_name_is_there(package):
-    files = sorted((ROOT / package).rglob("*.py"))
+    files = sources_below(ROOT / package)
     assert files
     assert [line for file in files for line in missing(ROOT, file)] == []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.sources import ROOT, imports_of, parsed, sources_below, text_of
 
 # What each package may import of this project, itself aside.
 ALLOWED = {
@@ -31,8 +31,10 @@ BASES = {"errors", "messages", "workers.spec", "processors", "paths"}
 @functools.cache
 def imports_and_calls(source: str) -> tuple[ast.Import | ast.ImportFrom | ast.Call, ...]:
     """The nodes of a source that may import something, wherever they stand."""
+    if "import_module" not in source and "__import__" not in source:
+        return imports_of(source)
     wanted = ast.Import | ast.ImportFrom | ast.Call
-    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, wanted))
+    return tuple(node for node in ast.walk(parsed(source)) if isinstance(node, wanted))
 
 
 def module_of(root: Path, file: Path) -> str:
@@ -104,7 +106,7 @@ def violations(root: Path) -> list[str]:
 
 def import_graph(root: Path) -> dict[str, set[str]]:
     """Which modules of the product each of its modules imports."""
-    files = {module_of(root, f): f for package in ALLOWED for f in (root / package).rglob("*.py")}
+    files = {module_of(root, f): f for package in ALLOWED for f in sources_below(root / package)}
 
     def known(name: str) -> str | None:
         while name and name not in files:
@@ -114,7 +116,7 @@ def import_graph(root: Path) -> dict[str, set[str]]:
     graph = {}
     for module, file in files.items():
         package = file.parent.relative_to(root).parts
-        names = {known(n) for _, n in imported_modules(file.read_text(encoding="utf-8"), package)}
+        names = {known(n) for _, n in imported_modules(text_of(file), package)}
         graph[module] = {name for name in names if name not in (None, module)}
     return graph
 
