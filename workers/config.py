@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.reading import Orientation, Transparency
 from downpour.workers.spec import StepConfig
 
 
@@ -28,6 +29,12 @@ class ModelConfig:
     """Labels are in [0, number of classes)."""
     image_size: int | None = None
     """Height and width that the network takes; none is the recipe's."""
+    orientation: Orientation | None = None
+    """Whether photos are turned upright as their EXIF orientation says: `follow` or `ignore`; none
+    is the recipe's, and a recipe that says nothing follows."""
+    transparency: Transparency | None = None
+    """What is seen of transparent pixels: `white` blends them with white, `drop` shows the colours
+    that they hide; none is the recipe's, and a recipe that says nothing blends with white."""
     width: float | None = None
     """What the network's channel counts are multiplied by; none is the recipe's."""
     stem_stride: int | None = None
@@ -43,9 +50,14 @@ class ModelConfig:
     @property
     def input(self) -> ImageSpec:
         """The images that the network takes."""
-        if self.image_size is None:
-            return self.image
-        return dataclasses.replace(self.image, height=self.image_size, width=self.image_size)
+        own = {
+            "height": self.image_size,
+            "width": self.image_size,
+            "orientation": self.orientation,
+            "transparency": self.transparency,
+        }
+        given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        return dataclasses.replace(self.image, **given) if given else self.image
 
     @property
     def all_arguments(self) -> dict[str, Any]:

@@ -20,16 +20,25 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
 
 
 def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A saved run configuration as this version would have written it.
+    """A saved run configuration as this version would have written it, so that it goes on as it
+    began.
 
-    A run from before `in_flight` had all of its steps in flight and one mini-batch a push. It goes
-    on so, since its leases are cut that way.
+    - A run from before `in_flight` had all of its steps in flight and one mini-batch a push. Its
+      leases are cut that way.
+    - A run from before `orientation` saw images as they are stored: not turned, and the colours
+      that transparency hides.
     """
-    replicas = plain.get("replicas", {})
-    steps = replicas.get("steps", {})
-    if "in_flight" in steps:
-        return plain
-    return {**plain, "replicas": {**replicas, "steps": {**steps, "in_flight": "all"}}}
+    replicas, model = plain.get("replicas", {}), plain.get("model", {})
+    steps, image = replicas.get("steps", {}), model.get("image", {})
+    if "in_flight" not in steps:
+        steps = {**steps, "in_flight": "all"}
+    if "orientation" not in image:
+        image = {**image, "orientation": "ignore", "transparency": "drop"}
+    return {
+        **plain,
+        "replicas": {**replicas, "steps": steps},
+        "model": {**model, "image": image},
+    }
 
 
 def from_plain(config_class: type[ConfigT], plain: Mapping[str, Any]) -> ConfigT:

@@ -102,7 +102,7 @@ def _examples(run: Trained, data: str | None) -> tuple[Tensor, Tensor]:
     source = data or config.data.data
     count = config.model.num_classes
     with split_rows(source, config.data.eval_split, count, rows=CHECKED_ROWS) as rows:
-        inputs = torch.from_numpy(decode_any_size(next(rows), network.spec))
+        inputs = torch.from_numpy(decode_any_size(next(rows), network.spec.image).inputs)
     with torch.inference_mode():
         outputs: Tensor = network.model.module(inputs)
     return inputs, outputs

@@ -162,7 +162,7 @@ def recomputed_statistics(
             for start in range(0, count, READ_BATCHES):
                 indices = range(start, min(start + READ_BATCHES, count))
                 rows, lengths = plan.rows_of(0, np.array(indices))
-                inputs = torch.from_numpy(decode_any_size(reader.take(rows), spec))
+                inputs = torch.from_numpy(decode_any_size(reader.take(rows), spec.image).inputs)
                 for part in torch.split(inputs, lengths.tolist()):
                     yield part, part
 

@@ -4,12 +4,11 @@ Packed bits are unpacked all at once; encoded images are decoded one after the o
 distorted as `augment` says. A `Decoder` works on the thread that calls it; several threads may use
 one at once, and run side by side, because what takes time releases Python's lock. What is done to
 a single image is in `pixels`, which is imported only when there are images, because OpenCV takes
-its time to load.
+its time to load. Several crops of each image are in `views`.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -21,15 +20,17 @@ from downpour.shuffler.dataset.encoding import PackedBits, encoding_of, label_va
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig, Variations, vary
 from downpour.shuffler.images.crops import views_of
+from downpour.shuffler.images.reading import Orientation, Reading, Transparency
+from downpour.shuffler.images.rows import REMEDY, describe, image_buffers, undecodable
 
 if TYPE_CHECKING:
-    from downpour.shuffler.images.pixels import Buffer, ImageFile, Pixels
+    from downpour.shuffler.images.any_format import Pixels
+    from downpour.shuffler.images.pixels import ImageFile
 
-Fit = Literal["exact", "crop"]
+Fit = Literal["exact", "crop", "any"]
 BadImage = Literal["stop", "skip"]
 
 _MODES: Final = {1: "grey", 3: "RGB"}
-_REMEDY: Final = "replace it or remove the row"
 _BLOCK_BYTES: Final = 1 << 19
 
 
@@ -54,7 +55,14 @@ class ImageSpec:
 
     fit: Fit = "exact"
     """How images come to that size where no random crop does it. `exact`: they have it, and others
-    are refused. `crop`: the shorter side is resized to 256/224 of it, and the centre is cut."""
+    are refused. `crop`: the shorter side is resized to 256/224 of it, and the centre is cut.
+    `any`: those that have it are taken as they are, and others are cut as by `crop`."""
+
+    orientation: Orientation = "follow"
+    """Whether photos are turned upright as their EXIF orientation says."""
+
+    transparency: Transparency = "white"
+    """What is seen of transparent pixels: they are blended with white, or their hidden colours."""
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -65,9 +73,16 @@ class ImageSpec:
             raise DecodeError(
                 f"channels={self.channels} is not supported; give 1 (grey) or 3 (RGB)"
             )
-        if self.fit not in ("exact", "crop"):
-            raise DecodeError(f"fit={self.fit!r} is unknown; choose 'exact' or 'crop'")
-        if self.fit == "crop" and self.height != self.width:
+        for name, known in (
+            ("fit", ("exact", "crop", "any")),
+            ("orientation", ("follow", "ignore")),
+            ("transparency", ("white", "drop")),
+        ):
+            if getattr(self, name) not in known:
+                raise DecodeError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(known)}"
+                )
+        if self.fit != "exact" and self.height != self.width:
             raise DecodeError(
                 f"crops are square, and {self.height}x{self.width} is not; give a square size, or "
                 "fit='exact'"
@@ -76,6 +91,11 @@ class ImageSpec:
             raise DecodeError(
                 f"binary_threshold={self.binary_threshold} splits no grey values; give 0 to 254"
             )
+
+    @property
+    def reading(self) -> Reading:
+        """How the pixels of a file are read."""
+        return Reading(orientation=self.orientation, transparency=self.transparency)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -101,6 +121,10 @@ class Decoded:
 
     problems: tuple[str, ...] = ()
     """A line for each image that was skipped; it names the row."""
+
+    notes: tuple[str, ...] = ()
+    """A line for each image that was decoded and yet may not be what it should; it names the row.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,33 +175,61 @@ class Decoder:
             inputs = _unpack(batch.column("bits"), encoding, self.spec)
             kept = np.arange(len(batch), dtype=np.int64)
             problems: tuple[str, ...] = ()
+            notes: tuple[str, ...] = ()
         else:
-            planes, kept, problems = self._planes(batch, epoch, rows)
-            inputs = self._scaled(planes)
+            planes, kept, problems, notes = self._planes(batch, epoch, rows)
+            inputs = self.scaled(planes)
             labels = labels[kept]
         shape = (len(kept), *self.spec.input_shape)
-        return Decoded(inputs=inputs.reshape(shape), labels=labels, kept=kept, problems=problems)
+        return Decoded(
+            inputs=inputs.reshape(shape), labels=labels, kept=kept, problems=problems, notes=notes
+        )
 
-    def _planes(
-        self, batch: pa.RecordBatch, epoch: int, rows: NDArray[np.int64] | None
-    ) -> tuple[Pixels, NDArray[np.int64], tuple[str, ...]]:
-        """Return the images as uint8 [m, c, h, w], which rows they are, and what is wrong."""
+    def opened(
+        self, batch: pa.RecordBatch, rows: NDArray[np.int64] | None
+    ) -> tuple[list[ImageFile | None], dict[int, str]]:
+        """Return the image file of each row, None for what is none, and what is wrong with those.
+
+        Args:
+            batch: n rows of encoded images.
+            rows: int64 [n], the rows' numbers: for messages only.
+        """
         from downpour.shuffler.images import pixels
 
-        spec, channels = self.spec, self.spec.channels
+        channels, reading = self.spec.channels, self.spec.reading
         problems: dict[int, str] = {}
         files: list[ImageFile | None] = []
-        kept: list[int] = []
         for position, data in enumerate(image_buffers(batch.column("image"))):
             file = None
             if data is None:
-                problems[position] = f"{_describe(batch, position, rows)} has no bytes"
+                problems[position] = f"{describe(batch, position, rows)} has no bytes"
             else:
                 try:
-                    file = pixels.open_image(data, channels)
+                    file = pixels.open_image(data, channels, reading)
                 except DecodeError as error:
-                    problems[position] = _undecodable(batch, position, rows, error)
+                    problems[position] = undecodable(batch, position, rows, error)
             files.append(file)
+        return files, problems
+
+    def told(self, problems: dict[int, str]) -> tuple[str, ...]:
+        """Return the lines about images that are skipped, in the order of their rows.
+
+        Raises:
+            DecodeError: there are some, and they are not to be skipped.
+        """
+        if problems and self.on_bad_image == "stop":
+            raise DecodeError(f"{problems[min(problems)]}; {REMEDY}")
+        return tuple(problems[position] for position in sorted(problems))
+
+    def _planes(
+        self, batch: pa.RecordBatch, epoch: int, rows: NDArray[np.int64] | None
+    ) -> tuple[Pixels, NDArray[np.int64], tuple[str, ...], tuple[str, ...]]:
+        """Return the images as uint8 [m, c, h, w], which rows they are, problems and notes."""
+        from downpour.shuffler.images import pixels
+
+        spec, channels = self.spec, self.spec.channels
+        kept: list[int] = []
+        files, problems = self.opened(batch, rows)
         variations = self._variations(files, epoch, rows)
         boxes = [None] * len(batch) if variations.boxes is None else variations.boxes.tolist()
         planes = np.empty((len(batch), channels, spec.height, spec.width), dtype=np.uint8)
@@ -186,21 +238,19 @@ class Decoder:
                 try:
                     image = self._image(file, boxes[position], variations, position)
                 except DecodeError as error:
-                    problems[position] = _undecodable(batch, position, rows, error)
+                    problems[position] = undecodable(batch, position, rows, error)
                     continue
                 if image.shape[:2] != (spec.height, spec.width):
                     raise DecodeError(
-                        f"{_describe(batch, position, rows)} has "
+                        f"{describe(batch, position, rows)} has "
                         f"{image.shape[0]}x{image.shape[1]} pixels, and "
                         f"{spec.height}x{spec.width} are wanted; resize the images, choose a "
                         "recipe for their size, or let them be cropped (fit='crop')"
                     )
                 pixels.put_planes(image, planes[len(kept)])
                 kept.append(position)
-        if problems and self.on_bad_image == "stop":
-            raise DecodeError(f"{problems[min(problems)]}; {_REMEDY}")
-        lines = tuple(problems[position] for position in sorted(problems))
-        return planes[: len(kept)], np.array(kept, dtype=np.int64), lines
+        lines, notes = self.told(problems), notes_of(files, batch, rows)
+        return planes[: len(kept)], np.array(kept, dtype=np.int64), lines, notes
 
     def _variations(
         self, files: list[ImageFile | None], epoch: int, rows: NDArray[np.int64] | None
@@ -222,7 +272,9 @@ class Decoder:
         spec = self.spec
         if box is not None:
             image = pixels.crop_file(file, spec.channels, box, spec.height, spec.width)
-        elif spec.fit == "crop":
+        elif spec.fit == "crop" or (
+            spec.fit == "any" and (file.height, file.width) != (spec.height, spec.width)
+        ):
             (view,) = views_of(1, file.height, file.width, spec.height)
             whole = pixels.decode_file(
                 file, spec.channels, min_height=view.image_height, min_width=view.image_width
@@ -238,7 +290,8 @@ class Decoder:
             image = pixels.mirror(image)
         return image
 
-    def _scaled(self, planes: Pixels) -> NDArray[np.float32]:
+    def scaled(self, planes: Pixels) -> NDArray[np.float32]:
+        """Return pixels uint8 [m, ...] as a network takes them: in [0, 1], or 0 and 1."""
         inputs = np.empty(planes.shape, dtype=np.float32)
         if self.spec.binary_threshold is not None:
             np.greater(planes, self.spec.binary_threshold, out=inputs, casting="unsafe")
@@ -265,58 +318,16 @@ def decode(
     return decoded.inputs, decoded.labels
 
 
-def decode_views(
-    batch: pa.RecordBatch, spec: ImageSpec, crops: int, *, rows: NDArray[np.int64] | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return several crops of each image, and the labels.
-
-    Args:
-        batch: n rows of encoded images, of any size.
-        spec: the images that the network takes, which are square.
-        crops: 1, 10 or 144; see `crops`.
-        rows: int64 [n], the rows' numbers: for messages only.
-
-    Returns:
-        inputs: float32 [n, crops, *spec.input_shape], in [0, 1]; the crops' order is that of
-            `crops.views_of`.
-        labels: int64 [n].
-
-    Raises:
-        DecodeError: an image cannot be decoded, `crops` is not one of the three, or the network's
-            input is not square; packed bits have no crops.
-    """
-    if isinstance(encoding_of(batch.schema, "the record batch"), PackedBits):
-        raise DecodeError("packed bits have no crops; ingest without a binary threshold")
-    from downpour.shuffler.images import pixels
-
-    if spec.height != spec.width:
-        raise DecodeError(f"crops are square, and {spec.height}x{spec.width} is not; give 1 crop")
-    size = spec.height
-    views_of(crops, size, size, size)  # raises where there is no such way
-    planes = np.empty((len(batch), crops, spec.channels, size, size), dtype=np.uint8)
-    for position, data in enumerate(image_buffers(batch.column("image"))):
-        if data is None:
-            raise DecodeError(f"{_describe(batch, position, rows)} has no bytes; {_REMEDY}")
-        try:
-            file = pixels.open_image(data, spec.channels)
-            views = views_of(crops, file.height, file.width, size)
-            image = pixels.decode_file(
-                file,
-                spec.channels,
-                min_height=max(view.image_height for view in views),
-                min_width=max(view.image_width for view in views),
-            )
-        except DecodeError as error:
-            problem = _undecodable(batch, position, rows, error)
-            raise DecodeError(f"{problem}; {_REMEDY}") from error
-        planes[position] = pixels.render(image, views, size)
-    labels = label_values(batch.column("label")).copy()
-    inputs = Decoder(spec=spec)._scaled(planes)
-    return inputs.reshape(len(batch), crops, *spec.input_shape), labels
+def notes_of(
+    files: list[ImageFile | None], batch: pa.RecordBatch, rows: NDArray[np.int64] | None
+) -> tuple[str, ...]:
+    """Return a line for each image of which something is to be told, in the order of the rows."""
+    found = ((position, file.note) for position, file in enumerate(files) if file is not None)
+    return tuple(f"{describe(batch, position, rows)}: {note}" for position, note in found if note)
 
 
 def decode_image(data: bytes, channels: int) -> NDArray[np.uint8]:
-    """Return the pixels of an image file of any size, uint8 [h, w, channels].
+    """Return the pixels of an image file of any size, as people see it: uint8 [h, w, channels].
 
     Raises:
         DecodeError: the bytes are not an image, or are cut short.
@@ -357,36 +368,3 @@ def _unpack(column: Any, encoding: PackedBits, spec: ImageSpec) -> NDArray[np.fl
         packed.reshape(-1, width), axis=1, count=spec.height * spec.width, bitorder=order
     )
     return pixels.astype(np.float32)
-
-
-def image_buffers(images: Any) -> list[Buffer | None]:
-    """Return each row's bytes without a copy; None where the row or its bytes are null."""
-    data = images.field("bytes")
-    if not len(data) or data.buffers()[2] is None:
-        return [None] * len(data)
-    ends = np.frombuffer(data.buffers()[1], dtype=np.int32)
-    bounds = ends[data.offset : data.offset + len(data) + 1].tolist()
-    view = memoryview(data.buffers()[2]).cast("B")
-    buffers: list[Buffer | None] = [view[start:stop] for start, stop in itertools.pairwise(bounds)]
-    if images.null_count or data.null_count:
-        missing = images.is_null().to_numpy(zero_copy_only=False)
-        missing |= data.is_null().to_numpy(zero_copy_only=False)
-        for position in np.flatnonzero(missing).tolist():
-            buffers[position] = None
-    return buffers
-
-
-def _undecodable(
-    batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None, error: DecodeError
-) -> str:
-    return f"{_describe(batch, position, rows)} cannot be decoded ({error})"
-
-
-def _describe(batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None) -> str:
-    """Return words for messages: the row's number or place, its path if known, its label."""
-    name = f"row {rows[position]}" if rows is not None else f"row {position} of the batch"
-    image = batch.column("image")[position].as_py() or {}
-    path = image.get("path")
-    label = batch.column("label")[position].as_py()
-    where = f"{path}, label {label}" if path else f"label {label}"
-    return f"the image of {name} ({where})"

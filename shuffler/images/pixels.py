@@ -2,14 +2,13 @@
 
 JPEGs go through libjpeg-turbo (simplejpeg), which gave the same pixels as Pillow in 0.72 of its
 time for photographs and in 0.11 of it for 32x32 images; what it does not read (PNG and other
-formats, CMYK, damaged streams that can be mended) goes through Pillow. Resizing and colours are
-OpenCV's. All three release Python's lock while they work. What is to be cut and changed is decided
-in `crops` and `augment`; batches are `decode`'s.
+formats, CMYK, damaged streams that can be mended) goes through Pillow (`any_format`). Resizing,
+turning and colours are OpenCV's. All three release Python's lock while they work. What is to be cut
+and changed is decided in `crops` and `augment`; batches are `decode`'s.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,18 +17,23 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from downpour.shuffler.dataset.files import one_line
-from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.images import any_format
+from downpour.shuffler.images.any_format import Buffer, Pixels
 from downpour.shuffler.images.crops import View
+from downpour.shuffler.images.orientation import UPRIGHT, jpeg_orientation
+from downpour.shuffler.images.reading import AS_SEEN, Reading
 
-Pixels = NDArray[np.uint8]
-"""[height, width, channels]."""
-
-Buffer = bytes | memoryview
-
-MODES: Final = {1: "L", 3: "RGB"}
 _COLOUR_SPACES: Final = {1: "GRAY", 3: "RGB"}
 _JPEG_START: Final = b"\xff\xd8"
+_TRANSPOSED: Final = frozenset((5, 6, 7, 8))
+"""Orientations that exchange height and width."""
+_FLIPS: Final = {2: 1, 4: 0, 7: -1}
+"""Orientations that end with a flip: 0 of top and bottom, 1 of left and right, -1 of both."""
+_ROTATIONS: Final = {
+    3: cv2.ROTATE_180,
+    6: cv2.ROTATE_90_CLOCKWISE,
+    8: cv2.ROTATE_90_COUNTERCLOCKWISE,
+}
 
 cv2.setNumThreads(0)  # concurrency is by image, and whoever called decides how much of it
 
@@ -40,11 +44,19 @@ class ImageFile:
 
     data: Buffer
     height: int
+    """Pixels from top to bottom, as it will be seen: turned upright, if that is asked for."""
     width: int
+    """Pixels from left to right, likewise."""
+    reading: Reading = AS_SEEN
+    orientation: int = UPRIGHT
+    """How the pixels have yet to be turned, 1 to 8 as in EXIF."""
     decoded: Pixels | None = None
+    """The pixels, turned already; None if they have yet to be decoded."""
+    note: str | None = None
+    """What is to be told of an image that was decoded."""
 
 
-def open_image(data: Buffer, channels: int) -> ImageFile:
+def open_image(data: Buffer, channels: int, reading: Reading = AS_SEEN) -> ImageFile:
     """Return the size of an image file; what has no size that is quickly read is decoded at once.
 
     Raises:
@@ -56,9 +68,14 @@ def open_image(data: Buffer, channels: int) -> ImageFile:
         except ValueError:
             space = ""
         if space in ("RGB", "YCbCr", "Gray"):
-            return ImageFile(data, height, width)
-    pixels = decode_any(data, channels)
-    return ImageFile(data, pixels.shape[0], pixels.shape[1], decoded=pixels)
+            if reading.orientation == "follow" and (found := jpeg_orientation(data)) != UPRIGHT:
+                if found in _TRANSPOSED:
+                    height, width = width, height
+                return ImageFile(data, height, width, reading, found)
+            return ImageFile(data, height, width, reading)
+    pixels, note = _any(data, channels, reading)
+    height, width = pixels.shape[:2]
+    return ImageFile(data, height, width, reading, decoded=pixels, note=note)
 
 
 def decode_file(file: ImageFile, channels: int, min_height: int = 0, min_width: int = 0) -> Pixels:
@@ -73,6 +90,8 @@ def decode_file(file: ImageFile, channels: int, min_height: int = 0, min_width: 
     if file.decoded is not None:
         return file.decoded
     smaller = 0 < 2 * min_height <= file.height + 1 and 0 < 2 * min_width <= file.width + 1
+    if file.orientation in _TRANSPOSED:
+        min_height, min_width = min_width, min_height
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
             file.data,
@@ -82,34 +101,36 @@ def decode_file(file: ImageFile, channels: int, min_height: int = 0, min_width: 
             min_factor=2 if smaller else 1,
         )
     except ValueError:  # it is strict; Pillow mends what can be mended, and says what cannot
-        return decode_any(file.data, channels)
-    return pixels
+        return _any(file.data, channels, file.reading)[0]
+    return turn(pixels, file.orientation)
 
 
-def decode_any(data: Buffer, channels: int) -> Pixels:
+def decode_any(data: Buffer, channels: int, reading: Reading = AS_SEEN) -> Pixels:
     """Return the pixels of an image file of any format that Pillow reads: [h, w, channels].
 
-    Grey values of 16 bits are brought to 8 by leaving out the lower ones.
-
     Raises:
-        DecodeError: the bytes are not an image, are cut short, or have more than 16 bits a pixel
-            and channel.
+        DecodeError: see `any_format.decode`.
     """
-    from PIL import Image  # most datasets never need it
+    return _any(data, channels, reading)[0]
 
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I;16"):
-                grey = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.repeat(grey[:, :, None], channels, axis=2)
-            if image.mode.startswith(("I", "F")):
-                raise DecodeError(f"mode {image.mode} has more than 16 bits a pixel and channel")
-            pixels = np.asarray(image.convert(MODES[channels]))
-    except DecodeError:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise DecodeError(one_line(error)) from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+
+def _any(data: Buffer, channels: int, reading: Reading) -> tuple[Pixels, str | None]:
+    pixels, orientation, note = any_format.decode(data, channels, reading)
+    return turn(pixels, orientation), note
+
+
+def turn(pixels: Pixels, orientation: int) -> Pixels:
+    """Return pixels [h, w, c] upright that are stored with an EXIF orientation of 1 to 8."""
+    if orientation == UPRIGHT:
+        return pixels
+    turned: Any = pixels
+    if orientation in (5, 7):
+        turned = cv2.transpose(turned)
+    if orientation in _FLIPS:
+        turned = cv2.flip(turned, _FLIPS[orientation])
+    if orientation in _ROTATIONS:
+        turned = cv2.rotate(turned, _ROTATIONS[orientation])
+    return turned.reshape(*turned.shape[:2], pixels.shape[2])  # type: ignore[no-any-return]
 
 
 def resize(pixels: Pixels, height: int, width: int) -> Pixels:

@@ -63,7 +63,7 @@ def make_run(path: Path, config: RunConfig) -> None:
     spec = model_spec(config)
     flat = spec.build_flat("cpu")
     rows, labels = training_rows(config)
-    inputs = torch.from_numpy(decode_any_size(rows, spec))
+    inputs = torch.from_numpy(decode_any_size(rows, spec.image).inputs)
     gradient = flat.gradient
     assert gradient is not None
     flat.module.train()

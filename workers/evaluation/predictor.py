@@ -24,9 +24,8 @@ from torch import Tensor
 
 from downpour.models.flat import FlatModel, flatten
 from downpour.models.fold import fold
-from downpour.shuffler.dataset.encoding import PackedBits, encoding_of
-from downpour.shuffler.errors import DecodeError
-from downpour.shuffler.images.decode import decode, decode_views
+from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec
+from downpour.shuffler.images.views import decode_views
 from downpour.workers.errors import InferenceError
 from downpour.workers.spec import ModelSpec
 
@@ -93,28 +92,67 @@ class Predictor:
 
         Raises `DecodeError` for an image that cannot be decoded.
         """
-        total = torch.zeros(len(rows), self.num_classes)
-        seen: dict[object, Tensor] = {}
-        for network, module in zip(self._networks, self._modules, strict=True):
+        return self.answer(rows).probabilities
+
+    def answer(
+        self, rows: pa.RecordBatch, *, first_row: int | None = None, on_bad_image: BadImage = "stop"
+    ) -> Answer:
+        """Class probabilities of n rows with an image each, and which of them there are none of.
+
+        `first_row` is the number of the first of them in their split, for messages. Raises
+        `DecodeError` for an image that cannot be decoded, unless those are to be skipped.
+        """
+        numbers = None if first_row is None else np.arange(first_row, first_row + len(rows))
+        seen: dict[ImageSpec, Decoded] = {}
+        for network in self._networks:
             image = network.spec.image
             if image not in seen:
-                seen[image] = self._inputs(rows, network.spec)
-            total += _mean_over_views(module, seen[image])
-        return total / len(self._networks)
+                seen[image] = self._decoded(rows, image, numbers, on_bad_image)
+        first = seen[self._networks[0].spec.image]
+        total = torch.zeros(len(first.kept), self.num_classes)
+        for network, module in zip(self._networks, self._modules, strict=True):
+            decoded = seen[network.spec.image]
+            assert len(decoded.kept) == len(first.kept), "an image is bad for all networks or none"
+            inputs = torch.from_numpy(decoded.inputs)
+            total += _mean_over_views(module, inputs if self._crops != 1 else inputs[:, None])
+        return Answer(
+            probabilities=total / len(self._networks),
+            labels=torch.from_numpy(first.labels),
+            kept=first.kept,
+            problems=first.problems,
+            notes=first.notes,
+        )
 
-    def _inputs(self, rows: pa.RecordBatch, spec: ModelSpec) -> Tensor:
-        """What a network is shown: `[n, views, ...]`."""
+    def _decoded(
+        self,
+        rows: pa.RecordBatch,
+        image: ImageSpec,
+        numbers: npt.NDArray[np.int64] | None,
+        on_bad_image: BadImage,
+    ) -> Decoded:
+        """What a network is shown: inputs `[m, ...]`, or `[m, views, ...]` of several crops."""
         if self._crops != 1:
-            return torch.from_numpy(decode_views(rows, spec.image, self._crops)[0])
-        return torch.from_numpy(decode_any_size(rows, spec))[:, None]
+            return decode_views(rows, image, self._crops, rows=numbers, on_bad_image=on_bad_image)
+        return decode_any_size(rows, image, numbers=numbers, on_bad_image=on_bad_image)
 
-    def score(self, batches: Iterable[pa.RecordBatch]) -> EnsembleScore:
-        """How well the ensemble does on labelled rows."""
-        count = top1 = top5 = 0
+    def score(
+        self, batches: Iterable[pa.RecordBatch], *, on_bad_image: BadImage = "stop"
+    ) -> EnsembleScore:
+        """How well the ensemble does on labelled rows, which are those of a split from its first.
+
+        Raises `InferenceError` if there are none, and `DecodeError` for an image that cannot be
+        decoded, unless those are to be skipped.
+        """
+        first_row = count = top1 = top5 = 0
         loss = 0.0
+        skipped: list[str] = []
         for rows in batches:
-            labels = torch.from_numpy(rows.column("label").to_numpy(zero_copy_only=False).copy())
-            probabilities = self.probabilities(rows)
+            found = self.answer(rows, first_row=first_row, on_bad_image=on_bad_image)
+            first_row += len(rows)
+            labels, probabilities = found.labels, found.probabilities
+            skipped += found.problems
+            if not len(labels):
+                continue
             best = probabilities.topk(min(5, self.num_classes), dim=1).indices
             hits = best == labels[:, None]
             top1 += int(hits[:, 0].sum())
@@ -123,10 +161,31 @@ class Predictor:
             loss -= float(chosen.clamp(min=1e-30).log().sum())
             count += len(labels)
         if not count:
-            raise InferenceError("there are no rows to score")
+            none = f" whose image can be decoded: {skipped[0]}" if skipped else ""
+            raise InferenceError(f"there are no rows to score{none}")
         return EnsembleScore(
-            accuracy=top1 / count, top5_accuracy=top5 / count, loss=loss / count, num_examples=count
+            accuracy=top1 / count,
+            top5_accuracy=top5 / count,
+            loss=loss / count,
+            num_examples=count,
+            skipped=tuple(skipped),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What an ensemble says about n rows, m of which have an image that can be decoded."""
+
+    probabilities: Tensor
+    """float32 `[m, classes]`."""
+    labels: Tensor
+    """The rows' own, int64 `[m]`."""
+    kept: npt.NDArray[np.int64]
+    """Positions of the m among the n rows, ascending."""
+    problems: tuple[str, ...]
+    """A line for each of the others."""
+    notes: tuple[str, ...]
+    """A line for each image that may not be what it should."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,35 +199,35 @@ class EnsembleScore:
     loss: float
     """Mean cross-entropy of the averaged probabilities, nats."""
     num_examples: int
+    """Rows that were scored."""
+    skipped: tuple[str, ...] = ()
+    """A line for each row that was not, because its image cannot be decoded."""
 
 
-def decode_any_size(rows: pa.RecordBatch, spec: ModelSpec) -> npt.NDArray[np.float32]:
-    """Inputs `[n, ...]` of rows; an image of another size is cut as single crops are."""
-    image = spec.image
-    try:
-        return decode(rows, image)[0]
-    except DecodeError:
-        if isinstance(encoding_of(rows.schema, "the rows"), PackedBits) or image.fit == "crop":
-            raise
-    if image.height != image.width:
-        return decode(rows, image)[0]
-    cut = dataclasses.replace(image, fit="crop")
-    inputs = []
-    for i in range(len(rows)):
-        row = rows.slice(i, 1)
-        try:
-            inputs.append(decode(row, image)[0])
-        except DecodeError:
-            inputs.append(decode(row, cut)[0])
-    return np.concatenate(inputs)
+def decode_any_size(
+    rows: pa.RecordBatch,
+    image: ImageSpec,
+    *,
+    numbers: npt.NDArray[np.int64] | None = None,
+    on_bad_image: BadImage = "stop",
+) -> Decoded:
+    """Inputs `[m, ...]` of rows; an image of another size is cut as single crops are.
+
+    `numbers` are the rows' own, int64 `[n]`, for messages. Raises `DecodeError` for an image that
+    cannot be decoded, unless those are to be skipped, and for one of another size if the network's
+    input is not square.
+    """
+    if image.fit == "exact" and image.height == image.width:
+        image = dataclasses.replace(image, fit="any")
+    return Decoder(spec=image, on_bad_image=on_bad_image).decode(rows, rows=numbers)
 
 
 def rows_of(images: Sequence[bytes], names: Sequence[str] = ()) -> pa.RecordBatch:
-    """Image files as rows with label 0, for `Predictor.probabilities`."""
+    """Image files as rows without labels, for `Predictor.answer`."""
     paths = names or [str(i) for i in range(len(images))]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = [{"bytes": data, "path": path} for data, path in zip(images, paths, strict=True)]
-    labels = pa.array(np.zeros(len(images), np.int64))
+    labels = pa.nulls(len(images), pa.int64())
     return pa.record_batch({"image": pa.array(rows, kind), "label": labels})
 
 

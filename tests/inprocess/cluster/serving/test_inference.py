@@ -58,9 +58,9 @@ class TestEvaluate:
     def test_crops_of_an_image_are_averaged(self, place: Path) -> None:
         network = inference.load(place / "one").network
         rows = rows_of([as_file(image) for image in coloured(2, 9, side=50)[0]])
-        from downpour.shuffler.images.decode import decode_views
+        from downpour.shuffler.images.views import decode_views
 
-        views, _ = decode_views(rows, network.spec.image, 144)
+        views = decode_views(rows, network.spec.image, 144).inputs
         assert views.shape[:2] == (2, 144)
         with torch.inference_mode():
             each = network.model.module(torch.from_numpy(views[1])).softmax(1)

@@ -45,7 +45,15 @@ def test_a_configuration_of_before_the_rooms_is_the_same_run(tmp_path: Path) -> 
         "steps_together": None,
     }
     shutil.copy(OLD, tmp_path / CONFIG)
-    assert RunFolder.open(tmp_path).config() == apply(recipes.find("bn-x5"), given)
+    config = RunFolder.open(tmp_path).config()
+    as_stored = {"orientation": "ignore", "transparency": "drop"}  # which is how it saw images
+    begun = recipes.find("bn-x5")
+    image = dataclasses.replace(begun.model.image, **as_stored)  # type: ignore[arg-type]
+    begun = dataclasses.replace(begun, model=dataclasses.replace(begun.model, image=image))
+    assert config == apply(begun, given)
+    assert (config.model.input.orientation, config.model.input.transparency) == ("ignore", "drop")
+    following = apply(config, {"orientation": "follow"})
+    assert following.model.input.orientation == "follow"
 
 
 def test_what_an_old_configuration_lacks_has_its_default() -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 from downpour.shuffler.dataset.encoding import EncodedImages, PackedBits, schema_for
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig, random_boxes, vary
-from downpour.shuffler.images.decode import Decoder, ImageSpec, decode_views
+from downpour.shuffler.images.decode import Decoder, ImageSpec
 from downpour.shuffler.images.pixels import (
     channel_means,
     crop_file,
@@ -21,6 +21,7 @@ from downpour.shuffler.images.pixels import (
     distort,
     open_image,
 )
+from downpour.shuffler.images.views import decode_views
 from downpour.shuffler.plan.draws import normals, uniforms
 
 ALL = AugmentConfig(random_crop=True, mirror=True, distortion="full")
@@ -196,12 +197,13 @@ def test_images_are_fitted_by_a_central_crop():
 
 
 def test_144_views_of_a_batch():
-    inputs, labels = decode_views(BATCH, SPEC, 144)
+    seen = decode_views(BATCH, SPEC, 144)
+    inputs, labels = seen.inputs, seen.labels
     assert inputs.shape == (12, 144, 3, 24, 24)
     assert labels.tolist() == list(range(12))
     assert (inputs[:, 72:] == inputs[:, :72, :, :, ::-1]).all()
     single = Decoder(spec=ImageSpec(height=24, width=24, fit="crop")).decode(BATCH).inputs
-    assert (decode_views(BATCH, SPEC, 1)[0][:, 0] == single).all()
+    assert (decode_views(BATCH, SPEC, 1).inputs[:, 0] == single).all()
     whole = slice(0, 8, 4)  # PNG, which is not decoded at half its size; halves do not round
     assert (inputs[whole, 6 + 4] == single[whole]).all()  # smallest scale, middle square, centre
     with pytest.raises(DecodeError, match="crops=3"):
@@ -227,7 +229,9 @@ def test_what_cannot_be_decoded_stops_or_is_skipped():
     images = list(FILES)
     images[4], images[9] = b"no image", FILES[9][:200]
     batch = batch_of(images)
-    with pytest.raises(DecodeError, match=r"row 104 .*cannot be decoded.*; replace it or remove"):
+    with pytest.raises(
+        DecodeError, match=r"row 104 .*cannot be decoded.*; replace it, remove the row, or "
+    ):
         Decoder(spec=SPEC, augment=ALL).decode(batch, rows=ROWS)
     kept = Decoder(spec=SPEC, augment=ALL, on_bad_image="skip").decode(batch, rows=ROWS)
     expected = [i for i in range(12) if i not in (4, 9)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,9 @@ from PIL import Image
 
 from downpour.shuffler.dataset.encoding import EncodedImages, PackedBits, schema_for
 from downpour.shuffler.errors import DecodeError
-from downpour.shuffler.images.decode import ImageSpec, bits_array, decode, pack_bits
+from downpour.shuffler.images.decode import Decoder, ImageSpec, bits_array, decode, pack_bits
+from downpour.shuffler.images.pixels import decode_any, open_image
+from downpour.shuffler.images.reading import Reading
 
 GREY = np.random.default_rng(0).integers(0, 256, (9, 6, 5), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
@@ -98,7 +102,8 @@ def test_every_mode_becomes_rgb(mode):
         (encoded(GREY[0])[:50], "cannot be decoded"),
         (None, "has no bytes"),
         (encoded(GREY[0][:4]), "has 4x5 pixels, and 6x5 are wanted; resize"),
-        (encoded(Image.fromarray(np.zeros((6, 5), dtype=np.float32)), "TIFF"), "more than 16 bits"),
+        (encoded(Image.fromarray(np.zeros((6, 5), dtype=np.float32)), "TIFF"), "values are floats"),
+        (encoded(Image.fromarray(np.zeros((6, 5), np.int32)), "TIFF"), "integers of 32 bits"),
     ],
 )
 def test_a_bad_image_is_named(data, message):
@@ -128,3 +133,84 @@ def test_bits_of_another_size():
 def test_spec_errors_name_the_value(fields, message):
     with pytest.raises(DecodeError, match=message):
         ImageSpec(**fields)
+
+
+class TestTransparency:
+    """Blended with white; the colours that it hides are not seen."""
+
+    OPACITY = np.array([[0, 255, 128]], np.uint8)
+    COLOURS = np.array([[[0, 255, 0], [10, 20, 30], [10, 20, 30]]], np.uint8)
+    BLENDED = ([255, 255, 255], [10, 20, 30], [132, 137, 142])  # 255 - (255 - c) * 128 / 255
+
+    def seen(self, data: bytes, **reading: str) -> list[list[int]]:
+        return decode_any(data, 3, Reading(**reading))[0].tolist()  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+    def test_blended_with_white_or_dropped(self, format):
+        target = io.BytesIO()
+        rgba = Image.fromarray(np.dstack([self.COLOURS, self.OPACITY]))
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        rgba.save(target, format, **options)
+        assert np.abs(np.subtract(self.seen(target.getvalue()), self.BLENDED)).max() <= 1
+        hidden = self.seen(target.getvalue(), transparency="drop")
+        assert hidden == self.COLOURS[0].tolist()
+
+    def test_grey_and_palettes(self):
+        values = np.array([[7, 200]], np.uint8)
+        grey = Image.merge("LA", [Image.fromarray(values), Image.fromarray(np.uint8([[0, 255]]))])
+        assert self.seen(encoded(grey)) == [[255] * 3, [200] * 3]
+        palette = Image.fromarray(values).convert("P")
+        target = io.BytesIO()
+        palette.save(target, "PNG", transparency=7)
+        assert self.seen(target.getvalue()) == [[255] * 3, [200] * 3]
+        assert self.seen(target.getvalue(), transparency="drop") == [[7] * 3, [200] * 3]
+        assert decode_any(target.getvalue(), 1)[0].tolist() == [[255], [200]]
+
+
+class TestDeepValues:
+    """Of more than 8 bits: their highest 8 are kept; values that leave those out are told of."""
+
+    VALUES = np.array([[0, 1000, 40_000, 65_535]], np.uint16)
+
+    @pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+    def test_grey_of_16_bits(self, format):
+        file = open_image(encoded(self.VALUES, format), 1)
+        assert file.decoded[0, :, 0].tolist() == [0, 3, 156, 255]
+        assert file.note is None
+        assert (open_image(encoded(self.VALUES, format), 3).decoded[0, 2] == 156).all()
+
+    def test_portable_grey_maps_say_what_white_is(self):
+        """Binary and plain, of 12 bits and of 16."""
+        for header, values in (
+            (b"P5 2 1 4095\n", b"\x0f\xff\x08\x00"),
+            (b"P2 2 1 4095\n", b"4095 2048"),
+        ):
+            assert decode_any(header + values, 1)[0, :, 0].tolist() == [255, 128]
+        assert decode_any(b"P5 2 1 65535\n\xff\xff\x80\x00", 1)[0, :, 0].tolist() == [255, 128]
+
+    def test_12_bits_in_16_are_told_of(self):
+        dark = np.array([[0, 4095]], np.uint16)
+        batch = images_batch([encoded(dark), encoded(self.VALUES[:, 2:])])
+        (note,) = Decoder(spec=ImageSpec(height=1, width=2, channels=1)).decode(batch).notes
+        assert note.startswith("the image of row 0 of the batch (label 0): its values of 16 bits")
+        assert "use the lower 12 only" in note
+        colours = np.repeat(dark[:, :, None], 3, 2).astype(">u2")
+        deep = open_image(deep_colours(colours), 3)
+        assert deep.decoded.max() == 15
+        assert "use the lower 12 only" in (deep.note or "")
+        assert open_image(deep_colours(colours * 16), 3).note is None
+
+
+def deep_colours(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a colour, big-endian [h, w, 3], which Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    height, width = pixels.shape[:2]
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+    return start + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
