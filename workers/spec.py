@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from downpour.models.registry import Loss
 
 
+RGB = 3
+"""Channels that a network takes if it is told nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Which model, and what its inputs look like."""
@@ -40,11 +44,14 @@ class ModelSpec:
     def build(self) -> nn.Module:
         """The model with its initial weights.
 
-        A factory that takes `num_classes` or `image_size` gets them, if the arguments lack them.
+        A factory gets `num_classes`, `image_size` and, unless images are RGB, the channels of its
+        input, as far as it takes them and the arguments lack them.
         """
-        from downpour.models.registry import build
+        from downpour.models.registry import CHANNELS, CLASSES, build
 
-        offered = {"num_classes": self.num_classes}
+        offered = {CLASSES: self.num_classes}
+        if self.image.channels != RGB:
+            offered |= dict.fromkeys(CHANNELS, self.image.channels)
         if self.image.height == self.image.width:
             offered["image_size"] = self.image.height
         return build(self.name, self.seed, offered=offered, **self.arguments)

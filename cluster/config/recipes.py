@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from downpour.cluster.config import inception_recipes
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError, one_line
+from downpour.models.lookup import import_named
 from downpour.paramserver.config import ServerConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.shuffler.config import DataConfig
@@ -160,7 +160,7 @@ def _own(name: str) -> RunConfig:
     module_name, _, attribute = name.partition(":")
     add_working_directory()
     try:
-        module = importlib.import_module(module_name)
+        module = import_named(module_name)
     except Exception as error:
         raise UserError(
             f"recipe {name!r}: {module_name!r} cannot be imported: "

@@ -112,6 +112,6 @@ class Poisoned(nn.Module):
         return torch.where(marked.any(), torch.nan, 1.0) * self.net(x)
 
 
-def poisoned(**arguments: object) -> nn.Module:
+def poisoned(seed: int, **arguments: object) -> nn.Module:
     """A factory for `models.registry`."""
-    return Poisoned(**arguments)
+    return Poisoned(seed=seed, **arguments)

@@ -38,6 +38,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from downpour.models.batchnorm import BatchNorm
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
+from downpour.models.outputs import cross_entropy
 from downpour.models.registry import Loss
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.recording import CannotRecord, Recording, record
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 
 RECORD_AFTER = 1
 """Steps of a process on mini-batches of one shape after which the step is recorded."""
-ROW_MEANS = frozenset({functional.cross_entropy})
+ROW_MEANS = frozenset({cross_entropy, functional.cross_entropy})
 """Losses that are means over rows: over equal mini-batches they are the mean of their losses."""
 TOLERANCE = 1e-7
 """Largest difference, relative to its norm, of a joined gradient from the separate ones' sum, in

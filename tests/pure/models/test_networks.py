@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from downpour.models import registry
+from downpour.models import outputs, registry
 from downpour.models.batchnorm import BatchNorm
 from downpour.models.errors import BatchError, FoldError, ModelError, RegistryError
 from downpour.models.flat import FlatModel
@@ -271,7 +271,7 @@ class TestRegistry:
         )
 
     def test_losses(self, users_module: types.ModuleType) -> None:
-        assert registry.find_loss("cross_entropy") is nn.functional.cross_entropy
+        assert registry.find_loss("cross_entropy") is outputs.cross_entropy
         users_module.loss = nn.functional.mse_loss  # type: ignore[attr-defined]
         assert registry.find_loss(f"{users_module.__name__}:loss") is nn.functional.mse_loss
         with pytest.raises(RegistryError, match="no loss 'hinge': use one of cross_entropy"):

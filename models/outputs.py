@@ -1,0 +1,109 @@
+"""What networks give: a tensor, or several with auxiliary heads among them.
+
+Here: which tensor is the answer, which ones are auxiliary classifiers, and the default loss over
+them. Not here: losses of the user's own, which get a network's outputs as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from downpour.models.errors import ModelError
+
+MAIN = ("logits", "out", "output", "outputs", "main", "prediction", "predictions")
+"""Names of the answer in outputs that have names: Hugging Face's first, then torchvision's."""
+ONE_AUXILIARY, SEVERAL_AUXILIARY = 0.4, 0.3
+"""What an auxiliary classifier's loss is multiplied by: 0.3 for each of GoogLeNet's two (Szegedy et
+al. 2014, section 5); 0.4 for Inception v3's one, as its authors' published code has it."""
+
+
+class OutputsError(ModelError):
+    """A network gives something in which no answer is found."""
+
+
+def main_output(outputs: Any) -> Tensor:
+    """The answer in what a network gives.
+
+    A tensor is itself. Of a tuple or list (named or not) it is the first tensor; of a mapping or a
+    dataclass the one called as in `MAIN`, or else the only one.
+
+    Raises:
+        OutputsError: there is none.
+    """
+    return heads(outputs)[0]
+
+
+def heads(outputs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The answer, and the auxiliary answers: the other tensors of its shape.
+
+    Raises:
+        OutputsError: there is no answer.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs, ()
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        outputs = {f.name: getattr(outputs, f.name) for f in dataclasses.fields(outputs)}
+    if isinstance(outputs, Mapping):
+        named = {k: v for k, v in outputs.items() if isinstance(v, Tensor)}
+        key = next((k for k in MAIN if k in named), None)
+        if key is None and len(named) == 1:
+            (key,) = named
+        if key is None:
+            raise OutputsError(
+                f"the network gives a mapping with {_listed(outputs)}: call its answer "
+                f"'{MAIN[0]}', or give the tensor alone"
+            )
+        main = named.pop(key)
+        return main, _alike(main, named.values())
+    if isinstance(outputs, list | tuple):
+        tensors = [v for v in outputs if isinstance(v, Tensor)]
+        if tensors:
+            return tensors[0], _alike(tensors[0], tensors[1:])
+    raise OutputsError(
+        f"the network gives {type(outputs).__name__}, with no tensor in it that is its answer: "
+        "return a tensor, a tuple whose first is the answer, or a mapping"
+    )
+
+
+def _alike(main: Tensor, others: Any) -> tuple[Tensor, ...]:
+    return tuple(v for v in others if v.shape == main.shape and v.is_floating_point())
+
+
+def _listed(outputs: Mapping[Any, Any]) -> str:
+    return ", ".join(f"'{k}' ({type(v).__name__})" for k, v in outputs.items()) or "nothing"
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, with that of auxiliary classifiers added at their weight.
+
+    Args:
+        outputs: logits [m, classes], or several as `heads` tells them apart.
+        targets: int64 [m].
+    """
+    if isinstance(outputs, Tensor):
+        return functional.cross_entropy(outputs, targets)
+    main, auxiliary = heads(outputs)
+    loss = functional.cross_entropy(main, targets)
+    if auxiliary:
+        weight = ONE_AUXILIARY if len(auxiliary) == 1 else SEVERAL_AUXILIARY
+        others = [functional.cross_entropy(each, targets) for each in auxiliary]
+        loss = loss + weight * torch.stack(others).sum()
+    return loss
+
+
+class MainOutput(nn.Module):
+    """A network that gives its answer alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[m, ...]`, whatever the network's own answer is."""
+        return main_output(self.network(x))
