@@ -41,7 +41,7 @@ class PartitionReport:
     dropped: int
     malformed: int
     staleness: dict[int, list[int]]
-    """Counts of each staleness from 0 on, by replica."""
+    """Counts of each bin of staleness, see `paramserver.partition.staleness`, by replica."""
     refusals: dict[int, int]
     """Pushes refused, by replica."""
     quarantined: tuple[int, ...]

@@ -16,7 +16,7 @@ from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.texts import cell_text
-from downpour.cluster.run.folder import CONFIG, RESULT, STATUS, RunFolder
+from downpour.cluster.run.folder import CONFIG, RESULT, RunFolder
 
 
 @click.command(cls=ConfigCommand, name="recipes", named_by="recipe", find=recipes.find)
@@ -69,8 +69,7 @@ def status(run: Path | None, runs: Path, as_json: bool) -> None:
 def run_status(folder: RunFolder) -> dict[str, Any]:
     """Return where a run stands. It has died if its status is `training` and nobody holds it."""
     status: dict[str, Any] = {"run": folder.name, "recipe": folder.config().recipe}
-    if (folder.path / STATUS).exists():
-        status |= folder.read_json(STATUS)
+    status |= folder.status()
     if (folder.path / RESULT).exists():
         result = folder.read_json(RESULT)
         status |= {"state": "finished", "accuracy": result["accuracy"]}

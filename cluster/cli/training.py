@@ -19,7 +19,7 @@ from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import OptionalValue
 from downpour.cluster.errors import UserError
-from downpour.cluster.run.folder import MAX_REPLICAS, STATUS, RunFolder
+from downpour.cluster.run.folder import MAX_REPLICAS, RunFolder
 from downpour.workers.spec import DeviceName
 
 
@@ -128,7 +128,7 @@ def scale(run: Path, replicas: int, wait_s: float) -> int:
     give_up_s = time.monotonic() + wait_s
     while time.monotonic() < give_up_s:
         time.sleep(0.1)
-        status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
+        status = folder.status()
         if status.get("replicas_wanted") == replicas:
             click.echo(f"{run} goes on with {replicas} replicas")
             return 0

@@ -22,7 +22,7 @@ from downpour.cluster.monitoring.plots import (
     smoothed,
 )
 from downpour.cluster.monitoring.texts import cell_text, percent_text
-from downpour.cluster.run.folder import EVENTS, RESULT, STATUS, RunFolder
+from downpour.cluster.run.folder import EVENTS, RESULT, RunFolder
 
 REPORT = "report.html"
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520, 220, 54, 24
@@ -86,7 +86,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
 def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
     """Return the page's HTML."""
     result = folder.read_json(RESULT) if (folder.path / RESULT).exists() else {}
-    status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
+    status = folder.status()
     config = folder.config()
     state = "finished" if result else str(status.get("state", "begun"))
     events = folder.path / EVENTS

@@ -250,7 +250,8 @@ def cumulative(staleness: Mapping[int, list[int]]) -> dict[str, int]:
     """Return the pushes by upper bound of their staleness.
 
     Args:
-        staleness: by replica, the counts of each staleness from 0 on.
+        staleness: by replica, the counts of each bin of `Histogram`, of which those of the bounds are
+            exact.
     """
     counts: list[int] = []
     for of_replica in staleness.values():

@@ -26,7 +26,7 @@ from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.monitoring.cpu_usage import CpuTotals
 from downpour.cluster.monitoring.observation import Observation, Sink
 from downpour.cluster.monitoring.progress import Progress
-from downpour.cluster.run.folder import STATUS, RunFolder
+from downpour.cluster.run.folder import RunFolder
 from downpour.paramserver.partition.staleness import Histogram
 from downpour.shuffler.plan.plan import Plan
 
@@ -151,7 +151,7 @@ class Telemetry:
         values = self._values(run, now)
         self._write(lambda: self._folder.append_metrics(values))
         status = {"state": run.phase, "time": time.time(), **values}
-        self._write(lambda: self._folder.write_json(STATUS, status))
+        self._write(lambda: self._folder.write_status(status))
         restarts = run.failures.policy.restarts
         observation = Observation(
             values=values,

@@ -16,7 +16,7 @@ from rich.console import Console
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.display import TrainingDisplay
 from downpour.cluster.monitoring.progress import Progress, plain_line
-from downpour.cluster.run.folder import METRICS, RESULT, STATUS, RunFolder
+from downpour.cluster.run.folder import METRICS, RESULT, RunFolder
 
 EVERY_S = 0.5
 SILENT_S = 30.0
@@ -127,7 +127,7 @@ def progress(folder: RunFolder) -> Progress:
 
 
 def _status(folder: RunFolder) -> dict[str, Any]:
-    return folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
+    return folder.status()
 
 
 def _metrics(folder: RunFolder) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from downpour.cluster.config.recipes import BINARY_MNIST
 from downpour.cluster.errors import UserError
 from downpour.models.flat import FlatModel
 from downpour.models.mlp import MnistNet
+from downpour.paramserver import durable
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
@@ -232,9 +232,8 @@ class _Net:
             "config": dataclasses.asdict(self._config),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        safetensors.torch.save_file(tensors, str(partial), metadata={"about": json.dumps(about)})
-        os.replace(partial, path)
+        with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata={"about": json.dumps(about)})
 
     def load(self, path: Path) -> None:
         """Go on from the file that `save` wrote.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.monitoring.texts import cell_text
+from downpour.paramserver import durable
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
@@ -80,9 +80,8 @@ def write_report(
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a picture, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def new_figure(columns: int, *, width: float = 10, height: float = 4) -> tuple[Figure, list[Any]]:
@@ -100,6 +99,5 @@ def new_figure(columns: int, *, width: float = 10, height: float = 4) -> tuple[F
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
+        Path(partial).write_text(text)

@@ -2,8 +2,9 @@
 
 Each partition writes `<base>/<number>/partition-*.safetensors` by itself while training goes on.
 `manifest.json`, with sizes and checksums, is written last and in one step. A folder without a
-manifest is an unfinished checkpoint: it is never loaded, and the next `prune` removes it.
-Everything goes through pyarrow.fs, so the base may be a bucket.
+manifest is an unfinished checkpoint: it is never loaded, and the next `prune` removes it. Files and
+folders are synced in this order, so a power failure leaves what had been finished. Everything goes
+through pyarrow.fs, so the base may be a bucket.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ import pyarrow.fs
 
 from downpour.cluster.errors import UserError, one_line
 from downpour.cluster.run.folder import RESOLVED, RunFolder
+from downpour.paramserver import durable
 from downpour.paramserver.partition.snapshot import SnapshotFile
 
 FORMAT = 1
@@ -75,23 +78,52 @@ class CheckpointStore:
 
     def begin(self, number: int) -> str:
         """Make the folder of checkpoint `number`, and return its URI."""
-        self._filesystem.create_dir(self._folder(number), recursive=True)
+        if isinstance(self._filesystem, pyarrow.fs.LocalFileSystem):
+            durable.make_folder(Path(self._folder(number)))
+        else:
+            self._filesystem.create_dir(self._folder(number), recursive=True)
         return self.folder_uri(number)
 
     def commit(self, checkpoint: Checkpoint) -> None:
-        """Finish a checkpoint whose snapshots have all been written."""
+        """Finish a checkpoint whose snapshots have all been written.
+
+        It is on the disk when this returns, so older ones may be removed.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         path = f"{self._base}/{checkpoint.number:06d}/{MANIFEST}"
         data = json.dumps({"format": FORMAT, **asdict(checkpoint)}, indent=1).encode()
         partial = f"{path}.partial"
         with self._filesystem.open_output_stream(partial, compression=None) as stream:
             stream.write(data)
+        durable.sync_on(self._filesystem, partial)
         self._filesystem.move(partial, path)
+        durable.sync_on(self._filesystem, self._folder(checkpoint.number))
 
     def numbers(self) -> list[int]:
         """Every checkpoint that has a folder, finished or not, in order."""
         selector = pyarrow.fs.FileSelector(self._base, allow_not_found=True)
         names = [info.base_name for info in self._filesystem.get_file_info(selector)]
         return sorted(int(name) for name in names if name.isdigit())
+
+    def to_resume(self) -> tuple[Checkpoint | None, list[str]]:
+        """As `latest`, to go on from; None if the run has finished no checkpoint yet.
+
+        A run that ended while it wrote its first checkpoint begins anew.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        checkpoint, passed = self.latest()
+        if checkpoint is None and passed:
+            numbers = self.numbers()
+            if len(numbers) > 1 or any(map(self._has_manifest, numbers)):
+                raise UserError(
+                    f"none of the checkpoints at {self._uri} can be used ({'; '.join(passed)}): "
+                    "put a copy of one there, or remove that folder to begin the run anew"
+                )
+        return checkpoint, passed
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and why each newer one was passed over."""

@@ -33,6 +33,7 @@ from typing import Any
 from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.paramserver import durable
 from downpour.shuffler.dataset.bundled import at_hand
 
 CONFIG, RESOLVED = "config.json", "resolved.json"
@@ -70,7 +71,7 @@ class RunFolder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not a run folder: give another --name")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(path.absolute())
             folder = cls(path)
             folder.write_json(CONFIG, to_plain(config))
         except OSError as error:
@@ -207,10 +208,32 @@ class RunFolder:
         (self.path / STOP).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(partial, self.path / name)
+        """Write a JSON file whole or not at all, so that it outlives a power failure.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with durable.replacing(self.path / name, self._partial(name)) as partial:
+            Path(partial).write_text(json.dumps(value, indent=2) + "\n")
+
+    def write_status(self, value: Mapping[str, Any]) -> None:
+        """Say where the run stands, for whoever looks now.
+
+        It is said again within a second, so nobody waits for the disk.
+        """
+        partial = self._partial(STATUS)
+        Path(partial).write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(partial, self.path / STATUS)
+
+    def status(self) -> dict[str, Any]:
+        """Where the run stands; empty if that is not known, after a power failure for example."""
+        try:
+            return self.read_json(STATUS)
+        except UserError:
+            return {}
+
+    def _partial(self, name: str) -> str:
+        return str(self.path / f".{name}.partial")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON file.

@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from downpour.cluster.errors import UserError
 from downpour.cluster.serving.inference import Trained, recomputed_statistics, split_rows
+from downpour.paramserver import durable
 from downpour.workers.evaluation.disagreement import disagreement
 from downpour.workers.evaluation.predictor import decode_any_size
 
@@ -81,7 +81,8 @@ def export(
                 f"the exported network's outputs differ by {difference:.2g} of the checkpoint's, "
                 f"more than {TOLERANCE:g}: the file was not kept"
             )
-        os.replace(partial, output)
+        with durable.replacing(output, str(partial)):
+            pass  # the file is there, and has been read back
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
     finally:

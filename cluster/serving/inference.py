@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import BEST, DATA, MODEL, RunFolder
 from downpour.models.layout import state_dict
+from downpour.paramserver import durable
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.plan.plan import Plan
@@ -195,14 +195,13 @@ def recalibrate(
         "disagreement": apart,
     }
     state = state_dict(model.weights, statistics, model.layout)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        safetensors.torch.save_file(
-            {name: tensor.clone() for name, tensor in state.items()},
-            str(partial),
-            metadata={"downpour": json.dumps(about)},
-        )
-        os.replace(partial, path)
+        with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
+            safetensors.torch.save_file(
+                {name: tensor.clone() for name, tensor in state.items()},
+                partial,
+                metadata={"downpour": json.dumps(about)},
+            )
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     return {"written": str(path), **about}

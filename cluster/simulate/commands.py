@@ -94,7 +94,7 @@ def simulate(
     if plot is not None:
         from downpour.cluster.monitoring.plots import plot_histogram
 
-        plot_histogram(plot, list(enumerate(forecast.staleness.counts.tolist())), title(forecast))
+        plot_histogram(plot, forecast.staleness.bars, title(forecast))
     if as_json:
         click.echo(json.dumps(as_plain(forecast, measured)))
     else:
@@ -208,7 +208,7 @@ def as_plain(forecast: Forecast, measured: Likeness | None) -> dict[str, Any]:
     }
     plain["staleness"] = {
         **forecast.staleness.summary(),
-        "histogram": [[i, int(n)] for i, n in enumerate(forecast.staleness.counts) if n],
+        "histogram": [[low, n] for low, n in forecast.staleness.bars],
     }
     if measured is not None:
         plain["like"] = dataclasses.asdict(measured)

@@ -81,7 +81,7 @@ class LearningCurve:
             "finished": self.finished,
             "staleness": {
                 **self.staleness.summary(),
-                "histogram": [[i, int(n)] for i, n in enumerate(self.staleness.counts) if n],
+                "histogram": [[low, n] for low, n in self.staleness.bars],
             },
             "scorings": [
                 {

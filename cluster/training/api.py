@@ -15,7 +15,7 @@ from rich.console import Console
 from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.run.folder import RESULT, STATUS, RunFolder
+from downpour.cluster.run.folder import RESULT, RunFolder
 from downpour.cluster.training import change, inputs, launch
 from downpour.workers.spec import DeviceName
 
@@ -144,7 +144,7 @@ def _train(
             folder.discard_if_unused()
         raise
     if not (folder.path / RESULT).exists():
-        reason = folder.read_json(STATUS).get("reason", "somebody")
+        reason = folder.status().get("reason", "somebody")
         raise RunStopped(
             f"{folder.path} was stopped by {reason} before its end: go on with "
             f"downpour.resume({str(folder.path)!r})"

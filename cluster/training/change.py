@@ -77,7 +77,7 @@ def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int)
         config, server=dataclasses.replace(config.server, partitions=partitions)
     )
     store = CheckpointStore(folder.checkpoints_uri, partitions_before(folder))
-    checkpoint, _ = store.latest()
+    checkpoint, _ = store.to_resume()
     build_model(new).cut(partitions)  # says so if it is too small for that
     if checkpoint is not None:
         from downpour.cluster.training.repartition import repartition

@@ -142,9 +142,10 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
             f"{folder.path} is finished: its result is in {RESULT}; train a new run with "
             "`downpour train`"
         )
-    checkpoint, passed = store.latest()
+    checkpoint, passed = store.to_resume()
     for problem in passed:
-        console.print(f"{problem}; taking the one before", style="yellow")
+        before = "; taking the one before" if checkpoint else ""
+        console.print(f"{problem}{before}", style="yellow")
     if checkpoint is None:
         console.print("no checkpoint yet: starting from the beginning", style="yellow")
     else:

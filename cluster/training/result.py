@@ -14,7 +14,7 @@ from downpour.cluster.monitoring.display import print_result
 from downpour.cluster.monitoring.html_report import write_report
 from downpour.cluster.monitoring.plots import plot_run
 from downpour.cluster.monitoring.telemetry import merged_staleness
-from downpour.cluster.run.folder import RESULT, STATUS, RunFolder
+from downpour.cluster.run.folder import RESULT, RunFolder
 
 if TYPE_CHECKING:
     from downpour.cluster.controller.instructions import RunOutcome
@@ -27,8 +27,7 @@ def stopped(folder: RunFolder, reason: str, outcome: RunOutcome, console: Any) -
     """Note why the run of `folder` stopped, and say so; returns the exit status."""
     from downpour.cluster.controller.controller import ASKED
 
-    status = folder.read_json(STATUS) if (folder.path / STATUS).exists() else {}
-    folder.write_json(STATUS, {**status, "state": "stopped", "reason": reason})
+    folder.write_status({**folder.status(), "state": "stopped", "reason": reason})
     if reason not in (ASKED, *signal.Signals.__members__):
         raise RunFailed(f"{reason}; then go on with `downpour resume {folder.path}`")
     saved = "without a checkpoint of this session"
@@ -44,8 +43,8 @@ def conclude(
     """Write what a finished run leaves, and show it; returns the exit status."""
     result = make_result(folder, config, outcome, began_at)
     folder.write_json(RESULT, result)
-    status = folder.read_json(STATUS)
-    folder.write_json(STATUS, {**status, "state": "finished", "accuracy": result["accuracy"]})
+    accuracy = result["accuracy"]
+    folder.write_status({**folder.status(), "state": "finished", "accuracy": accuracy})
     plot_run(folder.path)
     write_report(folder.path)
     print_result(result, shown_path(folder.path))
@@ -106,7 +105,7 @@ def make_result(
         "elapsed_s": round(outcome.elapsed_s, 2),
         "staleness": {
             **staleness.summary(),
-            "histogram": [[i, int(n)] for i, n in enumerate(staleness.counts) if n],
+            "histogram": [[low, n] for low, n in staleness.bars],
         },
         "batches_applied": min(r.batches_applied for r in reports),
         "duplicates": sum(r.duplicates for r in reports),

@@ -189,7 +189,7 @@ class Ledger:
             "version": self.version,
             "examples": self.examples,
             "applied": applied_meta,
-            "staleness": {str(r): c for r, c in self.staleness.dump().items()},
+            "staleness_bins": {str(r): c for r, c in self.staleness.dump().items()},
             "mean_staleness": self.mean_staleness,
             "mean_norm": self.mean_norm,
             "outcomes": {o.name: n for o, n in sorted(self.outcomes.items())},
@@ -214,7 +214,10 @@ class Ledger:
         self.mean_staleness = float(meta["mean_staleness"])
         self.mean_norm = float(meta["mean_norm"])
         self.applied = AppliedSet.load(meta["applied"], open_flags)
-        self.staleness.load({int(r): c for r, c in meta["staleness"].items()})
+        if "staleness" in meta:  # counts of each value, as earlier releases wrote them
+            self.staleness.load_values({int(r): c for r, c in meta["staleness"].items()})
+        else:
+            self.staleness.load({int(r): c for r, c in meta["staleness_bins"].items()})
         self.outcomes = Counter({Outcome[o]: int(n) for o, n in meta["outcomes"].items()})
         self.refusals = Counter({int(r): int(n) for r, n in meta["refusals"].items()})
         self.quarantined = {int(r) for r in meta.get("quarantined", ())}

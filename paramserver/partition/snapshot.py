@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import pyarrow.fs
 
+from downpour.paramserver import durable
 from downpour.paramserver.errors import BadSnapshot
 from downpour.paramserver.partition.ranges import Partition
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 BLOCK_BYTES = 1 << 20
+MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file: its readers refuse a longer one."""
 _DTYPES = {"float32": "F32", "float64": "F64", "uint8": "U8"}
 
 
@@ -63,7 +66,7 @@ def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) ->
     """Write a snapshot as one file, a block at a time, straight from the tensors' memory.
 
     The library's own writer would copy everything twice with Python's lock held, while the
-    partition serves pushes.
+    partition serves pushes. The file is on the disk, under its name, when this returns.
 
     Args:
         filesystem: Where to write.
@@ -83,6 +86,8 @@ def write(filesystem: pyarrow.fs.FileSystem, folder: str, snapshot: Snapshot) ->
             digest.update(block)
             stream.write(block)
             num_bytes += len(block)
+    durable.sync_on(filesystem, f"{folder}/{name}")
+    durable.sync_on(filesystem, folder)
     return SnapshotFile(
         name=name,
         num_bytes=num_bytes,
@@ -117,6 +122,8 @@ def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
         }
         arrays[name] = array
     text = json.dumps(header).encode()
+    if len(text) > MAX_HEADER_BYTES - 8:
+        raise OSError(f"the snapshot's header is {len(text):,} bytes: no reader would take it")
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for array in arrays.values():

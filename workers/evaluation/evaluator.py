@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from downpour.models.batchnorm import DEFAULT_EPS
 from downpour.models.flat import FlatModel, flatten, state_dict
 from downpour.models.moments import Moments, Population
+from downpour.paramserver import durable
 from downpour.workers.spec import ModelSpec
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -98,13 +98,12 @@ class Evaluator:
             "bn_statistics": "recomputed" if num_recomputed else "moving",
             "mini_batches": num_recomputed,
         }
-        partial = f"{path}.partial"
-        safetensors.torch.save_file(
-            {name: tensor.clone() for name, tensor in state.items()},
-            partial,
-            metadata={"downpour": json.dumps(about)},
-        )
-        os.replace(partial, path)
+        with durable.replacing(path) as partial:
+            safetensors.torch.save_file(
+                {name: tensor.clone() for name, tensor in state.items()},
+                partial,
+                metadata={"downpour": json.dumps(about)},
+            )
 
     def load(self, path: str) -> None:
         """Read what `save` wrote. Raises `ModelError` for a file of another model."""

@@ -57,7 +57,10 @@ MAX_TORN = 10_000
 
 
 class _Layout:
-    """Geometry of published weights: a header page, then buffers of weights and statistics."""
+    """Geometry of published weights: a header, then buffers of weights and statistics.
+
+    The header is one page, or as many as the buffers' stamps need.
+    """
 
     def __init__(self, num_parameters: int, num_features: int, num_buffers: int) -> None:
         self.num_parameters = num_parameters
@@ -65,10 +68,11 @@ class _Layout:
         self.num_buffers = num_buffers
         self.weights_bytes = rounded(4 * num_parameters)
         self.stride = rounded(self.weights_bytes + 8 * num_features)
-        self.size = PAGE + self.stride * num_buffers
+        self.header_bytes = max(PAGE, rounded(8 * (_STAMPS + num_buffers)))
+        self.size = self.header_bytes + self.stride * num_buffers
 
     def weights_at(self, buffer: int) -> int:
-        return PAGE + buffer * self.stride
+        return self.header_bytes + buffer * self.stride
 
     def statistics_at(self, buffer: int) -> int:
         return self.weights_at(buffer) + self.weights_bytes
@@ -119,7 +123,9 @@ class PublishedWeights:
         with contextlib.suppress(OSError):  # a kernel before 5.1
             # With this mapping made, nobody else can make another that writes.
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
-        self._header: npt.NDArray[np.int64] = np.frombuffer(memory, np.int64, PAGE // 8)
+        self._header: npt.NDArray[np.int64] = np.frombuffer(
+            memory, np.int64, layout.header_bytes // 8
+        )
         self.versions: list[Version] = []
         for buffer in range(num_buffers):
             weights = floats(memory, layout.weights_at(buffer), num_parameters)
@@ -226,7 +232,9 @@ class WeightsReader:
             memory = mmap.mmap(fd, layout.size, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
-        self._header: npt.NDArray[np.int64] = np.frombuffer(memory, np.int64, PAGE // 8)
+        self._header: npt.NDArray[np.int64] = np.frombuffer(
+            memory, np.int64, layout.header_bytes // 8
+        )
         self._weights = [
             np.frombuffer(memory, np.float32, num_parameters, layout.weights_at(i))
             for i in range(num_buffers)

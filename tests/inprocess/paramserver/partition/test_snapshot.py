@@ -75,6 +75,28 @@ def bad(path: Path, sha256: str | None = None) -> str:
     return message
 
 
+def test_a_process_that_slept_for_an_hour_does_not_make_snapshots_that_nobody_reads(
+    tmp_path: Path,
+) -> None:
+    state = used_state()
+    for replica in range(40):
+        state.ledger.staleness.add(replica, 3_600 * 5_000 + replica)
+    meta, tensors = state.dump()
+    file = snapshot.write(
+        FILES, str(tmp_path), Snapshot(partition=PARTITION, meta=meta, tensors=tensors)
+    )
+    assert file.num_bytes < 1 << 20
+    assert snapshot.read(FILES, str(tmp_path / file.name), file.sha256).meta == meta
+
+
+def test_what_no_reader_would_take_is_not_written(
+    taken: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "MAX_HEADER_BYTES", 100)
+    with pytest.raises(OSError, match="no reader would take it"):
+        snapshot.write(FILES, str(tmp_path), taken)
+
+
 def test_there_and_back(taken: Snapshot, written: tuple[Path, SnapshotFile]) -> None:
     path, file = written
     assert path.name == "partition-00001.safetensors"

@@ -80,7 +80,7 @@ def _same(a: np.ndarray[Any, Any], b: Tensor) -> bool:
     ("partitions", "steps", "network"),
     [
         (1, {}, {}),
-        (3, {}, {}),
+        (3, {}, {"bound": 600}),
         (2, {"n_push": 4, "n_fetch": 4}, {}),
         (2, {}, {"transport": "network"}),
     ],

@@ -123,3 +123,30 @@ def test_the_number_of_partitions_is_chosen_or_noted_or_that_of_the_newest_check
     assert partitions_before(folder) == 3
     chosen = apply(recipes.find("mnist-bn"), {"partitions": 5})
     assert partitions_before(RunFolder.create(tmp_path / "chosen", chosen)) == 5
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(
+    store: CheckpointStore,
+) -> None:
+    for number in (1, 2, 3):
+        for path in write(store, number).iterdir():
+            path.write_bytes(b"")  # as a power failure leaves what was never synced
+    with pytest.raises(UserError, match=r"none of the checkpoints at .*can be used.*checkpoint 3"):
+        store.to_resume()
+
+
+def test_a_run_whose_manifests_are_gone_does_not_begin_anew(store: CheckpointStore) -> None:
+    write(store, 1, commit=False)
+    write(store, 2, commit=False)
+    with pytest.raises(UserError, match="remove that folder to begin the run anew"):
+        store.to_resume()
+
+
+def test_a_run_that_ended_in_its_first_checkpoint_begins_anew(store: CheckpointStore) -> None:
+    assert store.to_resume() == (None, [])
+    write(store, 1, commit=False)
+    assert store.to_resume() == (None, ["checkpoint 1 was not finished"])
+    write(store, 2)
+    found, passed = store.to_resume()
+    assert found is not None
+    assert (found.number, passed) == (2, [])

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.partition.ranges import split
-from downpour.paramserver.partition.staleness import Histogram, StalenessRecord
+from downpour.paramserver.partition.staleness import (
+    EXACT,
+    PER_OCTAVE,
+    Histogram,
+    StalenessRecord,
+    bin_of,
+    lower_edge,
+)
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.partition.vectors import Version
@@ -59,6 +66,47 @@ class TestHistogram:
     def test_no_staleness_is_negative(self) -> None:
         with pytest.raises(AssertionError):
             Histogram([1]).add(-1)
+
+
+class TestBins:
+    @given(st.integers(0, 2**62))
+    def test_a_value_lies_in_its_bin(self, value: int) -> None:
+        index = bin_of(value)
+        assert lower_edge(index) <= value < lower_edge(index + 1)
+
+    def test_they_follow_on_each_other_and_are_narrow(self) -> None:
+        edges = [lower_edge(i) for i in range(bin_of(1 << 40))]
+        assert edges[: EXACT + 1] == list(range(EXACT + 1))
+        widths = np.diff(edges)
+        assert (widths > 0).all()
+        assert (widths[EXACT:] * PER_OCTAVE <= edges[EXACT:-1]).all()
+
+    def test_a_pause_of_an_hour_costs_a_bin_and_not_a_list_of_its_length(self) -> None:
+        record = StalenessRecord()
+        for _ in range(100):
+            record.add(0, 3)
+        record.add(0, 3_600_000)
+        dumped = json.dumps(record.dump())
+        assert len(dumped) < 10_000
+        summary = record.of(0).summary()
+        assert summary["p50"] == summary["p99"] == 3
+        assert summary["max"] == pytest.approx(3_600_000, rel=1 / PER_OCTAVE)
+        assert summary["mean"] == pytest.approx((300 + 3_600_000) / 101, rel=1 / PER_OCTAVE)
+        assert record.of(0).bars[0] == (3, 100)
+        assert record.of(0).total == 101
+
+    @given(st.lists(st.integers(0, 10**7), min_size=1, max_size=50), st.sampled_from([0.5, 0.99]))
+    def test_percentiles_are_true_to_a_bin(self, values: list[int], share: float) -> None:
+        exact = np.percentile(values, 100 * share, method="inverted_cdf")
+        found = histogram(values).percentile(share)
+        assert exact <= found <= exact * (1 + 1 / PER_OCTAVE)
+
+    def test_counts_of_each_value_as_old_snapshots_hold_them_are_taken(self) -> None:
+        values = [0, 1, 1, EXACT - 1, EXACT, 5000, 5001, 70_000]
+        old = np.bincount(values).tolist()
+        record = StalenessRecord()
+        record.load_values({2: old})
+        assert record.dump() == {2: histogram(values).counts.tolist()}
 
 
 class Script:

@@ -242,3 +242,21 @@ def test_readers_cannot_write_nor_shrink_what_they_read() -> None:
     writer.published.close()
     weights = np.empty(8, np.float32)
     assert reader.read(weights) == 0
+
+
+def test_a_thousand_versions_are_kept_and_the_latest_is_read() -> None:
+    kept = 1000
+    published = PublishedWeights(8, 2, kept=kept)
+    reader = WeightsReader(os.dup(published.fd), 8, 2, published.num_buffers)
+    weights, statistics = np.empty(8, np.float32), np.empty((2, 2), np.float32)
+    past: dict[int, Any] = {0: published.versions[0]}
+    for version in range(1, 2 * kept):
+        past[version] = published.versions[published.begin()]
+        past[version].weights.fill_(version)
+        past[version].statistics.fill_(version)
+        published.commit(version)
+        assert reader.read(weights, statistics) == version
+        assert {*weights.tolist(), *statistics.flatten().tolist()} == {version}
+    for version in range(kept - 1, 2 * kept):
+        assert past[version].weights.tolist() == [version] * 8
+    published.close()
