@@ -250,8 +250,7 @@ def cumulative(staleness: Mapping[int, list[int]]) -> dict[str, int]:
     """Return the pushes by upper bound of their staleness.
 
     Args:
-        staleness: by replica, the counts of each bin of `Histogram`, of which those of the bounds are
-            exact.
+        staleness: by replica, the counts of each bin of `Histogram`, exact up to all bounds.
     """
     counts: list[int] = []
     for of_replica in staleness.values():
