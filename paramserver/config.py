@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Literal
 
+from downpour.paramserver.rules.choice import (
+    BY_LAYER,
+    RuleName,
+    RuleNumbers,
+    make_regulariser,
+    make_rule,
+)
 from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.statistics import StatisticsRule
-from downpour.paramserver.rules.update import Regulariser, check_fraction
+from downpour.paramserver.rules.update import Regulariser, Rule, check_fraction
 from downpour.paramserver.transport.names import NODE, TransportName, WireDtypeName
 
 PARTITION_BYTES = 1 << 24
@@ -60,12 +66,14 @@ class ServerConfig:
     partitions: int | None = None
     """Actors that the parameters are cut over; none is one for each 16 MB of weights, at the most
     one a processor. More than a model needs costs every push and pull another message."""
-    rule: Literal["momentum", "nesterov", "sgd", "adagrad"] = "momentum"
+    rule: RuleName = "momentum"
     """The update rule."""
     momentum: float = 0.9
-    """Momentum, for the two rules that have it."""
+    """Momentum, for `momentum`, `nesterov`, `rmsprop` and `lars`."""
+    numbers: RuleNumbers = field(default_factory=RuleNumbers)
+    """What else some rules have."""
     weight_decay: float = 0.0
-    """L2 weight of linear and convolutional weights."""
+    """Decay of linear and convolutional weights: L2, and with `adamw` and `lars` the rule's own."""
     clip_norm: float | None = None
     """Largest norm of a gradient; longer ones are scaled down to it."""
     schedule: Schedule = field(default_factory=Schedule)
@@ -86,7 +94,8 @@ class ServerConfig:
         if self.partitions is not None and self.partitions < 1:
             raise ValueError(f"partitions is {self.partitions}: give at least 1, or none")
         check_fraction("momentum", self.momentum)
-        Regulariser(weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        self.make_regulariser()
+        self.make_rule()
         if self.hot_standby and self.policy.versions_kept:
             raise ValueError(
                 f"hot standby is on, and staleness policy is {self.policy.staleness_policy}, which "
@@ -98,6 +107,27 @@ class ServerConfig:
                 f"{self.network.listen}: a follower reads gradients where replicas left them, in "
                 "memory that all share; give transport shared, or no hot standby"
             )
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the rule needs whole layers, so that partitions are cut between tensors."""
+        return self.rule in BY_LAYER
+
+    def make_rule(self) -> Rule:
+        """How a gradient changes the weights.
+
+        Raises:
+            BadConfiguration: A number is out of its range, or is of another rule.
+        """
+        return make_rule(self.rule, self.momentum, self.numbers, self.weight_decay)
+
+    def make_regulariser(self) -> Regulariser:
+        """What happens to a gradient before the rule.
+
+        Raises:
+            BadConfiguration: A number is out of its range.
+        """
+        return make_regulariser(self.rule, self.weight_decay, self.clip_norm)
 
     def num_partitions(
         self, num_parameters: int, num_processors: int, before: int | None = None

@@ -17,6 +17,7 @@ def check(server: ServerConfig, replicas: ReplicaConfig, policy: PolicyConfig) -
         ValueError: two values cannot go together; the text names both and the remedy.
     """
     name, steps = server.policy.staleness_policy, replicas.steps
+    server.schedule.over(policy.epochs)  # which refuses a warm-up that is as long
     if name in ("bounded", "compensate") and steps.n_fetch != steps.n_push:
         raise ValueError(
             f"staleness policy is {name}, n fetch {steps.n_fetch} and n push {steps.n_push}: "

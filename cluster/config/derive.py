@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from downpour.cluster.config.run import RunConfig
 from downpour.paramserver.rules.policy import StalenessPolicy
-from downpour.paramserver.rules.update import Regulariser, make_rule
 from downpour.shuffler.images.decode import Decoder
 from downpour.shuffler.plan.keys import stream_key
 from downpour.shuffler.plan.plan import Plan
@@ -89,9 +88,9 @@ def update_config(config: RunConfig, plan: Plan) -> UpdateConfig:
 
     server = config.server
     return UpdateConfig(
-        rule=make_rule(server.rule, server.momentum),
-        regulariser=Regulariser(weight_decay=server.weight_decay, clip_norm=server.clip_norm),
-        schedule=server.schedule,
+        rule=server.make_rule(),
+        regulariser=server.make_regulariser(),
+        schedule=server.schedule.over(config.policy.epochs),
         statistics=server.statistics,
         policy=_staleness_policy(config),
         guard=server.guard,

@@ -184,12 +184,15 @@ def _own(name: str) -> RunConfig:
 
 
 def admit(config: RunConfig) -> RunConfig:
-    """Make the modules of the configuration's model and loss importable; gives the configuration.
+    """Make the modules of what the configuration names importable; gives the configuration.
 
     Raises:
         UserError: one of them is the script that runs, which no other process can import.
+        BadConfiguration: the schedule's function cannot be used.
     """
-    own = [name for name in (config.model.model, config.model.loss) if ":" in name]
+    schedule = config.server.schedule
+    names = (config.model.model, config.model.loss, schedule.function or "")
+    own = [name for name in names if ":" in name]
     for name in own:
         if name.startswith("__main__:"):
             raise UserError(
@@ -198,6 +201,8 @@ def admit(config: RunConfig) -> RunConfig:
             )
     if own:
         add_working_directory()
+    if schedule.function is not None:
+        schedule.rates(1)  # which says so if the function does not work
     return config
 
 

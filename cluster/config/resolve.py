@@ -40,6 +40,10 @@ class Facts:
     """Normalised features of the network."""
     num_decayed: int
     """Parameters that weight decay applies to; they come first."""
+    num_frozen: int = 0
+    """Parameters that never change; they come last."""
+    stops: tuple[int, ...] = ()
+    """Where each of its tensors ends."""
     num_partitions: int
     """Partitions; see `num_partitions`."""
     num_nodes: int = 1
@@ -100,6 +104,8 @@ def resolve(config: RunConfig, facts: Facts) -> RunSpecs:
         num_features=facts.num_features,
         num_decayed=facts.num_decayed,
         num_partitions=facts.num_partitions,
+        num_frozen=facts.num_frozen,
+        stops=facts.stops if config.server.by_layer else (),
     )
     listen = config.server.network.listens_on(facts.num_nodes)
     return RunSpecs(

@@ -46,6 +46,12 @@ class Model:
     """Normalised features."""
     num_decayed: int
     """Parameters that weight decay applies to; they come first."""
+    num_frozen: int = 0
+    """Parameters that never change; they come last."""
+    stops: tuple[int, ...] = ()
+    """Where each of its tensors ends."""
+    by_layer: bool = False
+    """Whether the update rule needs whole layers."""
 
     @property
     def num_parameters(self) -> int:
@@ -63,6 +69,8 @@ class Model:
             num_features=self.num_features,
             num_decayed=self.num_decayed,
             num_partitions=num_partitions,
+            num_frozen=self.num_frozen,
+            stops=self.stops if self.by_layer else (),
         )
 
 
@@ -104,6 +112,8 @@ def build_model(config: RunConfig) -> Model:
         weights=model.weights.numpy(),
         num_features=model.layout.num_features,
         num_decayed=model.layout.decayed,
+        stops=tuple(entry.stop for entry in model.layout.entries),
+        by_layer=config.server.by_layer,
     )
 
 

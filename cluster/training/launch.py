@@ -200,6 +200,8 @@ def _resolve(session: _Session, model: Model, show: Show) -> tuple[RunSpecs, Nod
         num_parameters=model.num_parameters,
         num_features=model.num_features,
         num_decayed=model.num_decayed,
+        num_frozen=model.num_frozen,
+        stops=model.stops,
         num_partitions=num_partitions,
         num_nodes=nodes.count,
         num_processors=nodes.processors(processors()),

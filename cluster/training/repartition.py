@@ -22,6 +22,7 @@ from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.applied_set import WAITING
 from downpour.paramserver.partition.ranges import Partition, split
 from downpour.paramserver.partition.snapshot import Snapshot
+from downpour.paramserver.rules.adaptive import UPDATES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from downpour.paramserver.partition.state import PartitionState
     from downpour.paramserver.partition.update_config import UpdateConfig
     from downpour.workers.recompute import Recomputer
+
+COUNTS = (f"rule.{UPDATES}",)
+"""Numbers that all partitions have alike, as tensors."""
 
 
 def repartition(
@@ -77,6 +81,8 @@ def repartition(
         num_features=first.total_features,
         num_decayed=sum(state.partition.num_decayed for state in states),
         num_partitions=num_partitions,
+        num_frozen=sum(state.partition.num_frozen for state in states),
+        stops=[p.start + stop for p in (s.partition for s in states) for stop in p.stops],
     )
     number = max(store.numbers()) + 1
     filesystem, folder = pyarrow.fs.FileSystem.from_uri(store.begin(number))
@@ -148,17 +154,19 @@ def _state(taken: Snapshot, config: UpdateConfig) -> PartitionState:
 
 
 def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """One tensor of all partitions together; applied flags are the same on each."""
+    """One tensor of all partitions together; applied flags and counts are the same on each."""
     import torch
 
-    return parts[0] if name.startswith("applied.") else torch.cat(list(parts), dim=-1)
+    if name.startswith("applied.") or name in COUNTS:
+        return parts[0]
+    return torch.cat(list(parts), dim=-1)
 
 
 def _cut(name: str, whole: Tensor, part: Partition) -> Tensor:
     """A partition's share of a joined tensor."""
     from downpour.paramserver.partition.combiner import ROUND_MOMENTS
 
-    if name.startswith("applied."):
+    if name.startswith("applied.") or name in COUNTS:
         return whole
     if name in ("statistics", "ledger", ROUND_MOMENTS):
         return whole[..., part.feature_start : part.feature_stop].contiguous()

@@ -31,6 +31,7 @@ class Ledger:
     def __init__(self, config: UpdateConfig, staleness: StalenessRecord | None = None) -> None:
         """Version 0. `staleness` is an empty record to fill; by default one by replica."""
         self.config = config
+        self._rate = config.schedule.rates(config.epoch_examples)
         self.version = 0
         """Pushes applied."""
         self.weights_version = 0
@@ -111,8 +112,7 @@ class Ledger:
         self.outcomes[outcome] += 1
         rate = 0.0
         if outcome is Outcome.APPLIED:
-            config = self.config
-            rate = config.schedule.rate(self.examples, config.epoch_examples) * scale
+            rate = self._rate(self.examples) * scale
             staleness = self.weights_version - push.version
             if staleness < 0:  # as in `judge`; a call of `max` would cost more
                 staleness = 0
@@ -149,7 +149,7 @@ class Ledger:
 
     def rate(self) -> float:
         """The learning rate of the next update."""
-        return self.config.schedule.rate(self.examples, self.config.epoch_examples)
+        return self._rate(self.examples)
 
     def _advance(self, examples: int) -> None:
         """A push of so many examples was applied: the weights change with it."""
@@ -276,7 +276,7 @@ class RoundLedger(Ledger):
         """
         examples = self.examples - self.round_examples
         self.weights_version, self.round_examples = self.version, 0
-        return self.config.schedule.rate(examples, self.config.epoch_examples)
+        return self._rate(examples)
 
     def take(self, push: Push) -> Outcome:
         """As for every ledger; ends the round if this was its last push."""

@@ -8,7 +8,7 @@ from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.statistics import StatisticsRule
-from downpour.paramserver.rules.update import Momentum, Nesterov, Regulariser, Rule
+from downpour.paramserver.rules.update import Momentum, Regulariser, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,4 +50,4 @@ class UpdateConfig:
         """Whether an update may overwrite the memory of its gradient."""
         regulariser = self.regulariser
         spoils = bool(regulariser.weight_decay) or regulariser.clip_norm is not None
-        return spoils or isinstance(self.rule, Nesterov)
+        return spoils or self.rule.overwrites_gradient

@@ -66,7 +66,8 @@ class Vectors:
         self.config = config
         self.current = current
         """The latest version."""
-        self.rule_state = config.rule.init(partition.num_parameters)
+        self._rule = config.rule.within(partition.num_decayed, partition.layers)
+        self.rule_state = self._rule.init(partition.num_parameters)
         """The rule's vectors, float32 [n] by name; a combiner's own are among them."""
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
 
@@ -89,7 +90,7 @@ class Vectors:
         """
         config, current = self.config, self.current
         config.regulariser.decay(gradient, current.weights, self.partition.num_decayed, batches)
-        config.rule.update(current.weights, gradient, self.rule_state, rate, into.weights)
+        self._rule.update(current.weights, gradient, self.rule_state, rate, into.weights, batches)
         if self.partition.num_features:
             source = current.statistics
             for i in range(len(moments)):  # iterating over a tensor is slow

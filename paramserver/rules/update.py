@@ -4,10 +4,19 @@ A rule is a pair of functions over flat vectors, all float32 [n]. `init(n)` give
 by name. `update` reads weights `w`, gradient `g` and state, and writes the new weights to `out`.
 `out` may be `w` itself or another buffer (from which the next version is published while `w` is
 being read); the bits are the same. `rate` is the learning rate. Weight decay and clipping come
-before the rule (`Regulariser`).
+before the rule (`Regulariser`), but for rules that decay by themselves (`choice.DECOUPLED`).
 
 The conventions are `torch.optim`'s, so that one replica with one step in flight equals it: momentum
 without dampening, and the rate outside the velocity.
+
+**A push of k mini-batches** (`n_push`, or steps together) brings the sum S of their gradients and
+is one update. SGD, momentum and Nesterov take S as it is: the weights move as far as k mini-batches
+would move them, and the velocity decays once. Adagrad adds S*S to its sums, which for gradients
+that are mostly noise is what k mini-batches would add. What the others do is in `adaptive` and
+`layerwise`.
+
+Here: the rules of the papers. Not here: Adam and its kin (`adaptive`), LARS (`layerwise`), and
+which rule a run has (`choice`).
 
 PyTorch is imported where it is used: rules are part of the configuration, and commands that compute
 nothing should start at once.
@@ -16,9 +25,9 @@ nothing should start at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from downpour.paramserver.errors import BadConfiguration
 
@@ -41,25 +50,55 @@ def updates_in_place(num_parameters: int) -> bool:
 class Rule(Protocol):
     """An update rule over flat vectors."""
 
+    @property
+    def overwrites_gradient(self) -> bool:
+        """Whether `update` may overwrite the memory of its gradient."""
+
+    def within(self, num_decayed: int, layers: Sequence[int]) -> Rule:
+        """Return the rule for one partition, which is chosen once.
+
+        Args:
+            num_decayed: How many of its parameters, from the first on, take weight decay.
+            layers: Where each of its whole layers ends, if the partitions are cut between layers.
+        """
+
     def init(self, num_parameters: int) -> dict[str, Tensor]:
         """Return the state before the first update: float32 [num_parameters] by name."""
 
     def update(
-        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: State,
+        rate: float,
+        out: Tensor,
+        batches: int = 1,
     ) -> None:
         """Write the new weights to `out`, and the new state in place.
 
         Args:
             weights: float32 [n].
-            gradient: float32 [n]; may be overwritten.
+            gradient: The sum of the gradients of `batches` mini-batches, float32 [n]; overwritten
+                only if `overwrites_gradient`.
             state: What `init` gave.
             rate: The learning rate.
             out: float32 [n]; may be `weights`.
+            batches: How many mini-batches were added up.
         """
 
 
+class Elementwise:
+    """What rules share that treat every parameter alike, whatever it is of."""
+
+    overwrites_gradient = False
+
+    def within(self, num_decayed: int, layers: Sequence[int]) -> Self:
+        """See `Rule`: the same everywhere."""
+        return self
+
+
 @dataclass(frozen=True, kw_only=True)
-class SGD:
+class SGD(Elementwise):
     """Plain stochastic gradient descent: `w <- w - rate * g`."""
 
     def init(self, num_parameters: int) -> dict[str, Tensor]:
@@ -67,7 +106,13 @@ class SGD:
         return {}
 
     def update(
-        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: State,
+        rate: float,
+        out: Tensor,
+        batches: int = 1,
     ) -> None:
         """One step; one pass that reads two vectors and writes one."""
         import torch
@@ -76,7 +121,7 @@ class SGD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Momentum:
+class Momentum(Elementwise):
     """SGD with momentum: `v <- momentum * v + g; w <- w - rate * v` (torch's convention).
 
     Raises:
@@ -96,7 +141,13 @@ class Momentum:
         return {"velocity": torch.zeros(num_parameters)}
 
     def update(
-        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: State,
+        rate: float,
+        out: Tensor,
+        batches: int = 1,
     ) -> None:
         """One step."""
         velocity = state["velocity"]
@@ -104,7 +155,7 @@ class Momentum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nesterov:
+class Nesterov(Elementwise):
     """Nesterov momentum: `v <- momentum * v + g; w <- w - rate * (g + momentum * v)`.
 
     Raises:
@@ -113,6 +164,7 @@ class Nesterov:
 
     momentum: float = 0.9
     """Share of the velocity kept at each update, in [0, 1)."""
+    overwrites_gradient = True
 
     def __post_init__(self) -> None:
         check_fraction("momentum", self.momentum)
@@ -124,7 +176,13 @@ class Nesterov:
         return {"velocity": torch.zeros(num_parameters)}
 
     def update(
-        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: State,
+        rate: float,
+        out: Tensor,
+        batches: int = 1,
     ) -> None:
         """One step; the gradient's buffer may be left holding g + momentum * v."""
         velocity = state["velocity"]
@@ -132,7 +190,7 @@ class Nesterov:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adagrad:
+class Adagrad(Elementwise):
     """Adagrad: `s <- s + g*g; w <- w - rate * g / (sqrt(s) + epsilon)`.
 
     The rule of Dean et al. 2012, section 4.1: each parameter's own rate `gamma / sqrt(sum of its
@@ -162,7 +220,13 @@ class Adagrad:
         return {"squares": torch.full((num_parameters,), float(self.initial_accumulator))}
 
     def update(
-        self, weights: Tensor, gradient: Tensor, state: State, rate: float, out: Tensor
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: State,
+        rate: float,
+        out: Tensor,
+        batches: int = 1,
     ) -> None:
         """One step; `out` may be `weights`."""
         import torch
@@ -213,27 +277,6 @@ def _sgd_with_momentum(
         maximize=False,
         is_first_step=False,
     )
-
-
-RULES: dict[str, type[SGD | Momentum | Nesterov | Adagrad]] = {
-    "sgd": SGD,
-    "momentum": Momentum,
-    "nesterov": Nesterov,
-    "adagrad": Adagrad,
-}
-
-
-def make_rule(name: str, momentum: float) -> Rule:
-    """Return the rule called `name`; `momentum` reaches the two that have one.
-
-    Raises:
-        BadConfiguration: There is no such rule, or the momentum is not in [0, 1).
-    """
-    if name not in RULES:
-        raise BadConfiguration(f"rule is {name!r}: give one of {', '.join(RULES)}")
-    if name in ("momentum", "nesterov"):
-        return RULES[name](momentum=momentum)  # type: ignore[call-arg]
-    return RULES[name]()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Partitions tile the flat axes, evenly, whatever the model's size."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +82,52 @@ def test_errors_are_one_line_and_name_the_value(changes: dict[str, int], named: 
         split(**good | changes)
     assert "give" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=40), st.data())
+def test_cuts_fall_between_tensors_if_a_rule_needs_whole_ones(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    most = min(len(sizes), max(1, stops[-1] // ALIGNMENT))
+    n = data.draw(st.integers(1, most))
+    decayed = data.draw(st.sampled_from([0, *stops]))
+    parts = split(
+        num_parameters=stops[-1],
+        num_features=0,
+        num_decayed=decayed,
+        num_partitions=n,
+        stops=stops,
+    )
+    assert len(parts) == n
+    assert parts[0].start == 0
+    assert parts[-1].stop == stops[-1]
+    assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+    assert [p.start + stop for p in parts for stop in p.stops] == stops
+    for p in parts:
+        assert p.num_parameters > 0
+        assert p.stops[-1] == p.num_parameters
+        assert p.layers == tuple(s for s in p.stops if p.start + s <= decayed)
+
+
+def test_fewer_tensors_than_partitions_are_told() -> None:
+    with pytest.raises(BadConfiguration, match="partitions is 3, and the rule needs whole") as told:
+        split(num_parameters=99, num_features=0, num_decayed=0, num_partitions=3, stops=(50, 99))
+    assert "give 2 or fewer" in str(told.value)
+
+
+@given(st.integers(1, 5000), st.data())
+def test_frozen_parameters_are_the_last_ones(num_parameters: int, data: st.DataObject) -> None:
+    frozen = data.draw(st.integers(0, num_parameters))
+    n = data.draw(st.integers(1, max(1, min(8, num_parameters // ALIGNMENT))))
+    parts = split(
+        num_parameters=num_parameters,
+        num_features=0,
+        num_decayed=0,
+        num_partitions=n,
+        num_frozen=frozen,
+    )
+    assert sum(p.num_frozen for p in parts) == frozen
+    for p in parts:
+        trained = len(range(p.start, min(p.stop, num_parameters - frozen)))
+        assert p.num_trained == trained

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from downpour.paramserver.errors import BadConfiguration
+from downpour.paramserver.rules.adaptive import Adam, AdamW, RMSProp
+from downpour.paramserver.rules.choice import RULES, RuleNumbers, make_regulariser, make_rule
+from downpour.paramserver.rules.layerwise import LARS
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import (
-    RULES,
     SGD,
     Adagrad,
     Momentum,
     Nesterov,
     Regulariser,
     Rule,
-    make_rule,
 )
 
 torch.set_num_threads(1)
@@ -101,6 +102,19 @@ TORCH: list[tuple[Rule, Optimizer, dict[str, Any]]] = [
         torch.optim.Adagrad,
         {"eps": 1e-3, "initial_accumulator_value": 0.5},
     ),
+    (Adam(), torch.optim.Adam, {}),
+    (
+        Adam(beta1=0.8, beta2=0.95, epsilon=1e-3),
+        torch.optim.Adam,
+        {"betas": (0.8, 0.95), "eps": 1e-3},
+    ),
+    (RMSProp(), torch.optim.RMSprop, {}),
+    (
+        RMSProp(momentum=0.9, decay=0.9, epsilon=1.0),
+        torch.optim.RMSprop,
+        {"momentum": 0.9, "alpha": 0.9, "eps": 1.0},
+    ),
+    (AdamW(weight_decay=0.01), torch.optim.AdamW, {}),
 ]
 
 
@@ -113,9 +127,13 @@ def test_equals_torch_over_many_steps(
     start = torch.randn(P, generator=generator)
     decayed, rest = (torch.nn.Parameter(p.clone()) for p in start.tensor_split([num_decayed]))
     reference = optimizer(
-        [{"params": [decayed], "weight_decay": 0.01}, {"params": [rest]}], lr=0.05, **options
+        [{"params": [decayed], "weight_decay": 0.01}, {"params": [rest], "weight_decay": 0}],
+        lr=0.05,
+        **options,
     )
-    weights, state, regulariser = start.clone(), rule.init(P), Regulariser(weight_decay=0.01)
+    rule = rule.within(num_decayed, ())
+    decay = 0.0 if isinstance(rule, AdamW) else 0.01
+    weights, state, regulariser = start.clone(), rule.init(P), Regulariser(weight_decay=decay)
     for _ in range(150):
         gradient = torch.randn(P, generator=generator)
         decayed.grad, rest.grad = (g.clone() for g in gradient.tensor_split([num_decayed]))
@@ -259,7 +277,16 @@ NAN, INF = math.nan, math.inf
         *((Schedule, {"decay_factor": f}, "decay factor") for f in (0, -1, 1.1, NAN)),
         *((Schedule, {"decay_epochs": e}, "decay epochs") for e in (0, -1, NAN, INF)),
         *((Schedule, {"warmup_epochs": e}, "warm-up epochs") for e in (-1, NAN, INF)),
-        (make_rule, {"name": "adam", "momentum": 0.9}, "'adam'"),
+        *((Adam, {"beta1": b}, "beta1") for b in (-0.1, 1.0, NAN)),
+        *((AdamW, {"beta2": b}, "beta2") for b in (-0.1, 1.0, NAN)),
+        *((Adam, {"epsilon": e}, "epsilon") for e in (0, -1, NAN, INF)),
+        *((RMSProp, {"decay": d}, "square decay") for d in (-0.1, 1.0, NAN)),
+        *((RMSProp, {"momentum": m}, "momentum") for m in (-0.1, 1.0, NAN)),
+        *((LARS, {"trust": t}, "trust") for t in (0, -1, NAN, INF)),
+        (make_rule, {"name": "adamax", "momentum": 0.9}, "'adamax'"),
+        (make_rule, {"name": "momentum", "numbers": RuleNumbers(beta1=0.8)}, "beta1 is 0.8"),
+        (make_rule, {"name": "adam", "numbers": RuleNumbers(trust=0.1)}, "trust is 0.1"),
+        (make_regulariser, {"name": "adamw", "weight_decay": -1.0, "clip_norm": None}, "decay"),
         (make_rule, {"name": "momentum", "momentum": 1.5}, "1.5"),
     ],
 )
@@ -279,6 +306,17 @@ def test_make_rule_passes_momentum_where_it_belongs() -> None:
     assert make_rule("nesterov", 0.7) == Nesterov(momentum=0.7)
     assert make_rule("sgd", 0.7) == SGD()
     assert make_rule("adagrad", 0.7) == Adagrad()
+    assert make_rule("rmsprop", 0.7) == RMSProp(momentum=0.7)
+    assert make_rule("adam", 0.7, weight_decay=0.1) == Adam()
+    numbers = RuleNumbers(beta2=0.99, epsilon=1e-6)
+    assert make_rule("adamw", 0.7, numbers, 0.1) == AdamW(
+        beta2=0.99, epsilon=1e-6, weight_decay=0.1
+    )
+    assert make_rule("lars", 0.7, RuleNumbers(trust=0.02), 0.1) == LARS(
+        momentum=0.7, trust=0.02, weight_decay=0.1
+    )
+    assert make_regulariser("lars", 0.1, 2.0) == Regulariser(clip_norm=2.0)
+    assert make_regulariser("adam", 0.1, 2.0) == Regulariser(weight_decay=0.1, clip_norm=2.0)
 
 
 def test_a_push_of_several_mini_batches_decays_and_is_clipped_for_each() -> None:
