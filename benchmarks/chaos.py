@@ -56,7 +56,7 @@ WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3, "driver
 """How often each is hit, relatively."""
 FAULTS, QUICK_FAULTS = 100, 10
 FAULTS_A_RUN = 25
-BATCHES_AN_EPOCH, EXAMPLES_AN_EPOCH = 1875, 60_000
+BATCHES_AN_EPOCH, EXAMPLES_AN_EPOCH = 1877, 60_000
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.plan.plan import Strategy
+from downpour.shuffler.plan.plan import VERSION, PastBound, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,11 @@ class DataConfig:
     `none` shuffle as other loaders do."""
     buffer_rows: int = 1000
     """Examples that the `buffer` strategy shuffles at a time."""
-    past_bound: Literal["error", "rekey"] = "error"
-    """Past the epochs in which no pair can meet twice: an error, or a fresh keyed order."""
+    past_bound: PastBound = "auto"
+    """Past the epochs in which no pair can meet twice: an `error`, or the rows in a fresh order
+    (`rekey`). `auto` takes the fresh order with up to a million rows."""
+    plan_version: int = field(default=VERSION, metadata={"cli": False})
+    """Arithmetic of the mini-batches, so that a run goes on as it began; see `Plan.version`."""
     shufflers: int = 1
     """Actors that read the training rows; each has shards of its own."""
     shuffler_cache_mb: int = 1024

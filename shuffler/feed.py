@@ -11,6 +11,7 @@ on from any place at once. PyTorch is not known here: see `workers.torch_feed`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -78,7 +79,7 @@ class Feed:
         epochs: int = 1,
         seed: int = 0,
         strategy: Strategy = "pairwise",
-        past_bound: PastBound = "error",
+        past_bound: PastBound = "auto",
         buffer_rows: int = 1000,
         window_batches: int = 64,
         on_bad_image: BadImage = "stop",
@@ -184,6 +185,7 @@ class Feed:
             "batch_size": self.plan.batch_size,
             "window_batches": self.plan.window_batches,
             "strategy": self.plan.strategy,
+            "plan_version": self.plan.version,
             "fingerprint": self.dataset.fingerprint,
         }
 
@@ -193,6 +195,11 @@ class Feed:
         Raises:
             PlanError: the state is of another plan or another dataset; it names what differs.
         """
+        old = int(state.get("plan_version", 1))
+        if old != self.plan.version:  # the feed goes on with the mini-batches that it began with
+            self.plan = dataclasses.replace(self.plan, version=old)
+            self.plan.check_epochs(self._epochs)
+        state = {"plan_version": 1, **state}
         mine = self.state_dict()
         for name in mine.keys() - {"epoch", "place"}:
             if state.get(name) != mine[name]:

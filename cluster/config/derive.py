@@ -42,6 +42,7 @@ def make_plan(config: RunConfig, num_rows: int, shard_rows: tuple[int, ...] = ()
         shard_rows=shard_rows if data.strategy == "within_shard" else (),
         buffer_rows=data.buffer_rows,
         past_bound=data.past_bound,
+        version=data.plan_version,
     )
     plan.check_epochs(config.policy.epochs)
     return plan

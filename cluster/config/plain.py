@@ -27,6 +27,8 @@ def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
       leases are cut that way.
     - A run from before `orientation` saw images as they are stored: not turned, and the colours
       that transparency hides.
+    - A run from before `plan_version` had the plan of version 1, which says which rows its
+      mini-batches hold.
     """
     replicas, model = plain.get("replicas", {}), plain.get("model", {})
     steps, image = replicas.get("steps", {}), model.get("image", {})
@@ -34,8 +36,10 @@ def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
         steps = {**steps, "in_flight": "all"}
     if "orientation" not in image:
         image = {**image, "orientation": "ignore", "transparency": "drop"}
+    data = {"plan_version": 1, **plain.get("data", {})}
     return {
         **plain,
+        "data": data,
         "replicas": {**replicas, "steps": steps},
         "model": {**model, "image": image},
     }

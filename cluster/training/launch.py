@@ -121,6 +121,8 @@ def _open(
     config = folder.config()
     check_data_unchanged(folder, data)
     folder.clear_stop()  # of an earlier session
+    if line := data.plan.past_bound_line(config.policy.epochs):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     num_partitions = partitions_before(folder) if resume else config.server.partitions
     store = CheckpointStore(folder.checkpoints_uri, num_partitions)
     return _Session(

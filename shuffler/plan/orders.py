@@ -1,4 +1,4 @@
-"""Orders of the rows of an epoch as other loaders have them, to be compared with the plan's own.
+"""Orders of the rows of an epoch as other loaders have them, and fresh orders of groups of rows.
 
 Each order is a function of its arguments alone, so that any mini-batch of any epoch can be asked
 for again. How rows are put into mini-batches is `plan`'s.
@@ -11,11 +11,14 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
+from downpour.shuffler.errors import PlanError
 from downpour.shuffler.plan.draws import uniforms
 from downpour.shuffler.plan.keys import stream_key
-from downpour.shuffler.plan.permutation import Permutation
+from downpour.shuffler.plan.permutation import Permutation, mix64
 
 _ORDERS_KEPT = 3
+_MOST_INDEX_BITS = 30
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def random_rows(
@@ -86,6 +89,42 @@ def _buffered(seed: int, epoch: int, num_rows: int, capacity: int) -> NDArray[np
     order = np.concatenate([out, left[emptied]])
     order.setflags(write=False)
     return order
+
+
+@functools.lru_cache(maxsize=2)
+def group_orders(key: int, size: int, num_groups: int) -> NDArray[np.int64]:
+    """Return a uniform order of the rows of each group: int64 [num_groups, size], row numbers.
+
+    Row r of the groups laid end to end gets number r of a SplitMix64 stream (Steele et al. 2014);
+    each group is sorted by these numbers. Their lower bits give way to the row's place in its
+    group, so one sort of plain integers does it and equal numbers cannot occur.
+
+    Args:
+        key: 64 bits; see `keys.stream_key`.
+        size: rows of a group.
+        num_groups: groups.
+
+    Raises:
+        PlanError: a group has more than 2^30 rows.
+    """
+    bits = max(1, (size - 1).bit_length())
+    if bits > _MOST_INDEX_BITS:
+        raise PlanError(
+            f"groups of {size} rows are too large to be put in a fresh order; train for fewer "
+            "epochs than the plan's bound, or use larger mini-batches"
+        )
+    place_mask = np.uint64((1 << bits) - 1)
+    drawn = np.arange(num_groups * size, dtype=np.uint64)
+    drawn *= _GOLDEN
+    drawn = mix64(drawn, np.uint64(key)).reshape(num_groups, size)
+    drawn &= ~place_mask
+    drawn |= np.arange(size, dtype=np.uint64)
+    drawn.sort(axis=1)
+    drawn &= place_mask
+    table = drawn.view(np.int64)
+    table += (np.arange(num_groups) * size)[:, None]
+    table.setflags(write=False)
+    return table
 
 
 def even_bounds(num_rows: int, count: int, batches: NDArray[np.int64]) -> NDArray[np.int64]:

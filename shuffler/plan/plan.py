@@ -1,14 +1,15 @@
 """The plan: which rows each mini-batch of each epoch holds, and in which order batches run.
 
 Pure arithmetic on a few integers: nothing is read, nothing is remembered, and nothing grows with
-the number of rows. Who trains on a batch is `lease`'s to say, and where a row lies is `reader`'s.
+the number of rows but the orders past the bound, for which 8 bytes a row are kept. Who trains on a
+batch is `lease`'s to say, and where a row lies is `reader`'s.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,38 +21,53 @@ from downpour.shuffler.plan.permutation import Permutation
 
 Strategy = Literal["pairwise", "random", "within_shard", "buffer", "none"]
 STRATEGIES: Final = ("pairwise", "random", "within_shard", "buffer", "none")
-PastBound = Literal["error", "rekey"]
+PastBound = Literal["auto", "error", "rekey"]
+
+VERSION: Final = 2
+"""The arithmetic of new plans; see `Plan.version`."""
+
+
+SMALL_ROWS: Final = 1_000_000
+"""Datasets of up to this many rows go on past their bound by themselves; see `Plan.past_bound`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The mini-batches of a dataset of `num_rows` rows, for every epoch.
 
-    With B = `batch_size` and q = ceil(num_rows / B), the rows stand as B groups of q: group g is
-    rows [g*q, (g+1)*q). Numbers from num_rows up are holes; there are fewer than B of them and
-    they are the end of the last group (of the last groups where q is smaller than their number).
-    Mini-batch b of epoch e holds, from each group g, its row
+    With p = `num_batches` and K = ceil(num_rows / p), the rows stand as K groups of p: group g is
+    rows [g*p, (g+1)*p). Numbers from num_rows up are holes; there are fewer than p of them and they
+    are the end of the last group. Mini-batch b of epoch e holds, from each group g, its row
 
-        (b + s_e * g) mod q,
+        (b + s_e * g) mod p,
 
     where s_e is the slope of epoch e. In one epoch each group's rows are met once as b runs over
-    [0, q), so every row is in exactly one mini-batch, and a batch holds B rows, or B - 1 where it
-    falls on a hole (fewer only when q is smaller than the number of holes).
+    [0, p), so every row is in exactly one mini-batch, and a mini-batch holds K rows, or K - 1 if it
+    falls on a hole.
 
     **No pair meets twice.** Let row r of group g and row r' of group g' be in one mini-batch in
     two epochs, of slopes s and t. Rows of one group never meet, so g != g'. From
-    b + s*g = r, b + s*g' = r', and c + t*g = r, c + t*g' = r' (all mod q) follows
-    s*(g - g') = r - r' = t*(g - g'), hence d * h = 0 (mod q) with d = |s - t| and h = |g - g'|,
-    that is, q / gcd(q, h) divides d. Slopes are taken from [0, E) and groups from [0, B), so
-    0 < d < E and 0 < h < B. The least such d is q / G, where G is the largest gcd(q, h): each gcd
-    is a divisor of q of at most h < B, and h = G attains it, so G is the largest divisor of q
-    below B. Hence no pair meets twice in E epochs if and only if E <= q / G, which is `max_epochs`:
-    521 epochs of CIFAR-10 in batches of 32 (q = 1,563, G = 3), and 40,037 of ImageNet (q is a
-    prime). It is never less than q / (B - 1). (Section 4.2.1 of the batch normalisation paper asks
-    for shuffling in which the same examples do not keep meeting.)
+    b + s*g = r, b + s*g' = r', and c + t*g = r, c + t*g' = r' (all mod p) follows
+    s*(g - g') = r - r' = t*(g - g'), hence d * h = 0 (mod p) with d = |s - t| and h = |g - g'|,
+    that is, p / gcd(p, h) divides d. Slopes are taken from [0, E) and groups from [0, K), so
+    0 < d < E and 0 < h < K. The least such d is p / G, where G is the largest gcd(p, h): each gcd
+    is a divisor of p of at most h < K, and h = G attains it, so G is the largest divisor of p
+    below K. Hence no pair meets twice in E epochs if E <= p / G, which is `max_epochs`. (Section
+    4.2.1 of the batch normalisation paper asks for shuffling in which the same examples do not keep
+    meeting.)
 
-    **Order.** An epoch runs through windows: window w is batches [w*W, min((w+1)*W, q)), in each
-    group a run of W rows that is contiguous modulo q, so reading it is sequential. Windows run
+    **How many mini-batches.** With B = `batch_size`, at least q = ceil(num_rows / B) are needed. p
+    is the least number from q up that no number in [2, K) divides: then G is 1, and the bound is p
+    itself, 1,877 epochs of MNIST in mini-batches of 32 and 40,037 of ImageNet. It is close to what
+    counting allows: a row meets up to B - 1 others an epoch and has num_rows - 1 to meet. So p
+    hardly depends on num_rows, whereas q / G jumps with the divisors of q. The price is smaller
+    mini-batches, by a thousandth on average from some thousand mini-batches up. If there is no such
+    number within a sixth above q, p is the one there with the largest bound. Only fewer than about
+    B * B rows can come to that: mini-batches of B rows that share at most one row with each of an
+    earlier epoch need B mini-batches.
+
+    **Order.** An epoch runs through windows: window w is batches [w*W, min((w+1)*W, p)), in each
+    group a run of W rows that is contiguous modulo p, so reading it is sequential. Windows run
     in a keyed order, and so do the batches within a window; the slopes of the epochs are a keyed
     order of [0, max_epochs).
 
@@ -63,7 +79,7 @@ class Plan:
     """Rows of the dataset, N."""
 
     batch_size: int = 32
-    """Rows of a mini-batch, B; the last batches may hold one fewer."""
+    """Most rows of a mini-batch, B; see above for how many fewer it may hold."""
 
     seed: int = 0
     """Names the slopes' order and the batches' order; the pairs' guarantee holds for any."""
@@ -84,12 +100,17 @@ class Plan:
     buffer_rows: int = 1000
     """Rows of the buffer, for `buffer`."""
 
-    past_bound: PastBound = "error"
+    past_bound: PastBound = "auto"
     """What follows epoch `max_epochs - 1`. `error`: nothing, and asking raises. `rekey`: each
     further block of `max_epochs` epochs starts from the rows of each group in a fresh keyed order.
     Within a block no pair meets twice; across blocks pairs meet as often as chance has it. Rows
     of a window then lie scattered in their group, so reading is no longer sequential: meant for
-    datasets that fit the reader's cache, which are the ones that pass the bound."""
+    datasets that fit the reader's cache. `auto`: `rekey` up to `SMALL_ROWS` rows, else `error`."""
+
+    version: int = VERSION
+    """Arithmetic of the plan, so that a run goes on as it began. 2: as above. 1: p is q whatever
+    its divisors and K is B, so there may be more holes than p, over several groups; orders past the
+    bound are made by `Permutation`."""
 
     def __post_init__(self) -> None:
         for name in ("num_rows", "batch_size", "window_batches", "buffer_rows"):
@@ -109,13 +130,28 @@ class Plan:
                 f"shards of {sum(self.shard_rows)} rows in all do not make up num_rows="
                 f"{self.num_rows}; strategy 'within_shard' needs the rows of each shard"
             )
-        if self.past_bound not in ("error", "rekey"):
-            raise PlanError(f"past_bound={self.past_bound!r} is unknown; choose 'error' or 'rekey'")
+        if self.past_bound not in get_args(PastBound):
+            known = ", ".join(get_args(PastBound))
+            raise PlanError(f"past_bound={self.past_bound!r} is unknown; choose of {known}")
+        if self.version not in (1, VERSION):
+            raise PlanError(
+                f"version={self.version} of the plan is unknown here; use the version of downpour "
+                "that wrote it"
+            )
 
     @property
     def num_batches(self) -> int:
-        """Mini-batches of an epoch, and rows of a group: q = ceil(num_rows / batch_size)."""
-        return -(-self.num_rows // self.batch_size)
+        """Mini-batches of an epoch, and rows of a group: p of the class, or ceil(N / B)."""
+        if self.strategy != "pairwise" or self.version == 1:
+            return -(-self.num_rows // self.batch_size)
+        return group_rows(self.num_rows, self.batch_size)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of rows, K, and so the rows of the largest mini-batch."""
+        if self.version == 1:
+            return self.batch_size
+        return -(-self.num_rows // self.num_batches)
 
     @property
     def num_windows(self) -> int:
@@ -130,19 +166,40 @@ class Plan:
         """
         if self.batch_size == 1 or self.strategy != "pairwise":
             return None
-        return _pair_free_epochs(self.num_batches, self.batch_size)
+        return _pair_free_epochs(self.num_batches, self.num_groups)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are epochs past `max_epochs`."""
+        if self.past_bound == "auto":
+            return self.num_rows <= SMALL_ROWS
+        return self.past_bound == "rekey"
 
     def check_epochs(self, epochs: int) -> None:
         """Raise a `PlanError` if a run of `epochs` epochs would pass the bound; for start-up."""
         if epochs < 0:
             raise PlanError(f"epochs={epochs} is negative; give 0 or more")
         bound = self.max_epochs
-        if bound is not None and epochs > bound and self.past_bound == "error":
+        if bound is not None and epochs > bound and not self.goes_on:
             raise PlanError(
                 f"epochs={epochs} passes the bound of {bound} epochs in which no two of "
-                f"{self.num_rows} rows meet twice in batches of {self.batch_size}; train for "
-                f"{bound} epochs or fewer, use smaller batches, or set past_bound='rekey'"
+                f"{self.num_rows} rows meet twice in mini-batches of {self.batch_size}; train for "
+                f"{bound} epochs or fewer, use smaller mini-batches, or have the rows put together "
+                "afresh every so many epochs with `--past-bound rekey` (past_bound='rekey' in "
+                "Python), which reads them in no order"
             )
+
+    def past_bound_line(self, epochs: int) -> str | None:
+        """Return what to tell of a run of `epochs` epochs that passes the bound; None if not."""
+        bound = self.max_epochs
+        if bound is None or epochs <= bound or not self.goes_on:
+            return None
+        every = "every epoch" if bound == 1 else f"every {bound} epochs"
+        return (
+            f"{self.num_rows:,} rows in mini-batches of {self.batch_size} can be put together for "
+            f"{bound} of the {epochs} epochs so that no two meet twice: {every} the rows are "
+            "re-randomised, and pairs meet again as often as by chance"
+        )
 
     def slope(self, epoch: int) -> int:
         """Return s_e, the step from group to group of the rows of a batch of `epoch`.
@@ -185,10 +242,11 @@ class Plan:
         if self.strategy != "pairwise":
             return self._ordered(epoch, batches)
         slope = self.slope(epoch)
-        groups = np.arange(self.batch_size, dtype=np.int64)
+        groups = np.arange(self.num_groups, dtype=np.int64)
+        firsts = groups * q
         offsets = (batches[:, None] + (slope * groups) % q) % q
-        offsets = self._rekeyed(epoch, offsets)
-        rows = groups * q + offsets
+        block = epoch // (self.max_epochs or 1 + epoch)
+        rows = self._rekeyed(block, firsts + offsets) if block else firsts + offsets
         exists = rows < self.num_rows
         return rows[exists], exists.sum(axis=1, dtype=np.int64)
 
@@ -224,7 +282,7 @@ class Plan:
             at += 1
             if at == self.num_windows:
                 epoch, at = epoch + 1, 0
-                if self.max_epochs == epoch and self.past_bound == "error":
+                if self.max_epochs == epoch and not self.goes_on:
                     break
             found.append((epoch, self.window_at(epoch, at)))
         return found
@@ -275,22 +333,16 @@ class Plan:
             places = orders.buffer_rows(self.seed, epoch, self.num_rows, self.buffer_rows, places)
         return places, lengths
 
-    def _rekeyed(self, epoch: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Send offsets [n, batch_size] through the orders of the groups of the epoch's block.
+    def _rekeyed(self, block: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Send rows [n, K] through the orders of the groups of a block from 1 up.
 
         Each group has an order of its own: with one for all, rows of equal offset would meet in
         every block (at slope 0).
         """
-        bound = self.max_epochs
-        block = 0 if bound is None else epoch // bound
-        if block == 0:
-            return offsets
-        q = self.num_batches
-        columns = [
-            Permutation(q, stream_key(self.seed, "group", block, g)).forward(offsets[:, g])
-            for g in range(self.batch_size)
-        ]
-        return np.stack(columns, axis=1)
+        q, groups = self.num_batches, self.num_groups
+        if self.version == 1:
+            return _permuted_groups(self.seed, block, q, groups).take(rows)
+        return orders.group_orders(stream_key(self.seed, "groups", block), q, groups).take(rows)
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch < 0:
@@ -298,8 +350,43 @@ class Plan:
         self.check_epochs(epoch + 1)
 
 
-@functools.cache
-def _pair_free_epochs(num_batches: int, batch_size: int) -> int:
-    """Return q / G, with q = `num_batches` and G its largest divisor below `batch_size` > 1."""
-    below = range(min(batch_size - 1, num_batches), 0, -1)
-    return num_batches // next(divisor for divisor in below if num_batches % divisor == 0)
+@functools.lru_cache(maxsize=64)
+def group_rows(num_rows: int, batch_size: int) -> int:
+    """Return how many mini-batches `num_rows` rows are cut into: p of `Plan`.
+
+    Args:
+        num_rows: N, at least `batch_size`.
+        batch_size: most rows of a mini-batch, B.
+    """
+    least = -(-num_rows // batch_size)
+    best, longest = least, 0
+    for size in range(least, least + least // 6 + 1):
+        bound = _pair_free_epochs(size, -(-num_rows // size))
+        if bound == size:
+            return size
+        if bound > longest:
+            best, longest = size, bound
+    return best
+
+
+@functools.lru_cache(maxsize=1024)
+def _pair_free_epochs(group_size: int, num_groups: int) -> int:
+    """Return p / G, with p = `group_size` and G its largest divisor below `num_groups`.
+
+    With a single group no pair ever meets; p is returned.
+    """
+    below = np.arange(min(num_groups - 1, group_size), 0, -1)
+    divisors = below[group_size % below == 0]
+    return group_size // int(divisors[0]) if divisors.size else group_size
+
+
+@functools.lru_cache(maxsize=2)
+def _permuted_groups(seed: int, block: int, size: int, num_groups: int) -> NDArray[np.int64]:
+    """The orders of a block of version 1, int64 [num_groups, size], as numbers of rows."""
+    orders_of = [
+        Permutation(size, stream_key(seed, "group", block, group)).order() + group * size
+        for group in range(num_groups)
+    ]
+    table = np.stack(orders_of)
+    table.setflags(write=False)
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -132,7 +133,19 @@ def test_a_state_of_another_feed_is_refused(data):
     with pytest.raises(PlanError, match="rank=2"):
         Feed(data, rank=2, world_size=2)
     with pytest.raises(PlanError, match="passes the bound"):
-        Feed(data, batch_size=100, epochs=9)
+        Feed(data, batch_size=100, epochs=9, past_bound="error")
+
+
+def test_a_state_of_an_older_version_goes_on_with_its_mini_batches(data):
+    before = Feed(data, **OPTIONS)
+    before.plan = dataclasses.replace(before.plan, version=1)
+    wanted = [tuple(paths) for paths in kept(before)]
+    state = Feed(data, **OPTIONS).state_dict()
+    del state["plan_version"]
+    after = Feed(data, **OPTIONS)
+    after.load_state_dict(state)
+    assert after.plan.version == 1
+    assert [tuple(paths) for paths in kept(after)] == wanted
 
 
 def test_torch_takes_it_as_a_dataset(data):

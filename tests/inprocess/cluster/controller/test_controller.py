@@ -55,7 +55,7 @@ def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
 def test_one_replica_with_one_step_in_flight_is_torch_optim(
     tmp_path: Path, data: str, rule: Literal["sgd", "momentum", "nesterov", "adagrad"]
 ) -> None:
-    """The whole system against a plain loop over the plan's mini-batches: 252 steps."""
+    """The whole system against a plain loop over the plan's mini-batches: 268 steps."""
     config = tiny.config(data, replicas=1, concurrent_steps=1, epochs=4)
     server = dataclasses.replace(config.server, rule=rule, weight_decay=1e-3)
     # One window at a time: of two that a replica holds, either may be ready to run first.
@@ -64,7 +64,9 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
     run = Run(tmp_path / "run", config)
     outcome = run.go()
     run.assert_exactly_once(outcome)
-    assert outcome.reports[0].staleness == {0: [252]}  # always computed on the latest version
+    assert outcome.reports[0].staleness == {
+        0: [4 * run.plan.num_batches]
+    }  # always computed on the latest version
 
     model = FlatModel(model_spec(config).build())
     named = dict(model.module.named_parameters())

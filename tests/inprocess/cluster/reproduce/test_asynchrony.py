@@ -81,8 +81,8 @@ def test_with_one_replica_its_statistics_are_the_servers(tmp_path: Path, data: s
     path = _trained(tmp_path / "run", data, 1, 1)
     told: list[str] = []
     measured = _measure(path, told)
-    assert told[-1] == "126/126"
-    assert [look["version"] for look in measured["looks"]] == [42, 84, 126]
+    assert told[-1] == "134/134"
+    assert [look["version"] for look in measured["looks"]] == [45, 90, 134]
     for look in measured["looks"]:
         assert look[ONE] == {"0": look[SERVER]}
         assert look[AVERAGED] == look[SERVER]
@@ -159,7 +159,7 @@ def test_the_command(
     assert len(trained) == len(experiment.FLIGHTS) + len(experiment.SHUFFLES) - 1
     made = json.loads((tmp_path / "out" / "data.json").read_text())
     looks = made["measured"]["flight-50-seed-0"]["looks"]
-    assert [look["version"] for look in looks] == [32, 63]
+    assert [look["version"] for look in looks] == [34, 67]
     assert made["configurations"]["within_shard-seed-0"]["data"]["strategy"] == "within_shard"
     assert run_cli(downpour, arguments) == 0, capsys.readouterr().err
     assert len(trained) == len(experiment.FLIGHTS) + len(experiment.SHUFFLES) - 1

@@ -22,7 +22,7 @@ def test_rules_by_name() -> None:
     plan = make_plan(config, 60_000)
     assert update_config(config, plan).rule == Adagrad()
     assert update_config(recipes.find("mnist-bn"), plan).rule == Momentum(momentum=0.9)
-    assert update_config(config, plan).batches_per_epoch == 1875
+    assert update_config(config, plan).batches_per_epoch == 1877
 
 
 def test_the_initial_weights_depend_on_the_seed_alone() -> None:
@@ -33,7 +33,7 @@ def test_the_initial_weights_depend_on_the_seed_alone() -> None:
 
 
 def test_a_plan_that_is_too_short_for_the_run_is_refused() -> None:
-    config = apply(recipes.find("mnist-bn"), {"epochs": 1 << 20})
+    config = apply(recipes.find("mnist-bn"), {"epochs": 1 << 20, "past_bound": "error"})
     with pytest.raises(PlanError, match="epochs"):
         make_plan(config, 60_000)
     make_plan(apply(config, {"past_bound": "rekey"}), 60_000)

@@ -43,6 +43,7 @@ def test_a_configuration_of_before_the_rooms_is_the_same_run(tmp_path: Path) -> 
         "max_refused": None,
         "in_flight": "all",  # which is how it trained
         "steps_together": None,
+        "past_bound": "error",
     }
     shutil.copy(OLD, tmp_path / CONFIG)
     config = RunFolder.open(tmp_path).config()
@@ -50,6 +51,10 @@ def test_a_configuration_of_before_the_rooms_is_the_same_run(tmp_path: Path) -> 
     begun = recipes.find("bn-x5")
     image = dataclasses.replace(begun.model.image, **as_stored)  # type: ignore[arg-type]
     begun = dataclasses.replace(begun, model=dataclasses.replace(begun.model, image=image))
+    data = dataclasses.replace(
+        begun.data, plan_version=1
+    )  # which is how its rows were put together
+    begun = dataclasses.replace(begun, data=data)
     assert config == apply(begun, given)
     assert (config.model.input.orientation, config.model.input.transparency) == ("ignore", "drop")
     following = apply(config, {"orientation": "follow"})

@@ -77,7 +77,7 @@ def test_every_part_is_told_its_own() -> None:
     assert specs.plan == make_plan(config, 60_000)
     assert [spec.partition.index for spec in specs.partitions] == [0, 1, 2]
     assert specs.partitions[-1].partition.stop == 99_000
-    assert {spec.update.batches_per_epoch for spec in specs.partitions} == {1875}
+    assert {spec.update.batches_per_epoch for spec in specs.partitions} == {1877}
     assert {(spec.listen, spec.record) for spec in specs.partitions} == {(None, None)}
     assert [spec.replicas for spec in specs.processes] == spread(10, 4)
     for process in specs.processes:

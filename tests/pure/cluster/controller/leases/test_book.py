@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -182,7 +184,7 @@ def test_errors_name_the_value(action, message):
 
 def test_the_plans_bound_is_checked_up_front():
     with pytest.raises(PlanError, match="passes the bound of 11 epochs"):
-        LeaseBook(PLAN, epochs=12)
+        LeaseBook(dataclasses.replace(PLAN, past_bound="error"), epochs=12)
 
 
 def test_a_lease_is_reconciled_once(book):
