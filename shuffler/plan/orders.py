@@ -114,7 +114,7 @@ def group_orders(key: int, size: int, num_groups: int) -> NDArray[np.int64]:
             "epochs than the plan's bound, or use larger mini-batches"
         )
     place_mask = np.uint64((1 << bits) - 1)
-    drawn = np.arange(num_groups * size, dtype=np.uint64)
+    drawn: NDArray[np.uint64] = np.arange(num_groups * size, dtype=np.uint64)
     drawn *= _GOLDEN
     drawn = mix64(drawn, np.uint64(key)).reshape(num_groups, size)
     drawn &= ~place_mask
