@@ -63,7 +63,9 @@ class Evaluation:
     num_recomputed: int = 0
     """Mini-batches that they were recomputed on."""
     note: str | None = None
-    """Why they were not, if they should have been."""
+    """What is to be told: why they were not, if they should have been; rows that are not scored."""
+    skipped: tuple[str, ...] = ()
+    """A line for each row that is not scored, because its image cannot be decoded."""
 
     @property
     def gap(self) -> float | None:
@@ -260,7 +262,8 @@ class EvaluatorActor:
             score=score,
             moving=moving,
             num_recomputed=num_recomputed,
-            note=self._note,
+            note="; ".join(filter(None, (self._note, self._split.note))) or None,
+            skipped=self._split.skipped,
             wall_s=time.monotonic() - began_s,
         )
 

@@ -15,6 +15,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import DATA, RunFolder
 from downpour.paramserver.partition.ranges import Partition, split
+from downpour.shuffler.dataset.encoding import EncodedImages
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.holdings import Inventory
@@ -23,6 +24,12 @@ from downpour.shuffler.plan.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CHECKED_BYTES = 4 << 20
+"""A split to score of at most so many bytes is decoded whole before Ray starts: in tenths of a
+second. In a larger one a bad image is found by the evaluator."""
+CHECKED_ROWS = 64
+"""Rows that are decoded at a time for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,8 @@ class Data:
     """Of the training split."""
     class_names: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; empty if the data names none."""
+    notes: tuple[str, ...] = ()
+    """What is to be told of the images that were looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,32 +86,47 @@ class Model:
 def check_data(config: RunConfig) -> Data:
     """Open both splits, decode a row of each, and lay out the plan.
 
-    If training rows are on nodes' own disks, only their manifest is read; each node is asked later.
+    A small split to score is decoded whole, unless bad images are to be skipped. If training rows
+    are on nodes' own disks, only their manifest is read; each node is asked later.
 
     Raises:
         DatasetError: a split cannot be read, or is damaged.
+        DecodeError: an image cannot be decoded.
         PlanError: the data has too few rows for the run.
     """
-    _check_split(config, config.data.eval_split, Decoder(spec=config.model.input))
+    scorer = Decoder(spec=config.model.input, on_bad_image=config.data.on_bad_image)
+    _, notes = _check_split(config, config.data.eval_split, scorer, whole_bytes=CHECKED_BYTES)
     train: Dataset | Inventory
     if config.data.node_folder is None:
-        train = _check_split(config, config.data.train_split, make_decoder(config))
+        train, more = _check_split(config, config.data.train_split, make_decoder(config))
+        notes += more
     else:
         train = Inventory.read(config.data.data, config.data.train_split)
     return Data(
         plan=make_plan(config, train.num_rows, train.shard_rows),
         fingerprint=train.fingerprint,
         class_names=train.class_names,
+        notes=notes,
     )
 
 
-def _check_split(config: RunConfig, split_name: str, decoder: Decoder) -> Dataset:
+def _check_split(
+    config: RunConfig, split_name: str, decoder: Decoder, *, whole_bytes: int = 0
+) -> tuple[Dataset, tuple[str, ...]]:
+    """Open a split, and decode its first row, or all of it if it has at most `whole_bytes`."""
     dataset = Dataset.open(config.data.data, split_name)
     num_classes = config.model.num_classes
+    small = sum(shard.num_bytes for shard in dataset.shards) <= whole_bytes
+    encoded = isinstance(dataset.encoding, EncodedImages)  # packed bits are never bad
+    whole = small and encoded and decoder.on_bad_image == "stop"
+    notes: list[str] = []
     with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
-        first = np.zeros(1, np.int64)
-        decoder.decode(reader.take(first), rows=first)
-    return dataset
+        for start in range(0, dataset.num_rows if whole else 1, CHECKED_ROWS):
+            stop = min(start + CHECKED_ROWS, dataset.num_rows) if whole else 1
+            rows = np.arange(start, stop, dtype=np.int64)
+            notes += decoder.decode(reader.take(rows), rows=rows).notes
+    more = f" ({len(notes) - 1} more of its images, too)" if len(notes) > 1 else ""
+    return dataset, tuple(f"split {split_name!r}: {note}{more}" for note in notes[:1])
 
 
 def build_model(config: RunConfig) -> Model:

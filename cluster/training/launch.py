@@ -120,6 +120,8 @@ def _open(
 ) -> _Session:
     config = folder.config()
     check_data_unchanged(folder, data)
+    for note in data.notes:
+        console.print(note, style="yellow", markup=False)
     folder.clear_stop()  # of an earlier session
     if line := data.plan.past_bound_line(config.policy.epochs):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -83,6 +83,8 @@ def make_result(
         "bn_gap": evaluation.gap,
         "evaluation_loss": evaluation.score.loss,
         "evaluated_examples": evaluation.score.num_examples,
+        "evaluation_images_skipped": len(evaluation.skipped),
+        "evaluation_skipped": list(evaluation.skipped),
         "updates": updates,
         "examples": examples,
         "epochs": config.policy.epochs,

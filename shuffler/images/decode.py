@@ -9,6 +9,7 @@ its time to load. Several crops of each image are in `views`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -96,6 +97,13 @@ class ImageSpec:
     def reading(self) -> Reading:
         """How the pixels of a file are read."""
         return Reading(orientation=self.orientation, transparency=self.transparency)
+
+    @property
+    def of_any_size(self) -> ImageSpec:
+        """The same, for images of any size: others are cut, if the network's input is square."""
+        if self.fit == "exact" and self.height == self.width:
+            return dataclasses.replace(self, fit="any")
+        return self
 
     @property
     def input_shape(self) -> tuple[int, ...]:

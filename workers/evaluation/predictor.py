@@ -10,7 +10,6 @@ the networks of an ensemble.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -217,9 +216,7 @@ def decode_any_size(
     cannot be decoded, unless those are to be skipped, and for one of another size if the network's
     input is not square.
     """
-    if image.fit == "exact" and image.height == image.width:
-        image = dataclasses.replace(image, fit="any")
-    return Decoder(spec=image, on_bad_image=on_bad_image).decode(rows, rows=numbers)
+    return Decoder(spec=image.of_any_size, on_bad_image=on_bad_image).decode(rows, rows=numbers)
 
 
 def rows_of(images: Sequence[bytes], names: Sequence[str] = ()) -> pa.RecordBatch:

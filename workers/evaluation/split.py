@@ -10,7 +10,8 @@ import torch
 
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
-from downpour.shuffler.images.decode import decode
+from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.images.decode import Decoder
 from downpour.workers.evaluation.evaluator import Batches
 from downpour.workers.spec import ModelSpec
 
@@ -21,28 +22,60 @@ EVALUATION_BYTES = 16 << 20
 
 
 class SplitBatches:
-    """A split in row order, decoded some rows at a time; decoded once where that is small."""
+    """A split in row order, decoded some rows at a time; decoded once where that is small.
+
+    Rows whose image cannot be decoded are left out: by the time that they are found, a training is
+    under way that they have nothing to do with.
+    """
 
     KEEP_BYTES = 256 << 20
 
     def __init__(self, spec: ModelSpec, data_uri: str, split: str) -> None:
-        """Open the split."""
+        """Open the split.
+
+        Raises:
+            DatasetError: it cannot be opened.
+        """
         self._spec = spec
         self._dataset = Dataset.open(data_uri, split)
         self._reader = RowReader(self._dataset, num_classes=spec.num_classes)
         row_bytes = 4 * math.prod(spec.image.input_shape)
         self._rows = max(1, min(EVALUATION_ROWS, EVALUATION_BYTES // row_bytes))
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._decoder = Decoder(spec=spec.image.of_any_size, on_bad_image="skip")
+        self._skipped: dict[int, str] = {}
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """A line for each row that was left out so far; it names the row."""
+        return tuple(self._skipped[row] for row in sorted(self._skipped))
+
+    @property
+    def note(self) -> str | None:
+        """What is to be told of the rows that are left out, on one line; None if there are none."""
+        if not self._skipped:
+            return None
+        lines = self.skipped
+        more = f" ({len(lines) - 1} more like it)" if len(lines) > 1 else ""
+        return f"not scored: {lines[0]}{more}; replace it or remove the row"
 
     def load(self) -> None:
-        """Decode the split now if it is small enough to be kept."""
+        """Decode the split now if it is small enough to be kept.
+
+        Raises:
+            DecodeError: none of its images can be decoded.
+        """
         row_bytes = 4 * math.prod(self._spec.image.input_shape)
         if self._dataset.num_rows * row_bytes <= self.KEEP_BYTES:
             for _ in self():
                 pass
 
     def __call__(self) -> Batches:
-        """The split afresh."""
+        """The split afresh.
+
+        Raises:
+            DecodeError: none of its images can be decoded.
+        """
         return self._kept or self._decode()
 
     def _decode(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -50,12 +83,21 @@ class SplitBatches:
         num_bytes = 0
         for start in range(0, self._dataset.num_rows, self._rows):
             stop = min(start + self._rows, self._dataset.num_rows)
-            rows = self._reader.take(np.arange(start, stop, dtype=np.int64))
-            inputs, labels = decode(rows, self._spec.image)
-            pair = torch.from_numpy(inputs), torch.from_numpy(labels)
+            numbers = np.arange(start, stop, dtype=np.int64)
+            decoded = self._decoder.decode(self._reader.take(numbers), rows=numbers)
+            bad = np.setdiff1d(numbers - start, decoded.kept) + start
+            self._skipped |= dict(zip(bad.tolist(), decoded.problems, strict=True))
+            if not len(decoded.kept):
+                continue
+            pair = torch.from_numpy(decoded.inputs), torch.from_numpy(decoded.labels)
             num_bytes += pair[0].nbytes
             if num_bytes <= self.KEEP_BYTES:
                 kept.append(pair)
             yield pair
+        if len(self._skipped) == self._dataset.num_rows:
+            raise DecodeError(
+                f"no image of split {self._dataset.split!r} can be decoded: {self.skipped[0]}; "
+                "give another split to score"
+            )
         if num_bytes <= self.KEEP_BYTES:
             self._kept = kept
