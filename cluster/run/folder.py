@@ -33,6 +33,7 @@ from typing import Any
 from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.cluster.run.whereabouts import found_again
 from downpour.paramserver import durable
 from downpour.shuffler.dataset.bundled import at_hand
 
@@ -40,6 +41,8 @@ CONFIG, RESOLVED = "config.json", "resolved.json"
 DATA, STATUS = "data.json", "status.json"
 METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
 CONTROL, RECORD, ABOUT_RECORD = "control.json", "record", "about.json"
+BEGAN_IN = "folder"
+"""In `data.json`: the folder that the run began in, which relative paths are meant from."""
 MAX_REPLICAS = 10_000
 STOP = ".stop"
 """There while somebody has asked the run to stop."""
@@ -115,10 +118,20 @@ class RunFolder:
         return f"{elsewhere.rstrip('/')}/{self.name}"
 
     def config(self) -> RunConfig:
-        """The configuration that the run began with; bundled data is this installation's."""
+        """The configuration that the run began with, its paths as they are from here.
+
+        Bundled data is this installation's.
+        """
         config = from_plain(RunConfig, upgraded(self.read_json(CONFIG)))
-        data = dataclasses.replace(config.data, data=at_hand(config.data.data))
-        return dataclasses.replace(config, data=data)
+        data = dataclasses.replace(config.data, data=self._found(at_hand(config.data.data)))
+        policy = config.policy
+        if policy.checkpoints is not None:
+            policy = dataclasses.replace(policy, checkpoints=self._found(policy.checkpoints))
+        return dataclasses.replace(config, data=data, policy=policy)
+
+    def _found(self, path: str) -> str:
+        noted = self.read_json(DATA) if (self.path / DATA).exists() else {}
+        return found_again(path, self.path, noted.get(BEGAN_IN))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

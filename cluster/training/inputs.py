@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from downpour.cluster.config.derive import make_decoder, make_plan, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.run.folder import DATA, RunFolder
+from downpour.cluster.run.folder import BEGAN_IN, DATA, RunFolder
 from downpour.paramserver.partition.ranges import Partition, split
 from downpour.shuffler.dataset.encoding import EncodedImages
 from downpour.shuffler.dataset.reader import RowReader
@@ -148,7 +149,11 @@ def check_data_unchanged(folder: RunFolder, found: Data) -> None:
         UserError: they are not.
     """
     if not (folder.path / DATA).exists():
-        about = {"train_fingerprint": found.fingerprint, "class_names": list(found.class_names)}
+        about = {
+            "train_fingerprint": found.fingerprint,
+            "class_names": list(found.class_names),
+            BEGAN_IN: str(Path.cwd()),
+        }
         folder.write_json(DATA, about)
     elif folder.read_json(DATA)["train_fingerprint"] != found.fingerprint:
         data = folder.config().data

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from downpour.cluster.config import recipes
+from downpour.cluster.config.options import apply
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import RunFolder
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
@@ -16,7 +17,8 @@ def test_a_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     for name in recipes.RECIPES:
         config = recipes.find(name)
         folder = RunFolder.create(tmp_path / name, config)
-        assert RunFolder.open(folder.path).config() == config
+        data = str(Path(config.data.data).absolute())
+        assert RunFolder.open(folder.path).config() == apply(config, {"data": data})
 
 
 def test_a_folder_of_a_run_is_not_taken_again(tmp_path: Path) -> None:
