@@ -5,6 +5,7 @@
     ├── LeaseError     a lease that does not exist, or a resume state that does not fit the plan
     ├── DatasetError   a dataset that is missing, damaged, mixed or out of range
     ├── DecodeError    a row whose image cannot become an input
+    │   └── ImageTooLarge    an image that would take too much memory or time
     └── IngestError    a source that cannot be read, or a destination that must not be written
 
 Every message is one line that names the value and the remedy. Nothing else lives here.
@@ -31,6 +32,10 @@ class DatasetError(ShufflerError):
 
 class DecodeError(ShufflerError):
     """A row whose image cannot be decoded, or does not have the shape asked for."""
+
+
+class ImageTooLarge(DecodeError):
+    """An image whose header asks for more memory or time than one image may take."""
 
 
 class IngestError(ShufflerError):

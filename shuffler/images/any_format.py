@@ -10,7 +10,6 @@ fewer bits than that, its own highest ones are kept.
 
 from __future__ import annotations
 
-import io
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from downpour.shuffler.dataset.files import one_line
 from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.images.bounds import open_image
 from downpour.shuffler.images.orientation import UPRIGHT, opened_orientation
 from downpour.shuffler.images.reading import Reading
 
@@ -43,13 +43,11 @@ def decode(data: Buffer, channels: int, reading: Reading) -> tuple[Pixels, int, 
         note: what is to be told of them, if anything.
 
     Raises:
-        DecodeError: the bytes are not an image, are cut short, or hold values of a range that is
-            not known.
+        DecodeError: the bytes are not an image, are cut short, would take too much memory
+            (`bounds`), or hold values of a range that is not known.
     """
-    from PIL import Image  # most datasets never need it
-
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             deep = any(";16" in str(tile[3]) for tile in image.tile)
             image.load()  # some formats keep their EXIF behind the pixels
             follow = reading.orientation == "follow"

@@ -14,12 +14,14 @@ Formats that hide work behind a small header are looked into: how many scans a J
 
 from __future__ import annotations
 
+import functools
 import io
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from downpour.shuffler.dataset.files import one_line
-from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.errors import DecodeError, ImageTooLarge
 from downpour.shuffler.images import headers
 from downpour.shuffler.images.headers import Buffer
 
@@ -40,6 +42,9 @@ MAX_RESIZED_PIXELS: Final = 48 << 20
 
 MAX_SCANNED_PIXELS: Final = 1 << 30
 """Most pixels times scans of a progressive JPEG: each scan goes over the whole image."""
+
+_LEAST_SCAN_BYTES: Final = 10
+"""Fewest bytes of a scan: its header."""
 
 FORMATS: Final = (
     *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF"),
@@ -64,16 +69,17 @@ def check_size(height: int, width: int) -> None:
     """Check sides and pixels that a file declares.
 
     Raises:
-        DecodeError: there are none, or too many.
+        DecodeError: there are none.
+        ImageTooLarge: there are too many.
     """
     if height < 1 or width < 1:
         raise DecodeError(f"its header says {height}x{width} pixels")
     if max(height, width) > MAX_SIDE:
-        raise DecodeError(
+        raise ImageTooLarge(
             f"its header says {height}x{width} pixels, and a side may have {MAX_SIDE:,}; resize it"
         )
     if height * width > MAX_PIXELS:
-        raise DecodeError(
+        raise ImageTooLarge(
             f"its header says {height}x{width} pixels, and an image may have {MAX_PIXELS:,}; "
             "resize it"
         )
@@ -83,12 +89,12 @@ def check_resized(sizes: Iterable[tuple[int, int]]) -> None:
     """Check the sizes (height, width) that an image is resized to, all of which are kept at a time.
 
     Raises:
-        DecodeError: they have too many pixels together.
+        ImageTooLarge: they have too many pixels together.
     """
     found = set(sizes)
     if sum(height * width for height, width in found) > MAX_RESIZED_PIXELS:
         height, width = max(found, key=lambda size: size[0] * size[1])
-        raise DecodeError(
+        raise ImageTooLarge(
             f"it is so thin that it would be resized to {height}x{width} pixels, and there may be "
             f"{MAX_RESIZED_PIXELS:,}; crop it"
         )
@@ -98,7 +104,7 @@ def check_views(views: Iterable[View]) -> None:
     """Check the sizes to which an image is resized for its views (`crops`).
 
     Raises:
-        DecodeError: they have too many pixels together.
+        ImageTooLarge: they have too many pixels together.
     """
     check_resized((view.image_height, view.image_width) for view in views)
 
@@ -107,12 +113,14 @@ def check_jpeg(data: Buffer, height: int, width: int) -> None:
     """Check a JPEG file of a size that is known, before it is decoded to one or three channels.
 
     Raises:
-        DecodeError: it has too many pixels, or too many scans for its size.
+        ImageTooLarge: it has too many pixels, or too many scans for its size.
     """
     check_size(height, width)
+    if height * width * len(data) <= MAX_SCANNED_PIXELS * _LEAST_SCAN_BYTES:
+        return
     scans = headers.jpeg_scans(data)
     if scans * height * width > MAX_SCANNED_PIXELS:
-        raise DecodeError(
+        raise ImageTooLarge(
             f"it goes over its {height}x{width} pixels in {scans:,} scans; save it again as a "
             "baseline JPEG"
         )
@@ -122,11 +130,12 @@ def open_image(data: Buffer) -> Any:
     """Return an image as Pillow opens it, checked and not yet decoded.
 
     Raises:
-        DecodeError: it is not an image of a format that is read, is damaged, or would take too
-            much memory.
+        DecodeError: it is not an image of a format that is read, or is damaged.
+        ImageTooLarge: it would take too much memory or time.
     """
     from PIL import Image, UnidentifiedImageError
 
+    _silence()
     declared = headers.declared_size(data)
     if declared is not None:  # some decoders take memory as soon as a file is opened
         check_size(*declared)
@@ -136,7 +145,7 @@ def open_image(data: Buffer) -> Any:
         known = ", ".join(FORMATS)
         raise DecodeError(f"it is not an image of a format that is read ({known})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DecodeError(
+        raise ImageTooLarge(
             f"its header says more pixels than an image may have, {MAX_PIXELS:,}; resize it"
         ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
@@ -147,6 +156,14 @@ def open_image(data: Buffer) -> Any:
         image.close()
         raise
     return image
+
+
+@functools.cache
+def _silence() -> None:
+    """Have Pillow say nothing of images that are large: what may be is decided here."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _check_opened(image: Any, data: Buffer, declared: tuple[int, int]) -> None:
@@ -161,7 +178,7 @@ def _check_opened(image: Any, data: Buffer, declared: tuple[int, int]) -> None:
         headers.check_tiff(image, MAX_BYTES)
     needed = height * width * _bytes_a_pixel(image, data)
     if needed > MAX_BYTES:
-        raise DecodeError(
+        raise ImageTooLarge(
             f"its {height}x{width} pixels would take {needed >> 20} MB to decode as "
             f"{image.format} of mode {image.mode}, and an image may take {MAX_BYTES >> 20} MB; "
             "resize it"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from downpour.shuffler.dataset.encoding import PackedBits, encoding_of, label_values
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig, Variations, vary
+from downpour.shuffler.images.bounds import check_views
 from downpour.shuffler.images.crops import views_of
 from downpour.shuffler.images.reading import Orientation, Reading, Transparency
 from downpour.shuffler.images.rows import REMEDY, describe, image_buffers, undecodable
@@ -33,6 +34,8 @@ BadImage = Literal["stop", "skip"]
 
 _MODES: Final = {1: "grey", 3: "RGB"}
 _BLOCK_BYTES: Final = 1 << 19
+_DECODED_BYTES: Final = 256 << 20
+"""Most pixels of a batch that are kept from when its images' sizes are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,6 +210,7 @@ class Decoder:
         channels, reading = self.spec.channels, self.spec.reading
         problems: dict[int, str] = {}
         files: list[ImageFile | None] = []
+        room = _DECODED_BYTES
         for position, data in enumerate(image_buffers(batch.column("image"))):
             file = None
             if data is None:
@@ -214,6 +218,9 @@ class Decoder:
             else:
                 try:
                     file = pixels.open_image(data, channels, reading)
+                    room -= 0 if file.decoded is None else file.decoded.nbytes
+                    if room < 0:
+                        file.decoded = None  # it is decoded again when its turn comes
                 except DecodeError as error:
                     problems[position] = undecodable(batch, position, rows, error)
             files.append(file)
@@ -284,6 +291,7 @@ class Decoder:
             spec.fit == "any" and (file.height, file.width) != (spec.height, spec.width)
         ):
             (view,) = views_of(1, file.height, file.width, spec.height)
+            check_views((view,))
             whole = pixels.decode_file(
                 file, spec.channels, min_height=view.image_height, min_width=view.image_width
             )

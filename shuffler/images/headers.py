@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Any, Final
 
-from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.errors import DecodeError, ImageTooLarge
 
 Buffer = bytes | memoryview
 
@@ -38,7 +38,7 @@ def declared_size(data: Buffer) -> _Size | None:
     Of an icon it is the largest of its images, each of which may be a PNG of any size.
 
     Raises:
-        DecodeError: a JPEG 2000 file is cut into too many pieces.
+        ImageTooLarge: a JPEG 2000 file is cut into too many pieces.
     """
     head = bytes(data[:32])
     try:
@@ -99,7 +99,7 @@ def check_tiff(image: Any, most_bytes: int) -> None:
     """Check how a TIFF image that Pillow has opened is tiled: tiles may be larger than the image.
 
     Raises:
-        DecodeError: a tile would take more than `most_bytes`.
+        ImageTooLarge: a tile would take more than `most_bytes`.
     """
     tags = image.tag_v2
     width, height = (tags.get(tag, 0) for tag in (322, 323))
@@ -108,7 +108,7 @@ def check_tiff(image: Any, most_bytes: int) -> None:
     bits = tags.get(258, (8,))
     pixel = max(1, tags.get(277, 1)) * max(bits if isinstance(bits, tuple) else (bits,)) // 8
     if width * height * max(1, pixel) > most_bytes:
-        raise DecodeError(f"its tiles have {height}x{width} pixels; save it with smaller ones")
+        raise ImageTooLarge(f"its tiles have {height}x{width} pixels; save it with smaller ones")
 
 
 def _bitmap_size(head: bytes, at: int) -> _Size:
@@ -138,7 +138,7 @@ def _webp_size(head: bytes) -> _Size | None:
 def _icon_size(data: Buffer) -> _Size | None:
     (count,) = struct.unpack_from("<H", data, 4)
     if count > _ICO_ENTRIES:
-        raise DecodeError(f"it is an icon of {count} images; save one of them")
+        raise ImageTooLarge(f"it is an icon of {count} images; save one of them")
     found: list[_Size] = []
     for entry in range(count):
         (at,) = struct.unpack_from("<I", data, 6 + 16 * entry + 12)
@@ -163,7 +163,7 @@ def _jpeg2000_size(data: Buffer) -> _Size | None:
     if min(width, height, tile_width, tile_height) < 1:
         raise DecodeError(f"its header says {height}x{width} pixels in tiles that have none")
     if -(-width // tile_width) * -(-height // tile_height) > MAX_TILES:
-        raise DecodeError(
+        raise ImageTooLarge(
             f"its tiles have {tile_height}x{tile_width} pixels, which makes more than {MAX_TILES:,}"
             "; save it with larger ones"
         )
@@ -198,7 +198,7 @@ def _check_pieces(values: bytes, layers: int) -> None:
         return
     sides = [wide + high + 4, *((value & 15) + (value >> 4) for value in values[4:])]
     if 1 << min(sides) < MIN_BLOCK_PIXELS or layers > MAX_LAYERS:
-        raise DecodeError(
+        raise ImageTooLarge(
             f"its pieces have {1 << min(sides)} pixels in {layers} layers, and there may be no "
             f"fewer than {MIN_BLOCK_PIXELS} and no more than {MAX_LAYERS}; save it again"
         )

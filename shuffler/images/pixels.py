@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from downpour.shuffler.images import any_format
+from downpour.shuffler.images import any_format, bounds
 from downpour.shuffler.images.any_format import Buffer, Pixels
 from downpour.shuffler.images.crops import View
 from downpour.shuffler.images.orientation import UPRIGHT, jpeg_orientation
@@ -68,6 +68,7 @@ def open_image(data: Buffer, channels: int, reading: Reading = AS_SEEN) -> Image
         except ValueError:
             space = ""
         if space in ("RGB", "YCbCr", "Gray"):
+            bounds.check_jpeg(data, height, width)
             if reading.orientation == "follow" and (found := jpeg_orientation(data)) != UPRIGHT:
                 if found in _TRANSPOSED:
                     height, width = width, height

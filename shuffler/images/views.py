@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from downpour.shuffler.dataset.encoding import PackedBits, encoding_of, label_values
 from downpour.shuffler.errors import DecodeError
+from downpour.shuffler.images.bounds import check_views
 from downpour.shuffler.images.crops import views_of
 from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec, notes_of
 from downpour.shuffler.images.rows import undecodable
@@ -58,6 +59,7 @@ def decode_views(
             continue
         try:
             views = views_of(crops, file.height, file.width, size)
+            check_views(views)
             image = pixels.decode_file(
                 file,
                 spec.channels,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -116,3 +118,28 @@ def scans(height: int, width: int, count: int) -> bytes:
     begin = data.rindex(b"\xff\xda")
     end = data.rindex(b"\xff\xd9")
     return bytes(data[:end] + data[begin:end] * (count - 1) + data[end:])
+
+
+def filled(random: np.random.Generator, count: int) -> Iterator[tuple[str, bytes]]:
+    """Files that hold as many pixels as they say, all equal, of sizes about what may be."""
+    kinds: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
+        ("PNG", "RGB", 48, {"compress_level": 1}),
+        ("PNG", "1", 48, {"compress_level": 1}),
+        ("PNG", "RGBA", 28, {"compress_level": 1}),
+        ("PNG", "I;16", 30, {"compress_level": 1}),
+        ("GIF", "P", 48, {}),
+        ("TIFF", "RGB", 40, {"compression": "tiff_lzw"}),
+        ("TIFF", "CMYK", 40, {"compression": "tiff_lzw"}),
+        ("WEBP", "RGB", 20, {"lossless": True, "method": 0}),
+        ("WEBP", "RGBA", 16, {"lossless": True, "method": 0}),
+        ("JPEG2000", "RGB", 14, {}),
+        ("AVIF", "RGB", 20, {"speed": 10}),
+        ("JPEG", "RGB", 48, {"progressive": True}),
+        ("JPEG", "CMYK", 30, {"progressive": True}),
+    )
+    for number in random.permutation(len(kinds))[:count].tolist():
+        kind, mode, millions, options = kinds[number]
+        side = int((millions * 1e6) ** 0.5 * random.uniform(0.8, 1.1))
+        target = io.BytesIO()
+        Image.new(mode, (side, side)).save(target, kind, **options)
+        yield f"{kind} {mode} {side}x{side} filled", target.getvalue()

@@ -8,6 +8,7 @@ import pytest
 
 from downpour.cluster.serving import key
 from downpour.cluster.serving.app import Classifier, ServeConfig
+from tests.helpers.odd_headers import patched
 from tests.helpers.trained import (
     NAMES,
     as_file,
@@ -62,8 +63,9 @@ class TestClassifier:
         monkeypatch.setattr("downpour.cluster.serving.app.MAX_BODY_BYTES", 100)
         assert self._ask(classifier, ok)[0] == 413
         monkeypatch.undo()
-        monkeypatch.setattr("downpour.cluster.serving.app.MAX_PIXELS", 100)
-        assert self._ask(classifier, ok)[0] == 413
+        huge = _Request("POST", "/predict", patched("PNG", 9000, 9000), "k")
+        status, answer = self._ask(classifier, huge)
+        assert (status, "9000x9000" in answer["error"]) == (413, True)
         status, stats = self._ask(classifier, _Request("GET", "/stats", key="k"))
         assert (status, stats["requests"]) == (200, 1)
 

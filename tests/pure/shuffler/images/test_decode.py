@@ -98,7 +98,7 @@ def test_every_mode_becomes_rgb(mode):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no image", "cannot be decoded .cannot identify image file"),
+        (b"no image", "cannot be decoded .it is not an image of a format"),
         (encoded(GREY[0])[:50], "cannot be decoded"),
         (None, "has no bytes"),
         (encoded(GREY[0][:4]), "has 4x5 pixels, and 6x5 are wanted; resize"),
