@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from downpour.cluster.config.run import RunConfig
     from downpour.cluster.errors import UserError
     from downpour.cluster.training.api import RunStopped, resume, train
+    from downpour.cluster.training.from_data import classifier
     from downpour.models.batchnorm import BatchNorm
     from downpour.models.layers import ConvBN, LinearBN
     from downpour.paramserver.config import NetworkConfig, ServerConfig
@@ -58,6 +59,7 @@ _HOMES = {
     "StepConfig": "workers.spec",
     "TorchFeed": "workers.torch_feed",
     "UserError": "cluster.errors",
+    "classifier": "cluster.training.from_data",
     "resume": "cluster.training.api",
     "train": "cluster.training.api",
 }
@@ -83,6 +85,7 @@ __all__ = [
     "StepConfig",
     "TorchFeed",
     "UserError",
+    "classifier",
     "resume",
     "train",
 ]

@@ -17,12 +17,14 @@ from downpour.workers.spec import StepConfig
 class ModelConfig:
     """Which network is trained, and on what kind of input."""
 
-    model: str = field(metadata={"cli": False})
-    """A name that `models.registry` knows, or `package.module:function`."""
-    arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": False})
-    """The network's keyword arguments."""
-    loss: str = field(default="cross_entropy", metadata={"cli": False})
-    """A name that `models.registry` knows, or `package.module:function`."""
+    model: str
+    """The network: `mnist`, `inception`, or `package.module:function` for any function or class
+    that returns a `torch.nn.Module`, such as `torchvision.models:resnet18`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": "model-arg"})
+    """A keyword argument of that function; may be given several times."""
+    loss: str = "cross_entropy"
+    """The loss: `cross_entropy`, or `package.module:function` for one that takes the network's
+    outputs and the labels of a mini-batch and returns their mean loss."""
     image: ImageSpec = field(metadata={"cli": False})
     """How a row becomes an input."""
     num_classes: int = 10

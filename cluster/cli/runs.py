@@ -19,15 +19,19 @@ from downpour.cluster.monitoring.texts import cell_text
 from downpour.cluster.run.folder import CONFIG, RESULT, RunFolder
 
 
-@click.command(cls=ConfigCommand, name="recipes", named_by="recipe", find=recipes.find)
+@click.command(
+    cls=ConfigCommand, name="recipes", named_by="recipe", find=recipes.find, of_data=recipes.of_data
+)
 @config_options(RunConfig)
 @click.argument("recipe", required=False)
 def list_recipes(recipe: str | None, given: dict[str, object]) -> None:
     """List the recipes; or show RECIPE, with any options: its network and all its values."""
     if recipe is not None:
         from downpour.cluster.config.describe import describe
+        from downpour.cluster.training import from_data
 
-        describe(apply(recipes.find(recipe), given), Console())
+        config = recipes.admit(apply(recipes.find(recipe), given))
+        describe(from_data.complete(config, given), Console())
         return
     if given:
         raise UserError("options say nothing without a recipe: name one to see it with them")

@@ -23,7 +23,7 @@ from downpour.cluster.run.folder import MAX_REPLICAS, RunFolder
 from downpour.workers.spec import DeviceName
 
 
-@click.command(cls=ConfigCommand, named_by="recipe", find=recipes.find)
+@click.command(cls=ConfigCommand, named_by="recipe", find=recipes.find, of_data=recipes.of_data)
 @config_options(RunConfig)
 @click.argument("recipe")
 @click.option("--name", default=None, help="Name of the run; default: recipe, date and time.")
@@ -43,9 +43,11 @@ def train(
 
     `downpour train RECIPE --help` shows the values of that recipe.
     """
-    from downpour.cluster.training import api, inputs, launch
+    from downpour.cluster.training import api, from_data, inputs, launch
 
-    config = apply(recipes.find(recipe), given)
+    console = Console(stderr=True)
+    config = recipes.admit(apply(recipes.find(recipe), given))
+    config = from_data.complete(config, given, lambda line: console.print(line, markup=False))
     data = inputs.check_data(config)
     folder = api.create(config, name=name, runs=runs)
     try:
@@ -55,7 +57,7 @@ def train(
             resume=False,
             address=address,
             dashboard=dashboard,
-            console=Console(stderr=True),
+            console=console,
         )
     except Exception:
         folder.discard_if_unused()

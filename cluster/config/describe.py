@@ -47,6 +47,8 @@ def describe(config: RunConfig, console: Console) -> None:
     )
     values = Table(box=None, pad_edge=False, show_header=False)
     for setting in settings_of(RunConfig):
+        if setting.is_mapping:
+            continue
         value = setting.value_in(config)
         values.add_row(setting.option, "none" if value is None else str(value))
     for name, value in config.model.all_arguments.items():

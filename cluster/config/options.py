@@ -11,6 +11,7 @@ settings (`settings`).
     warm_start: bool              --warm-start / --no-warm-start
     rule: Literal["sgd", "adam"]  --rule [sgd|adam]
     hidden: tuple[int, ...]       --hidden INTEGER,INTEGER,...
+    arguments: Mapping[str, Any]  --arguments NAME=VALUE, for each entry
     server: ServerConfig          the options of its fields
 
 A field opts out with `field(metadata={"cli": False})`, and takes another name on the command line
@@ -23,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +43,9 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 _NAMED = "downpour.named_configuration"
 """Key of a click context's `meta`: the configuration whose values the help shows."""
+_OF_DATA = "downpour.of_data"
+"""Key of a click context's `meta`: the settings whose values that configuration takes from the
+data."""
 
 
 class OptionError(UserError):
@@ -64,6 +68,7 @@ class SettingOption(click.Option):
             default=None,
             type=None if setting.is_flag else setting.param_type,
             is_flag=setting.is_flag or None,
+            multiple=setting.is_mapping,
             help=setting.help,
         )
 
@@ -77,7 +82,9 @@ class SettingOption(click.Option):
         named = ctx.meta.get(_NAMED, MISSING)
         setting = self._setting
         default = setting.default if named is MISSING else setting.value_in(named)
-        if (shown := setting.shown(default)) is not None:
+        if setting.name in ctx.meta.get(_OF_DATA, ()):
+            extra["default"] = "the data's"
+        elif (shown := setting.shown(default)) is not None:
             extra["default"] = shown
         return extra
 
@@ -90,6 +97,7 @@ class ConfigCommand(click.Command):
         *args: Any,
         named_by: str | None = None,
         find: Callable[[str], object] | None = None,
+        of_data: Callable[[str], Collection[str]] = lambda _: (),
         **kwargs: Any,
     ) -> None:
         """A click command, as ever.
@@ -99,10 +107,11 @@ class ConfigCommand(click.Command):
             named_by: the argument that names a configuration, such as `recipe`; if the command
                 line has it, the help shows that configuration's values as defaults.
             find: gives the configuration of that name.
+            of_data: gives the names of its settings whose values come from the data.
             kwargs: click's.
         """
         super().__init__(*args, **kwargs)
-        self._named_by, self._find = named_by, find
+        self._named_by, self._find, self._of_data = named_by, find, of_data
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parses the command line; looks for the named configuration if help is asked for."""
@@ -111,6 +120,7 @@ class ConfigCommand(click.Command):
             values, _, _ = self.make_parser(ctx).parse_args(list(args))
             if isinstance(name := values.get(self._named_by), str):
                 ctx.meta[_NAMED] = self._find(name)
+                ctx.meta[_OF_DATA] = self._of_data(name)
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -170,9 +180,10 @@ def config_options(config_class: type) -> Callable[[CommandT], CommandT]:
 def given_in(context: click.Context, config_class: type) -> dict[str, object]:
     """Returns the settings of `config_class` that the user gave in a command line, for `apply`."""
     return {
-        setting.name: context.params[setting.name]
+        setting.name: dict(value) if setting.is_mapping else value
         for setting in settings_of(config_class)
         if context.get_parameter_source(setting.name) is ParameterSource.COMMANDLINE
+        for value in (context.params[setting.name],)
     }
 
 
@@ -181,7 +192,8 @@ def apply(config: ConfigT, given: Mapping[str, object]) -> ConfigT:
 
     Args:
         config: an instance of a configuration dataclass, usually a recipe's.
-        given: names of settings (snake case) to values, as `config_options` collects them.
+        given: names of settings (snake case) to values, as `config_options` collects them. A
+            mapping is added to the one that is there.
 
     Raises:
         OptionError: the configuration refuses a value; names the option, the value and the reason.
@@ -226,12 +238,19 @@ def _replaced(config: ConfigT, changes: list[tuple[tuple[str, ...], object]]) ->
     deeper: dict[str, list[tuple[tuple[str, ...], object]]] = {}
     for path, value in changes:
         if len(path) == 1:
-            values[path[0]] = value
+            values[path[0]] = _joined(getattr(config, path[0]), value)
         else:
             deeper.setdefault(path[0], []).append((path[1:], value))
     for name, inner in deeper.items():
         values[name] = _replaced(getattr(config, name), inner)
     return dataclasses.replace(typing.cast("Any", config), **values)  # type: ignore[no-any-return]
+
+
+def _joined(before: object, value: object) -> object:
+    """Returns the value that replaces one; a mapping is added to the one before."""
+    if isinstance(before, Mapping) and isinstance(value, Mapping):
+        return {**before, **value}
+    return value
 
 
 def _title(owner: type) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from downpour.cluster.config import inception_recipes
+from downpour.cluster.config import classifier, inception_recipes
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError, one_line
@@ -38,6 +38,8 @@ class Recipe:
     name: str
     summary: str
     make: Callable[[], RunConfig]
+    of_data: tuple[str, ...] = ()
+    """Settings whose values come from the data."""
 
 
 def mnist_bn() -> RunConfig:
@@ -97,6 +99,13 @@ RECIPES = {
             make=mnist,
         ),
         Recipe(
+            name=classifier.NAME,
+            summary="any network (--model torchvision.models:resnet18) on labelled pictures "
+            "(--data FOLDER)",
+            make=classifier.classifier,
+            of_data=classifier.OF_DATA,
+        ),
+        Recipe(
             name="inception",
             summary="Inception (Figure 5) without batch normalization: what the others are "
             "compared with (section 4.2)",
@@ -154,6 +163,11 @@ def find(name: str) -> RunConfig:
             "and module:function names one of your own"
         )
     return admit(recipe.make())
+
+
+def of_data(name: str) -> tuple[str, ...]:
+    """The settings of the recipe called `name` whose values come from the data."""
+    return RECIPES[name].of_data if name in RECIPES else ()
 
 
 def _own(name: str) -> RunConfig:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import textwrap
 import types
 import typing
@@ -42,6 +43,9 @@ class Setting:
     is_flag: bool
     """Whether it is a pair of switches, `--x / --no-x`."""
 
+    is_mapping: bool
+    """Whether it is given as often as there are entries, `--x name=value`."""
+
     default: object
     """The field's default; `dataclasses.MISSING` if it has none."""
 
@@ -62,6 +66,8 @@ class Setting:
         """Returns the option with a value, as a user would have typed it."""
         if self.off_option is not None:
             return self.option if value else self.off_option
+        if isinstance(value, Mapping):
+            return " ".join(f"{self.option} {as_text({k: v})}" for k, v in value.items())
         return f"{self.option} {as_text(value)}"
 
     def shown(self, value: object) -> str | None:
@@ -115,6 +121,42 @@ class TupleValue(click.ParamType[Any]):
         return tuple(self.inner.convert(part, param, ctx) for part in parts)
 
 
+class EntryValue(click.ParamType[Any]):
+    """An entry of a mapping: `name=value`, the value as Python or JSON would have it, or a text."""
+
+    name = "name=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, object]:
+        """Returns the name and the value."""
+        if isinstance(value, tuple):
+            return value[0], value[1]
+        name, equals, text = str(value).partition("=")
+        if not equals or not name.isidentifier():
+            self.fail(f"{value!r} is no name=value, such as depth=18", param, ctx)
+        return name, _literal(text)
+
+
+def _literal(text: str) -> object:
+    """Returns what a text says as JSON or as Python, tuples as lists; else the text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found: object = read(text)
+        except (ValueError, SyntaxError):
+            continue
+        return json.loads(json.dumps(found)) if _is_plain(found) else text
+    return text
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 @functools.cache
 def settings_of(config_class: type) -> tuple[Setting, ...]:
     """Returns the settings of a configuration dataclass, in the order of its fields, flattened.
@@ -163,6 +205,7 @@ def _walk(config_class: type, path: tuple[str, ...]) -> typing.Iterator[Setting]
             owner=config_class,
             param_type=param_type,
             is_flag=annotation is bool,
+            is_mapping=isinstance(param_type, EntryValue),
             default=_default(field),
             help=docstrings.get(field.name, ""),
         )
@@ -177,6 +220,8 @@ def _param_type(annotation: Any) -> click.ParamType[Any] | None:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return click.Choice(list(arguments))
+    if origin is Mapping and arguments[0] is str:
+        return EntryValue()
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         inner = _SCALARS.get(arguments[0])
         return None if inner is None else TupleValue(inner)
@@ -229,4 +274,6 @@ def as_text(value: object) -> str:
         return "none"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={item}" for name, item in value.items()) or "none"
     return str(value)

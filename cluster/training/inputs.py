@@ -17,6 +17,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import BEGAN_IN, DATA, RunFolder
 from downpour.paramserver.partition.ranges import Partition, split
 from downpour.shuffler.dataset.encoding import EncodedImages
+from downpour.shuffler.dataset.labels import check_labels
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.holdings import Inventory
@@ -85,7 +86,7 @@ class Model:
 
 
 def check_data(config: RunConfig) -> Data:
-    """Open both splits, decode a row of each, and lay out the plan.
+    """Open both splits, check all labels, decode a row of each, and lay out the plan.
 
     A small split to score is decoded whole, unless bad images are to be skipped. If training rows
     are on nodes' own disks, only their manifest is read; each node is asked later.
@@ -117,6 +118,7 @@ def _check_split(
     """Open a split, and decode its first row, or all of it if it has at most `whole_bytes`."""
     dataset = Dataset.open(config.data.data, split_name)
     num_classes = config.model.num_classes
+    check_labels(dataset, num_classes)
     small = sum(shard.num_bytes for shard in dataset.shards) <= whole_bytes
     encoded = isinstance(dataset.encoding, EncodedImages)  # packed bits are never bad
     whole = small and encoded and decoder.on_bad_image == "stop"

@@ -1,7 +1,10 @@
 """Options derived from configuration dataclasses."""
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import click
 import pytest
@@ -162,3 +165,36 @@ def test_an_option_of_the_commands_own_must_not_take_a_settings_name():
         @click.option("--name")
         def command(name, given):
             """Never runs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keyed:
+    """A configuration with a mapping."""
+
+    arguments: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"depth": 18}, metadata={"cli": "arg"}
+    )
+    """An argument."""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ([], {"depth": 18}),
+        (["--arg", "depth=34"], {"depth": 34}),
+        (["--arg", "name=dla34", "--arg", "rate=0.5"], {"depth": 18, "name": "dla34", "rate": 0.5}),
+        (["--arg", "pretrained=False"], {"depth": 18, "pretrained": False}),
+        (["--arg", "size=(3, 4)", "--arg", "a=b=c"], {"depth": 18, "size": [3, 4], "a": "b=c"}),
+        (["--arg", "x=null", "--arg", "y=None"], {"depth": 18, "x": None, "y": None}),
+    ],
+)
+def test_entries_are_added_to_a_mapping(given: list[str], found: dict[str, object]) -> None:
+    seen = list[object]()
+
+    @click.command(cls=ConfigCommand)
+    @config_options(Keyed)
+    def command(given: dict[str, object]) -> None:
+        seen.append(apply(Keyed(), given).arguments)
+
+    command.main(given, standalone_mode=False)
+    assert seen == [found]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from downpour.cluster.config import recipes
+from downpour.cluster.config import classifier, recipes
 from downpour.cluster.config.derive import make_plan, step_config, update_config
 from downpour.cluster.config.options import OptionError, apply
 from downpour.cluster.config.plain import from_plain, to_plain
@@ -15,7 +15,7 @@ from downpour.workers.config import ReplicaConfig
 
 
 def test_the_paper_recipes_train_as_the_paper_did() -> None:
-    for name in recipes.RECIPES:
+    for name in recipes.RECIPES.keys() - {classifier.NAME}:
         config = recipes.find(name)
         assert config.recipe == name
         assert config.replicas.replicas == 10
