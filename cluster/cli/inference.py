@@ -12,11 +12,14 @@ import click
 from downpour.cluster.cli.shared import (
     also_option,
     crops_option,
+    orientation_option,
     with_weights_options,
 )
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
-from downpour.cluster.errors import UserError
+from downpour.cluster.errors import EXIT_ERROR, PROGRAM, UserError
 from downpour.cluster.serving.app import ServeConfig
+from downpour.shuffler.images.decode import BadImage
+from downpour.shuffler.images.reading import Orientation
 
 
 @click.command()
@@ -25,6 +28,13 @@ from downpour.cluster.serving.app import ServeConfig
 @click.option("--data", default=None, help="Folder or URI with the shards; default: the run's.")
 @click.option("--split", default=None, help="Split to score; default: the run's evaluation split.")
 @crops_option
+@orientation_option
+@click.option(
+    "--on-bad-image",
+    type=click.Choice(["stop", "skip"]),
+    default=None,
+    help="What an image does that cannot be decoded; default: as it did to the run.",
+)
 def evaluate(
     runs: tuple[Path, ...],
     best: bool,
@@ -32,16 +42,21 @@ def evaluate(
     data: str | None,
     split: str | None,
     crops: str,
+    orientation: Orientation | None,
+    on_bad_image: BadImage | None,
 ) -> None:
     """Score the weights of one of RUNS, or of several as an ensemble, on a split.
 
     Batch normalization uses the statistics that the server kept. Class probabilities are averaged
-    over the crops of an image and over the networks.
+    over the crops of an image and over the networks. Networks and data have to name the same
+    classes.
     """
     from downpour.cluster.serving import inference
 
-    loaded = [inference.load(run, best=best, weights=weights) for run in runs]
-    score = inference.evaluate(loaded, data=data, split=split, crops=int(crops))
+    loaded = inference.load_all(runs, best=best, weights=weights, orientation=orientation)
+    score = inference.evaluate(
+        loaded, data=data, split=split, crops=int(crops), on_bad_image=on_bad_image, say=_tell
+    )
     click.echo(json.dumps(score))
 
 
@@ -85,6 +100,7 @@ def recalibrate(
 @with_weights_options
 @also_option
 @crops_option
+@orientation_option
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show."
 )
@@ -96,25 +112,41 @@ def predict(
     weights: str | None,
     also: tuple[Path, ...],
     crops: str,
+    orientation: Orientation | None,
     top: int,
     as_json: bool,
-) -> None:
-    """Show the most probable classes of the files IMAGES, by the weights of RUN."""
-    from downpour.cluster.serving import inference
+) -> int:
+    """Show the most probable classes of the files IMAGES, by the weights of RUN.
+
+    Files that cannot be read or decoded are named on stderr, and the others are answered. Then the
+    exit status is 2.
+    """
+    from downpour.cluster.serving import inference, prediction
     from downpour.workers.evaluation.predictor import Predictor
 
-    files = inference.read_images(images)
-    loaded = [inference.load(path, best=best, weights=weights) for path in (run, *also)]
+    loaded = inference.load_all((run, *also), best=best, weights=weights, orientation=orientation)
     predictor = Predictor([one.network for one in loaded], crops=int(crops))
-    names = [str(path) for path in images]
-    answers = inference.predict(predictor, loaded[0].class_names, files, names, top=top)
+    answers = []
+    status = 0
+    for found in prediction.predict_files(predictor, loaded[0].class_names, images, top=top):
+        if found.problem is not None:
+            status = EXIT_ERROR
+            _tell(f"error: {found.problem}")
+        if found.note is not None:
+            _tell(found.note)
+        if as_json:
+            told = {"image": found.name, "predictions": found.classes}
+            answers.append(told | ({"error": found.problem} if found.problem else {}))
+        elif found.problem is None:
+            classes = "  ".join(f"{p['class']} {p['probability']:.1%}" for p in found.classes)
+            click.echo(f"{found.name}: {classes}")
     if as_json:
-        pairs = zip(names, answers, strict=True)
-        click.echo(json.dumps([{"image": n, "predictions": found} for n, found in pairs]))
-        return
-    for name, found in zip(names, answers, strict=True):
-        told = "  ".join(f"{p['class']} {p['probability']:.1%}" for p in found)
-        click.echo(f"{name}: {told}")
+        click.echo(json.dumps(answers))
+    return status
+
+
+def _tell(line: str) -> None:
+    click.echo(f"{PROGRAM}: {line}", err=True)
 
 
 @click.command()

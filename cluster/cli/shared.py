@@ -41,6 +41,15 @@ def with_weights_options(function: Any) -> Any:
     return function
 
 
+orientation_option = click.option(
+    "--orientation",
+    type=click.Choice(["follow", "ignore"]),
+    default=None,
+    help="Whether photos are turned upright as their EXIF orientation says; default: as the run "
+    "was trained.",
+)
+
+
 crops_option = click.option(
     "--crops",
     type=click.Choice(["1", "10", "144"]),

@@ -157,13 +157,14 @@ class Classifier:
 
     def predict(self, images: Sequence[bytes]) -> list[list[dict[str, Any]]]:
         """Return the most probable classes of each image."""
-        from downpour.cluster.serving.inference import predict
+        from downpour.cluster.serving.prediction import predict
 
         self._requests += len(images)
         self._batches += 1
         self._largest = max(self._largest, len(images))
         names = [str(i) for i in range(len(images))]
-        return predict(self._predictor, self._names, images, names, top=self._config.top)
+        found = predict(self._predictor, self._names, images, names, top=self._config.top)
+        return [one.classes for one in found]
 
     def stats(self) -> dict[str, int]:
         """Return the images and batches so far, and the largest batch."""

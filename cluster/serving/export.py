@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from downpour.cluster.errors import UserError
-from downpour.cluster.serving.inference import Trained, recomputed_statistics, split_rows
+from downpour.cluster.serving.inference import Trained, recomputed_statistics, rows_of_split
 from downpour.paramserver import durable
+from downpour.shuffler.dataset.records import Dataset
 from downpour.workers.evaluation.disagreement import disagreement
 from downpour.workers.evaluation.predictor import decode_any_size
 
@@ -102,8 +103,12 @@ def _examples(run: Trained, data: str | None) -> tuple[Tensor, Tensor]:
     config, network = run.config, run.network
     source = data or config.data.data
     count = config.model.num_classes
-    with split_rows(source, config.data.eval_split, count, rows=CHECKED_ROWS) as rows:
-        inputs = torch.from_numpy(decode_any_size(next(rows), network.spec.image).inputs)
+    dataset = Dataset.open(source, config.data.eval_split)
+    with rows_of_split(dataset, count, rows=CHECKED_ROWS) as rows:
+        decoded = decode_any_size(next(rows), network.spec.image, on_bad_image="skip")
+    if not len(decoded.kept):
+        raise UserError(f"there is no image to check the export on: {decoded.problems[0]}")
+    inputs = torch.from_numpy(decoded.inputs)
     with torch.inference_mode():
         outputs: Tensor = network.model.module(inputs)
     return inputs, outputs

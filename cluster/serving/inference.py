@@ -1,14 +1,16 @@
-"""Trained runs put to use: loading them, scoring, recalibrating, predicting.
+"""Trained runs put to use: loading them, scoring, recalibrating.
 
-Here: from a run's folder to networks, rows and answers. Not here: exporting (`export`), serving
-over HTTP (`app`), the command line.
+Here: from a run's folder to networks, rows and scores. Not here: the classes of image files
+(`prediction`), exporting (`export`), serving over HTTP (`app`), the command line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +26,23 @@ from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import BEST, DATA, MODEL, RunFolder
+from downpour.cluster.serving.classes import check_same_classes
 from downpour.models.layout import state_dict
 from downpour.paramserver import durable
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.images.decode import BadImage
+from downpour.shuffler.images.reading import Orientation
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.evaluation.disagreement import disagreement
 from downpour.workers.evaluation.evaluator import population_statistics
-from downpour.workers.evaluation.predictor import Network, Predictor, decode_any_size, rows_of
+from downpour.workers.evaluation.predictor import Network, Predictor, decode_any_size
 
 ROWS = 256
 """Rows that are read and decoded at a time, if each is one crop."""
 READ_BATCHES = 8
 """Mini-batches that are read and decoded at a time for Algorithm 2."""
+SKIPPED_SHOWN = 5
 RECALIBRATED = "recalibrated.safetensors"
 
 
@@ -50,22 +56,33 @@ class Trained:
     network: Network
 
     @property
+    def named_classes(self) -> tuple[str, ...]:
+        """Names that the run's data has for the labels 0, 1, ...; none if it has none."""
+        if not (self.folder.path / DATA).exists():
+            return ()
+        return tuple(self.folder.read_json(DATA).get("class_names") or ())
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the labels 0, 1, ...; numbers if the run's data has no names."""
-        names: list[str] = []
-        if (self.folder.path / DATA).exists():
-            names = self.folder.read_json(DATA).get("class_names") or []
-        count = self.config.model.num_classes
-        return tuple(names) if len(names) == count else tuple(map(str, range(count)))
+        names, count = self.named_classes, self.config.model.num_classes
+        return names if len(names) == count else tuple(map(str, range(count)))
 
 
-def load(run: Path, *, best: bool = False, weights: str | None = None) -> Trained:
+def load(
+    run: Path,
+    *,
+    best: bool = False,
+    weights: str | None = None,
+    orientation: Orientation | None = None,
+) -> Trained:
     """Load the weights of the run in the folder `run`.
 
     Args:
         run: the run's folder.
         best: the best weights instead of the last.
         weights: another file of weights, in the folder or elsewhere.
+        orientation: whether photos are turned upright; None is as the run was trained.
 
     Raises:
         UserError: the folder holds no run, or no such weights.
@@ -83,8 +100,28 @@ def load(run: Path, *, best: bool = False, weights: str | None = None) -> Traine
             other = "--last" if best else "--best"
             raise UserError(f"{path} does not exist (yet): wait for the run to end, or try {other}")
     config = recipes.admit(folder.config())
+    if orientation is not None:
+        model = dataclasses.replace(config.model, orientation=orientation)
+        config = dataclasses.replace(config, model=model)
     network = Network.load(model_spec(config), str(path))
     return Trained(folder=folder, config=config, weights=path, network=network)
+
+
+def load_all(
+    runs: Sequence[Path],
+    *,
+    best: bool,
+    weights: str | None,
+    orientation: Orientation | None = None,
+) -> list[Trained]:
+    """Load the weights of several runs, for an ensemble.
+
+    Raises:
+        UserError: see `load`; or the runs tell different classes apart.
+    """
+    loaded = [load(run, best=best, weights=weights, orientation=orientation) for run in runs]
+    check_same_classes([(str(run.folder.path), run.named_classes) for run in loaded])
+    return loaded
 
 
 def evaluate(
@@ -94,18 +131,40 @@ def evaluate(
     split: str | None,
     crops: int,
     rows: int | None = None,
+    on_bad_image: BadImage | None = None,
+    say: Callable[[str], object] = lambda _line: None,
 ) -> dict[str, Any]:
-    """Score one run, or several as an ensemble, on a split, or on its first `rows` rows.
+    """Score one run, or several as an ensemble, on a split.
+
+    Args:
+        runs: one or more of them.
+        data: folder or URI with the shards; None takes the first run's.
+        split: the split to score; None takes the first run's.
+        crops: of each image: 1, 10 or 144.
+        rows: score the first so many rows; None scores all.
+        on_bad_image: what an image does that cannot be decoded; None is what it does to the run.
+        say: is told, in a line each, of images that are skipped, and of what is not known.
 
     Raises:
         UserError: the data or the networks do not fit together.
+        DecodeError: an image cannot be decoded, and is not to be skipped.
     """
     first = runs[0].config
     source, split = data or first.data.data, split or first.data.eval_split
     predictor = Predictor([run.network for run in runs], crops=crops)
+    dataset = Dataset.open(source, split)
+    named = [(str(run.folder.path), run.named_classes) for run in runs]
+    check_same_classes([*named, (f"split {split!r} of {source}", dataset.class_names)])
+    if data is not None and not (dataset.class_names and named[0][1]):
+        silent = named[0][0] if dataset.class_names else source
+        say(f"{silent} does not name its classes: whether they are the same is not known")
     step = max(1, ROWS // crops)
-    with split_rows(source, split, predictor.num_classes, rows=step, limit=rows) as batches:
-        score = predictor.score(batches)
+    with rows_of_split(dataset, predictor.num_classes, rows=step, limit=rows) as batches:
+        score = predictor.score(batches, on_bad_image=on_bad_image or first.data.on_bad_image)
+    for line in score.skipped[:SKIPPED_SHOWN]:
+        say(f"skipped: {line}")
+    if len(score.skipped) > SKIPPED_SHOWN:
+        say(f"skipped: {len(score.skipped) - SKIPPED_SHOWN} more")
     return {
         "run": [str(run.folder.path) for run in runs] if len(runs) > 1 else runs[0].folder.name,
         "weights": runs[0].weights.name,
@@ -115,15 +174,15 @@ def evaluate(
         "top5_accuracy": score.top5_accuracy,
         "loss": round(score.loss, 6),
         "examples": score.num_examples,
+        "images_skipped": len(score.skipped),
     }
 
 
 @contextlib.contextmanager
-def split_rows(
-    data: str, split: str, num_classes: int, *, rows: int = ROWS, limit: int | None = None
+def rows_of_split(
+    dataset: Dataset, num_classes: int, *, rows: int = ROWS, limit: int | None = None
 ) -> Iterator[Iterator[pa.RecordBatch]]:
     """Yield a split's rows in their order, `rows` at a time; only the first `limit` if given."""
-    dataset = Dataset.open(data, split)
     end = min(dataset.num_rows, limit or dataset.num_rows)
     with contextlib.closing(RowReader(dataset, num_classes=num_classes)) as reader:
         yield (
@@ -138,13 +197,15 @@ def recomputed_statistics(
     """Compute Algorithm 2's statistics over mini-batches of a split, the weights as they are.
 
     The mini-batches are those of the first epoch of the run's plan on that split. Images are seen
-    as in inference, without random crops or distortion.
+    as in inference, without random crops or distortion. A mini-batch with an image that cannot be
+    decoded is left out if the run skips those.
 
     Returns:
         Mean and unbiased variance, float32 `[2, F]`, and the number of mini-batches.
 
     Raises:
         UserError: the network has no batch normalization.
+        DecodeError: an image cannot be decoded, and the run does not skip those.
     """
     config = run.config
     source, split = data or config.data.data, split or config.data.train_split
@@ -162,9 +223,18 @@ def recomputed_statistics(
             for start in range(0, count, READ_BATCHES):
                 indices = range(start, min(start + READ_BATCHES, count))
                 rows, lengths = plan.rows_of(0, np.array(indices))
-                inputs = torch.from_numpy(decode_any_size(reader.take(rows), spec.image).inputs)
-                for part in torch.split(inputs, lengths.tolist()):
-                    yield part, part
+                decoded = decode_any_size(
+                    reader.take(rows),
+                    spec.image,
+                    numbers=rows,
+                    on_bad_image=config.data.on_bad_image,
+                )
+                inputs = torch.from_numpy(decoded.inputs)
+                # Where each mini-batch lies among those that were decoded.
+                ends = np.searchsorted(decoded.kept, np.cumsum([0, *lengths.tolist()]))
+                for length, (begin, end) in zip(lengths, itertools.pairwise(ends), strict=True):
+                    if end - begin == length:
+                        yield inputs[begin:end], inputs[begin:end]
 
         model = run.network.model
         kept = model.statistics.clone()
@@ -205,44 +275,3 @@ def recalibrate(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     return {"written": str(path), **about}
-
-
-def read_images(paths: Sequence[Path]) -> list[bytes]:
-    """Return the bytes of image files.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    found = []
-    for path in paths:
-        try:
-            found.append(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"the image {path} cannot be read: {error.strerror}") from None
-    return found
-
-
-def predict(
-    predictor: Predictor,
-    class_names: Sequence[str],
-    images: Sequence[bytes],
-    names: Sequence[str],
-    *,
-    top: int,
-) -> list[list[dict[str, Any]]]:
-    """The most probable classes of each image, best first."""
-    answers: list[list[dict[str, Any]]] = []
-    step = ROWS // 4
-    for start in range(0, len(images), step):
-        rows = rows_of(images[start : start + step], names[start : start + step])
-        answers += [best_of(p, class_names, top) for p in predictor.probabilities(rows)]
-    return answers
-
-
-def best_of(probabilities: Tensor, class_names: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """The `top` most probable classes, best first."""
-    values, labels = probabilities.topk(min(top, len(class_names)))
-    return [
-        {"class": class_names[label], "label": label, "probability": value}
-        for value, label in zip(values.tolist(), labels.tolist(), strict=True)
-    ]

@@ -127,7 +127,7 @@ def _check_split(
         for start in range(0, dataset.num_rows if whole else 1, CHECKED_ROWS):
             stop = min(start + CHECKED_ROWS, dataset.num_rows) if whole else 1
             rows = np.arange(start, stop, dtype=np.int64)
-            notes += decoder.decode(reader.take(rows), rows=rows).notes
+            notes += decoder.decode(reader.take(rows), rows=rows).notes.values()
     more = f" ({len(notes) - 1} more of its images, too)" if len(notes) > 1 else ""
     return dataset, tuple(f"split {split_name!r}: {note}{more}" for note in notes[:1])
 

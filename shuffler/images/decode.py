@@ -10,6 +10,7 @@ its time to load. Several crops of each image are in `views`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -133,9 +134,9 @@ class Decoded:
     problems: tuple[str, ...] = ()
     """A line for each image that was skipped; it names the row."""
 
-    notes: tuple[str, ...] = ()
-    """A line for each image that was decoded and yet may not be what it should; it names the row.
-    """
+    notes: Mapping[int, str] = field(default_factory=dict)
+    """A line for each image that was decoded and yet may not be what it should, by its position
+    among the n rows; it names the row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +187,7 @@ class Decoder:
             inputs = _unpack(batch.column("bits"), encoding, self.spec)
             kept = np.arange(len(batch), dtype=np.int64)
             problems: tuple[str, ...] = ()
-            notes: tuple[str, ...] = ()
+            notes: Mapping[int, str] = {}
         else:
             planes, kept, problems, notes = self._planes(batch, epoch, rows)
             inputs = self.scaled(planes)
@@ -238,7 +239,7 @@ class Decoder:
 
     def _planes(
         self, batch: pa.RecordBatch, epoch: int, rows: NDArray[np.int64] | None
-    ) -> tuple[Pixels, NDArray[np.int64], tuple[str, ...], tuple[str, ...]]:
+    ) -> tuple[Pixels, NDArray[np.int64], tuple[str, ...], Mapping[int, str]]:
         """Return the images as uint8 [m, c, h, w], which rows they are, problems and notes."""
         from downpour.shuffler.images import pixels
 
@@ -336,10 +337,12 @@ def decode(
 
 def notes_of(
     files: list[ImageFile | None], batch: pa.RecordBatch, rows: NDArray[np.int64] | None
-) -> tuple[str, ...]:
-    """Return a line for each image of which something is to be told, in the order of the rows."""
+) -> Mapping[int, str]:
+    """Return a line for each image of which something is to be told, by its position."""
     found = ((position, file.note) for position, file in enumerate(files) if file is not None)
-    return tuple(f"{describe(batch, position, rows)}: {note}" for position, note in found if note)
+    return {
+        position: f"{describe(batch, position, rows)}: {note}" for position, note in found if note
+    }
 
 
 def decode_image(data: bytes, channels: int) -> NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """A small learnable dataset and run configuration, for tests that run the whole system."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from downpour.models.mlp import MnistNet
 from downpour.paramserver.config import ServerConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.shuffler.config import DataConfig
+from downpour.shuffler.dataset.encoding import EncodedImages, schema_for
 from downpour.shuffler.images.decode import ImageSpec
 from downpour.workers.config import ModelConfig, ReplicaConfig
 from downpour.workers.spec import InFlight, StepConfig
@@ -36,17 +38,27 @@ def images(num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_split(
-    folder: Path, split: str, pixels: np.ndarray, labels: np.ndarray, shards: int = 2
+    folder: Path,
+    split: str,
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    shards: int = 2,
+    *,
+    class_names: Sequence[str] = (),
+    spoilt: Sequence[int] = (),
 ) -> None:
-    """Shards in the Hugging Face convention."""
+    """Shards in the Hugging Face convention; the images of `spoilt` rows cannot be decoded."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, image in enumerate(pixels):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
-        rows.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
+        data = buffer.getvalue()[:40] if i in spoilt else buffer.getvalue()
+        rows.append({"bytes": data, "path": f"{i}.png"})
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"image": pa.array(rows, image_type), "label": pa.array(labels, pa.int64())})
+    if class_names:
+        table = table.cast(schema_for(EncodedImages(), class_names))
     cuts = np.linspace(0, len(table), shards + 1).astype(int)
     for i in range(shards):
         name = f"{split}-{i:05d}-of-{shards:05d}.parquet"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from downpour.cluster.serving import inference
+from downpour.cluster.serving import inference, prediction
 from downpour.workers.evaluation.predictor import Predictor
 from tests.helpers import commands
 from tests.helpers.strangers import beyond_loopback, kind_of_refusal, listening
@@ -108,9 +108,10 @@ def test_images_over_http(place: _Place, server: _Server) -> None:
     files = [as_file(image) for image in coloured(10, 7)[0]]
     trained = inference.load(place.run)
     names = [str(i) for i in range(10)]
-    expected = inference.predict(
+    answers = prediction.predict(
         Predictor([trained.network]), trained.class_names, files, names, top=5
     )
+    expected = [answer.classes for answer in answers]
     for data, wanted in zip(files, expected, strict=True):
         status, answer = server.ask("/predict", data)
         assert status == 200

@@ -10,7 +10,7 @@ the networks of an ensemble.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,8 +183,8 @@ class Answer:
     """Positions of the m among the n rows, ascending."""
     problems: tuple[str, ...]
     """A line for each of the others."""
-    notes: tuple[str, ...]
-    """A line for each image that may not be what it should."""
+    notes: Mapping[int, str]
+    """A line for each image that may not be what it should, by its position among the n rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

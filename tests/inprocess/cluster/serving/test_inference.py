@@ -16,6 +16,7 @@ from downpour.cluster.serving import inference
 from downpour.workers.evaluation.disagreement import disagreement
 from downpour.workers.evaluation.evaluator import Evaluator
 from downpour.workers.evaluation.predictor import Predictor, rows_of
+from tests.helpers.oriented import oriented
 from tests.helpers.tiny import write_split
 from tests.helpers.trained import NAMES, as_file, coloured, failed_command, run_command
 
@@ -76,6 +77,58 @@ class TestEvaluate:
         (tmp_path / "other" / "config.json").write_text(json.dumps(config))
         error = failed_command("evaluate", place / "one", tmp_path / "other", capsys=capsys)
         assert "use one of the same model and options" in error
+
+    def test_other_classes_are_refused(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Between networks and data, and within an ensemble: other names, or another order."""
+        pixels, labels = coloured(12, 7)
+        one = place / "one"
+        for names, words in (
+            (("0", "1", "2", "3"), "one tells red, green, blue, grey apart, and split 'test' of"),
+            (("red", "green", "grey", "blue"), "label 2 is 'blue' in"),
+            (("red", "green", "blue"), "red, green, blue: give what has the same classes"),
+        ):
+            data = tmp_path / "-".join(names)
+            write_split(data, "test", pixels, np.minimum(labels, 2), shards=1, class_names=names)
+            error = failed_command("evaluate", one, "--data", data, capsys=capsys)
+            assert words in error
+            assert str(data) in error
+        data = tmp_path / "same"
+        write_split(data, "test", pixels, labels, shards=1, class_names=NAMES)
+        assert run_command("evaluate", one, "--data", data, capsys=capsys)["examples"] == 12
+
+        other = tmp_path / "other"
+        shutil.copytree(one, other)
+        about = {"train_fingerprint": "", "class_names": ["cat", "dog", "emu", "fox"]}
+        (other / "data.json").write_text(json.dumps(about))
+        image = tmp_path / "a.png"
+        image.write_bytes(as_file(pixels[0]))
+        for command in (("evaluate", one, other), ("predict", one, image, "--also", other)):
+            assert "cat, dog, emu, fox" in failed_command(*command, capsys=capsys)
+
+    def test_data_without_names_is_told_of(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_split(tmp_path, "test", *coloured(12, 7), shards=1)
+        assert run_cli(downpour, ["evaluate", str(place / "one"), "--data", str(tmp_path)]) == 0
+        assert "does not name its classes" in capsys.readouterr().err
+
+    def test_bad_images_are_skipped_if_the_run_does_so(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = tmp_path / "data"
+        write_split(data, "test", *coloured(12, 7), shards=1, spoilt=(3, 8), class_names=NAMES)
+        one = str(place / "one")
+        error = failed_command("evaluate", one, "--data", data, capsys=capsys)
+        assert "row 3 (3.png" in error
+        assert "--on-bad-image skip" in error
+        words = ["evaluate", one, "--data", str(data), "--on-bad-image", "skip", "--crops", "10"]
+        assert run_cli(downpour, words) == 0
+        captured = capsys.readouterr()
+        told = json.loads(captured.out)
+        assert (told["examples"], told["images_skipped"]) == (10, 2)
+        assert "skipped: the image of row 8 (8.png" in captured.err
 
 
 class TestRecalibrate:
@@ -143,6 +196,54 @@ class TestPredict:
         big = tmp_path / "big.jpg"
         big.write_bytes(as_file(coloured(1, 3, side=120)[0][0], "JPEG"))
         assert run_cli(downpour, ["predict", str(place / "one"), str(big)]) == 0
+
+    def test_a_bad_file_costs_no_other_its_answer(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As with `grep`: each is answered or named, and the exit status says that one was bad."""
+        paths = []
+        for i, image in enumerate(coloured(100, 7)[0]):
+            paths.append(tmp_path / f"{i}.png")
+            paths[-1].write_bytes(as_file(image))
+        paths[17].write_bytes(b"no image")
+        paths[70].unlink()
+        words = ["predict", str(place / "one"), *map(str, paths)]
+        assert run_cli(downpour, [*words, "--json"]) == 2
+        captured = capsys.readouterr()
+        told = json.loads(captured.out)
+        assert [t["image"] for t in told] == [str(path) for path in paths]
+        assert [i for i, t in enumerate(told) if "error" in t] == [17, 70]
+        assert [i for i, t in enumerate(told) if not t["predictions"]] == [17, 70]
+        lines = captured.err.splitlines()
+        assert [f"{i}.png" in line for i, line in zip((17, 70), lines, strict=True)] == [True] * 2
+        assert run_cli(downpour, words) == 2
+        shown = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in shown] == [
+            str(path) for i, path in enumerate(paths) if i not in (17, 70)
+        ]
+        assert run_cli(downpour, words[:4]) == 0
+
+    def test_photos_are_upright_unless_the_run_or_an_option_says_otherwise(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pixels = coloured(1, 7, side=40)[0][0]
+        pixels[:20] = 255  # a lopsided scene
+        paths = []
+        for turned in range(1, 9):
+            paths.append(tmp_path / f"{turned}.png")
+            paths[-1].write_bytes(oriented(pixels, turned, "PNG"))
+        told = run_command("predict", place / "one", *paths, "--json", capsys=capsys)
+        assert all(t["predictions"] == told[0]["predictions"] for t in told)
+        words = ("--orientation", "ignore", "--json")
+        ignoring = run_command("predict", place / "one", *paths, *words, capsys=capsys)
+        assert ignoring[0] == told[0]
+        assert ignoring[2]["predictions"] != told[2]["predictions"]
+        old = tmp_path / "old"  # a run from before orientation was followed
+        shutil.copytree(place / "one", old)
+        config = json.loads((old / "config.json").read_text())
+        del config["model"]["image"]["orientation"], config["model"]["image"]["transparency"]
+        (old / "config.json").write_text(json.dumps(config))
+        assert run_command("predict", old, *paths, "--json", capsys=capsys) == ignoring
 
     @pytest.mark.parametrize("content", [b"no image at all", b"\xff\xd8\xff\xe0 cut short"])
     def test_what_is_no_image(

@@ -191,7 +191,9 @@ class TestDeepValues:
     def test_12_bits_in_16_are_told_of(self):
         dark = np.array([[0, 4095]], np.uint16)
         batch = images_batch([encoded(dark), encoded(self.VALUES[:, 2:])])
-        (note,) = Decoder(spec=ImageSpec(height=1, width=2, channels=1)).decode(batch).notes
+        decoder = Decoder(spec=ImageSpec(height=1, width=2, channels=1))
+        ((position, note),) = decoder.decode(batch).notes.items()
+        assert position == 0
         assert note.startswith("the image of row 0 of the batch (label 0): its values of 16 bits")
         assert "use the lower 12 only" in note
         colours = np.repeat(dark[:, :, None], 3, 2).astype(">u2")

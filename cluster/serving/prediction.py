@@ -1,0 +1,106 @@
+"""From image files to their most probable classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from downpour.workers.evaluation.predictor import Predictor, rows_of
+
+FILES = 64
+"""Image files that are read and decoded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What is said about one image file."""
+
+    name: str
+    """Of the file."""
+    classes: list[dict[str, Any]]
+    """The most probable ones, best first: class, label, probability. None for a bad file."""
+    problem: str | None = None
+    """Why there are none, on one line that names the file."""
+    note: str | None = None
+    """What else is to be told, on one line that names the file."""
+
+
+def predict_files(
+    predictor: Predictor, class_names: Sequence[str], paths: Iterable[Path], *, top: int
+) -> Iterator[Prediction]:
+    """Give the most probable classes of image files, in their order, a few files at a time.
+
+    Files that cannot be read or decoded have a problem instead.
+    """
+    batch: list[Path] = []
+    for path in paths:
+        batch.append(path)
+        if len(batch) == FILES:
+            yield from _predict_batch(predictor, class_names, batch, top)
+            batch = []
+    yield from _predict_batch(predictor, class_names, batch, top)
+
+
+def _predict_batch(
+    predictor: Predictor, class_names: Sequence[str], paths: Sequence[Path], top: int
+) -> Iterator[Prediction]:
+    unread: dict[int, str] = {}
+    images: list[bytes] = []
+    for position, path in enumerate(paths):
+        try:
+            images.append(path.read_bytes())
+        except OSError as error:
+            unread[position] = f"the image {path} cannot be read: {error.strerror or error}"
+    names = [str(path) for position, path in enumerate(paths) if position not in unread]
+    found = iter(predict(predictor, class_names, images, names, top=top))
+    for position, path in enumerate(paths):
+        if position in unread:
+            yield Prediction(name=str(path), classes=[], problem=unread[position])
+        else:
+            yield next(found)
+
+
+def predict(
+    predictor: Predictor,
+    class_names: Sequence[str],
+    images: Sequence[bytes],
+    names: Sequence[str],
+    *,
+    top: int,
+) -> list[Prediction]:
+    """Return the most probable classes of each image, or why there are none.
+
+    Args:
+        predictor: the network, or several.
+        class_names: of its labels.
+        images: contents of image files.
+        names: of the files, for messages.
+        top: classes for each.
+    """
+    if not images:
+        return []
+    answer = predictor.answer(rows_of(images, names), on_bad_image="skip")
+    problems = iter(answer.problems)
+    rows = dict(zip(answer.kept.tolist(), answer.probabilities, strict=True))
+    return [
+        Prediction(
+            name=name,
+            classes=best_of(rows[i], class_names, top) if i in rows else [],
+            problem=None if i in rows else next(problems),
+            note=answer.notes.get(i),
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def best_of(probabilities: Tensor, class_names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """Return the `top` most probable classes, best first."""
+    values, labels = probabilities.topk(min(top, len(class_names)))
+    return [
+        {"class": class_names[label], "label": label, "probability": value}
+        for value, label in zip(values.tolist(), labels.tolist(), strict=True)
+    ]
