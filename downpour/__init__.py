@@ -7,6 +7,7 @@ A recipe, a script or a notebook needs only the names that are here:
     def recipe() -> downpour.RunConfig: ...
 
     folder = downpour.train(recipe(), runs="runs")
+    result = downpour.Trainer(model=net, config=recipe(), epochs=3).fit()
 
 Every other module is imported by its full name, such as `downpour.paramserver.client`. In a
 checkout the parts of this package are links to the folders at the root. `import downpour` imports
@@ -19,10 +20,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from downpour import callbacks
     from downpour.cluster.config.placement import PlacementConfig
     from downpour.cluster.config.policy import PolicyConfig
     from downpour.cluster.config.run import RunConfig
     from downpour.cluster.errors import UserError
+    from downpour.cluster.trainer.result import Result
+    from downpour.cluster.trainer.scaling import ScalingConfig
+    from downpour.cluster.trainer.trainer import Trainer
     from downpour.cluster.training.api import RunStopped, resume, train
     from downpour.cluster.training.from_data import classifier
     from downpour.models.batchnorm import BatchNorm
@@ -52,12 +57,15 @@ _HOMES = {
     "PlacementConfig": "cluster.config.placement",
     "PolicyConfig": "cluster.config.policy",
     "ReplicaConfig": "workers.config",
+    "Result": "cluster.trainer.result",
     "RunConfig": "cluster.config.run",
     "RunStopped": "cluster.training.api",
+    "ScalingConfig": "cluster.trainer.scaling",
     "Schedule": "paramserver.rules.schedule",
     "ServerConfig": "paramserver.config",
     "StepConfig": "workers.spec",
     "TorchFeed": "workers.torch_feed",
+    "Trainer": "cluster.trainer.trainer",
     "UserError": "cluster.errors",
     "classifier": "cluster.training.from_data",
     "resume": "cluster.training.api",
@@ -78,13 +86,17 @@ __all__ = [
     "PlacementConfig",
     "PolicyConfig",
     "ReplicaConfig",
+    "Result",
     "RunConfig",
     "RunStopped",
+    "ScalingConfig",
     "Schedule",
     "ServerConfig",
     "StepConfig",
     "TorchFeed",
+    "Trainer",
     "UserError",
+    "callbacks",
     "classifier",
     "resume",
     "train",
@@ -93,6 +105,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the public name `name` from the module that defines it (PEP 562)."""
+    if name == "callbacks":
+        return importlib.import_module("downpour.callbacks")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'downpour' has no attribute {name!r}")

@@ -1,5 +1,7 @@
 """A model or a loss from its name: one of ours, or a user's own as `package.module:function`.
 
+What has no such name travels by value (`by_value`).
+
 Here: the tables of names and the errors of a wrong one. Not here: the models.
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from downpour.models import by_value
 from downpour.models.errors import ModelError, RegistryError
 from downpour.models.lookup import import_named, place_of
 from downpour.models.outputs import cross_entropy
@@ -150,6 +153,8 @@ _WANTED = {
 
 
 def _find(kind: str, name: str, known: Mapping[str, object]) -> Callable[..., object]:
+    if by_value.is_by_value(name):
+        return by_value.find(kind, name)  # type: ignore[no-any-return]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise RegistryError(

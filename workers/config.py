@@ -27,6 +27,8 @@ class ModelConfig:
     outputs and the labels of a mini-batch and returns their mean loss."""
     image: ImageSpec = field(metadata={"cli": False})
     """How a row becomes an input."""
+    carried: Mapping[str, bytes | str] = field(default_factory=dict, metadata={"cli": False})
+    """Model and loss, if no other process can import them (`models.by_value`)."""
     num_classes: int = 10
     """Labels are in [0, number of classes)."""
     image_size: int | None = None

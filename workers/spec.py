@@ -11,6 +11,7 @@ from downpour.shuffler.images.decode import Decoder, ImageSpec
 if TYPE_CHECKING:
     from torch import nn
 
+    from downpour.models.by_value import Carried
     from downpour.models.flat import FlatModel
     from downpour.models.registry import Loss
 
@@ -35,6 +36,8 @@ class ModelSpec:
     """How rows become inputs."""
     num_classes: int
     """Labels are in [0, num_classes)."""
+    carried: Carried = field(default_factory=dict)
+    """Model and loss, if no other process can import them."""
 
     @property
     def is_ours(self) -> bool:
@@ -47,8 +50,10 @@ class ModelSpec:
         A factory gets `num_classes`, `image_size` and, unless images are RGB, the channels of its
         input, as far as it takes them and the arguments lack them.
         """
+        from downpour.models.by_value import admit
         from downpour.models.registry import CHANNELS, CLASSES, build
 
+        admit(self.carried)
         offered = {CLASSES: self.num_classes}
         if self.image.channels != RGB:
             offered |= dict.fromkeys(CHANNELS, self.image.channels)
@@ -58,8 +63,10 @@ class ModelSpec:
 
     def build_loss(self) -> Loss:
         """The function `(outputs, targets) -> mean loss`."""
+        from downpour.models.by_value import admit
         from downpour.models.registry import find_loss
 
+        admit(self.carried)
         return find_loss(self.loss)
 
     def build_flat(self, device: str = "meta") -> FlatModel:

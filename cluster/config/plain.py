@@ -15,8 +15,10 @@ ConfigT = TypeVar("ConfigT")
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain dicts, for JSON."""
-    return dataclasses.asdict(config)
+    """The configuration as plain dicts, for JSON, without what travels by value."""
+    plain = dataclasses.asdict(config)
+    del plain["model"]["carried"]
+    return plain
 
 
 def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.controller.instructions import (
     BeginCheckpoint,
+    CheckpointFinished,
     DiscardCheckpoint,
     Instruction,
     PruneCheckpoints,
@@ -19,6 +20,7 @@ from downpour.cluster.controller.instructions import (
 )
 from downpour.cluster.controller.partitions import PartitionMember
 from downpour.cluster.errors import one_line
+from downpour.cluster.run.checkpoint import Checkpoint
 from downpour.paramserver.partition.snapshot import SnapshotFile
 
 
@@ -83,11 +85,12 @@ class CheckpointSchedule:
             return None
         return tuple(self._files[index] for index in range(num_partitions))
 
-    def committed(self, number: int) -> None:
+    def committed(self, checkpoint: Checkpoint) -> None:
         """One is finished: remove older ones."""
-        if self._is_current(number):
-            self.last = number
+        if self._is_current(checkpoint.number):
+            self.last = checkpoint.number
             self._files = None
+            self._out.append(CheckpointFinished(checkpoint=checkpoint))
             self._out.append(PruneCheckpoints())
 
     def failed(self, number: int, error: Exception) -> None:

@@ -74,6 +74,7 @@ class Controller:
         self._resumed = resumed
         self._clock = clock
         self._stop_requested: str | None = None
+        self._end_requested: str | None = None
         self._pending: dict[PendingCall, do.Call] = {}
         """What the backend has been asked and has not answered yet."""
         self._events: deque[events.Event] = deque()
@@ -94,6 +95,10 @@ class Controller:
     def request_stop(self, reason: str) -> None:
         """Ask `run` to write a checkpoint and return. Safe to call from a signal handler."""
         self._stop_requested = reason
+
+    def request_end(self, reason: str) -> None:
+        """Ask `run` to finish the run as it stands, as if its last epoch were over."""
+        self._end_requested = reason
 
     @property
     def stop_reason(self) -> str | None:
@@ -121,6 +126,8 @@ class Controller:
                     self._events.append(events.Failed(call=call, error=done.error))
             if self._stop_requested is not None:
                 self._events.append(events.StopRequested(reason=self._stop_requested))
+            if self._end_requested is not None:
+                self._events.append(events.EndRequested(reason=self._end_requested))
             self._events.append(events.Tick())
 
     def _hand_in_all(self) -> do.RunOutcome | None:
@@ -133,7 +140,13 @@ class Controller:
                         return instruction.outcome
                     case do.GiveUp():
                         raise instruction.error from instruction.cause
-                    case do.Tell() | do.WindowTrained() | do.AllReported() | do.WeightsScored():
+                    case (
+                        do.Tell()
+                        | do.WindowTrained()
+                        | do.AllReported()
+                        | do.WeightsScored()
+                        | do.CheckpointFinished()
+                    ):
                         self._listener.note(instruction, self.state, now)
                     case _:
                         self._carry_out(instruction)

@@ -26,6 +26,13 @@ class StopRequested:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndRequested:
+    """Somebody has seen enough: the run is to be finished as it stands."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplicasRequested:
     """Somebody asks for another number of replicas."""
 
@@ -48,4 +55,4 @@ class Failed:
     error: Exception
 
 
-Event = Begin | Tick | StopRequested | ReplicasRequested | Answered | Failed
+Event = Begin | Tick | StopRequested | EndRequested | ReplicasRequested | Answered | Failed

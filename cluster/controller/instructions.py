@@ -234,7 +234,14 @@ class WeightsScored:
     evaluation: Evaluation
 
 
-Note = Tell | WindowTrained | AllReported | WeightsScored
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFinished:
+    """A checkpoint is whole."""
+
+    checkpoint: Checkpoint
+
+
+Note = Tell | WindowTrained | AllReported | WeightsScored | CheckpointFinished
 
 # The end
 

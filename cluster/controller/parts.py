@@ -107,6 +107,8 @@ class RunParts:
         """At the end of a finished run: every partition covers every mini-batch, each once."""
         self.unfinished_epochs: dict[int, int] = {}
         """At the end of a run that ends early: see `RunOutcome`."""
+        self.end_wanted: str | None = None
+        """Why somebody wants the run to be finished as it stands, if so."""
         self.ended: Ended | None = None
         """Why the run ends early, once it does."""
         self.early_stopping = early_stopping or EarlyStopping(

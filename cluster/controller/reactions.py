@@ -45,6 +45,7 @@ from downpour.cluster.controller.partitions import Inquiry
 from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.errors import user_message
 from downpour.cluster.run.checkpoint import Checkpoint, slowest
+from downpour.cluster.run.early_stopping import Ended
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +88,7 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
         case BeginCheckpoint() as call:
             run.checkpoints.begun(call, value, run.partitions.members)
         case CommitCheckpoint() as call:
-            run.checkpoints.committed(call.checkpoint.number)
+            run.checkpoints.committed(call.checkpoint)
 
 
 def failed(run: RunParts, event: Failed, now: float) -> None:
@@ -266,7 +267,13 @@ def _commit(run: RunParts, number: int, files: tuple[SnapshotFile, ...], now: fl
 def _scored(run: RunParts, evaluation: Evaluation, now: float) -> None:
     """Weights were scored: does the run end with that?"""
     ended = run.early_stopping.scored(run.scoring(evaluation, now))
-    if ended is None or run.ended or run.leases.finished or run.stop_reason is not None:
+    if ended is not None:
+        finish(run, ended)
+
+
+def finish(run: RunParts, ended: Ended) -> None:
+    """The run is finished for this reason, unless it ends already."""
+    if run.ended or run.leases.finished or run.stop_reason is not None:
         return
     run.ended = ended
     run.out.append(Tell(text=f"the run ends early: {ended.reason}"))

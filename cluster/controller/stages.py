@@ -16,7 +16,7 @@ from downpour.cluster.controller.instructions import (
     Tell,
 )
 from downpour.cluster.controller.parts import RunParts, Stage
-from downpour.cluster.controller.reactions import partition_lost
+from downpour.cluster.controller.reactions import finish, partition_lost
 from downpour.cluster.run.early_stopping import Ended
 
 
@@ -78,6 +78,8 @@ def _resume(run: RunParts, now: float) -> None:
 
 def _train(run: RunParts, now: float) -> None:
     """Grant leases and look after everybody, until the run is finished or asked to stop."""
+    if run.end_wanted is not None:
+        finish(run, Ended(by="callback", reason=run.end_wanted))
     if run.leases.finished or run.stop_reason is not None:
         _wind_up(run)
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 from downpour.cluster.controller.events import (
     Answered,
     Begin,
+    EndRequested,
     Event,
     Failed,
     ReplicasRequested,
@@ -69,6 +70,8 @@ class RunState(RunParts):
                 failed(self, event, now)
             case StopRequested():
                 self.stop_reason = self.stop_reason or event.reason
+            case EndRequested():
+                self.end_wanted = self.end_wanted or event.reason
             case ReplicasRequested():
                 self._scale(event.replicas)
 

@@ -1,15 +1,18 @@
-"""What the collectors of figures are told of a run: Prometheus through Ray, TensorBoard.
+"""What those who look on are told of a run: Prometheus through Ray, TensorBoard, callbacks.
 
 `Telemetry` makes an `Observation` about once a second and hands it to each `Sink`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.leases.manager import Leases
+from downpour.cluster.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
@@ -41,5 +44,26 @@ class Sink(Protocol):
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """Weights were scored; a line of metrics.jsonl."""
 
+    def saved(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is whole."""
+
     def close(self) -> None:
         """The session is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handle:
+    """A run that trains, for those who look on from outside."""
+
+    folder: Path
+    """The run's folder."""
+    config: RunConfig
+    """Its configuration."""
+    finish: Callable[[str], None]
+    """Asks for the run to be finished as it stands; takes the reason."""
+    tell: Callable[[str], None]
+    """Shows people a line, and keeps it among the run's events."""
+
+
+Onlooker = Callable[[Handle], Sink]
+"""Is called when a session begins, and gives what is told of it from then on."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from downpour.cluster.monitoring.observation import Observation
+from downpour.cluster.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
@@ -203,6 +204,9 @@ class PrometheusSink:
         for name in ("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "bn_gap"):
             if name in values and math.isfinite(values[name]):
                 self._metric(f"downpour_{name}", values[name])
+
+    def saved(self, checkpoint: Checkpoint) -> None:
+        """See `Sink`."""
 
     def close(self) -> None:
         """Nothing: Ray sends what is left."""

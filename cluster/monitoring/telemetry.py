@@ -17,6 +17,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.failure_policy import Part
 from downpour.cluster.controller.instructions import (
     AllReported,
+    CheckpointFinished,
     Note,
     Tell,
     WeightsScored,
@@ -87,13 +88,21 @@ class Telemetry:
         """See `RunListener`: tell people and files what has happened."""
         match note:
             case Tell():
-                self._tell(note.text)
+                self.tell(note.text)
             case WindowTrained():
                 self._trained(note.report)
             case AllReported():
                 self._reported(run, now)
             case WeightsScored():
                 self._scored(note.evaluation, run, now)
+            case CheckpointFinished():
+                for sink in self._sinks:
+                    self._write(functools.partial(sink.saved, note.checkpoint))
+
+    def tell(self, text: str) -> None:
+        """Tell people a line, and keep it among the run's events."""
+        self._say(text)
+        self._write(lambda: self._folder.append_event(text))
 
     def progress(self, run: RunParts, now: float) -> Progress:
         """Return where a run stands."""
@@ -128,10 +137,6 @@ class Telemetry:
         if not self._reports:
             return 0.0
         return round(min(r.examples for r in self._reports) / self._plan.num_rows, 4)
-
-    def _tell(self, text: str) -> None:
-        self._say(text)
-        self._write(lambda: self._folder.append_event(text))
 
     def _trained(self, report: WindowReport) -> None:
         self._cpu.trained(report)
@@ -217,7 +222,7 @@ class Telemetry:
         if evaluation.note != self._said:
             self._said = evaluation.note
             if self._said is not None:
-                self._tell(self._said)
+                self.tell(self._said)
         self._write(lambda: self._folder.append_metrics(values))
         scored = {**values, "best_accuracy": run.evaluation.best_accuracy}
         for sink in self._sinks:

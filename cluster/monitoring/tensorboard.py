@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.monitoring.observation import Observation
+from downpour.cluster.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -52,6 +53,9 @@ class TensorBoardSink:
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
         self._write(values)
+
+    def saved(self, checkpoint: Checkpoint) -> None:
+        """See `Sink`."""
 
     def close(self) -> None:
         """See `Sink`."""

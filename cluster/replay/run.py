@@ -74,7 +74,7 @@ def replay_run(
     torch.set_num_threads(int(about["threads"]))
     from downpour.workers.recompute import Recomputer
 
-    model = build_model(config)
+    model = build_model(config, folder.initial)
     count = partitions_before(folder) or 1 + max(branch.partition for branch in branches)
     checkpoint, _ = CheckpointStore(folder.checkpoints_uri).latest()
     wanted = {} if checkpoint is None else {f.version: f for f in checkpoint.files}

@@ -22,7 +22,7 @@ MILESTONES = (0.9, 0.95, 0.97, 0.975, 0.98, 0.99)
 Point = tuple[int, int]
 """A version, and the examples applied by then."""
 
-EndedBy = Literal["epochs", "accuracy", "patience"]
+EndedBy = Literal["epochs", "accuracy", "patience", "callback"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Ended:
 
     by: EndedBy = "epochs"
     """`epochs`: all of them are trained. `accuracy`: it has the one that was asked for.
-    `patience`: too many scorings brought no better one."""
+    `patience`: too many scorings brought no better one. `callback`: a callback asked for it."""
     reason: str = "every epoch is trained"
     """The same in words, with the numbers."""
 

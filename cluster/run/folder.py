@@ -2,6 +2,8 @@
 
 runs/<name>/
   config.json        the configuration, with every value
+  code.json          network and loss, if no other process can import them (`sealed`)
+  initial.safetensors  the weights that the run began with, if they were handed over
   resolved.json      what the machines made of it: the numbers of partitions, processes, threads
   status.json        where the run stands; replaced about once a second
   metrics.jsonl      a line a second, and a line for each evaluation
@@ -33,6 +35,7 @@ from typing import Any
 from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.cluster.run import sealed
 from downpour.cluster.run.whereabouts import found_again
 from downpour.paramserver import durable
 from downpour.shuffler.dataset.bundled import at_hand
@@ -47,6 +50,11 @@ MAX_REPLICAS = 10_000
 STOP = ".stop"
 """There while somebody has asked the run to stop."""
 BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
+INITIAL = "initial.safetensors"
+
+
+NOTHING_TRAINED = {CONFIG, sealed.CODE, INITIAL, RESOLVED, DATA, ".lock"}
+"""What there is of a run before its first update."""
 
 
 class RunFolder:
@@ -76,7 +84,13 @@ class RunFolder:
         try:
             durable.make_folder(path.absolute())
             folder = cls(path)
+            if config.model.carried:
+                sealed.write(path, config.model.carried)
             folder.write_json(CONFIG, to_plain(config))
+        except UserError:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise
         except OSError as error:
             raise UserError(
                 f"the run folder {path} cannot be written: {error.strerror or error}; give "
@@ -99,13 +113,19 @@ class RunFolder:
 
     def discard_if_unused(self) -> None:
         """Remove the folder if nothing was trained, so that a mistake leaves nothing behind."""
-        if not {entry.name for entry in self.path.iterdir()} - {CONFIG, RESOLVED, DATA, ".lock"}:
+        if not {entry.name for entry in self.path.iterdir()} - NOTHING_TRAINED:
             shutil.rmtree(self.path)
 
     @property
     def name(self) -> str:
         """The run's name."""
         return self.path.name
+
+    @property
+    def initial(self) -> Path | None:
+        """The file with the weights that the run began with; None if the network made them."""
+        path = self.path / INITIAL
+        return path if path.exists() else None
 
     @property
     def checkpoints_uri(self) -> str:
@@ -127,7 +147,8 @@ class RunFolder:
         policy = config.policy
         if policy.checkpoints is not None:
             policy = dataclasses.replace(policy, checkpoints=self._found(policy.checkpoints))
-        return dataclasses.replace(config, data=data, policy=policy)
+        model = dataclasses.replace(config.model, carried=sealed.read(self.path))
+        return dataclasses.replace(config, data=data, policy=policy, model=model)
 
     def _found(self, path: str) -> str:
         noted = self.read_json(DATA) if (self.path / DATA).exists() else {}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -16,8 +17,11 @@ from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import RESULT, RunFolder
-from downpour.cluster.training import change, inputs, launch
+from downpour.cluster.training import carry, change, inputs, launch
 from downpour.workers.spec import DeviceName
+
+if TYPE_CHECKING:
+    from downpour.cluster.monitoring.observation import Onlooker
 
 
 class RunStopped(UserError):
@@ -56,7 +60,7 @@ def train(
     chosen = _configuration(config)
     data = inputs.check_data(chosen)
     folder = create(chosen, name=name, runs=Path(runs))
-    return _train(folder, data, resume=False, address=address, dashboard=dashboard)
+    return train_in(folder, data, resume=False, address=address, dashboard=dashboard)
 
 
 def resume(
@@ -93,7 +97,7 @@ def resume(
     change.change(
         folder, data, replicas=replicas, partitions=partitions, device=device, until=until
     )
-    return _train(folder, data, resume=True, address=address, dashboard=dashboard)
+    return train_in(folder, data, resume=True, address=address, dashboard=dashboard)
 
 
 def create(config: RunConfig, *, name: str | None, runs: Path) -> RunFolder:
@@ -119,16 +123,41 @@ def _configuration(config: object) -> RunConfig:
     if isinstance(config, str):
         return recipes.find(config)
     if isinstance(config, RunConfig):
-        return recipes.admit(config)
+        return recipes.admit(carry.from_main(config))
     called = "; call the function, and give what it returns" if callable(config) else ""
     raise UserError(
         f"config is {config!r}: give a downpour.RunConfig, or the name of a recipe{called}"
     )
 
 
-def _train(
-    folder: RunFolder, data: inputs.Data, *, resume: bool, address: str | None, dashboard: bool
+def train_in(
+    folder: RunFolder,
+    data: inputs.Data,
+    *,
+    resume: bool,
+    address: str | None,
+    dashboard: bool,
+    console: Console | None = None,
+    onlookers: Sequence[Onlooker] = (),
 ) -> Path:
+    """Train the run of a folder to its end.
+
+    Args:
+        folder: the run's.
+        data: what `check_data` found for the run's configuration.
+        resume: whether to go on from the newest checkpoint.
+        address: as for `train`.
+        dashboard: as for `train`.
+        console: shows progress, and the result unless it is quiet; None takes stderr.
+        onlookers: are told what happens.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: the run cannot be trained. A new run of which nothing was trained is removed.
+        RunStopped: it was stopped.
+    """
     try:
         launch.train(
             folder,
@@ -136,8 +165,9 @@ def _train(
             resume=resume,
             address=address,
             dashboard=dashboard,
-            console=Console(stderr=True),
+            console=console or Console(stderr=True),
             age_s=0.0,
+            onlookers=onlookers,
         )
     except BaseException:
         if not resume:

@@ -27,6 +27,8 @@ from downpour.shuffler.plan.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from downpour.models.flat import FlatModel
+
 CHECKED_BYTES = 4 << 20
 """A split to score of at most so many bytes is decoded whole before Ray starts: in tenths of a
 second. In a larger one a bad image is found by the evaluator."""
@@ -132,9 +134,20 @@ def _check_split(
     return dataset, tuple(f"split {split_name!r}: {note}{more}" for note in notes[:1])
 
 
-def build_model(config: RunConfig) -> Model:
-    """Build the network of `config`. This is what imports PyTorch."""
+def build_model(config: RunConfig, initial: Path | None = None) -> Model:
+    """Build the network of `config`. This is what imports PyTorch.
+
+    Args:
+        config: of the run.
+        initial: a safetensors file with the initial weights, under PyTorch's names; None leaves
+            them to the network itself.
+
+    Raises:
+        ModelError: the network cannot be built, or the weights are of another one.
+    """
     model = model_spec(config).build_flat("cpu")
+    if initial is not None:
+        _load(model, initial)
     return Model(
         weights=model.weights.numpy(),
         num_features=model.layout.num_features,
@@ -142,6 +155,23 @@ def build_model(config: RunConfig) -> Model:
         stops=tuple(entry.stop for entry in model.layout.entries),
         by_layer=config.server.by_layer,
     )
+
+
+def _load(model: FlatModel, path: Path) -> None:
+    """Give a network the weights in a file, and BN statistics if it has them."""
+    import safetensors.torch
+
+    from downpour.models.errors import LayoutError
+    from downpour.models.layout import state_dict
+
+    found = safetensors.torch.load_file(str(path))
+    parameters = {entry.name for entry in model.layout.entries}
+    for name, into in state_dict(model.weights, model.statistics, model.layout).items():
+        if name in found and found[name].shape == into.shape:
+            into.copy_(found[name])
+        elif name in found or name in parameters:
+            has = f"as {list(found[name].shape)}" if name in found else "not"
+            raise LayoutError(f"{path} has '{name}' {has}: the network is another one")
 
 
 def check_data_unchanged(folder: RunFolder, found: Data) -> None:

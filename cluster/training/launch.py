@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
     from downpour.cluster.controller.instructions import RunOutcome
-    from downpour.cluster.monitoring.observation import Sink
+    from downpour.cluster.monitoring.observation import Onlooker, Sink
     from downpour.cluster.ray_backend.nodes import Nodes
 
 Show = Callable[[Progress], None]
@@ -59,6 +59,7 @@ class _Session:
     began_s: float
     """The same by the monotonic clock."""
     console: Any
+    onlookers: Sequence[Onlooker]
 
     def phase(self, show: Show, phase: str) -> None:
         """Show what is being waited for."""
@@ -74,6 +75,7 @@ def train(
     dashboard: bool,
     console: Any,
     age_s: float | None = None,
+    onlookers: Sequence[Onlooker] = (),
 ) -> int:
     """Train the run of `folder` to its end, or until somebody stops it.
 
@@ -86,6 +88,7 @@ def train(
         console: a rich console, for progress and messages.
         age_s: seconds ago that the run began; None says that this process is for this run, and
             began with it.
+        onlookers: are told what happens, besides the run's own collectors of figures.
 
     Returns:
         The exit status for the process: 0, or 128 and the number of the signal that stopped it.
@@ -98,7 +101,7 @@ def train(
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     _check_device(folder.config(), address)
     with folder.locked():
-        session = _open(folder, data, resume, began_at, began_s, console)
+        session = _open(folder, data, resume, began_at, began_s, console, onlookers)
         with TrainingDisplay(folder.name, console=console) as display:
             outcome, reason = _train_on_ray(session, display.update, address, dashboard)
         if outcome.finished:
@@ -116,7 +119,13 @@ def _check_device(config: RunConfig, address: str | None) -> None:
 
 
 def _open(
-    folder: RunFolder, data: Data, resume: bool, began_at: float, began_s: float, console: Any
+    folder: RunFolder,
+    data: Data,
+    resume: bool,
+    began_at: float,
+    began_s: float,
+    console: Any,
+    onlookers: Sequence[Onlooker],
 ) -> _Session:
     config = folder.config()
     check_data_unchanged(folder, data)
@@ -137,6 +146,7 @@ def _open(
         began_at=began_at,
         began_s=began_s,
         console=console,
+        onlookers=onlookers,
     )
 
 
@@ -172,7 +182,9 @@ def _train_on_ray(
         on_ray(
             address=address,
             dashboard=dashboard,
-            meanwhile=lambda: building.append(pool.submit(build_model, session.config)),
+            meanwhile=lambda: building.append(
+                pool.submit(build_model, session.config, session.folder.initial)
+            ),
         ) as dashboard_url,
     ):
         if dashboard_url:
@@ -223,6 +235,7 @@ def _control(
 ) -> tuple[RunOutcome, str | None]:
     """Start the actors and train; returns what came out, and why it stopped if it did."""
     from downpour.cluster.controller.controller import Controller
+    from downpour.cluster.monitoring.observation import Handle
     from downpour.cluster.monitoring.telemetry import Telemetry
     from downpour.cluster.ray_backend.backend import RayBackend
 
@@ -236,24 +249,32 @@ def _control(
         store=session.store,
     )
     sinks = _sinks(session, model)
+    telemetry = Telemetry(
+        config=session.config,
+        plan=specs.plan,
+        folder=session.folder,
+        show=show,
+        say=lambda line: session.console.print(line, style="yellow", markup=False),
+        sinks=sinks,
+    )
     controller = Controller(
         config=session.config,
         plan=specs.plan,
         backend=backend,
         folder=session.folder,
         store=session.store,
-        listener=Telemetry(
-            config=session.config,
-            plan=specs.plan,
-            folder=session.folder,
-            show=show,
-            say=lambda line: session.console.print(line, style="yellow", markup=False),
-            sinks=sinks,
-        ),
+        listener=telemetry,
         resumed=session.resumed,
         began_s=session.began_s,
     )
+    handle = Handle(
+        folder=session.folder.path,
+        config=session.config,
+        finish=controller.request_end,
+        tell=telemetry.tell,
+    )
     try:
+        sinks.extend(onlooker(handle) for onlooker in session.onlookers)
         with stop_on_signals(controller.request_stop):
             outcome = controller.run()
     finally:

@@ -47,7 +47,8 @@ def conclude(
     folder.write_status({**folder.status(), "state": "finished", "accuracy": accuracy})
     plot_run(folder.path)
     write_report(folder.path)
-    print_result(result, shown_path(folder.path))
+    if not console.quiet:
+        print_result(result, shown_path(folder.path))
     for line in result["skipped"][:SKIPPED_SHOWN]:
         console.print(f"skipped: {line}", style="yellow")
     more = len(result["skipped"]) - SKIPPED_SHOWN

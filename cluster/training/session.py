@@ -16,6 +16,19 @@ def ray_address(given: str | None) -> str:
     return given or os.environ.get("RAY_ADDRESS") or "local"
 
 
+def before_ray(address: str) -> None:
+    """Set what Ray reads when it is imported, unless somebody has set it.
+
+    Args:
+        address: of the cluster, see `ray_address`.
+    """
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # As Ray does on a Mac: it then listens on loopback only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
 @contextlib.contextmanager
 def on_ray(
     *,
@@ -39,11 +52,7 @@ def on_ray(
         UserError: the cluster cannot be reached, or does not start.
     """
     address = ray_address(address)
-    if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # As Ray does on a Mac: it then listens on loopback only.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    before_ray(address)
     import ray
 
     meanwhile()

@@ -91,7 +91,7 @@ def test_what_is_no_configuration_is_a_line(
 def test_a_model_in_the_script_itself_is_refused(
     tmp_path: Path, config: RunConfig, played: Played
 ) -> None:
-    with pytest.raises(UserError, match="put the function into a module"):
+    with pytest.raises(UserError, match="has no such function: define it before this"):
         downpour.train(tiny.config(config.data.data, model="__main__:net"), runs=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,1 @@
+"""Training from Python in the manner of Ray Train: `Trainer(...).fit() -> Result`."""

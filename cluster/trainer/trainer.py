@@ -1,0 +1,336 @@
+"""`downpour.Trainer`: a network, a loss and data in, a `Result` out.
+
+Here: from what a caller gives to a configuration, and from a configuration to a result. Not here:
+training itself (`cluster.training`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from downpour.cluster.config import recipes
+from downpour.cluster.config.options import apply
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.config.settings import OptionalValue, Setting, settings_of
+from downpour.cluster.errors import UserError, one_line, user_message
+from downpour.cluster.run.folder import INITIAL, RunFolder
+from downpour.cluster.trainer.callbacks import CallbackSink, checked
+from downpour.cluster.trainer.result import Result
+from downpour.cluster.trainer.scaling import scaling_of
+from downpour.cluster.training import api, carry, inputs
+from downpour.shuffler.config import DataConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from downpour.cluster.monitoring.observation import Handle, Sink
+
+
+class Trainer:
+    """Trains a network on the parameter server, in the manner of Ray Train's trainers.
+
+        def net(num_classes):
+            return nn.Sequential(nn.Linear(784, 100), nn.BatchNorm1d(100), nn.ReLU(),
+                                 nn.Linear(100, num_classes))
+
+        result = downpour.Trainer(model=net, config="mnist-bn", epochs=2).fit()
+
+    A trainer holds no state of a run: each `fit` is a new run.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: object = None,
+        loss: object = None,
+        data: object = None,
+        config: RunConfig | str | None = None,
+        scaling: object = None,
+        callbacks: Sequence[Any] = (),
+        arguments: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        runs: str | Path = "runs",
+        address: str | None = None,
+        dashboard: bool = False,
+        progress: bool = True,
+        **settings: object,
+    ) -> None:
+        """Look at everything that can be looked at before training.
+
+        Args:
+            model: a function or class that makes the network, a `torch.nn.Module` whose weights
+                are the initial ones, or `"module:function"`. It may be defined in a script or a
+                notebook's cell. None trains the network that `config` names.
+            loss: a function of outputs and targets that returns the mean loss, or a name; None
+                takes the configuration's.
+            data: the folder or URI of a dataset, or a `DataConfig` with all about it; None takes
+                the configuration's.
+            config: the full configuration, or the name of a recipe, which everything else
+                overrides.
+            scaling: how many replicas, and on what (`ScalingConfig`).
+            callbacks: are told of the run while it trains (`downpour.callbacks`).
+            arguments: keyword arguments for the function that makes the network.
+            name: the run's name; None makes one of the model, the date and the time.
+            runs: the folder that the run's folder is made in.
+            address: the Ray cluster to run on; None takes RAY_ADDRESS, or starts Ray here. If this
+                process is connected to a cluster already, it is that one.
+            dashboard: start Ray's dashboard with a cluster of our own.
+            progress: show progress and result.
+            settings: any value of the configuration, by the name that `downpour train --help`
+                lists: `epochs=3, learning_rate=0.1, patience=5`.
+
+        Raises:
+            UserError: something cannot be used; the text names it and the remedy in one line.
+        """
+        self._model, self._loss, self._data = model, loss, data
+        self._config = config
+        self._arguments = arguments
+        self._scaling = scaling_of(scaling)
+        self._callbacks = checked(callbacks)
+        self._name, self._runs = name, Path(runs)
+        self._address, self._dashboard, self._progress = address, dashboard, progress
+        self._settings = _checked_settings(settings)
+        self._prepare()
+
+    def with_settings(self, **changes: object) -> Trainer:
+        """A trainer like this one, with other values of the configuration.
+
+        Args:
+            changes: see `settings`. Besides, `name`, `runs`, `callbacks` and `progress`.
+
+        Raises:
+            UserError: a value cannot be used.
+        """
+        given: dict[str, Any] = {
+            "model": self._model,
+            "loss": self._loss,
+            "data": self._data,
+            "config": self._config,
+            "scaling": self._scaling,
+            "callbacks": self._callbacks,
+            "arguments": self._arguments,
+            "name": self._name,
+            "runs": self._runs,
+            "address": self._address,
+            "dashboard": self._dashboard,
+            "progress": self._progress,
+        }
+        return Trainer(**{**given, **self._settings, **changes})
+
+    @property
+    def callbacks(self) -> Sequence[Any]:
+        """What is told of the run."""
+        return tuple(self._callbacks)
+
+    @property
+    def runs(self) -> Path:
+        """The folder that the run's folder is made in."""
+        return self._runs
+
+    @property
+    def config(self) -> RunConfig:
+        """The full configuration that `fit` trains with."""
+        return self._prepare()[0]
+
+    def fit(self) -> Result:
+        """Train to the end.
+
+        It may be called in any thread, and any number of times, one after the other. In the main
+        thread, an interrupt asks for a checkpoint and an end.
+
+        Raises:
+            UserError: the run cannot be trained; the text names the value and the remedy in one
+                line. If nothing was trained, no folder is left.
+            RunStopped: it was stopped; `downpour.resume` goes on with it.
+        """
+        with _users_errors():
+            config, state = self._prepare()
+            data = inputs.check_data(config)
+            folder = api.create(config, name=self._name, runs=self._runs)
+            if state is not None:
+                _write_initial(folder, state)
+            return self._train(folder, data, resume=False)
+
+    def resume(self, run: str | Path) -> Result:
+        """Go on with a run of this trainer that was stopped or died; its folder says how.
+
+        Raises:
+            UserError: the folder holds no run, or one that cannot go on.
+            RunStopped: it was stopped again.
+        """
+        with _users_errors():
+            folder = RunFolder.open(Path(run))
+            data = inputs.check_data(recipes.admit(folder.config()))
+            return self._train(folder, data, resume=True)
+
+    def as_trainable(self, *, cpus: int = 1) -> Callable[[dict[str, Any]], None]:
+        """A function for `ray.tune.Tuner`: a trial is a run, with some values of its own.
+
+        See `cluster.trainer.tune`.
+
+        Args:
+            cpus: processors that a trial takes of the cluster; its replicas spread over as many
+                processes.
+
+        Raises:
+            UserError: Ray Tune is not installed.
+        """
+        from downpour.cluster.trainer.tune import trainable
+
+        return trainable(self, cpus=cpus)
+
+    def _train(self, folder: RunFolder, data: inputs.Data, *, resume: bool) -> Result:
+        sinks: list[CallbackSink] = []
+
+        def look_on(handle: Handle) -> Sink:
+            sinks.append(CallbackSink(self._callbacks, handle))
+            return sinks[-1]
+
+        console = Console(stderr=True) if self._progress else Console(quiet=True)
+        try:
+            path = api.train_in(
+                folder,
+                data,
+                resume=resume,
+                address=self._address,
+                dashboard=self._dashboard,
+                console=console,
+                onlookers=[look_on] if self._callbacks else [],
+            )
+            result = Result.open(path)
+        except BaseException as error:
+            for sink in sinks:
+                sink.end(None, user_message(error) or f"{type(error).__name__}: {one_line(error)}")
+            raise
+        for sink in sinks:
+            sink.end(result, None)
+        return result
+
+    def _prepare(self) -> tuple[RunConfig, Mapping[str, Tensor] | None]:
+        """The configuration, and initial weights if a module was handed over."""
+        config = self._base()
+        state: Mapping[str, Tensor] | None = None
+        data = self._data if isinstance(self._data, DataConfig) else config.data
+        given = self._data if isinstance(self._data, str | os.PathLike) else data.data
+        if not isinstance(self._data, DataConfig | str | os.PathLike | None):
+            raise UserError(
+                f"data is {self._data!r}: give a folder or URI with the shards, or a "
+                "downpour.DataConfig"
+            )
+        data = dataclasses.replace(data, data=_located(given))
+        config = dataclasses.replace(config, data=data)
+        model = config.model
+        if self._model is not None:
+            handed = carry.model(self._model)
+            state = handed.state
+            # The recipe's arguments are for the recipe's network.
+            model = dataclasses.replace(
+                model, model=handed.name, arguments={}, carried=handed.carried
+            )
+            config = dataclasses.replace(config, recipe=handed.label)
+        if self._arguments is not None:
+            model = dataclasses.replace(model, arguments=dict(self._arguments))
+        if self._loss is not None:
+            handed = carry.loss(self._loss)
+            carried = {**model.carried, **handed.carried}
+            model = dataclasses.replace(model, loss=handed.name, carried=carried)
+        config = dataclasses.replace(config, model=model)
+        try:
+            config = self._scaling.apply(apply(config, self._settings))
+        except ValueError as error:
+            raise UserError(one_line(error)) from None
+        return recipes.admit(config), state
+
+    def _base(self) -> RunConfig:
+        if isinstance(self._config, str):
+            return recipes.find(self._config)
+        if isinstance(self._config, RunConfig):
+            return self._config
+        called = "; call the function, and give what it returns" if callable(self._config) else ""
+        raise UserError(
+            f"config is {self._config!r}: give a downpour.RunConfig, or the name of a "
+            f"recipe{called}"
+        )
+
+
+def _located(data: str | os.PathLike[str]) -> str:
+    """The place of a dataset, such that it means the same in another folder."""
+    text = os.fspath(data)
+    return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+def _checked_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings, those given as texts read as on the command line.
+
+    Raises:
+        UserError: there is no such setting, or its value is of another type.
+    """
+    known = {setting.name: setting for setting in settings_of(RunConfig)}
+    found = {}
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, "arguments", "callbacks"], n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"there is no setting {name!r}: {hint}`downpour train --help` lists them"
+            )
+        found[name] = _read(known[name], value)
+    return found
+
+
+def _read(setting: Setting, value: Any) -> object:
+    """A value as the command line would have given it."""
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, list):
+        value = tuple(value)
+    if setting.is_flag is not isinstance(value, bool):
+        wanted = "True or False" if setting.is_flag else "a value of another type"
+        raise UserError(f"{setting.name} is {value!r}: give {wanted}")
+    if setting.is_flag:
+        return value
+    if value is None and not isinstance(setting.param_type, OptionalValue):
+        raise UserError(f"{setting.name} is None: give a value")
+    try:
+        read = setting.param_type.convert("none" if value is None else value, None, None)
+    except (click.BadParameter, TypeError) as error:
+        raise UserError(f"{setting.name} is {value!r}: {one_line(error)}") from None
+    if isinstance(value, float) and isinstance(read, int) and read != value:
+        raise UserError(f"{setting.name} is {value!r}: give an integer")
+    return read
+
+
+def _write_initial(folder: RunFolder, state: Mapping[str, Tensor]) -> None:
+    """Keep a module's initial weights and BN statistics; its other buffers are in its pickle."""
+    import safetensors.torch
+    import torch
+
+    kept = {k: v for k, v in state.items() if v.dtype == torch.float32}
+    try:
+        safetensors.torch.save_file(kept, str(folder.path / INITIAL))
+    except OSError as error:
+        folder.discard_if_unused()
+        raise UserError(f"{folder.path / INITIAL} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _users_errors() -> Iterator[None]:
+    """Raise every error that a user can repair as a `UserError`, whatever class it has."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        raise UserError(message) from error
