@@ -12,7 +12,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 from rich.console import Console
@@ -101,7 +101,7 @@ class Trainer:
         self._settings = _checked_settings(settings)
         self._prepare()
 
-    def with_settings(self, **changes: object) -> Trainer:
+    def with_settings(self, **changes: Any) -> Self:
         """A trainer like this one, with other values of the configuration.
 
         Args:
@@ -124,7 +124,7 @@ class Trainer:
             "dashboard": self._dashboard,
             "progress": self._progress,
         }
-        return Trainer(**{**given, **self._settings, **changes})
+        return type(self)(**{**given, **self._settings, **changes})
 
     @property
     def callbacks(self) -> Sequence[Any]:

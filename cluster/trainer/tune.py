@@ -10,17 +10,15 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
 
+from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import CONFIG, RESULT
 from downpour.cluster.trainer.callbacks import CurrentRun
 from downpour.cluster.trainer.result import Result
-
-if TYPE_CHECKING:
-    from downpour.cluster.trainer.trainer import Trainer
 
 REPORTED = (
     *("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "loss"),
@@ -32,6 +30,31 @@ FINAL = (
     *("updates", "examples", "exactly_once", "ended_by"),
 )
 """What a trial reports of its result."""
+
+
+class Experiment(Protocol):
+    """What trials need of a `Trainer`."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The full configuration."""
+
+    @property
+    def callbacks(self) -> Sequence[Any]:
+        """What is told of a run."""
+
+    @property
+    def runs(self) -> Path:
+        """The folder for runs."""
+
+    def with_settings(self, **changes: Any) -> Self:
+        """A trainer with other values."""
+
+    def fit(self) -> Result:
+        """Train a new run."""
+
+    def resume(self, run: Path) -> Result:
+        """Go on with a run."""
 
 
 class TuneReport:
@@ -60,7 +83,7 @@ class TuneReport:
             tune.report({**self._newest, **figures, "run": str(run.path)})
 
 
-def trainable(trainer: Trainer, *, cpus: int = 1) -> Callable[[dict[str, Any]], None]:
+def trainable(trainer: Experiment, *, cpus: int = 1) -> Callable[[dict[str, Any]], None]:
     """A function trainable of a trainer.
 
     A trial's configuration gives values by the names that `downpour train --help` lists. Its run is
@@ -101,7 +124,7 @@ def trainable(trainer: Trainer, *, cpus: int = 1) -> Callable[[dict[str, Any]], 
     return tune.with_resources(trial, resources)  # type: ignore[no-any-return]
 
 
-def run_trial(trainer: Trainer, chosen: Mapping[str, Any], *, runs: Path, name: str) -> Result:
+def run_trial(trainer: Experiment, chosen: Mapping[str, Any], *, runs: Path, name: str) -> Result:
     """Train a trial's run, or go on with it if it was begun before.
 
     Args:
