@@ -74,7 +74,6 @@ class Controller:
         self._resumed = resumed
         self._clock = clock
         self._stop_requested: str | None = None
-        self._end_requested: str | None = None
         self._pending: dict[PendingCall, do.Call] = {}
         """What the backend has been asked and has not answered yet."""
         self._events: deque[events.Event] = deque()
@@ -97,8 +96,11 @@ class Controller:
         self._stop_requested = reason
 
     def request_end(self, reason: str) -> None:
-        """Ask `run` to finish the run as it stands, as if its last epoch were over."""
-        self._end_requested = reason
+        """Ask `run` to finish the run as it stands, as if its last epoch were over.
+
+        The listener may ask, too: it happens before anything else.
+        """
+        self._events.appendleft(events.EndRequested(reason=reason))
 
     @property
     def stop_reason(self) -> str | None:
@@ -126,8 +128,6 @@ class Controller:
                     self._events.append(events.Failed(call=call, error=done.error))
             if self._stop_requested is not None:
                 self._events.append(events.StopRequested(reason=self._stop_requested))
-            if self._end_requested is not None:
-                self._events.append(events.EndRequested(reason=self._end_requested))
             self._events.append(events.Tick())
 
     def _hand_in_all(self) -> do.RunOutcome | None:

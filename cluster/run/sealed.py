@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from downpour.cluster.errors import UserError
+from downpour.paramserver import durable
 
 CODE = "code.json"
 FORMAT = 1
@@ -93,13 +94,11 @@ def _plain(folder: Path) -> dict[str, Any]:
 
 def _write(folder: Path, plain: Mapping[str, Any]) -> None:
     sealed = {**plain, "seal": _seal(plain, _key(make=True))}
-    partial = folder / f".{CODE}.partial"
-    with contextlib.suppress(FileNotFoundError):
-        partial.unlink()
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "w") as file:
-        json.dump(sealed, file, indent=1)
-    os.replace(partial, folder / CODE)
+    name = folder / f".{CODE}.{secrets.token_hex(4)}.partial"
+    with durable.replacing(folder / CODE, str(name)) as partial:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "w") as file:
+            json.dump(sealed, file, indent=1)
 
 
 def _seal(plain: Mapping[str, Any], key: bytes) -> str:

@@ -27,6 +27,7 @@ from downpour.cluster.trainer.callbacks import CallbackSink, checked
 from downpour.cluster.trainer.result import Result
 from downpour.cluster.trainer.scaling import scaling_of
 from downpour.cluster.training import api, carry, inputs
+from downpour.paramserver import durable
 from downpour.shuffler.config import DataConfig
 
 if TYPE_CHECKING:
@@ -316,7 +317,8 @@ def _write_initial(folder: RunFolder, state: Mapping[str, Tensor]) -> None:
 
     kept = {k: v for k, v in state.items() if v.dtype == torch.float32}
     try:
-        safetensors.torch.save_file(kept, str(folder.path / INITIAL))
+        with durable.replacing(folder.path / INITIAL) as partial:
+            safetensors.torch.save_file(kept, partial)
     except OSError as error:
         folder.discard_if_unused()
         raise UserError(f"{folder.path / INITIAL} cannot be written: {error.strerror}") from None

@@ -38,15 +38,16 @@ class Run:
         self.plan = make_plan(config, dataset.num_rows)
         self.backend = ThreadBackend(config, self.plan, resumed=self.resumed, store=self.store)
         self.shown: list[Progress] = []
+        self.telemetry = Telemetry(
+            config=config, plan=self.plan, folder=self.folder, show=self.shown.append
+        )
         self.controller = Controller(
             config=config,
             plan=self.plan,
             backend=self.backend,
             folder=self.folder,
             store=self.store,
-            listener=Telemetry(
-                config=config, plan=self.plan, folder=self.folder, show=self.shown.append
-            ),
+            listener=self.telemetry,
             resumed=self.resumed,
         )
 

@@ -97,6 +97,39 @@ def test_a_run_ends_at_the_first_scoring_that_reaches_the_accuracy(
     assert checkpoint.updates == result["updates"]
 
 
+def test_a_run_is_finished_as_it_stands_when_somebody_asks_for_it(
+    tmp_path: Path, data: str
+) -> None:
+    """As a callback does: from within a scoring. Its last weights are scored, and are its model."""
+    run = Run(tmp_path / "run", config(data))
+    scored: list[float] = []
+    saved: list[int] = []
+
+    class Asks:
+        def evaluated(self, values: Any) -> None:
+            scored.append(values["accuracy"])
+            run.controller.request_end("seen enough")
+
+        def saved(self, checkpoint: Any) -> None:
+            saved.append(checkpoint.number)
+
+        def trained(self, report: Any) -> None: ...
+
+        def observed(self, observation: Any) -> None: ...
+
+    run.telemetry._sinks = [Asks()]  # type: ignore[list-item]
+    outcome = run.go()
+    assert_what_was_trained_was_trained_once(run, outcome)
+    assert (outcome.ended.by, outcome.ended.reason) == ("callback", "seen enough")
+    assert len(scored) == 2, "the one that asked, and the last weights"
+    assert outcome.evaluation is not None
+    assert scored[-1] == outcome.evaluation.score.accuracy
+    assert (run.folder.path / MODEL).is_file()
+    checkpoint, _ = run.store.latest()
+    assert checkpoint is not None
+    assert saved[-1] == checkpoint.number == len(saved)
+
+
 def test_a_run_ends_when_no_scoring_is_better_any_more(tmp_path: Path, data: str) -> None:
     config_ = config(data, patience=3)
     server = dataclasses.replace(
