@@ -18,6 +18,8 @@ import click
 from rich.console import Console
 
 from downpour.cluster.config import recipes
+from downpour.cluster.config.classifier import NAME as CLASSIFIER
+from downpour.cluster.config.classifier import classifier
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import OptionalValue, Setting, settings_of
@@ -43,7 +45,7 @@ class Trainer:
             return nn.Sequential(nn.Linear(784, 100), nn.BatchNorm1d(100), nn.ReLU(),
                                  nn.Linear(100, num_classes))
 
-        result = downpour.Trainer(model=net, config="mnist-bn", epochs=2).fit()
+        result = downpour.Trainer(model=net, data="data/mine", epochs=2).fit()
 
     A trainer holds no state of a run: each `fit` is a new run.
     """
@@ -76,7 +78,8 @@ class Trainer:
             data: the folder or URI of a dataset, or a `DataConfig` with all about it; None takes
                 the configuration's.
             config: the full configuration, or the name of a recipe, which everything else
-                overrides.
+                overrides; None is the recipe `classifier`, which takes classes, splits and sizes
+                of pictures from the data.
             scaling: how many replicas, and on what (`ScalingConfig`).
             callbacks: are told of the run while it trains (`downpour.callbacks`).
             arguments: keyword arguments for the function that makes the network.
@@ -100,7 +103,8 @@ class Trainer:
         self._name, self._runs = name, Path(runs)
         self._address, self._dashboard, self._progress = address, dashboard, progress
         self._settings = _checked_settings(settings)
-        self._prepare()
+        with _users_errors():
+            self._config_now, self._state = self._prepare()
 
     def with_settings(self, **changes: Any) -> Self:
         """A trainer like this one, with other values of the configuration.
@@ -140,7 +144,7 @@ class Trainer:
     @property
     def config(self) -> RunConfig:
         """The full configuration that `fit` trains with."""
-        return self._prepare()[0]
+        return self._config_now
 
     def fit(self) -> Result:
         """Train to the end.
@@ -154,7 +158,7 @@ class Trainer:
             RunStopped: it was stopped; `downpour.resume` goes on with it.
         """
         with _users_errors():
-            config, state = self._prepare()
+            config, state = self._config_now, self._state
             data = inputs.check_data(config)
             folder = api.create(config, name=self._name, runs=self._runs)
             if state is not None:
@@ -218,40 +222,32 @@ class Trainer:
 
     def _prepare(self) -> tuple[RunConfig, Mapping[str, Tensor] | None]:
         """The configuration, and initial weights if a module was handed over."""
-        config = self._base()
+        config = dataclasses.replace(self._base(), data=self._data_config())
         state: Mapping[str, Tensor] | None = None
-        data = self._data if isinstance(self._data, DataConfig) else config.data
-        given = self._data if isinstance(self._data, str | os.PathLike) else data.data
-        if not isinstance(self._data, DataConfig | str | os.PathLike | None):
-            raise UserError(
-                f"data is {self._data!r}: give a folder or URI with the shards, or a "
-                "downpour.DataConfig"
-            )
-        data = dataclasses.replace(data, data=_located(given))
-        config = dataclasses.replace(config, data=data)
-        model = config.model
+        model, label = config.model, config.recipe
         if self._model is not None:
             handed = carry.model(self._model)
-            state = handed.state
+            state, label = handed.state, handed.label
             # The recipe's arguments are for the recipe's network.
             model = dataclasses.replace(
                 model, model=handed.name, arguments={}, carried=handed.carried
             )
-            config = dataclasses.replace(config, recipe=handed.label)
         if self._arguments is not None:
             model = dataclasses.replace(model, arguments=dict(self._arguments))
         if self._loss is not None:
             handed = carry.loss(self._loss)
             carried = {**model.carried, **handed.carried}
             model = dataclasses.replace(model, loss=handed.name, carried=carried)
-        config = dataclasses.replace(config, model=model)
         try:
-            config = self._scaling.apply(apply(config, self._settings))
+            config = apply(dataclasses.replace(config, model=model), self._settings)
+            config = recipes.admit(carry.from_main(self._scaling.apply(config)))
         except ValueError as error:
             raise UserError(one_line(error)) from None
-        return recipes.admit(config), state
+        return dataclasses.replace(self._completed(config), recipe=label), state
 
     def _base(self) -> RunConfig:
+        if self._config is None:
+            return classifier()
         if isinstance(self._config, str):
             return recipes.find(self._config)
         if isinstance(self._config, RunConfig):
@@ -261,6 +257,34 @@ class Trainer:
             f"config is {self._config!r}: give a downpour.RunConfig, or the name of a "
             f"recipe{called}"
         )
+
+    def _data_config(self) -> DataConfig:
+        data = self._data
+        config = data if isinstance(data, DataConfig) else self._base().data
+        if not isinstance(data, DataConfig | str | os.PathLike | None):
+            raise UserError(
+                f"data is {data!r}: give a folder or URI with the shards, or a downpour.DataConfig"
+            )
+        given = data if isinstance(data, str | os.PathLike) else config.data
+        return dataclasses.replace(config, data=_located(given))
+
+    def _completed(self, config: RunConfig) -> RunConfig:
+        """With what the recipe `classifier` takes from the data."""
+        if config.recipe != CLASSIFIER:
+            return config
+        if self._model is None and not config.model.model:
+            raise UserError("there is no network to train: give model=, or config=")
+        if self._data is None:
+            raise UserError("there is no data to train on: give data=, a dataset, or config=")
+        from downpour.cluster.training.from_data import complete
+        from downpour.models.by_value import admit
+
+        admit(config.model.carried)
+        given = {"data": config.data.data, **self._settings}
+        if isinstance(self._data, DataConfig):
+            given["eval_split"] = config.data.eval_split
+        console = Console(stderr=True, quiet=not self._progress)
+        return complete(config, given, lambda line: console.print(line, markup=False))
 
 
 def _located(data: str | os.PathLike[str]) -> str:
@@ -294,6 +318,8 @@ def _read(setting: Setting, value: Any) -> object:
         value = value.item()
     if isinstance(value, list):
         value = tuple(value)
+    if setting.is_mapping:
+        raise UserError(f"{setting.name} is for the command line: give arguments={{...}}")
     if setting.is_flag is not isinstance(value, bool):
         wanted = "True or False" if setting.is_flag else "a value of another type"
         raise UserError(f"{setting.name} is {value!r}: give {wanted}")

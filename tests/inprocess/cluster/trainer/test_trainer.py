@@ -106,6 +106,23 @@ def test_a_run_has_the_configuration_with_everything_that_overrides_it(
     assert trainer.fit().path != result.path, "each fit is a run of its own"
 
 
+def test_without_a_configuration_the_data_says_the_rest(
+    tmp_path: Path, config: RunConfig, played: Played
+) -> None:
+    found = downpour.Trainer(model=Net, data=config.data.data, runs=tmp_path, epochs=2).config
+    assert found.recipe == "Net"
+    assert (found.model.num_classes, found.data.eval_split) == (tiny.CLASSES, "test")
+    assert (found.model.image.height, found.model.image.width) == (tiny.SIDE, tiny.SIDE)
+    assert found.policy.epochs == 2
+    chosen = downpour.Trainer(
+        model=lambda num_classes, in_chans: Net(num_classes * in_chans),
+        data=downpour.DataConfig(data=config.data.data, eval_split="train"),
+        num_classes=5,
+    ).config
+    assert (chosen.model.num_classes, chosen.data.eval_split) == (5, "train")
+    assert chosen.model.image.channels == 1
+
+
 def test_a_factory_gets_its_arguments_and_the_rest_stays_as_configured(
     tmp_path: Path, config: RunConfig, played: Played
 ) -> None:
@@ -200,7 +217,10 @@ class Misspelt:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"config": None}, "config is None: give a downpour.RunConfig"),
+        ({"config": None}, "there is no network to train: give model=, or config="),
+        ({"config": None, "model": Net}, "there is no data to train on: give data="),
+        ({"config": 3}, "config is 3: give a downpour.RunConfig"),
+        ({"model_arg": {"width": 3}}, "give arguments={...}"),
         ({"config": "mnist_bn"}, "did you mean mnist-bn"),
         ({"epoch": 3}, "there is no setting 'epoch': did you mean epochs"),
         ({"epochs": "three"}, "epochs is 'three': 'three' is not a valid integer"),
