@@ -43,7 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config(pickled: bytes) -> RunConfig:
-    made = tiny.config("data")
+    made = tiny.config("/data")
     name = by_value.name_of("net", pickled)
     model = dataclasses.replace(made.model, model=name, arguments={}, carried={name: pickled})
     return dataclasses.replace(made, model=model)
