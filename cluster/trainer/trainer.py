@@ -56,7 +56,7 @@ class Trainer:
         model: object = None,
         loss: object = None,
         data: object = None,
-        config: RunConfig | str | None = None,
+        config: object = None,
         scaling: object = None,
         callbacks: Sequence[Any] = (),
         arguments: Mapping[str, Any] | None = None,
