@@ -66,8 +66,11 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["train", "mnist-bn", "--replica", "3"], ["'--replica'", "'--replicas'"]),
         (["train", "mnist-bn", "--replicas", "0"], ["--replicas 0", "give at least 1"]),
         (["train", "mnist-bn", "--replicas", "ten"], ["'ten'", "'--replicas'"]),
-        (["train", "mnist-bn", "--rule", "adam"], ["'adam'", "adagrad"]),
-        (["train", "mnist-bn", "--epochs", "100"], ["epochs=100", "75", "rekey"]),
+        (["train", "mnist-bn", "--rule", "lion"], ["'lion'", "adagrad"]),
+        (
+            ["train", "mnist-bn", "--epochs", "9999", "--past-bound", "error"],
+            ["epochs=9999", "rekey"],
+        ),
         (["train", "mnist-bn", "--data", "/no/such/folder"], ["/no/such/folder"]),
         (["train", "mnist-bn", "--eval-split", "dev"], ["'dev'", "train"]),
         (["trian"], ["'trian'", "'train'"]),

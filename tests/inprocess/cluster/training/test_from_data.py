@@ -132,4 +132,4 @@ def test_the_help_shows_what_comes_from_the_data(capsys: pytest.CaptureFixture[s
     assert run_cli(command, ["train", "classifier", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "[default: the data's]" in text
-    assert "--learning-rate FLOAT The rate that decay starts from. [default: 0.005]" in text
+    assert "[default: 0.008]" in text
