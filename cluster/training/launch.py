@@ -1,6 +1,7 @@
 """A session of a run, from its folder to its end.
 
     train               the whole of a session, with the run's folder locked
+      _check_step       tries a user's network and loss
       _open             what the folder says: configuration, checkpoint to go on from
       _train_on_ray     starts Ray; PyTorch is imported and the network built meanwhile
         _resolve        looks at the cluster, and gives every actor its spec
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.resolve import Facts, RunSpecs, resolve
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
@@ -100,6 +102,7 @@ def train(
     age_s = process_age_s() if age_s is None else age_s
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     _check_device(folder.config(), address)
+    _check_step(folder.config(), data)
     with folder.locked():
         session = _open(folder, data, resume, began_at, began_s, console, onlookers)
         with TrainingDisplay(folder.name, console=console) as display:
@@ -116,6 +119,14 @@ def _check_device(config: RunConfig, address: str | None) -> None:
     from downpour.workers.step.device import check_device
 
     check_device(config.replicas.steps.device)
+
+
+def _check_step(config: RunConfig, data: Data) -> None:
+    """Try a network or a loss of the user's own on the data, before anything is started."""
+    if not model_spec(config).is_ours:
+        from downpour.cluster.training.trial import check_step
+
+        check_step(config, data.plan)
 
 
 def _open(
