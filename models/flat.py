@@ -112,12 +112,12 @@ def _norm_layers(module: nn.Module) -> list[tuple[str, BatchNorm]]:
 
 
 def _ordered(places: list[_Place], decay: DecayPredicate) -> list[tuple[_Place, bool]]:
-    """Those that decay first; within each part, in the module's order.
+    """Those that decay first, frozen ones last; within each part, in the module's order.
 
     A frozen parameter does not decay, so that nothing moves it.
     """
     marked = [(p, p.parameter.requires_grad and decay(p.owner, p.name)) for p in places]
-    return sorted(marked, key=lambda pair: not pair[1])
+    return sorted(marked, key=lambda pair: (not pair[1], not pair[0].parameter.requires_grad))
 
 
 def _layout(ordered: list[tuple[_Place, bool]], norms: list[tuple[str, BatchNorm]]) -> Layout:
@@ -126,7 +126,14 @@ def _layout(ordered: list[tuple[_Place, bool]], norms: list[tuple[str, BatchNorm
         shape = tuple(place.parameter.shape)
         stop = start + place.parameter.numel()
         entries.append(
-            ParameterEntry(name=place.name, shape=shape, start=start, stop=stop, decays=decays)
+            ParameterEntry(
+                name=place.name,
+                shape=shape,
+                start=start,
+                stop=stop,
+                decays=decays,
+                trained=place.parameter.requires_grad,
+            )
         )
         start = stop
     start = 0

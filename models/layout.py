@@ -30,6 +30,8 @@ class ParameterEntry:
     """One past the last element."""
     decays: bool
     """Whether weight decay applies to it."""
+    trained: bool = True
+    """Whether updates change it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,9 @@ class FeatureEntry:
 class Layout:
     """A model's P parameters and F normalized features, laid end to end without gaps.
 
-    Parameters that decay come first, so that decay applies to the range `[0, decayed)`.
-    Raises `LayoutError` for entries that overlap, leave a gap or are out of order.
+    Parameters that decay come first, so that decay applies to the range `[0, decayed)`, and those
+    that are frozen come last, so that `[0, trained)` is all that updates change. Raises
+    `LayoutError` for entries that overlap, leave a gap or are out of order.
     """
 
     entries: tuple[ParameterEntry, ...]
@@ -72,6 +75,11 @@ class Layout:
                     f"layout: '{after.name}' decays and comes after '{before.name}', "
                     "which does not: those that decay go first"
                 )
+            if after.trained and not before.trained:
+                raise LayoutError(
+                    f"layout: '{after.name}' is trained and comes after '{before.name}', "
+                    "which is not: those that are frozen go last"
+                )
 
     @property
     def num_parameters(self) -> int:
@@ -87,6 +95,11 @@ class Layout:
     def decayed(self) -> int:
         """How many leading elements take weight decay."""
         return max((entry.stop for entry in self.entries if entry.decays), default=0)
+
+    @property
+    def trained(self) -> int:
+        """How many leading elements updates change."""
+        return max((entry.stop for entry in self.entries if entry.trained), default=0)
 
     def moment_columns(self, together: int) -> Tensor:
         """Where each mini-batch's moments are, of k that a model took `together`.

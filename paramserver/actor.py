@@ -20,7 +20,7 @@ from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.server.server import PartitionServer
-from downpour.paramserver.spec import PartitionSpec, PartitionStart, Restore
+from downpour.paramserver.spec import Average, PartitionSpec, PartitionStart, Restore
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.names import NODE
 from downpour.paramserver.transport.network.acceptor import NetworkListen
@@ -132,6 +132,19 @@ class PartitionActor:
             )
 
         return server.call(look)
+
+    def average(self) -> Average:
+        """What is to be scored of this partition, if that is not the latest weights."""
+
+        def look(state: PartitionState) -> Average:
+            scored = state.vectors.scored
+            return Average(
+                version=state.weights_version,
+                weights=scored.weights.numpy(),
+                statistics=scored.statistics.numpy(),
+            )
+
+        return self._server.call(look)
 
     def flags(self, epochs: Sequence[int]) -> dict[int, npt.NDArray[np.uint8]]:
         """What became of each mini-batch of these epochs: waiting, applied or refused."""

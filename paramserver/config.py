@@ -76,6 +76,9 @@ class ServerConfig:
     """Decay of linear and convolutional weights: L2, and with `adamw` and `lars` the rule's own."""
     clip_norm: float | None = None
     """Largest norm of a gradient; longer ones are scaled down to it."""
+    ema: float | None = None
+    """Share of an average of the weights that is kept at each mini-batch, such as 0.999. The
+    average is scored, and is the run's model; none is the weights themselves."""
     schedule: Schedule = field(default_factory=Schedule)
     """The learning rate."""
     statistics: StatisticsRule = field(default_factory=StatisticsRule)
@@ -94,6 +97,8 @@ class ServerConfig:
         if self.partitions is not None and self.partitions < 1:
             raise ValueError(f"partitions is {self.partitions}: give at least 1, or none")
         check_fraction("momentum", self.momentum)
+        if self.ema is not None:
+            check_fraction("ema", self.ema)
         self.make_regulariser()
         self.make_rule()
         if self.hot_standby and self.policy.versions_kept:

@@ -1,4 +1,4 @@
-"""What a process of the parameter server is told: plain frozen data that travels through Ray."""
+"""What a process of the parameter server is told, and what it gives: plain data, through Ray."""
 
 from __future__ import annotations
 
@@ -54,3 +54,15 @@ class PartitionStart:
     """What its state comes from."""
     credentials: Credentials | None = None
     """For connections over the network; None encrypts nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """A partition's averages (`rules.averaging`), on memory of their own."""
+
+    version: int
+    """Of the latest weights that are in them."""
+    weights: npt.NDArray[np.float32]
+    """float32 [n]."""
+    statistics: npt.NDArray[np.float32]
+    """float32 [2, f]."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from downpour.models.errors import MomentsError
 from downpour.models.flat import FlatModel
 from downpour.paramserver.access import Access, way
 from downpour.paramserver.client import ParameterClient
+from downpour.paramserver.spec import Average
 from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.errors import DatasetError, ShufflerError
@@ -234,8 +236,8 @@ class EvaluatorActor:
         """What Ray's dashboard and log prefixes show."""
         return "Evaluator"
 
-    def evaluate(self, keeping: Keeping = NOTHING_KEPT) -> Evaluation:
-        """Pull the latest version of every partition, and score it.
+    def evaluate(self, keeping: Keeping = NOTHING_KEPT, *averages: Average) -> Evaluation:
+        """Pull the latest version of every partition, and score it; or score `averages`, if given.
 
         BN statistics are recomputed on training mini-batches with just these weights, if the spec
         says so and there is batch normalization.
@@ -244,10 +246,8 @@ class EvaluatorActor:
         each file whole or not at all.
         """
         began_s = time.monotonic()
-        client, evaluator = self._client, self._evaluator
-        assert client is not None, "connect comes before evaluate"
-        versions = [0] * client.num_partitions
-        client.pull_statistics(evaluator.weights.numpy(), evaluator.statistics.numpy(), versions)
+        evaluator = self._evaluator
+        versions = self._take(averages) if averages else self._pull()
         score, moving, num_recomputed = self._score()
         about: dict[str, Any] = {"versions": versions, "score": score}
         about["num_recomputed"] = num_recomputed
@@ -266,6 +266,22 @@ class EvaluatorActor:
             skipped=self._split.skipped,
             wall_s=time.monotonic() - began_s,
         )
+
+    def _pull(self) -> list[int]:
+        """Have the latest weights and statistics scored; gives their versions."""
+        client, evaluator = self._client, self._evaluator
+        assert client is not None, "connect comes before evaluate"
+        versions = [0] * client.num_partitions
+        client.pull_statistics(evaluator.weights.numpy(), evaluator.statistics.numpy(), versions)
+        return versions
+
+    def _take(self, averages: Sequence[Average]) -> list[int]:
+        """Have the partitions' averages scored, which are in their order; gives their versions."""
+        evaluator = self._evaluator
+        np.concatenate([a.weights for a in averages], out=evaluator.weights.numpy())
+        statistics = [a.statistics for a in averages]
+        np.concatenate(statistics, axis=1, out=evaluator.statistics.numpy())
+        return [a.version for a in averages]
 
     def _score(self) -> tuple[Score, Score | None, int]:
         """The score that counts, that of the server's averages, mini-batches recomputed on."""

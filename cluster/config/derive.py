@@ -96,6 +96,7 @@ def update_config(config: RunConfig, plan: Plan) -> UpdateConfig:
         statistics=server.statistics,
         policy=_staleness_policy(config),
         guard=server.guard,
+        average_decay=server.ema,
         batches_per_epoch=plan.num_batches,
         epoch_examples=plan.num_rows,
         epochs=config.policy.epochs,

@@ -102,6 +102,8 @@ class RayBackend:
         ]
         self._shufflers = Shufflers(config, specs.shufflers, nodes)
         self._kinds: dict[PendingCall, tuple[type[Exception], str, Parts]] = {}
+        self._averages: dict[PendingCall, list[Any]] = {}
+        """What a scoring gets from each partition, if weights are averaged."""
         self._arrivals: dict[PendingCall, int] = {}
         """Calls whose answer is the endpoint of a partition."""
 
@@ -254,7 +256,11 @@ class RayBackend:
 
     def evaluate(self, keeping: Keeping) -> PendingCall:
         """Score the current weights, and keep them as `keeping` says; gives an `Evaluation`."""
-        call = self._evaluator.evaluate.remote(keeping)
+        averages: list[Any] = []
+        if self._config.server.ema is not None:
+            averages = [partition.average.remote() for partition in self._partitions]
+        call = self._evaluator.evaluate.remote(keeping, *averages)
+        self._averages[call] = averages
         return self._call(call, ProcessLost, "the evaluator")
 
     def wait(self, calls: Collection[PendingCall], timeout_s: float) -> list[Done]:
@@ -319,9 +325,15 @@ class RayBackend:
         return call
 
     def _outcome(self, call: Any, lost: type[Exception], what: str, parts: Sequence[Any]) -> Done:
+        averages = self._averages.pop(call, ())
         try:
             return Done(call=call, value=ray.get(call, timeout=START_DEADLINE_S))
         except Exception as error:
+            for index, average in enumerate(averages):
+                if (
+                    failed := _failure_of(average, PartitionLost, f"partition {index}")
+                ) is not None:
+                    return Done(call=call, error=failed)
             for part, shuffler in parts:
                 if (failed := self._delivery_error(part, shuffler)) is not None:
                     return Done(call=call, error=failed)
@@ -329,16 +341,21 @@ class RayBackend:
 
     def _delivery_error(self, part: Any, shuffler: Any) -> Exception | None:
         """Why a part of a window could not be delivered, if it was that."""
-        try:
-            ready, _ = ray.wait([part], timeout=0, fetch_local=False)
-            if ready:
-                ray.get(part, timeout=START_DEADLINE_S)
-        except Exception as error:
-            failure = translated(error, ShufflerLost, "a shuffler")
-            if isinstance(failure, ShufflerLost):
-                self._shufflers.lost(shuffler)
-            return failure
-        return None
+        failure = _failure_of(part, ShufflerLost, "a shuffler")
+        if isinstance(failure, ShufflerLost):
+            self._shufflers.lost(shuffler)
+        return failure
+
+
+def _failure_of(call: Any, lost: type[Exception], what: str) -> Exception | None:
+    """What a call has failed of by now, if it has."""
+    try:
+        ready, _ = ray.wait([call], timeout=0, fetch_local=False)
+        if ready:
+            ray.get(call, timeout=START_DEADLINE_S)
+    except Exception as error:
+        return translated(error, lost, what)
+    return None
 
 
 def _network(config: NetworkConfig, spec: PartitionSpec) -> tuple[Access, Credentials | None]:

@@ -92,7 +92,7 @@ class BranchReplay:
             gradient_norm=result.gradient_norm,
         )
         moments = result.moments[:, :, part.feature_start : part.feature_stop]
-        gradient = result.gradient[part.start : part.stop].clone()
+        gradient = result.gradient[part.trained].clone()
         before = self.state.current
         outcome = self.state.apply(push, gradient, moments, self._room)
         self._turn_over(before)

@@ -177,7 +177,7 @@ class VirtualArithmetic:
         }
         return CarriedPush(
             **header,
-            gradient=mailbox.gradient[part.start : part.stop],
+            gradient=mailbox.gradient[part.trained],
             moments=mailbox.moments[: len(push.batches), :, own].contiguous(),
         )
 
@@ -209,9 +209,9 @@ class LearningPartition:
         return self._state.current.weights
 
     @property
-    def statistics(self) -> Tensor:
-        """The moving averages of the BN statistics, float32 [2, f]: mean, unbiased variance."""
-        return self._state.current.statistics
+    def scored(self) -> Version:
+        """The weights and BN statistics that are the run's model."""
+        return self._state.vectors.scored
 
     def take(self, push: Push) -> Outcome:
         """See `PartitionKeeper`."""

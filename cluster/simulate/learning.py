@@ -54,14 +54,14 @@ class WeightsScorer:
         evaluator, features = self._evaluator, 0
         start = 0
         for partition in simulation.partitions:
-            keeper, weights = partition.keeper, partition.weights
+            keeper = partition.keeper
             assert isinstance(keeper, LearningPartition)
-            assert weights is not None
-            stop = start + len(weights)
-            evaluator.weights[start:stop] = weights
+            scored = keeper.scored
+            stop = start + len(scored.weights)
+            evaluator.weights[start:stop] = scored.weights
             start = stop
-            count = keeper.statistics.shape[1]
-            evaluator.statistics[:, features : features + count] = keeper.statistics
+            count = scored.statistics.shape[1]
+            evaluator.statistics[:, features : features + count] = scored.statistics
             features += count
         if self._sample is not None:
             # Weights that give nothing finite are scored with the moving averages.

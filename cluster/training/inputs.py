@@ -152,6 +152,7 @@ def build_model(config: RunConfig, initial: Path | None = None) -> Model:
         weights=model.weights.numpy(),
         num_features=model.layout.num_features,
         num_decayed=model.layout.decayed,
+        num_frozen=model.layout.num_parameters - model.layout.trained,
         stops=tuple(entry.stop for entry in model.layout.entries),
         by_layer=config.server.by_layer,
     )

@@ -23,6 +23,7 @@ from downpour.paramserver.partition.applied_set import WAITING
 from downpour.paramserver.partition.ranges import Partition, split
 from downpour.paramserver.partition.snapshot import Snapshot
 from downpour.paramserver.rules.adaptive import UPDATES
+from downpour.paramserver.rules.averaging import AVERAGE_BATCHES, AVERAGE_STATISTICS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from downpour.paramserver.partition.update_config import UpdateConfig
     from downpour.workers.recompute import Recomputer
 
-COUNTS = (f"rule.{UPDATES}",)
+COUNTS = (f"rule.{UPDATES}", f"rule.{AVERAGE_BATCHES}")
 """Numbers that all partitions have alike, as tensors."""
 
 
@@ -132,7 +133,7 @@ def level(states: Sequence[PartitionState], epochs: int, recomputer: Recomputer)
                     loss=found.loss,
                     gradient_norm=found.gradient_norm,
                 )
-                gradient = found.gradient[part.start : part.stop].clone()
+                gradient = found.gradient[part.trained].clone()
                 moments = found.moments[:, :, part.feature_start : part.feature_stop]
                 state.apply(push, gradient, moments)
     return count
@@ -168,6 +169,6 @@ def _cut(name: str, whole: Tensor, part: Partition) -> Tensor:
 
     if name.startswith("applied.") or name in COUNTS:
         return whole
-    if name in ("statistics", "ledger", ROUND_MOMENTS):
+    if name in ("statistics", "ledger", ROUND_MOMENTS, f"rule.{AVERAGE_STATISTICS}"):
         return whole[..., part.feature_start : part.feature_stop].contiguous()
-    return whole[part.start : part.stop]
+    return whole[part.trained if name.startswith("rule.") else slice(part.start, part.stop)]

@@ -143,10 +143,10 @@ class CompensatedCombiner(ImmediateCombiner):
     def __init__(self, ledger: Ledger, vectors: Vectors, compensation: Compensation) -> None:
         """Both at the same version."""
         super().__init__(ledger, vectors)
-        num_parameters = vectors.partition.num_parameters
-        vectors.rule_state |= compensation.init(num_parameters)
+        self._trained = vectors.partition.num_trained
+        vectors.rule_state |= compensation.init(self._trained)
         self._compensation = compensation
-        self._scratch = compensation.room(num_parameters)
+        self._scratch = compensation.room(self._trained)
         self.past = {ledger.version: vectors.current.weights}
         """Where the weights lie that a push may have been computed on, by version."""
 
@@ -178,10 +178,11 @@ class CompensatedCombiner(ImmediateCombiner):
     ) -> None:
         vectors = self._vectors
         vectors.config.regulariser.clip(gradient, push.gradient_norm, len(push.batches))
+        trained = self._trained
         self._compensation.apply(
             gradient,
-            vectors.current.weights,
-            self.past[push.version] if push.version != version else None,
+            vectors.current.weights[:trained],
+            self.past[push.version][:trained] if push.version != version else None,
             vectors.rule_state,
             self._scratch,
             len(push.batches),
@@ -207,7 +208,7 @@ class RoundCombiner:
         self._ledger = ledger
         self._vectors = vectors
         self._moments: list[Tensor] = []
-        vectors.rule_state[ROUND_SUM] = torch.zeros(vectors.partition.num_parameters)
+        vectors.rule_state[ROUND_SUM] = torch.zeros(vectors.partition.num_trained)
 
     def apply_all(self, arrivals: Sequence[Arrival], into: Place | None) -> list[Outcome]:
         """See `Combiner`."""

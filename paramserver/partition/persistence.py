@@ -57,8 +57,8 @@ def load(
     if kept != {name for name in names if name.startswith("rule.")}:
         raise BadSnapshot(
             f"the snapshot's rule kept {sorted(kept) or 'nothing'}, which is not what "
-            f"{ledger.config.rule} and the staleness policy keep: resume with the rule and the "
-            "staleness policy that the run began with"
+            f"{ledger.config.rule}, the staleness policy and the average keep: resume with the "
+            "rule, the staleness policy and the average that the run began with"
         )
     try:
         _load(ledger, vectors, combiner, meta, tensors)

@@ -55,6 +55,11 @@ class Partition:
         return self.stop - self.start - self.num_frozen
 
     @property
+    def trained(self) -> slice:
+        """Where the owned parameters lie that updates change, in the whole vector."""
+        return slice(self.start, self.stop - self.num_frozen)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Where each tensor ends that takes weight decay."""
         return tuple(stop for stop in self.stops if stop <= self.num_decayed)

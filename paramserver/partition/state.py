@@ -16,7 +16,7 @@ from downpour.paramserver.partition.combiner import Place, make_combiner
 from downpour.paramserver.partition.ledger import make_ledger
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.update_config import UpdateConfig
-from downpour.paramserver.partition.vectors import Arrival, Vectors, Version
+from downpour.paramserver.partition.vectors import Arrival, Version, make_vectors
 
 
 class PartitionState:
@@ -31,7 +31,7 @@ class PartitionState:
         self.partition = partition
         self.config = config
         self.ledger = make_ledger(config)
-        self.vectors = Vectors(partition, config, current)
+        self.vectors = make_vectors(partition, config, current)
         self._combiner = make_combiner(self.ledger, self.vectors)
 
     @property

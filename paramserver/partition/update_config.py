@@ -35,6 +35,9 @@ class UpdateConfig:
     """q, mini-batches in an epoch."""
     epoch_examples: int
     """N, examples in an epoch."""
+    average_decay: float | None = None
+    """Share of the average of the weights that is kept at each mini-batch, in [0, 1); None keeps no
+    average. See `rules.averaging`."""
     epochs: int | None = None
     """Epochs of the run. Once all their mini-batches are settled, an incomplete round is closed."""
 

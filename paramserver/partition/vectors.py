@@ -16,10 +16,12 @@ from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.messages import Push
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.rules.averaging import AVERAGE, AVERAGE_STATISTICS, Averaging
 from downpour.paramserver.rules.statistics import BatchStatistics
 
 Arrival = tuple[Push, Tensor, Tensor]
-"""A push with this partition's gradient, float32 [n], and moments, float32 [batches, 3, f]."""
+"""A push with this partition's gradient, float32 [t], t being the parameters that it trains, and
+moments, float32 [batches, 3, f]."""
 
 
 @dataclass(kw_only=True)
@@ -67,9 +69,15 @@ class Vectors:
         self.current = current
         """The latest version."""
         self._rule = config.rule.within(partition.num_decayed, partition.layers)
-        self.rule_state = self._rule.init(partition.num_parameters)
-        """The rule's vectors, float32 [n] by name; a combiner's own are among them."""
+        self.rule_state = self._rule.init(partition.num_trained)
+        """The rule's vectors, float32 [t] by name, t being the trained parameters; a combiner's own
+        are among them."""
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
+
+    @property
+    def scored(self) -> Version:
+        """The weights and statistics that are the run's model: the latest ones."""
+        return self.current
 
     def step(
         self,
@@ -82,7 +90,8 @@ class Vectors:
         """Weight decay, the rule, and the BN statistics; `into` becomes the latest version.
 
         Args:
-            gradient: float32 [n]; overwritten if weight decay or the rule does so.
+            gradient: float32 [t], t being the partition's trained parameters; overwritten if weight
+                decay or the rule does so.
             moments: Of each mini-batch, float32 [3, f].
             rate: The learning rate.
             into: Where to write the new version; may be the latest one itself.
@@ -107,3 +116,63 @@ class Vectors:
         """Assert the invariants."""
         assert torch.isfinite(self.current.weights).all()
         assert torch.isfinite(self.current.statistics).all()
+
+
+class PartialVectors(Vectors):
+    """Vectors of which some are frozen, or whose weights are averaged as they change, or both.
+
+    Frozen weights are the last ones. They take no part in an update, and the rule has no state for
+    them.
+    """
+
+    def __init__(self, partition: Partition, config: UpdateConfig, current: Version) -> None:
+        """As for `Vectors`; the average is that of no update yet, and is the weights."""
+        super().__init__(partition, config, current)
+        self._trained = partition.num_trained
+        self._averaging: Averaging | None = None
+        if config.average_decay is not None:
+            self._averaging = Averaging(decay=config.average_decay)
+            trained = self._part(current)
+            self.rule_state |= self._averaging.init(trained.weights, trained.statistics)
+
+    def _part(self, version: Version) -> Version:
+        """Of a version, what updates change."""
+        return Version(weights=version.weights[: self._trained], statistics=version.statistics)
+
+    @property
+    def scored(self) -> Version:
+        """See `Vectors`: the averages, if there are any; on memory of their own."""
+        if self._averaging is None:
+            return self.current
+        state = self.rule_state
+        weights = torch.cat([state[AVERAGE], self.current.weights[self._trained :]])
+        return Version(weights=weights, statistics=state[AVERAGE_STATISTICS].clone())
+
+    def step(
+        self,
+        gradient: Tensor,
+        moments: Sequence[Tensor] | Tensor,
+        rate: float,
+        into: Version,
+        batches: int = 1,
+    ) -> None:
+        """See `Vectors`."""
+        before, after = self.current.weights, self._part(into)
+        self.current = self._part(self.current)
+        super().step(gradient, moments, rate, after, batches)
+        self.current = into
+        if self._trained < len(before) and into.weights.data_ptr() != before.data_ptr():
+            into.weights[self._trained :] = before[self._trained :]
+        if self._averaging is not None:
+            state = self.rule_state
+            self._averaging.update(state, after.weights, after.statistics, len(moments))
+
+
+def make_vectors(partition: Partition, config: UpdateConfig, current: Version) -> Vectors:
+    """Return the vectors that a partition needs, starting from what `current` holds.
+
+    Raises:
+        BadConfiguration: The weights are of another length than the partition's.
+    """
+    partial = partition.num_frozen or config.average_decay is not None
+    return (PartialVectors if partial else Vectors)(partition, config, current)

@@ -330,8 +330,8 @@ class PartitionServer:
     def _serve_network(self, side: NetworkSide) -> None:
         side.allow()
         while (push := side.next()) is not None:
-            if not side.is_float32 and len(self._scratch) < self.partition.num_parameters:
-                self._scratch = torch.empty(self.partition.num_parameters)
+            if not side.is_float32 and len(self._scratch) < self.partition.num_trained:
+                self._scratch = torch.empty(self.partition.num_trained)
             moments = side.moments[: len(push.batches)]
             self._intake.take_network(side, push, side.gradient(self._scratch), moments)
         if side.asks:

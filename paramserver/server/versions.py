@@ -98,7 +98,7 @@ class Versions:
     def _copied(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
         """Return them with copies of their gradients, which an update may overwrite."""
         while len(self._private) < len(arrivals):
-            self._private.append(torch.empty(self.state.partition.num_parameters))
+            self._private.append(torch.empty(self.state.partition.num_trained))
         return [
             (push, private.copy_(gradient), moments)
             for (push, gradient, moments), private in zip(arrivals, self._private, strict=False)

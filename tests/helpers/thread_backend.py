@@ -68,6 +68,8 @@ class ThreadBackend:
                 num_parameters=layout.num_parameters,
                 num_features=layout.num_features,
                 num_decayed=layout.decayed,
+                num_frozen=layout.num_parameters - layout.trained,
+                stops=tuple(entry.stop for entry in layout.entries),
                 num_partitions=config.server.num_partitions(layout.num_parameters, processors()),
                 num_processors=num_processes,
             ),
@@ -274,8 +276,15 @@ class ThreadBackend:
         return self.pool.submit(self.partitions[partition].snapshot, folder_uri)
 
     def evaluate(self, keeping: Keeping) -> Future[Any]:
-        assert self.evaluator is not None
-        return self.pool.submit(self.evaluator.evaluate, keeping)
+        evaluator = self.evaluator
+        assert evaluator is not None
+
+        def run() -> Any:
+            averaged = self.config.server.ema is not None
+            averages = [p.average() for p in self.partitions] if averaged else []
+            return evaluator.evaluate(keeping, *averages)
+
+        return self.pool.submit(run)
 
     def wait(self, calls: Collection[Future[Any]], timeout_s: float) -> list[Done]:
         done, _ = wait(calls, timeout_s, return_when=FIRST_COMPLETED)

@@ -143,8 +143,7 @@ class DeviceModelCopy:
         model.bind(self._there, moments=context.moments)
         self._module = model.module.train()
         _move_buffers(self._module, device.where)
-        self._trained = [(i, p) for i, p in enumerate(model.parameters) if p.requires_grad]
-        self._parameters = [p for _, p in self._trained]
+        self._parameters = [p for p in model.parameters if p.requires_grad]
         self._filled = True
         self._uploaded = device.up.record()
         self._computed = device.compute.record()
@@ -208,17 +207,13 @@ class DeviceModelCopy:
 
     def _compute(self, buffers: _StepBuffers, inputs: Tensor, targets: Tensor) -> None:
         box = buffers.box
-        places = box.views
-        if len(self._trained) < len(places):
-            box.gradient.zero_()  # the rest is not written to
-            places = tuple(places[i] for i, _ in self._trained)
         loss = differentiate(
             self._context.loss,
             self._module,
             inputs,
             targets,
             self._parameters,
-            places,
+            box.views,
             box.gradient,
         )
         box.moments[0].copy_(self._context.moments)

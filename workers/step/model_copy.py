@@ -67,17 +67,22 @@ class StepResult:
 
 
 class Mailbox:
-    """Where a push's gradient float32 [P] and moments float32 [depth, 3, F] are left."""
+    """Where a push's gradient float32 [T] and moments float32 [depth, 3, F] are left.
+
+    T are the parameters that are trained, which lie first.
+    """
 
     def __init__(self, index: int, layout: Layout, gradient: Tensor, moments: Tensor) -> None:
         """The process's mailbox number `index`."""
         self.index = index
-        self.gradient = gradient
+        self.gradient = gradient[: layout.trained]
         self.moments = moments
         self.views = tuple(
-            gradient[entry.start : entry.stop].view(entry.shape) for entry in layout.entries
+            gradient[entry.start : entry.stop].view(entry.shape)
+            for entry in layout.entries
+            if entry.trained
         )
-        """The gradient by parameter, in the layout's order."""
+        """The gradient by trained parameter, in the layout's order."""
 
 
 class JointLoss:
@@ -236,8 +241,7 @@ class ModelCopy:
         self._together = 0
         self._bind(1)
         self._module = model.module.train()
-        self._trained = [(i, p) for i, p in enumerate(model.parameters) if p.requires_grad]
-        self._parameters = [p for _, p in self._trained]
+        self._parameters = [p for p in model.parameters if p.requires_grad]
         self._statics: dict[_Shape, tuple[Tensor, ...]] = {}
 
     def _bind(self, together: int) -> None:
@@ -315,8 +319,6 @@ class ModelCopy:
         self, shape: _Shape, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
     ) -> Tensor:
         """Leave the sum of the gradients in `mailbox`; gives the sum of the losses."""
-        if len(self._trained) < len(mailbox.views):
-            mailbox.gradient.zero_()  # the rest is not written to
         recording = self._context.recordings.get(shape)
         if recording is None:
             return self._compute_eagerly(inputs, targets, mailbox, together)
@@ -324,7 +326,7 @@ class ModelCopy:
         if statics is None:
             moments = self._context.moments(together)
             statics = self._statics[shape] = recording.bind(self._model.weights, moments)
-        return recording.run(inputs, targets, statics, self._places(mailbox))
+        return recording.run(inputs, targets, statics, mailbox.views)
 
     def _compute_eagerly(
         self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
@@ -336,14 +338,9 @@ class ModelCopy:
             inputs,
             targets,
             self._parameters,
-            self._places(mailbox),
+            mailbox.views,
             mailbox.gradient,
         )
-
-    def _places(self, mailbox: Mailbox) -> tuple[Tensor, ...]:
-        if len(self._trained) == len(mailbox.views):
-            return mailbox.views
-        return tuple(mailbox.views[i] for i, _ in self._trained)
 
     def _can_join(self, inputs: Tensor, targets: Tensor, together: int) -> bool:
         """Whether one pass over these mini-batches finds what a pass over each does.
@@ -420,7 +417,7 @@ class ModelCopy:
     ) -> tuple[Tensor, ...]:
         spare = self._context.spare()
         spare.gradient.zero_()
-        for place in self._places(spare):
+        for place in spare.views:
             place.fill_(math.nan)  # so that one that is not written to shows
         loss = self._compute(shape, inputs, targets, spare, together)
         return loss, spare.gradient.clone(), self._context.moments(together).clone()

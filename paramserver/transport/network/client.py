@@ -226,14 +226,13 @@ class NetworkConnection:
         assert endpoint.network is not None
         self.partition = partition = endpoint.partition
         self.inbox: list[Answer] = []
-        start, stop = partition.start, partition.stop
         low, high = partition.feature_start, partition.feature_stop
-        gradients = [g[start:stop] for g in mailboxes.gradients]
+        gradients = [g[partition.trained] for g in mailboxes.gradients]
         self._encoder = encoder(gradients, wire)
         self._moments = [m[:, :, low:high] for m in mailboxes.moments]
         self._sent_moments = [torch.empty(m.shape) for m in self._moments]
         self._sent_bytes = [as_bytes(m) for m in self._sent_moments]
-        self._gradient_bytes = TORCH_DTYPES[wire].itemsize * partition.num_parameters
+        self._gradient_bytes = TORCH_DTYPES[wire].itemsize * partition.num_trained
         self._set_bytes = 12 * partition.num_features
         channel = connect(
             endpoint.network,
@@ -283,7 +282,8 @@ class NetworkConnection:
         self._put([head(push, self._gradient_bytes + moments_bytes)])
         # If they are rounded, each slice is sent as soon as it is.
         for view in self._encoder.slices(mailbox, finite=math.isfinite(push.gradient_norm)):
-            self._put([view])
+            if len(view):  # nothing is trained here, if not
+                self._put([view])
         if moments_bytes:
             self._put([self._sent_bytes[mailbox][:moments_bytes]])
         self._go()

@@ -45,7 +45,7 @@ class NetworkSide:
         self.socket = accepted.channel.socket
         self.num_mailboxes, self.depth = about.num_mailboxes, about.depth
         self._channel = accepted.channel
-        size = partition.num_parameters if about.num_mailboxes else 0
+        size = partition.num_trained if about.num_mailboxes else 0
         self._gradient = torch.empty(size, dtype=TORCH_DTYPES[about.wire])
         self._gradient_bytes = as_bytes(self._gradient)
         self.is_float32 = about.wire is WireDtype.FLOAT32

@@ -115,10 +115,9 @@ class MailboxViews:
             memory = mmap.mmap(fd, boxes.size)
         finally:
             os.close(fd)
-        start, stop = partition.start, partition.stop
         low, high = partition.feature_start, partition.feature_stop
         self.gradients = [
-            floats(memory, boxes.gradient_at(i), partition.total_parameters)[start:stop]
+            floats(memory, boxes.gradient_at(i), partition.total_parameters)[partition.trained]
             for i in range(num)
         ]
         self.moments = [

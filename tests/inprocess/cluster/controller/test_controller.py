@@ -1,12 +1,14 @@
 """The whole system on threads: real partitions, sockets and shared memory; scripted faults."""
 
 import dataclasses
+import math
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch.nn import functional
 
@@ -15,12 +17,14 @@ from downpour.cluster.controller.backend import ProcessLost, RunFailed
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import user_message
 from downpour.cluster.run.folder import RunFolder
-from downpour.models.flat import FlatModel
+from downpour.models.flat import FlatModel, flatten
 from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED
 from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.rules.choice import RuleName
 from downpour.paramserver.rules.policy import StalenessPolicy
+from downpour.paramserver.rules.schedule import Schedule
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.images.decode import decode
@@ -51,13 +55,19 @@ def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
     assert run.shown[-1].accuracy == outcome.evaluation.score.accuracy
 
 
-@pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov", "adagrad"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov", "adagrad", "adamw", "rmsprop"])
 def test_one_replica_with_one_step_in_flight_is_torch_optim(
-    tmp_path: Path, data: str, rule: Literal["sgd", "momentum", "nesterov", "adagrad"]
+    tmp_path: Path, data: str, rule: RuleName
 ) -> None:
-    """The whole system against a plain loop over the plan's mini-batches: 268 steps."""
+    """The whole system against a plain loop over the plan's mini-batches: 268 steps.
+
+    With AdamW the rate follows a cosine, and the weights are averaged.
+    """
     config = tiny.config(data, replicas=1, concurrent_steps=1, epochs=4)
     server = dataclasses.replace(config.server, rule=rule, weight_decay=1e-3)
+    if rule == "adamw":
+        schedule = Schedule(shape="cosine", learning_rate=server.schedule.learning_rate)
+        server = dataclasses.replace(server, schedule=schedule, ema=0.99)
     # One window at a time: of two that a replica holds, either may be ready to run first.
     replicas = dataclasses.replace(config.replicas, queued_windows=1)
     config = dataclasses.replace(config, server=server, replicas=replicas)
@@ -77,11 +87,16 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
     optimizer: torch.optim.Optimizer
     if rule == "adagrad":
         optimizer = torch.optim.Adagrad(groups, lr=rate)
+    elif rule == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)  # rounds as ours does
+    elif rule == "rmsprop":
+        optimizer = torch.optim.RMSprop(groups, lr=rate, momentum=0.9)
     else:
         momentum = 0.0 if rule == "sgd" else 0.9
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=rule == "nesterov")
     reader = RowReader(Dataset.open(data, "train"))
     model.module.train()
+    average, num_steps, examples = model.weights.clone(), 0, 0
     for epoch in range(4):
         for window in run.plan.window_order(epoch).tolist():
             for batch in run.plan.window_batches_order(epoch, window).tolist():
@@ -90,8 +105,18 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
                 model.zero_gradient()
                 outputs = model.module(torch.from_numpy(inputs))
                 functional.cross_entropy(outputs, torch.from_numpy(labels)).backward()
+                if rule == "adamw":  # mini-batches are not all of one size, so by examples
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * (1 + math.cos(math.pi * examples / 4000)) / 2
                 optimizer.step()
+                num_steps, examples = num_steps + 1, examples + len(labels)
+                average.lerp_(model.weights, max(0.01, 1 / num_steps))
     torch.testing.assert_close(run.weights, model.weights, rtol=1e-4, atol=1e-5)
+    kept = safetensors.torch.load_file(str(run.folder.path / "best.safetensors"))
+    kept |= safetensors.torch.load_file(str(run.folder.path / "model.safetensors"))
+    weights, _ = flatten(kept, model.layout)
+    of_run = average if rule == "adamw" else model.weights
+    torch.testing.assert_close(weights, of_run, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n_push", "n_fetch"), [(1, 3), (4, 1), (4, 2)])

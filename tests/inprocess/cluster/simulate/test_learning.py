@@ -196,7 +196,7 @@ class Log:
             for push in pushes:
                 assert again.apply(push, push.gradient, push.moments) is Outcome.APPLIED
             assert torch.equal(again.current.weights, keeper.weights)
-            assert torch.equal(again.current.statistics, keeper.statistics)
+            assert torch.equal(again.current.statistics, keeper.scored.statistics)
 
 
 def test_replicas_that_die_lose_nothing_and_apply_nothing_twice(

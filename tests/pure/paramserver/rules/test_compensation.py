@@ -238,7 +238,7 @@ def test_a_restored_state_goes_on_to_the_bit_and_drops_what_it_does_not_remember
 
 def test_a_snapshot_of_another_policy_is_refused() -> None:
     plain, other = Bench(StalenessPolicy()), Bench(ADAPTIVE)
-    with pytest.raises(BadSnapshot, match="resume with the rule and the staleness policy"):
+    with pytest.raises(BadSnapshot, match="resume with the rule, the staleness policy"):
         other.state.load(*plain.state.dump())
     Bench(CONSTANT).state.load(*plain.state.dump())  # which keeps nothing
 
