@@ -68,6 +68,8 @@ class Evaluation:
     """What is to be told: why they were not, if they should have been; rows that are not scored."""
     skipped: tuple[str, ...] = ()
     """A line for each row that is not scored, because its image cannot be decoded."""
+    age_s: float | None = None
+    """Seconds since the weights were pulled; None takes `wall_s`."""
 
     @property
     def gap(self) -> float | None:
@@ -248,6 +250,7 @@ class EvaluatorActor:
         began_s = time.monotonic()
         evaluator = self._evaluator
         versions = self._take(averages) if averages else self._pull()
+        pulled_s = time.monotonic()
         score, moving, num_recomputed = self._score()
         about: dict[str, Any] = {"versions": versions, "score": score}
         about["num_recomputed"] = num_recomputed
@@ -265,6 +268,7 @@ class EvaluatorActor:
             note="; ".join(filter(None, (self._note, self._split.note))) or None,
             skipped=self._split.skipped,
             wall_s=time.monotonic() - began_s,
+            age_s=time.monotonic() - pulled_s,
         )
 
     def _pull(self) -> list[int]:

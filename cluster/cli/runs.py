@@ -15,8 +15,8 @@ from downpour.cluster.config import recipes
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.monitoring.texts import cell_text
-from downpour.cluster.run.folder import CONFIG, RESULT, RunFolder
+from downpour.cluster.monitoring.texts import cell_text, percent_text
+from downpour.cluster.run.folder import CONFIG, METRICS, RESULT, RunFolder
 
 
 @click.command(
@@ -57,7 +57,10 @@ def status(run: Path | None, runs: Path, as_json: bool) -> None:
         if not folders and not as_json:
             click.echo(f"no runs in {runs}: `downpour train mnist-bn` makes one")
             return
-    rows = [run_status(folder) for folder in folders]
+    from downpour.cluster.monitoring.watch import states
+
+    ends = states(folders)
+    rows = [run_status(folder, ended) for folder, ended in zip(folders, ends, strict=True)]
     if as_json:
         click.echo(json.dumps(rows if run is None else rows[0]))
         return
@@ -66,12 +69,14 @@ def status(run: Path | None, runs: Path, as_json: bool) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for row in rows:
-        table.add_row(*(cell_text(row.get(column)) for column in columns))
+        cells = {column: cell_text(row.get(column)) for column in columns}
+        cells["accuracy"] = percent_text(row.get("accuracy"))
+        table.add_row(*cells.values())
     Console().print(table)
 
 
-def run_status(folder: RunFolder) -> dict[str, Any]:
-    """Return where a run stands. It has died if its status is `training` and nobody holds it."""
+def run_status(folder: RunFolder, ended: str | None) -> dict[str, Any]:
+    """Return where a run stands; `ended` is how it ended, None while it goes on."""
     status: dict[str, Any] = {"run": folder.name, "recipe": folder.config().recipe}
     status |= folder.status()
     if (folder.path / RESULT).exists():
@@ -79,8 +84,13 @@ def run_status(folder: RunFolder) -> dict[str, Any]:
         status |= {"state": "finished", "accuracy": result["accuracy"]}
         if "ended_because" in result:
             status["reason"] = result["ended_because"]
-    elif status.get("state") != "stopped" and not folder.held():
-        status["state"] = "died: `downpour resume` goes on with it"
+    elif ended is None and "state" not in status:
+        status["state"] = "starting"
+    elif ended is not None and not ended.startswith("stopped"):
+        status["state"] = ended
+    if "accuracy" not in status:  # a run from before its status had it
+        scored = [line["accuracy"] for line in folder.read_lines(METRICS) if "accuracy" in line]
+        status |= {"accuracy": scored[-1]} if scored else {}
     return status
 
 

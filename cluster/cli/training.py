@@ -59,7 +59,7 @@ def train(
             dashboard=dashboard,
             console=console,
         )
-    except Exception:
+    except BaseException:
         folder.discard_if_unused()
         raise
 
@@ -124,8 +124,12 @@ def resume(
 def scale(run: Path, replicas: int, wait_s: float) -> int:
     """Change the number of replicas of RUN while it trains."""
     folder = RunFolder.open(run)
-    if not folder.held():
-        raise UserError(f"{run} is not being trained: `downpour resume {run}` goes on with it")
+    from downpour.cluster.monitoring.watch import end, states
+
+    pulse = folder.pulse()
+    (ended,) = states([folder])
+    if ended is not None:
+        raise UserError(f"{run} is not being trained: {ended}")
     folder.ask_for_replicas(replicas)
     give_up_s = time.monotonic() + wait_s
     while time.monotonic() < give_up_s:
@@ -134,7 +138,7 @@ def scale(run: Path, replicas: int, wait_s: float) -> int:
         if status.get("replicas_wanted") == replicas:
             click.echo(f"{run} goes on with {replicas} replicas")
             return 0
-        if not folder.held():
+        if end(folder, pulse) is not None:
             break
     raise UserError(
         f"{run} has not taken note of it within {wait_s:g} s: `downpour status {run}` shows "

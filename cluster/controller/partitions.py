@@ -49,6 +49,8 @@ class PartitionMember:
     """When it was asked for a report that has not come."""
     version: int | None = None
     """In its first report since it started."""
+    settled: int = 0
+    """Mini-batches that it had settled at its newest report since it started."""
 
     @property
     def name(self) -> str:
@@ -148,6 +150,7 @@ class Partitions:
 
     def _renew(self, partition: PartitionMember) -> None:
         partition.up, partition.asked_s, partition.version = False, None, None
+        partition.settled = 0
         partition.incarnation += 1
 
     def _start_call(self, partition: PartitionMember, *, again: bool) -> StartPartition:
@@ -216,7 +219,15 @@ class Partitions:
         self.followers.reported(report, now)
 
     def note_report(self, report: PartitionReport) -> None:
-        """Keep a report as the newest of its partition."""
+        """Keep a report as the newest of its partition.
+
+        Answers may arrive in another order than that in which they were given: one that was given
+        before another that is here already says nothing new.
+        """
+        member, settled = self.members[report.index], report.batches_applied + report.refused
+        if settled < member.settled:
+            return
+        member.settled = settled
         self.reports[report.index] = report
         last = self.points.get(report.index, ((0, 0), (0, 0)))[1]
         if report.version < last[0]:  # it has gone back in time

@@ -28,6 +28,9 @@ from downpour.shuffler.plan.plan import Plan
 if TYPE_CHECKING:
     from downpour.workers.actor import Evaluation
 
+LEAST_TRAINING_S = 0.001
+"""Training of weights that an update was applied to, if the clocks tell of less."""
+
 Stage = Literal[
     "starting", "resuming", "training", "saving", "reporting", "scoring", "verifying", "ended"
 ]
@@ -200,9 +203,12 @@ class RunParts:
         points = self.partitions.points.get(evaluation.versions.index(version), ((0, 0), (0, 0)))
         per_update = self._plan.batch_size * self._batches_per_push
         examples = examples_at(version, *points, per_update)
+        age_s = evaluation.wall_s if evaluation.age_s is None else evaluation.age_s
+        # The first update may not have been reported yet, but it was before these weights.
+        least_s = self.early_stopping.trained_before_s + (LEAST_TRAINING_S if version else 0.0)
         return Scoring(
             accuracy=evaluation.score.accuracy,
-            training_s=round(max(0.0, self.training_s(now) - evaluation.wall_s), 3),
+            training_s=round(max(least_s, self.training_s(now) - age_s), 3),
             examples=examples,
             epochs=round(examples / self._plan.num_rows, 4),
         )

@@ -156,6 +156,9 @@ class Telemetry:
         values = self._values(run, now)
         self._write(lambda: self._folder.append_metrics(values))
         status = {"state": run.phase, "time": time.time(), **values}
+        if run.evaluation.accuracy is not None:
+            status["accuracy"] = run.evaluation.accuracy
+            status["best_accuracy"] = run.evaluation.best_accuracy
         self._write(lambda: self._folder.write_status(status))
         restarts = run.failures.policy.restarts
         observation = Observation(

@@ -6,9 +6,8 @@ stop. There is no other connection.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,11 +16,14 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.display import TrainingDisplay
 from downpour.cluster.monitoring.progress import Progress, plain_line
 from downpour.cluster.run.folder import METRICS, RESULT, RunFolder
+from downpour.cluster.run.liveness import BEAT_S, Pulse
 
 EVERY_S = 0.5
-SILENT_S = 30.0
-"""If a run's status is older, nothing trains it."""
 STOP_DEADLINE_S = 180.0
+BEATS_S = 3 * BEAT_S
+
+
+NEVER_BEGAN = "never began"
 
 
 def watch(
@@ -30,14 +32,16 @@ def watch(
     once: bool,
     console: Console,
     pause: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Show a run's progress until it ends, or once; return the exit status."""
     if once:
         console.print(plain_line(progress(folder)), markup=False, highlight=False, soft_wrap=True)
         return 0
+    pulse = folder.pulse(clock)
     with TrainingDisplay(folder.name, console=console) as display:
         while True:
-            ended = end(folder)
+            ended = end(folder, pulse)
             display.update(progress(folder))
             if ended:
                 break
@@ -59,44 +63,86 @@ def stop(
     Raises:
         UserError: the run does not train, or has not stopped in time.
     """
-    if ended := end(folder):
+    pulse = folder.pulse(clock)
+    ended = end(folder, pulse)
+    if ended is not None:
         raise UserError(f"{folder.path} does not train: {ended}")
     folder.request_stop()
     console.print(f"{folder.name}: asked to write a checkpoint and stop", highlight=False)
     give_up_s = clock() + STOP_DEADLINE_S
-    while wait and not (ended := end(folder)):
+    while wait:
+        ended = end(folder, pulse)
+        if ended is not None:
+            break
         if clock() > give_up_s:
             raise UserError(
                 f"{folder.path} has not stopped within {STOP_DEADLINE_S:.0f} s: look at its "
                 "output, or end its process"
             )
         pause(EVERY_S)
+    if ended is not None and ended.startswith("died"):
+        folder.clear_stop()  # it is not for the session that resumes
+        raise UserError(f"{folder.path} does not train: {ended}")
     if wait:
         console.print(f"{folder.name}: {ended}", markup=False, highlight=False)
     return 0
 
 
-def end(folder: RunFolder) -> str | None:
-    """Return how a run ended, in words; None while it goes on."""
+def end(folder: RunFolder, pulse: Pulse | None = None) -> str | None:
+    """Return how a run ended, in words; None while it goes on, or as long as that is not known.
+
+    Args:
+        folder: the run's.
+        pulse: of somebody who has looked at it for some time; None looks for the first time.
+    """
     if (folder.path / RESULT).exists():
         result = folder.read_json(RESULT)
         early = result.get("ended_by", "epochs") != "epochs"
         why = f": {result['ended_because']}" if early else ""
         return f"finished with an accuracy of {result['accuracy']:.2%}{why}"
-    status = _status(folder)
+    status = folder.status()
     if status.get("state") == "stopped":
         return f"stopped ({status.get('reason')}): `downpour resume {folder.path}` goes on"
-    if folder.held():
+    if (folder.pulse() if pulse is None else pulse).life() != "died":
         return None
-    # On a network disk without locks the age of the status tells.
-    if time.time() - status.get("time", 0.0) < SILENT_S:
-        return None
+    if not folder.has_trained():
+        return f"{NEVER_BEGAN}: `downpour resume {folder.path}` trains it, or remove the folder"
     return f"died: `downpour resume {folder.path}` goes on with it"
+
+
+def states(
+    folders: Sequence[RunFolder],
+    *,
+    pause: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[str | None]:
+    """Return how each of some runs ended, see `end`; None for those that go on.
+
+    Where neither lock nor process can be seen from here, this waits for beats, a few seconds for
+    all of them together. A run without any in this time is `silent`.
+    """
+    pulses = [folder.pulse(clock) for folder in folders]
+    give_up_s = clock() + BEATS_S
+    while True:
+        lives = [pulse.life() for pulse in pulses]
+        ends = [end(folder, pulse) for folder, pulse in zip(folders, pulses, strict=True)]
+        waiting = [
+            life == "unknown" and ended is None for life, ended in zip(lives, ends, strict=True)
+        ]
+        if not any(waiting) or clock() > give_up_s:
+            break
+        pause(EVERY_S)
+    return [
+        f"silent for {BEATS_S:.0f} s: `downpour watch {folder.path}` tells whether it lives"
+        if unknown
+        else ended
+        for folder, unknown, ended in zip(folders, waiting, ends, strict=True)
+    ]
 
 
 def progress(folder: RunFolder) -> Progress:
     """Return where a run stands, from the files in its folder."""
-    config, status = folder.config(), _status(folder)
+    config, status = folder.config(), folder.status()
     lines = _metrics(folder)
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
     examples = status.get("examples")
@@ -126,18 +172,5 @@ def progress(folder: RunFolder) -> Progress:
     )
 
 
-def _status(folder: RunFolder) -> dict[str, Any]:
-    return folder.status()
-
-
 def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    path = folder.path / METRICS
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the last line, while it is written
-            continue
-    return found
+    return list(folder.read_lines(METRICS))

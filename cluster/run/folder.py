@@ -23,19 +23,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.run import sealed
+from downpour.cluster.run import liveness, sealed
 from downpour.cluster.run.whereabouts import found_again
 from downpour.paramserver import durable
 from downpour.shuffler.dataset.bundled import at_hand
@@ -53,8 +52,6 @@ BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints
 INITIAL = "initial.safetensors"
 
 
-NOTHING_TRAINED = {CONFIG, sealed.CODE, INITIAL, RESOLVED, DATA, ".lock"}
-"""What there is of a run before its first update."""
 
 
 class RunFolder:
@@ -112,9 +109,35 @@ class RunFolder:
         return cls(path)
 
     def discard_if_unused(self) -> None:
-        """Remove the folder if nothing was trained, so that a mistake leaves nothing behind."""
-        if not {entry.name for entry in self.path.iterdir()} - NOTHING_TRAINED:
+        """Remove the folder if nothing was trained, so that a mistake leaves nothing behind.
+
+        A start that fails late has begun files of figures and a folder of checkpoints by then.
+        """
+        if not self.has_trained():
             shutil.rmtree(self.path)
+
+    def has_trained(self) -> bool:
+        """Whether an update has been told of, or a checkpoint or a result written."""
+        if any((self.path / name).exists() for name in (RESULT, MODEL, BEST)):
+            return True
+        checkpoints = self.path / CHECKPOINTS
+        if checkpoints.is_dir() and any(checkpoints.iterdir()):
+            return True
+        return any(line.get("updates") for line in self.read_lines(METRICS))
+
+    def read_lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """Read a file of JSON lines, less what is not whole; nothing if it is missing."""
+        try:
+            lines = (self.path / name).read_bytes().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                found = json.loads(line)
+            except ValueError:  # the last line, while it is written
+                continue
+            if isinstance(found, dict):
+                yield found
 
     @property
     def name(self) -> str:
@@ -156,36 +179,32 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run, so that no other process trains it.
+        """Hold the run, so that no other process trains it, and show that it is held.
 
         Raises:
             UserError: another process holds it, or the folder cannot be written.
         """
-        try:
-            fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise UserError(
-                f"the run folder {self.path} cannot be written: {error.strerror}"
-            ) from None
-        try:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(liveness.held(self.path))
+            except liveness.Held:
                 raise UserError(
                     f"{self.path} is being trained by another process: `downpour status "
                     f"{self.path}` shows it"
                 ) from None
+            except OSError as error:
+                raise UserError(
+                    f"the run folder {self.path} cannot be written: {error.strerror}"
+                ) from None
             yield
-        finally:
-            os.close(fd)
 
     def held(self) -> bool:
-        """Whether some process is training the run now."""
-        try:
-            with self.locked():
-                return False
-        except UserError:
-            return True
+        """Whether some process is seen to train the run now; see `pulse` for network disks."""
+        return bool(liveness.is_locked(self.path))
+
+    def pulse(self, clock: Callable[[], float] = time.monotonic) -> liveness.Pulse:
+        """Begin to look whether something trains the run."""
+        return liveness.Pulse(self.path, (STATUS, METRICS), clock)
 
     def ask_for_replicas(self, replicas: int) -> None:
         """Ask the process that trains the run for another number of replicas.

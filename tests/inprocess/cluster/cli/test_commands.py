@@ -207,11 +207,16 @@ def test_a_run_that_nobody_holds_has_died(
 ) -> None:
     folder = RunFolder.create(tmp_path / "a", recipes.find("mnist"))
     folder.write_json("status.json", {"state": "training", "updates": 12})
+    folder.append_metrics({"updates": 12, "accuracy": 0.5})
     assert run_cli(downpour, ["status", str(folder.path), "--json"]) == 0
     assert '"state": "died' in capsys.readouterr().out
     with folder.locked():
         assert run_cli(downpour, ["status", str(folder.path), "--json"]) == 0
-    assert '"state": "training"' in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert '"state": "training"' in shown
+        assert '"accuracy": 0.5' in shown
+        assert run_cli(downpour, ["status", "--runs", str(tmp_path)]) == 0
+    assert "50.00%" in capsys.readouterr().out
 
 
 def test_commands_that_compute_nothing_import_nothing_heavy() -> None:
