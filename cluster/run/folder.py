@@ -52,8 +52,6 @@ BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints
 INITIAL = "initial.safetensors"
 
 
-
-
 class RunFolder:
     """One run's folder."""
 
