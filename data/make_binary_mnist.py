@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from downpour.shuffler.errors import ShufflerError
-from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.ingest import ingest
 
 THRESHOLD = 127
 SEED = 20150211

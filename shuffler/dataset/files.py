@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,9 +28,15 @@ def locate(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     text = os.fspath(uri)
     if "://" not in text:
         return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+    if text.startswith("hf://"):
+        name = "/".join(text.removeprefix("hf://").removeprefix("datasets/").split("/")[:2])
+        raise DatasetError(
+            f"{text!r} is on Hugging Face's hub, which is not read from here; download it with "
+            f"`hf download --repo-type dataset {name} --local-dir FOLDER`, and give the folder"
+        )
     try:
         filesystem, path = fs.FileSystem.from_uri(text)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
         raise DatasetError(
             f"{text!r} cannot be reached ({one_line(error)}); give a folder or a URI of a "
             "filesystem that pyarrow knows, such as s3://bucket/folder"
@@ -47,10 +54,26 @@ def base_name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def list_folder(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    """Return what a folder holds, by name; hidden entries (".name") are left out."""
+def list_folder(
+    filesystem: fs.FileSystem, path: str, leave_out: Callable[[str, str], None] | None = None
+) -> list[fs.FileInfo]:
+    """Return what a folder holds, by name; hidden entries (".name") are left out.
+
+    Args:
+        filesystem: of the folder.
+        path: of the folder.
+        leave_out: told of each hidden entry: a reason, and what it is.
+    """
     entries = filesystem.get_file_info(fs.FileSelector(path))
-    visible = [entry for entry in entries if not entry.base_name.startswith(".")]
+    visible = []
+    for entry in entries:
+        if not entry.base_name.startswith("."):
+            visible.append(entry)
+        elif leave_out is not None:
+            leave_out("hidden files", f"{base_name(path)}/{entry.base_name}")
+    if leave_out is not None and is_local(filesystem):
+        for name in sorted(set(os.listdir(path)) - {entry.base_name for entry in entries}):
+            leave_out("links that lead nowhere", f"{base_name(path)}/{name}")
     return sorted(visible, key=lambda entry: str(entry.base_name))
 
 

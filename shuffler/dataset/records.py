@@ -28,6 +28,7 @@ from downpour.shuffler.errors import DatasetError
 
 _NUMBERED_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.parquet")
 _ANY_SHARD = re.compile(r"(?P<split>[^-]+)-.*\.parquet")
+_NUMBER = re.compile(r".+-(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?\.[a-z]+")
 _FOOTER_THREADS = 16
 
 VERIFIED_BYTES = 32 << 20
@@ -172,7 +173,7 @@ class Dataset:
                 f"{where} has no shards of split {split!r} (it has: {known}); choose one of "
                 "those, or run ingest on the source"
             )
-        _check_numbering(chosen, where)
+        check_numbering(chosen, where)
         listed = _listed_split(manifest, split, where)
         return cls._opened(filesystem, where, split, chosen, listed, verify_checksums)
 
@@ -261,11 +262,15 @@ def _shards_by_split(
     return shards
 
 
-def _check_numbering(chosen: list[fs.FileInfo], where: str) -> None:
-    """Shards named `-00001-of-00004` must be there all four."""
+def check_numbering(chosen: list[fs.FileInfo], where: str) -> None:
+    """Check that of files named `-00001-of-00004` all four are there.
+
+    Raises:
+        DatasetError: one is missing; it is named.
+    """
     numbers: dict[int, set[int]] = {}
     for info in chosen:
-        match = _NUMBERED_SHARD.fullmatch(info.base_name)
+        match = _NUMBER.fullmatch(info.base_name)
         if match:
             numbers.setdefault(int(match["total"]), set()).add(int(match["number"]))
     for total, found in numbers.items():

@@ -14,9 +14,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +31,11 @@ from downpour.shuffler.dataset.manifest import (
     SplitEntry,
 )
 from downpour.shuffler.errors import IngestError
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.formats.report import Report
+from downpour.shuffler.ingest.formats.source import Source, SourceSplit
+from downpour.shuffler.ingest.held_out import hold_out
 from downpour.shuffler.ingest.scatter import Scatter
-from downpour.shuffler.ingest.source import FORMATS, Source, SourceSplit
 from downpour.shuffler.ingest.sources import open_source
 from downpour.shuffler.plan.keys import stream_key
 from downpour.shuffler.plan.permutation import Permutation
@@ -43,67 +45,7 @@ Progress = Callable[[int, int], None]
 
 _ROW_GROUP_BYTES = 4 << 20
 _SHARD_BYTES = 256 << 20
-_MIN_MEMORY_BYTES = 1 << 20
 _ZSTD_LEVELS = {"bits": 19, "image": 1}  # image files are compressed already
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IngestConfig:
-    """How a dataset is made."""
-
-    format: Literal["auto", "idx", "cifar", "folder", "huggingface"] = "auto"
-    """What the source is: `idx` pairs, `cifar` binary files, a `folder` of class folders,
-    `huggingface` Parquet."""
-
-    splits: tuple[str, ...] = ()
-    """Splits to make, by their names in the dataset; none named: all that the source has."""
-
-    class_list: str | None = None
-    """Of a folder: file with a class a line, its folder and perhaps words for it, in the order of
-    the labels. None: `synset_words.txt` or the like beside train/, otherwise folders by name."""
-
-    ground_truth: str | None = None
-    """Of a folder: file with the classes of validation images that are not in class folders.
-    None: `ILSVRC2012_validation_ground_truth.txt` or the like beside train/."""
-
-    seed: int = 0
-    """Names the one global shuffle."""
-
-    rows_per_shard: int | None = None
-    """Most rows of a shard; None: as many as fill 256 MiB. Shards of a split are even."""
-
-    row_group_rows: int | None = None
-    """Rows of a row group, the least that is read at once; None: as many as fill 4 MiB. A window
-    reads a run of `window_batches` rows in each group of the plan, so much larger ones make a
-    dataset that does not fit the reader's cache be read several times over."""
-
-    memory_bytes: int = 512 << 20
-    """About the most memory for rows, whatever the size of the dataset."""
-
-    binary_threshold: int | None = None
-    """Make images binary (grey value > threshold) and pack them as bits; None keeps the files."""
-
-    scratch: str | None = None
-    """Folder on this machine for temporary files, which take as much room as the dataset. None:
-    the destination where it is local, else the system's folder for such files."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows_per_shard", "row_group_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise IngestError(f"{name}={value} is not positive; give 1 or more")
-        if self.memory_bytes < _MIN_MEMORY_BYTES:
-            raise IngestError(
-                f"memory_bytes={self.memory_bytes} is too little; give {_MIN_MEMORY_BYTES} or more"
-            )
-        if self.format not in ("auto", *FORMATS):
-            raise IngestError(
-                f"format={self.format!r} is unknown; choose of auto, {', '.join(FORMATS)}"
-            )
-        if self.binary_threshold is not None and not 0 <= self.binary_threshold <= 254:
-            raise IngestError(
-                f"binary_threshold={self.binary_threshold} splits no grey values; give 0 to 254"
-            )
 
 
 def ingest(
@@ -112,6 +54,7 @@ def ingest(
     config: IngestConfig | None = None,
     *,
     progress: Progress | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Manifest:
     """Write a source's rows, shuffled, as a dataset, and return its manifest.
 
@@ -123,27 +66,28 @@ def ingest(
         destination: folder to make; it must not exist, or be empty.
         config: how.
         progress: told how far it is, after every batch of rows.
+        say: told, a line at a time, what is assumed of the source and what of it is left out.
 
     Raises:
         IngestError: the source cannot be ingested, or the destination is not empty.
         DecodeError: an image that should become binary cannot be decoded.
         DatasetError: a Parquet source is damaged.
     """
-    config = config or IngestConfig()
-    opened = open_source(
-        source,
-        config.format,
-        splits=config.splits,
-        class_list=config.class_list,
-        ground_truth=config.ground_truth,
-        binary_threshold=config.binary_threshold,
-        chunk_bytes=config.memory_bytes // 16,
-    )
+    config, report = config or IngestConfig(), Report()
+    try:
+        opened = open_source(source, config, report)
+        if config.validation_share is not None:
+            opened = hold_out(opened, config.validation_share, config.seed)
+    finally:
+        if say is not None:
+            for line in report.lines:
+                say(line)
     splits = _chosen(opened, config.splits)
     filesystem, folder = files.locate(destination)
-    existed = _claim(filesystem, folder)
+    existed = _check_destination(filesystem, folder)
     counter = _Counter(sum(split.num_rows for split in splits), progress)
     try:
+        _claim(filesystem, folder)
         with _scratch(filesystem, folder, config.scratch) as scratch:
             entries = {
                 split.name: _ingest_split(
@@ -203,16 +147,27 @@ def _chosen(source: Source, names: tuple[str, ...]) -> tuple[SourceSplit, ...]:
     return splits
 
 
-def _claim(filesystem: fs.FileSystem, folder: str) -> bool:
-    """Make the destination and mark it; return whether its folder was there already."""
+def _check_destination(filesystem: fs.FileSystem, folder: str) -> bool:
+    """Check that the destination may be written; return whether its folder is there already."""
     info = filesystem.get_file_info(folder)
-    existed = bool(info.type == fs.FileType.Directory)
     if info.type == fs.FileType.File:
         raise IngestError(f"destination {folder} is a file; give a folder that is not there yet")
-    if existed and filesystem.get_file_info(fs.FileSelector(folder)):
+    existed = bool(info.type == fs.FileType.Directory)
+    if existed and (entries := filesystem.get_file_info(fs.FileSelector(folder))):
+        names = {entry.base_name for entry in entries}
+        if MARKER_NAME in names and MANIFEST_NAME not in names:
+            raise IngestError(
+                f"destination {folder} is not empty: an ingest that was killed left it half "
+                "written, or one writes into it now; remove it, or give a new folder"
+            )
         raise IngestError(
             f"destination {folder} is not empty; give a new folder, or remove this one first"
         )
+    return existed
+
+
+def _claim(filesystem: fs.FileSystem, folder: str) -> None:
+    """Make the destination and mark it."""
     try:
         filesystem.create_dir(folder)
         _write(filesystem, f"{folder}/{MARKER_NAME}", b"An ingest writes here.\n")
@@ -220,7 +175,6 @@ def _claim(filesystem: fs.FileSystem, folder: str) -> bool:
         raise IngestError(
             f"destination {folder} cannot be written ({files.one_line(error)}); give another"
         ) from error
-    return existed
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What can be ingested: IDX pairs, CIFAR's files, folders of class folders, Parquet shards.
+"""What can be ingested: IDX pairs, CIFAR's files, class folders, tables, archives, lists.
 
 Each source is opened to the same few facts and a stream of record batches in the source's order,
 never more than about `chunk_bytes` at once. Shuffling and writing are `ingest`'s.
@@ -7,224 +7,177 @@ never more than about `chunk_bytes` at once. Shuffling and writing are `ingest`'
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyarrow import fs
 
 from downpour.shuffler.dataset import files
-from downpour.shuffler.dataset.encoding import IMAGE_TYPE, EncodedImages, PackedBits, schema_for
+from downpour.shuffler.dataset.encoding import PackedBits, schema_for
+from downpour.shuffler.dataset.manifest import MANIFEST_NAME, MARKER_NAME
 from downpour.shuffler.dataset.records import Dataset, split_names
 from downpour.shuffler.dataset.row_groups import conform
 from downpour.shuffler.errors import DecodeError, IngestError
 from downpour.shuffler.images.decode import ImageSpec, bits_array, decode, decode_image, pack_bits
-from downpour.shuffler.ingest import cifar, idx
-from downpour.shuffler.ingest.folders import FOLDER_SPLITS, open_folder
-from downpour.shuffler.ingest.source import (
-    SPLIT_NAMES,
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.formats import cifar, idx, listings, rows, tables, tars
+from downpour.shuffler.ingest.formats.folders import open_folder, split_folders
+from downpour.shuffler.ingest.formats.imagenet import GROUND_TRUTHS
+from downpour.shuffler.ingest.formats.report import Report
+from downpour.shuffler.ingest.formats.source import (
     Batches,
     Format,
     Source,
     SourceSplit,
     chunk_rows,
-    png,
 )
 
-_IDX_IMAGES = re.compile(r"(?P<prefix>.+)-images[-.]idx3-ubyte(?P<gz>\.gz)?")
 _STREAM_BYTES = 1 << 20
+_MOST_FOLDERS = 64
+"""Folders that are looked into for files, to find out a source's format."""
+
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "huggingface": (".parquet", ".parquet.gz"),
+    "arrow": (".arrow",),
+    "webdataset": tars.SUFFIXES,
+    "list": listings.SUFFIXES,
+}
+"""Ends of the names of the files of each format that is made of files."""
 
 
 def open_source(
-    uri: str | os.PathLike[str],
-    format: Format | Literal["auto"] = "auto",
-    *,
-    splits: tuple[str, ...] = (),
-    class_list: str | None = None,
-    ground_truth: str | None = None,
-    binary_threshold: int | None = None,
-    chunk_bytes: int = 8 << 20,
+    uri: str | os.PathLike[str], config: IngestConfig | None = None, report: Report | None = None
 ) -> Source:
-    """Open a source, finding out its format where that is `auto`.
+    """Open a source, finding out its format if that is `auto`.
 
     Args:
         uri: the folder of the source, on any filesystem of `pyarrow.fs`.
-        format: what to take it for.
-        splits: that are wanted, by their names in the dataset; () for all. Folders of others are
-            not looked into.
-        class_list: of a folder; see `folders`.
-        ground_truth: of a folder; see `folders`.
-        binary_threshold: make every image binary (grey value > threshold) and pack it as bits.
-        chunk_bytes: about the most bytes of a batch.
+        config: what to take it for, and which of it. Splits that are not wanted are not looked
+            into, if they have folders or files of their own.
+        report: told what is assumed of the source, and what of it is left out.
 
     Raises:
-        IngestError: nothing here can be ingested, or not as `format`.
+        IngestError: nothing here can be ingested, or not as the format that is named.
         DatasetError: the source is Parquet and cannot be opened.
     """
+    config, report = config or IngestConfig(), report or Report()
     filesystem, folder = files.locate(uri)
     info = filesystem.get_file_info(folder)
     if info.type != fs.FileType.Directory:
         raise IngestError(f"source {os.fspath(uri)} is not a folder; give the folder of the data")
-    found = _detect(filesystem, folder) if format == "auto" else format
+    found = _detect(filesystem, folder) if config.format == "auto" else config.format
+    threshold, chunk_bytes = config.binary_threshold, config.memory_bytes // 16
     if found == "idx":
-        return _open_idx(filesystem, folder, binary_threshold, chunk_bytes)
+        return idx.open_idx(filesystem, folder, threshold, chunk_bytes)
     if found == "cifar":
-        source = _open_cifar(filesystem, folder, chunk_bytes)
+        source = cifar.open_cifar(filesystem, folder, chunk_bytes)
     elif found == "folder":
         source = open_folder(
             filesystem,
             folder,
             chunk_bytes,
-            splits=splits,
-            class_list=class_list,
-            ground_truth=ground_truth,
+            splits=config.splits,
+            class_list=config.class_list,
+            ground_truth=config.ground_truth,
+            whole=config.validation_share is not None,
+            report=report,
         )
-    else:
+    elif found == "huggingface" and _is_ours(filesystem, folder):
         source = _open_parquet(os.fspath(uri), chunk_bytes)
-    return source if binary_threshold is None else _binarised(source, binary_threshold)
+    else:
+        source = _open_files(filesystem, folder, found, config, chunk_bytes, report)
+    return source if threshold is None else _binarised(source, threshold)
+
+
+def _open_files(
+    filesystem: fs.FileSystem,
+    folder: str,
+    found: Format,
+    config: IngestConfig,
+    chunk_bytes: int,
+    report: Report,
+) -> Source:
+    """Open tables, archives or lists, whose files may lie in folders."""
+    suffixes = SUFFIXES[found]
+    there = tables.find(filesystem, folder, suffixes)
+    there = [info for info in there if info.base_name not in GROUND_TRUTHS]
+    if not there:
+        raise IngestError(
+            f"{folder} holds no file that ends with {' or '.join(suffixes)}; give a folder that "
+            "does, or another format"
+        )
+    choice = tables.Choice(
+        image_column=config.image_column,
+        label_column=config.label_column,
+        patterns=tuple((name, str(pattern)) for name, pattern in config.split.items()),
+        splits=config.splits,
+    )
+    if found == "webdataset":
+        return tars.open_tars(filesystem, folder, there, chunk_bytes, choice, report)
+    if found == "list":
+        return listings.open_listings(filesystem, folder, there, chunk_bytes, choice, report)
+    open_table = tables.open_arrow if found == "arrow" else tables.open_parquet
+    return tables.open_tables(filesystem, folder, there, open_table, chunk_bytes, choice, report)
 
 
 def _detect(filesystem: fs.FileSystem, folder: str) -> Format:
     entries = files.list_folder(filesystem, folder)
     names = [entry.base_name for entry in entries]
-    if any(_IDX_IMAGES.fullmatch(name) for name in names):
+    if any(map(idx.is_images, names)):
         return "idx"
     if cifar.find(names) is not None:
         return "cifar"
-    if any(name.endswith(".parquet") for name in names):
-        return "huggingface"
-    if any(e.base_name in FOLDER_SPLITS and e.type == fs.FileType.Directory for e in entries):
+    found = _detect_files(names)
+    there = split_folders(entries)
+    inner = {name: files.list_folder(filesystem, f"{folder}/{name}") for name in there}
+    if found in (None, "list") and any(_holds_images(children) for children in inner.values()):
+        return "folder"
+    level = [entry for entry in entries if entry.type == fs.FileType.Directory]
+    for _ in range(tables.MAX_DEPTH - 1):
+        if found is not None or not 0 < len(level) <= _MOST_FOLDERS:
+            break
+        below = [child for each in level for child in files.list_folder(filesystem, each.path)]
+        found = _detect_files([child.base_name for child in below])
+        if found is None and any(rows.is_image(child.base_name) for child in below):
+            return "folder"
+        level = [child for child in below if child.type == fs.FileType.Directory]
+    if found is not None:
+        return found
+    if there or level:
         return "folder"
     raise IngestError(
-        f"{folder} holds no IDX files, no CIFAR files, no Parquet shards and no folder train/ of "
-        "class folders; "
-        "give a folder that does, or name its format"
+        f"{folder} holds no IDX or CIFAR files, no Parquet, Arrow, tar, CSV or JSON lines files, "
+        "and no folder train/ of class folders; give a folder that does, or name its format"
     )
 
 
-def _open_idx(
-    filesystem: fs.FileSystem, folder: str, threshold: int | None, chunk_bytes: int
-) -> Source:
-    names = [entry.base_name for entry in files.list_folder(filesystem, folder)]
-    pairs = {m["prefix"]: name for name in names if (m := _IDX_IMAGES.fullmatch(name))}
-    if not pairs:
-        raise IngestError(
-            f"{folder} holds no file named like train-images-idx3-ubyte; give the folder of IDX "
-            "pairs (.gz or not)"
-        )
-    sizes: set[tuple[int, ...]] = set()
-    num_classes = 0
-    splits = []
-    for prefix, images_name in sorted(pairs.items()):
-        labels_name = images_name.replace("-images", "-labels").replace("idx3", "idx1")
-        labels_name = labels_name if labels_name in names else _other_gz(labels_name)
-        if labels_name not in names:
-            raise IngestError(f"{folder}/{images_name} has no labels; add {labels_name}")
-        path = f"{folder}/{images_name}"
-        count, *size = idx.read_shape(filesystem, path, dimensions=3)
-        labels = idx.read_labels(filesystem, f"{folder}/{labels_name}")
-        if len(labels) != count:
-            raise IngestError(
-                f"{path} has {count} images and {labels_name} {len(labels)} labels; download both "
-                "again"
-            )
-        sizes.add(tuple(size))
-        num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
-        splits.append((SPLIT_NAMES.get(prefix, prefix), path, labels))
-    if len(sizes) != 1:
-        raise IngestError(
-            f"the IDX files of {folder} have images of {len(sizes)} sizes; ingest them apart"
-        )
-    height, width = sizes.pop()
-    encoding = EncodedImages() if threshold is None else PackedBits(height, width)
-    class_names = tuple(str(number) for number in range(num_classes))
-    schema = schema_for(encoding, class_names)
-    row_bytes = height * width if isinstance(encoding, EncodedImages) else encoding.num_bytes
-    chunk = chunk_rows(chunk_bytes, height * width)
+def _detect_files(names: list[str]) -> Format | None:
+    """Return the format that files' names mean, the most telling first."""
+    kinds: tuple[Format, ...] = ("huggingface", "arrow", "webdataset", "list")
+    listed = [name for name in names if name not in GROUND_TRUTHS]
+    return next((kind for kind in kinds if any(n.endswith(SUFFIXES[kind]) for n in listed)), None)
 
-    def batches(path: str, labels: NDArray[np.uint8]) -> Batches:
-        return lambda: _idx_batches(filesystem, path, labels, schema, threshold, chunk)
 
-    return Source(
-        format="idx",
-        encoding=encoding,
-        class_names=class_names,
-        splits=tuple(
-            SourceSplit(
-                name=name,
-                num_rows=len(labels),
-                num_bytes=len(labels) * (row_bytes + 8),
-                batches=batches(path, labels),
-            )
-            for name, path, labels in splits
-        ),
+def _holds_images(children: list[fs.FileInfo]) -> bool:
+    """Whether a split's folder has class folders or images, and nothing that lists them."""
+    if _detect_files([child.base_name for child in children]) is not None:
+        return False
+    return any(
+        child.type == fs.FileType.Directory or rows.is_image(child.base_name) for child in children
     )
 
 
-def _other_gz(name: str) -> str:
-    return name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
-
-
-def _idx_batches(
-    filesystem: fs.FileSystem,
-    path: str,
-    labels: NDArray[np.uint8],
-    schema: pa.Schema,
-    threshold: int | None,
-    chunk: int,
-) -> Iterator[pa.RecordBatch]:
-    start = 0
-    for pixels in idx.read_images(filesystem, path, chunk):
-        if threshold is None:
-            images = pa.array([{"bytes": png(image)} for image in pixels], IMAGE_TYPE)
-        else:
-            images = bits_array(pack_bits(pixels, threshold))
-        label = pa.array(labels[start : start + len(pixels)].astype(np.int64))
-        yield pa.RecordBatch.from_arrays([images, label], schema=schema)
-        start += len(pixels)
-
-
-def _open_cifar(filesystem: fs.FileSystem, folder: str, chunk_bytes: int) -> Source:
-    names = [entry.base_name for entry in files.list_folder(filesystem, folder)]
-    found = cifar.find(names)
-    if found is None:
-        raise IngestError(
-            f"{folder} holds no data_batch_1.bin and no train.bin; give the folder of CIFAR's "
-            "binary version"
-        )
-    class_names: tuple[str, ...] = tuple(
-        str(n) for n in range(10 if found.label_bytes == 1 else 100)
-    )
-    if found.names in names:
-        with filesystem.open_input_stream(f"{folder}/{found.names}") as stream:
-            class_names = tuple(bytes(stream.read()).decode(errors="replace").split())
-    schema = schema_for(EncodedImages(), class_names)
-    chunk = chunk_rows(chunk_bytes, found.record_bytes)
-
-    def batches(paths: tuple[str, ...]) -> Batches:
-        def read() -> Iterator[pa.RecordBatch]:
-            for path in paths:
-                for pixels, labels in cifar.read_records(filesystem, path, found, chunk):
-                    images = pa.array([{"bytes": png(image)} for image in pixels], IMAGE_TYPE)
-                    yield pa.RecordBatch.from_arrays([images, pa.array(labels)], schema=schema)
-
-        return read
-
-    splits = []
-    for name, members in found.splits.items():
-        paths = tuple(f"{folder}/{member}" for member in members)
-        num_rows = sum(cifar.count_records(filesystem, p, found.record_bytes) for p in paths)
-        num_bytes = num_rows * found.record_bytes
-        splits.append(
-            SourceSplit(name=name, num_rows=num_rows, num_bytes=num_bytes, batches=batches(paths))
-        )
-    return Source(
-        format="cifar", encoding=EncodedImages(), class_names=class_names, splits=tuple(splits)
-    )
+def _is_ours(filesystem: fs.FileSystem, folder: str) -> bool:
+    """Whether Parquet is a dataset that `ingest` has written, or holds packed bits."""
+    entries = files.list_folder(filesystem, folder)
+    if any(entry.base_name in (MANIFEST_NAME, MARKER_NAME) for entry in entries):
+        return True
+    first = next((e for e in entries if e.base_name.endswith(".parquet")), None)
+    if first is None:
+        return False
+    return "bits" in tables.open_parquet(filesystem, first).schema.names
 
 
 def _open_parquet(uri: str, chunk_bytes: int) -> Source:

@@ -14,7 +14,8 @@ import pytest
 
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.dataset.manifest import MANIFEST_NAME
-from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.ingest import ingest
 from tests.helpers import commands
 from tests.helpers.ray_nodes import RayNodes, connecting, ray_nodes
 from tests.helpers.small_run import SMALL, check_result

@@ -17,7 +17,8 @@ from downpour.shuffler.delivery import join
 from downpour.shuffler.errors import DatasetError, DecodeError
 from downpour.shuffler.holdings import Holding, Inventory, assign, survey
 from downpour.shuffler.images.decode import Decoder, ImageSpec
-from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.ingest import ingest
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.spec import ShufflerSpec
 from tests.inprocess.shuffler.ingest.test_ingest import write_idx

@@ -23,7 +23,8 @@ from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import join
 from downpour.shuffler.errors import DatasetError
-from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.ingest import ingest
 from downpour.shuffler.plan.plan import Plan
 from tests.helpers import tiny
 

@@ -25,7 +25,8 @@ from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DatasetError, DecodeError, IngestError, ShufflerError
 from downpour.shuffler.images.decode import ImageSpec, decode
-from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.ingest import ingest
 
 ROOT = Path(__file__).parents[4]
 
@@ -348,12 +349,12 @@ def test_source_and_destination_errors(tmp_path):
     out = tmp_path / "out"
     cases = [
         (tmp_path / "none", out, None, "is not a folder"),
-        (tmp_path, out, None, "holds no IDX files, no CIFAR files, .* and no folder train/"),
+        (tmp_path, out, None, "holds no IDX or CIFAR files, .* and no folder train/"),
         (tmp_path / "source", tmp_path / "source", None, "is not empty"),
         (tmp_path / "source", tmp_path / "source/train-labels-idx1-ubyte", None, "is a file"),
         (tmp_path / "source", out, IngestConfig(splits=("dev",)), r"no split 'dev' \(it has train"),
         (tmp_path / "source", out, IngestConfig(format="folder"), "no folder train/"),
-        (tmp_path / "source", out, IngestConfig(format="huggingface"), "holds no shards"),
+        (tmp_path / "source", out, IngestConfig(format="huggingface"), "holds no file that ends with .parquet"),
         (tmp_path / "source", out, IngestConfig(scratch=str(out / "x")), "scratch folder"),
     ]
     for source, destination, config, message in cases:

@@ -16,8 +16,9 @@ from downpour.shuffler.dataset.encoding import class_names_of
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DatasetError, IngestError, ShufflerError
-from downpour.shuffler.ingest.imagenet import parse_class_list, parse_ground_truth
-from downpour.shuffler.ingest.ingest import IngestConfig, ingest
+from downpour.shuffler.ingest.config import IngestConfig
+from downpour.shuffler.ingest.formats.imagenet import parse_class_list, parse_ground_truth
+from downpour.shuffler.ingest.ingest import ingest
 
 ROOT = Path(__file__).parents[4]
 SYNSETS = ("n03", "n01", "n02")  # in the order of the list, which is not that of the names

@@ -12,11 +12,12 @@ A ground truth is one of
                                               names in order, the number of the class from 1
     ILSVRC2012_val_00000001.JPEG 65           val.txt: a class's number from 0, or its folder
     ILSVRC2012_val_00000001,n01751748 1 2...  LOC_val_solution.csv, with a heading
+    val_0.JPEG n03444034 0 32 44 62           val_annotations.txt of Tiny ImageNet
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from downpour.shuffler.errors import IngestError
@@ -28,21 +29,25 @@ GROUND_TRUTHS: Final = (
     "ILSVRC2012_validation_ground_truth.txt",
     "LOC_val_solution.csv",
     "val.txt",
+    "val_annotations.txt",
 )
 """Names by which a ground truth is found where none is given."""
 
 
-def parse_class_list(text: str, where: str) -> tuple[list[str], list[str]]:
+def parse_class_list(
+    text: str, where: str, folders_there: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Return the classes' folders and their names, both by label.
 
-    A class without words is named like its folder.
+    A class without words is named like its folder. A folder's name ends at the first blank, unless
+    there is a folder whose name has blanks (`golden retriever`): the longest one that fits counts.
 
     Raises:
         IngestError: the list is empty, or has a folder twice.
     """
     folders, names = [], []
     for line in text.splitlines():
-        folder, _, words = line.strip().partition(" ")
+        folder, words = _split_line(line.strip(), folders_there)
         if folder:
             folders.append(folder)
             names.append(words.strip() or folder)
@@ -56,6 +61,16 @@ def parse_class_list(text: str, where: str) -> tuple[list[str], list[str]]:
     if twice:
         raise IngestError(f"{where} lists {twice[0]} twice; remove one of the lines")
     return folders, names
+
+
+def _split_line(line: str, folders: Collection[str]) -> tuple[str, str]:
+    if line in folders:
+        return line, ""
+    blanks = [at for at, letter in enumerate(line) if letter.isspace()]
+    for at in reversed(blanks):
+        if line[:at] in folders:
+            return line[:at], line[at:]
+    return (line[: blanks[0]], line[blanks[0] :]) if blanks else (line, "")
 
 
 def parse_ground_truth(

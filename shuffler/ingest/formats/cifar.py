@@ -2,8 +2,7 @@
 
 CIFAR-10 has `data_batch_<n>.bin` and `test_batch.bin` with one label, names in `batches.meta.txt`;
 CIFAR-100 has `train.bin` and `test.bin` with a coarse and a fine label, names in
-`fine_label_names.txt`, and the fine one is taken. (Krizhevsky 2009.) Which files make a dataset is
-`sources`'.
+`fine_label_names.txt`, and the fine one is taken. (Krizhevsky 2009.)
 """
 
 from __future__ import annotations
@@ -17,8 +16,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from downpour.shuffler.dataset import files
+from downpour.shuffler.dataset.encoding import IMAGE_TYPE, EncodedImages, schema_for
 from downpour.shuffler.dataset.files import one_line
 from downpour.shuffler.errors import IngestError
+from downpour.shuffler.ingest.formats.source import Batches, Source, SourceSplit, chunk_rows, png
 
 SIDE = 32
 _PIXELS = 3 * SIDE * SIDE
@@ -94,3 +96,47 @@ def read_records(
         raise IngestError(
             f"{path} cannot be read ({one_line(error)}); download it again"
         ) from error
+
+
+def open_cifar(filesystem: fs.FileSystem, folder: str, chunk_bytes: int) -> Source:
+    """Open a folder of CIFAR's binary files as a source.
+
+    Raises:
+        IngestError: a file is missing or not as it should be.
+    """
+    names = [entry.base_name for entry in files.list_folder(filesystem, folder)]
+    found = find(names)
+    if found is None:
+        raise IngestError(
+            f"{folder} holds no data_batch_1.bin and no train.bin; give the folder of CIFAR's "
+            "binary version"
+        )
+    class_names: tuple[str, ...] = tuple(
+        str(n) for n in range(10 if found.label_bytes == 1 else 100)
+    )
+    if found.names in names:
+        with filesystem.open_input_stream(f"{folder}/{found.names}") as stream:
+            class_names = tuple(bytes(stream.read()).decode(errors="replace").split())
+    schema = schema_for(EncodedImages(), class_names)
+    chunk = chunk_rows(chunk_bytes, found.record_bytes)
+
+    def batches(paths: tuple[str, ...]) -> Batches:
+        def read() -> Iterator[pa.RecordBatch]:
+            for path in paths:
+                for pixels, labels in read_records(filesystem, path, found, chunk):
+                    images = pa.array([{"bytes": png(image)} for image in pixels], IMAGE_TYPE)
+                    yield pa.RecordBatch.from_arrays([images, pa.array(labels)], schema=schema)
+
+        return read
+
+    splits = []
+    for name, members in found.splits.items():
+        paths = tuple(f"{folder}/{member}" for member in members)
+        num_rows = sum(count_records(filesystem, p, found.record_bytes) for p in paths)
+        num_bytes = num_rows * found.record_bytes
+        splits.append(
+            SourceSplit(name=name, num_rows=num_rows, num_bytes=num_bytes, batches=batches(paths))
+        )
+    return Source(
+        format="cifar", encoding=EncodedImages(), class_names=class_names, splits=tuple(splits)
+    )

@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 
 from downpour.shuffler.dataset.encoding import Encoding, schema_for
 
-Format = Literal["idx", "cifar", "folder", "huggingface"]
-FORMATS: Final = ("idx", "cifar", "folder", "huggingface")
+Format = Literal["idx", "cifar", "folder", "huggingface", "arrow", "webdataset", "list"]
+FORMATS: Final = ("idx", "cifar", "folder", "huggingface", "arrow", "webdataset", "list")
 Batches = Callable[[], Iterator[pa.RecordBatch]]
-
-SPLIT_NAMES: Final = {"t10k": "test", "val": "validation", "valid": "validation"}
-"""Names of splits that sources use, and ours for them."""
 
 MAX_CHUNK_ROWS: Final = 1024
 """Most rows of a batch."""
