@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from downpour.cluster.config import classifier, inception_recipes
+from downpour.cluster.config import classifier, inception_recipes, plain
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError, one_line
@@ -213,7 +213,7 @@ def admit(config: RunConfig) -> RunConfig:
                 f"{name!r} is in the script that runs, which other processes cannot import: put "
                 "the function into a module, and name it module:function"
             )
-    if own:
+    if own or any(True for _ in plain.own_parts(config)):
         add_working_directory()
     if schedule.function is not None:
         schedule.rates(1)  # which says so if the function does not work

@@ -1,4 +1,4 @@
-"""Actors whose process ends when the raylet that started it ends.
+"""Actors whose process ends when its raylet ends, and that say why they do not start.
 
 When a driver is killed, its raylet ends at once, but Ray's workers may take a minute to notice.
 Every actor's process imports this module, so it imports nothing heavy.
@@ -7,24 +7,63 @@ Every actor's process imports this module, so it imports nothing heavy.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
 
 def ending_with_parent(actor: type) -> type:
-    """A class like `actor`, under the same name, whose process ends with its parent."""
+    """A class like `actor`, under the same name, whose process ends with its parent.
+
+    Its constructor never raises: Ray would say of such an actor no more than that it died. Each
+    call raises what kept it from starting instead.
+    """
 
     class EndingWithParent(actor):  # type: ignore[misc]
         def __init__(self, *arguments: Any) -> None:
             end_with_parent()
-            super().__init__(*arguments)
+            self._kept_from_starting: Exception | None = None
+            try:
+                super().__init__(*arguments)
+            except Exception as error:
+                self._kept_from_starting = _told(actor, error)
 
+        def __repr__(self) -> str:
+            return actor.__name__ if self._kept_from_starting else str(super().__repr__())
+
+    for name in dir(actor):
+        method = getattr(actor, name)
+        if callable(method) and not name.startswith("_"):
+            setattr(EndingWithParent, name, _guarded(method))
     EndingWithParent.__name__ = EndingWithParent.__qualname__ = actor.__name__
     return EndingWithParent
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self._kept_from_starting is not None:
+            raise self._kept_from_starting
+        return method(self, *arguments, **keywords)
+
+    return call
+
+
+def _told(actor: type, error: Exception) -> Exception:
+    """What to tell of an error in a constructor: the user's own with its file and line."""
+    from downpour.cluster.controller.backend import RunFailed
+    from downpour.cluster.errors import user_message
+    from downpour.models.lookup import place_of
+
+    place = place_of(error)
+    if user_message(error) is not None or place is None:
+        return error
+    return RunFailed(f"{type(error).__name__}: {error} ({place}), where {actor.__name__} starts")
 
 
 def end_with_parent() -> None:

@@ -153,13 +153,18 @@ class Schedule:
 
     def rate(self, examples: int, epoch_examples: int) -> float:
         """Return the rate of the update after `examples` applied, `epoch_examples` to an epoch."""
-        return self.rates(epoch_examples)(examples)
+        return self._shaped(epoch_examples)(examples)
 
     def rates(self, epoch_examples: int) -> Callable[[int], float]:
         """Return the rate as a function of the examples applied, `epoch_examples` to an epoch.
 
-        Which shape it is, is asked once.
+        Which shape it is, is asked once. A subclass of the user's own has its own `rate`.
         """
+        if type(self).rate is not Schedule.rate:
+            return lambda examples: self.rate(examples, epoch_examples)
+        return self._shaped(epoch_examples)
+
+    def _shaped(self, epoch_examples: int) -> Callable[[int], float]:
         epochs, share = self.schedule_epochs or 1.0, self.last_share
         match self.shape:
             case "exponential":

@@ -15,6 +15,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import CONFIG, RunFolder
 from downpour.paramserver.config import ServerConfig
+from downpour.paramserver.rules.schedule import Schedule
 
 OLD = Path(__file__).with_name("config_before_rooms.json")
 """Written by the code from when each package was one flat folder."""
@@ -88,3 +89,60 @@ def test_what_cannot_be_used_is_a_line(path: tuple[str, ...], value: object, wor
     with pytest.raises(UserError, match=words) as caught:
         from_plain(RunConfig, plain)
     assert "\n" not in str(caught.value)
+
+
+class Halving(Schedule):
+    """A schedule without fields of its own."""
+
+    def rate(self, examples: int, epoch_examples: int) -> float:
+        return super().rate(examples, epoch_examples) * 0.5 ** (examples // epoch_examples)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stepping(Schedule):
+    """A schedule with one."""
+
+    every: int = 2
+
+
+class Remembering(Schedule):
+    """A schedule with a value that is no field."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=0.1)
+        object.__setattr__(self, "steps", 3)
+
+
+def with_schedule(schedule: Schedule) -> RunConfig:
+    config = recipes.find("mnist")
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, schedule=schedule))
+
+
+@pytest.mark.parametrize("schedule", [Halving(learning_rate=0.3), Stepping(every=5)])
+def test_a_class_of_the_users_own_is_kept(schedule: Schedule) -> None:
+    config = with_schedule(schedule)
+    saved = json.loads(json.dumps(to_plain(config)))
+    found = from_plain(RunConfig, saved)
+    assert found == config
+    assert type(found.server.schedule) is type(schedule)
+    rates = found.server.schedule.over(3).rates(100)
+    assert [rates(n) for n in (0, 100, 250)] == [schedule.rate(n, 100) for n in (0, 100, 250)]
+
+
+def test_what_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(UserError, match="Remembering keeps steps, which is no field"):
+        to_plain(with_schedule(Remembering()))
+
+    class Local(Schedule):
+        pass
+
+    with pytest.raises(UserError, match=r"<locals>.Local.*put it into a module"):
+        to_plain(with_schedule(Local()))
+
+
+@pytest.mark.parametrize("name", ["no_such_module:Halving", f"{__name__}:Nothing", "json:loads"])
+def test_a_class_that_is_gone_is_named(name: str) -> None:
+    saved = to_plain(with_schedule(Halving()))
+    saved["server"]["schedule"]["class"] = name
+    with pytest.raises(UserError, match=name):
+        from_plain(RunConfig, saved)
