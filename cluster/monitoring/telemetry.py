@@ -25,6 +25,7 @@ from downpour.cluster.controller.instructions import (
 )
 from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.monitoring.cpu_usage import CpuTotals
+from downpour.cluster.monitoring.learning import Learning
 from downpour.cluster.monitoring.observation import Observation, Sink
 from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.run.folder import RunFolder
@@ -77,6 +78,13 @@ class Telemetry:
         """The reports that the latest line of metrics was made from."""
         self._staleness: dict[str, float] = {}
         self._cpu = CpuTotals()
+        self._learning = Learning(
+            num_classes=config.model.num_classes,
+            epochs=config.policy.epochs,
+            in_flight=config.replicas.slots,
+            data=config.data.data,
+            from_start=not folder.has_trained(),
+        )
         self._said: str | None = None
         """What the evaluator has said of its BN statistics."""
 
@@ -142,6 +150,7 @@ class Telemetry:
         self._cpu.trained(report)
         if report.mean_loss is not None:
             self._loss = report.mean_loss
+            self._tell_once(self._learning.trained(report.mean_loss, self._epochs_done))
         for sink in self._sinks:
             self._write(functools.partial(sink.trained, report))
 
@@ -153,6 +162,7 @@ class Telemetry:
         while len(history) > 2 and now - history[0][0] > RATE_WINDOW_S:
             history.popleft()
         self._staleness = merged_staleness(reports).summary()
+        self._learning.rate = reports[0].rate
         values = self._values(run, now)
         self._write(lambda: self._folder.append_metrics(values))
         status = {"state": run.phase, "time": time.time(), **values}
@@ -226,10 +236,18 @@ class Telemetry:
             self._said = evaluation.note
             if self._said is not None:
                 self.tell(self._said)
+        score = evaluation.score
+        self._tell_once(
+            self._learning.scored(score.accuracy, score.num_examples, self._epochs_done)
+        )
         self._write(lambda: self._folder.append_metrics(values))
         scored = {**values, "best_accuracy": run.evaluation.best_accuracy}
         for sink in self._sinks:
             self._write(functools.partial(sink.evaluated, scored))
+
+    def _tell_once(self, line: str | None) -> None:
+        if line is not None:
+            self.tell(line)
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write something; a full disk must not end the training, and is told once."""
