@@ -5,7 +5,8 @@
     ├── LeaseError     a lease that does not exist, or a resume state that does not fit the plan
     ├── DatasetError   a dataset that is missing, damaged, mixed or out of range
     ├── DecodeError    a row whose image cannot become an input
-    │   └── ImageTooLarge    an image that would take too much memory or time
+    │   ├── ImageTooLarge    an image that would take too much memory or time
+    │   └── UnknownFormat    bytes that are no image of a format that is read
     └── IngestError    a source that cannot be read, or a destination that must not be written
 
 Every message is one line that names the value and the remedy. Nothing else lives here.
@@ -36,6 +37,10 @@ class DecodeError(ShufflerError):
 
 class ImageTooLarge(DecodeError):
     """An image whose header asks for more memory or time than one image may take."""
+
+
+class UnknownFormat(DecodeError):
+    """Bytes that are no image of a format that is read."""
 
 
 class IngestError(ShufflerError):

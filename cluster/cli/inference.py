@@ -17,7 +17,7 @@ from downpour.cluster.cli.shared import (
 )
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.errors import EXIT_ERROR, PROGRAM, UserError
-from downpour.cluster.serving.app import ServeConfig
+from downpour.cluster.serving.settings import ServeConfig
 from downpour.shuffler.images.decode import BadImage
 from downpour.shuffler.images.reading import Orientation
 

@@ -1,178 +1,28 @@
 """A Ray Serve deployment that answers images with class probabilities, over HTTP.
 
-    POST /predict     an image file as the body; JSON with the most probable classes
+    POST /predict     an image file as the body, or in a form; JSON with the most probable classes
     GET  /stats       how many images in how many batches so far
 
-Requests that arrive together go through the network together. Callers have to show a key (`key`),
-whatever the address. The default address is loopback.
+Requests that arrive together go through the network together (`classifier`). Callers have to show
+a key (`key`), whatever the address, and wait in a line that is bounded (`gate`, `line`). The
+default address is loopback.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from downpour.cluster.errors import UserError
-from downpour.cluster.serving import key
-
-MAX_BODY_BYTES = 32 << 20
-READY_DEADLINE_S = 120.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """How a run is served."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = 8000
-    """Port to listen on."""
-    crops: int = 1
-    """Crops of each image: 1, 10 or 144."""
-    top: int = 5
-    """Classes in an answer."""
-    max_batch: int = 32
-    """Most images that go through the network together."""
-    batch_wait_s: float = 0.01
-    """Longest that a request waits for others to join its batch."""
-    copies: int = 1
-    """Processes that answer."""
-    key_file: str | None = None
-    """File with the key that callers show, readable by its owner alone; default: a new key."""
-
-    def __post_init__(self) -> None:
-        try:
-            ipaddress.ip_address(self.host)
-        except ValueError:
-            raise ValueError(f"host is {self.host!r}: give an IP address of the machine") from None
-        if not 1 <= self.port < 65536:
-            raise ValueError(f"port is {self.port}: give 1 to 65535")
-        if self.crops not in (1, 10, 144):
-            raise ValueError(f"crops is {self.crops}: give 1, 10 or 144")
-        for name in ("top", "max_batch", "copies"):
-            if getattr(self, name) < 1:
-                value = getattr(self, name)
-                raise ValueError(f"{name.replace('_', ' ')} is {value}: give at least 1")
-        if not 0 <= self.batch_wait_s <= 10:
-            raise ValueError(f"batch wait is {self.batch_wait_s}: give 0 to 10 seconds")
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
-
-
-class Refused(Exception):
-    """A request that is answered with a status of 4xx and a sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-class Classifier:
-    """Answers requests. Plain Python; `application` makes a Serve deployment of it."""
-
-    def __init__(
-        self,
-        runs: Sequence[str],
-        *,
-        best: bool,
-        weights: str | None,
-        config: ServeConfig,
-        digest: str,
-    ) -> None:
-        """Load the runs' weights. `digest` is of the header that callers have to show."""
-        import torch
-
-        from downpour.cluster.serving import inference
-        from downpour.workers.evaluation.predictor import Predictor
-
-        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-        loaded = [inference.load(Path(run), best=best, weights=weights) for run in runs]
-        self._predictor = Predictor([run.network for run in loaded], crops=config.crops)
-        self._channels = loaded[0].network.spec.image.channels
-        self._names = loaded[0].class_names
-        self._config = config
-        self._digest = digest
-        self._requests = self._batches = self._largest = 0
-
-    async def answer(self, request: Any, predict_batch: Any) -> tuple[int, dict[str, Any]]:
-        """Return the status and the JSON for a request; `predict_batch` gets checked images."""
-        try:
-            self._admit(request.headers.get("authorization", ""))
-            path, method = request.url.path, request.method
-            if (method, path) == ("GET", "/stats"):
-                return 200, self.stats()
-            if path != "/predict":
-                raise Refused(404, f"there is nothing at {path}: POST an image to /predict")
-            if method != "POST":
-                raise Refused(405, f"{method} is not for /predict: POST an image file to it")
-            data = await self._body(request)
-            await asyncio.to_thread(self.check_image, data)
-            return 200, {"predictions": await predict_batch(data)}
-        except Refused as error:
-            return error.status, {"error": str(error)}
-
-    def _admit(self, header: str) -> None:
-        # Serve's proxy has checked the key already, unless it ran before this deployment.
-        if not key.admits(self._digest, header):
-            raise Refused(401, key.REFUSED)
-
-    async def _body(self, request: Any) -> bytes:
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > MAX_BODY_BYTES:
-                raise Refused(413, f"the image has more than {MAX_BODY_BYTES:,} bytes")
-        if not data:
-            raise Refused(400, "the body is empty: send an image file")
-        return bytes(data)
-
-    def check_image(self, data: bytes) -> None:
-        """Check that `data` is an image that can be decoded.
-
-        Raises:
-            Refused: it is not, or it has too many pixels.
-        """
-        from downpour.shuffler.errors import DecodeError, ImageTooLarge
-        from downpour.shuffler.images.decode import decode_image
-
-        try:
-            decode_image(data, self._channels)
-        except ImageTooLarge as error:
-            raise Refused(413, f"the image is too large: {error}") from error
-        except DecodeError as error:
-            raise Refused(400, f"the image cannot be decoded: {error}") from error
-
-    def predict(self, images: Sequence[bytes]) -> list[list[dict[str, Any]]]:
-        """Return the most probable classes of each image."""
-        from downpour.cluster.serving.prediction import predict
-
-        self._requests += len(images)
-        self._batches += 1
-        self._largest = max(self._largest, len(images))
-        names = [str(i) for i in range(len(images))]
-        found = predict(self._predictor, self._names, images, names, top=self._config.top)
-        return [one.classes for one in found]
-
-    def stats(self) -> dict[str, int]:
-        """Return the images and batches so far, and the largest batch."""
-        return {
-            "requests": self._requests,
-            "batches": self._batches,
-            "largest_batch": self._largest,
-        }
+from downpour.cluster.serving import gate, key
+from downpour.cluster.serving.classifier import RETRY_S, Classifier, Item
+from downpour.cluster.serving.settings import MAX_BODY_BYTES, ServeConfig
 
 
 def application(
@@ -189,7 +39,12 @@ def application(
     @serve.deployment(
         name="classifier",
         num_replicas=config.copies,
+        # The gate lets in as many as the replicas take, so that Serve's router never has to look
+        # for room. A proxy that ran before this deployment has no gate: there Serve sends the rest
+        # away.
         max_ongoing_requests=4 * config.max_batch,
+        max_queued_requests=config.max_waiting,
+        backpressure_config={"retry_after_s": RETRY_S},
         ray_actor_options={"num_cpus": 1},
     )
     class Deployment:
@@ -201,14 +56,14 @@ def application(
             )
 
         @serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.batch_wait_s)
-        async def _predict(self, images: list[bytes]) -> list[Any]:
-            return await asyncio.to_thread(self._classifier.predict, images)
+        async def _predict(self, items: list[Item]) -> list[Any]:
+            return await asyncio.to_thread(self._classifier.predict, items)
 
         async def __call__(self, request: Any) -> Any:
             from starlette.responses import JSONResponse
 
-            status, answer = await self._classifier.answer(request, self._predict)
-            return JSONResponse(answer, status_code=status)
+            status, answer, more = await self._classifier.answer(request, self._predict)
+            return JSONResponse(answer, status_code=status, headers=dict(more))
 
     return Deployment.bind()  # type: ignore[attr-defined]
 
@@ -234,12 +89,20 @@ def serving(
     from downpour.cluster.training.session import on_ray
     from downpour.workers.evaluation.predictor import Predictor
 
-    loaded = [inference.load(run, best=best, weights=weights) for run in runs]
+    loaded = inference.load_all(runs, best=best, weights=weights, orientation=config.orientation)
     Predictor([run.network for run in loaded], crops=config.crops)  # refuses bad crops now
     secret = key.read(Path(config.key_file)) if config.key_file else key.make()
     digest = key.digest(key.header(secret))
     _check_port(config)
-    environment = key.environment(digest)
+    environment = gate.environment(
+        gate.GateRules(
+            digest=digest,
+            most_bytes=MAX_BODY_BYTES,
+            at_once=config.at_once,
+            most_waiting=config.max_waiting,
+            longest_wait_s=config.longest_wait_s,
+        )
+    )
     with (
         key.kept(secret, f"serve-{config.port}") as header,
         on_ray(address=address, dashboard=False, environment=environment),

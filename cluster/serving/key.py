@@ -17,17 +17,12 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from downpour.cluster.errors import UserError
 
 FOLDER = Path("~/.downpour")
 MIN_CHARACTERS = 16
 """Shortest key of the user's own, in characters."""
-DIGEST = "DOWNPOUR_SERVE_DIGEST"
-"""Variable of Ray's processes: the digest that `gate` compares with."""
-GATE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Variable of Ray's processes: the function that gives Serve's HTTP proxy its middlewares."""
 REFUSED = "the key is missing or wrong: send it as 'Authorization: Bearer KEY'"
 
 
@@ -93,45 +88,3 @@ def kept(key: str, name: str) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def environment(expected: str) -> dict[str, str]:
-    """Return variables by which Serve's HTTP proxy refuses callers without the key of `digest`."""
-    return {GATE: f"{__name__}.gate", DIGEST: expected}
-
-
-def gate() -> list[Any]:
-    """Return the proxy's middlewares. Serve calls this in the proxy's process."""
-    from starlette.middleware import Middleware
-
-    return [Middleware(Gate, os.environ[DIGEST])]
-
-
-class Gate:
-    """ASGI middleware: without the key it answers nothing and reads no body.
-
-    It stands before all of Serve, whose own routes (`/-/healthz`, `/-/routes`) ask for no key.
-    """
-
-    def __init__(self, app: Any, expected: str) -> None:
-        """`expected` is the digest of the header to show."""
-        self._app, self._expected = app, expected
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass on requests with the key, and events that are no requests."""
-        if scope["type"] in ("http", "websocket"):
-            shown = [v for k, v in scope["headers"] if k.lower() == b"authorization"]
-            if len(shown) != 1 or not admits(self._expected, shown[0].decode("latin-1")):
-                await _refuse(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-async def _refuse(scope: Any, receive: Any, send: Any) -> None:
-    from starlette.responses import JSONResponse
-
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    answer = JSONResponse({"error": REFUSED}, status_code=401, headers={"Connection": "close"})
-    await answer(scope, receive, send)

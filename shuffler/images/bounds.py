@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from downpour.shuffler.dataset.files import one_line
-from downpour.shuffler.errors import DecodeError, ImageTooLarge
+from downpour.shuffler.errors import DecodeError, ImageTooLarge, UnknownFormat
 from downpour.shuffler.images import headers
 from downpour.shuffler.images.headers import Buffer
 
@@ -130,7 +130,8 @@ def open_image(data: Buffer) -> Any:
     """Return an image as Pillow opens it, checked and not yet decoded.
 
     Raises:
-        DecodeError: it is not an image of a format that is read, or is damaged.
+        UnknownFormat: it is not an image of a format that is read.
+        DecodeError: it is damaged.
         ImageTooLarge: it would take too much memory or time.
     """
     from PIL import Image, UnidentifiedImageError
@@ -143,7 +144,7 @@ def open_image(data: Buffer) -> Any:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise DecodeError(f"it is not an image of a format that is read ({known})") from None
+        raise UnknownFormat(f"it is not an image of a format that is read ({known})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLarge(
             f"its header says more pixels than an image may have, {MAX_PIXELS:,}; resize it"

@@ -36,11 +36,12 @@ class _Server:
         self.key = header.read_text().partition("Bearer ")[2].strip()
 
     def ask(
-        self, path: str, body: bytes | None = None, shown: str | None = None
+        self, path: str, body: bytes | None = None, shown: str | None = None, kind: str = ""
     ) -> tuple[int, Any]:
         """Status and JSON; `shown` is the Authorization header, the right one by default."""
         shown = f"Bearer {self.key}" if shown is None else shown
         headers = {"Authorization": shown} if shown else {}
+        headers |= {"Content-Type": kind} if kind else {}
         url = f"http://127.0.0.1:{self.port}{path}"
         try:
             request = urllib.request.Request(url, data=body, headers=headers)
@@ -122,6 +123,16 @@ def test_images_over_http(place: _Place, server: _Server) -> None:
     status, answer = server.ask("/predict", files[0][:150])
     assert status == 400
     assert "cannot be decoded" in answer["error"]
+    assert len(server.ask("/predict?top=1", files[0])[1]["predictions"]) == 1
+    assert server.ask("/predict", b"hello")[0] == 415
+    status, answer = server.ask("/predict", b"\xff\xd8" + bytes(33 << 20))
+    assert (status, "more than" in answer["error"]) == (413, True)
+    assert server.ask("/predict", bytes(33 << 20), shown="")[0] == 401
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    status, answer = server.ask(
+        "/predict", form + files[0] + b"\r\n--b--\r\n", kind="multipart/form-data; boundary=b"
+    )
+    assert (status, answer["predictions"][0]["class"]) == (200, expected[0][0]["class"])
     before = server.ask("/stats")[1]
     with ThreadPoolExecutor(100) as pool:
         burst = list(pool.map(lambda i: server.ask("/predict", files[i % 10]), range(100)))
@@ -140,13 +151,20 @@ def test_the_key_opens_every_path_and_is_written_nowhere(place: _Place, server: 
     _check_the_key(place, server)
 
 
-def test_a_key_of_the_users_own(place: _Place) -> None:
+def test_a_key_of_the_users_own_and_a_line_that_is_full(place: _Place) -> None:
     own = place.home / "key"
     own.write_text("0123456789abcdef0123\n")
     own.chmod(0o600)
-    with _served(place.run, place.logs / "own", "--key-file", own) as server:
+    short = ("--max-batch", "2", "--max-waiting", "3")
+    with _served(place.run, place.logs / "own", "--key-file", own, *short) as server:
         assert server.key == "0123456789abcdef0123"
         _check_the_key(place, server)
+        image = as_file(coloured(1, 7)[0][0])
+        with ThreadPoolExecutor(60) as pool:
+            found = list(pool.map(lambda _: server.ask("/predict", image), range(60)))
+        assert {status for status, _ in found} == {200, 503}, "in a line of 4 and 3"
+        assert all("too many requests wait" in a["error"] for s, a in found if s == 503)
+        assert server.ask("/predict", image)[0] == 200
     assert not server.header.exists()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -64,33 +62,3 @@ def test_the_header_is_kept_for_its_owner_alone(
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.read_text() == f"Authorization: Bearer {'k' * 43}\n"
     assert not path.exists()
-
-
-async def _none() -> Any:
-    raise AssertionError("a body was asked for")
-
-
-def _through(kind: str, *shown: bytes) -> list[Any]:
-    """What is sent to a caller with these headers; the application behind says "in"."""
-    sent: list[Any] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        await send("in")
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": kind, "headers": [(b"Authorization", value) for value in shown]}
-    gate = key.Gate(application, key.digest(key.header("the key")))
-    asyncio.run(gate(scope, _none, send))
-    return sent
-
-
-def test_the_gate_opens_to_the_key_alone() -> None:
-    assert _through("http", b"Bearer the key") == ["in"]
-    assert _through("lifespan") == ["in"]
-    for shown in ((), (b"Bearer the kez",), (b"the key",), (b"",), (b"Bearer the key", b"x")):
-        status, body = _through("http", *shown)
-        assert status["status"] == 401
-        assert b"key is missing or wrong" in body["body"]
-        assert _through("websocket", *shown) == [{"type": "websocket.close", "code": 1008}]
