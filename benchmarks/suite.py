@@ -25,6 +25,7 @@ MODULES = {
     "recovery": "downpour.benchmarks.recovery",
     "shuffle": "downpour.benchmarks.shuffle",
     "policies": "downpour.benchmarks.policies",
+    "serve": "downpour.benchmarks.serve",
     "learning": "downpour.benchmarks.learning.benchmark",
 }
 """Name -> module with `run(settings, say) -> Report`, in the order in which `all` runs them.
