@@ -156,7 +156,7 @@ def served(net: Path, log: Path) -> Iterator[tuple[int, bytes]]:
 async def flood(port: int, header: bytes, at_once: int, requests: int) -> Flood:
     """Send so many requests, so many of them at once; the next when one has been answered."""
     body = _image()
-    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n%s\r\n" % header
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % header
     request = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     answers: list[tuple[str, float]] = []
     left = requests
@@ -189,11 +189,14 @@ async def _ask(port: int, request: bytes) -> str:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request)
-        answer = await reader.read()
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        await reader.readexactly(int(length[1]) if length else 0)
+    except asyncio.IncompleteReadError:
+        return "cut short"
     finally:
         writer.close()
-    words = answer.split(b" ", 2)
-    return words[1].decode() if len(words) > 1 else "cut short"
+    return head.split(b" ", 2)[1].decode()
 
 
 def _image() -> bytes:

@@ -29,6 +29,8 @@ RULES = "DOWNPOUR_SERVE_GATE"
 """Variable of Ray's processes: the gate's rules, as JSON."""
 WAITED = b"x-downpour-waited"
 """Header for the replica: seconds that a request has waited here. Callers cannot send it."""
+SHORT_BYTES = 32 << 10
+"""Most of a body that is not waited for."""
 DRAINED_BYTES = 512 << 20
 DRAINED_S = 10.0
 """Most that is read, and for how long, of a body that is refused."""
@@ -167,12 +169,23 @@ async def refuse(
     sentence: str,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Answer a request with an error, at once, then throw away what its caller still sends."""
+    """Answer a request with an error, at once, then throw away what its caller still sends.
+
+    The web server throws a short body away itself, if the connection stays open.
+    """
     body = json.dumps({"error": sentence}).encode()
+    declared = b"".join(_headers(scope, b"content-length"))
+    closes = scope.get("http_version") == "1.0" or _headers(scope, b"connection")
+    short = declared.isdigit() and int(declared) <= SHORT_BYTES and not closes
     told = {"content-type": "application/json", "content-length": str(len(body))}
-    told |= {"connection": "close", **(headers or {})}
+    told |= headers or {}
+    if not short:
+        told["connection"] = "close"
     pairs = [(name.encode(), value.encode()) for name, value in told.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
+    if short:
+        await send({"type": "http.response.body", "body": body})
+        return
     await send({"type": "http.response.body", "body": body, "more_body": True})
     if not _headers(scope, b"expect"):  # it waits for our word before it sends a body
         with contextlib.suppress(TimeoutError):
@@ -190,4 +203,4 @@ async def _drain(receive: Any) -> None:
 
 
 def _headers(scope: Any, name: bytes) -> list[bytes]:
-    return [value for key_, value in scope["headers"] if key_.lower() == name]
+    return [value for named, value in scope["headers"] if named.lower() == name]

@@ -72,9 +72,18 @@ def test_a_body_that_says_it_is_too_large_is_refused_and_drained() -> None:
     assert (caller.status, caller.unread) == (413, 0)
     assert "1,001 bytes, more than 1,000" in caller.error
     assert [message.get("more_body", False) for message in caller.sent[1:]] == [True, False]
+    assert caller.headers[b"connection"] == b"close"
     asking = _through(Caller(KEY, (b"Content-Length", b"1001"), (b"Expect", b"100-continue")))
     assert (asking.status, asking.unread) == (413, 1)
     assert _through(Caller(KEY, (b"Content-Length", b"1000"))).sent[0]["type"] == "in"
+
+
+def test_a_short_body_is_left_to_the_web_server() -> None:
+    length = (b"Content-Length", b"1000")
+    caller = _through(Caller(length, parts=3))
+    assert (caller.status, caller.unread, b"connection" in caller.headers) == (401, 3, False)
+    closing = _through(Caller(length, (b"Connection", b"close"), parts=3))
+    assert (closing.status, closing.unread) == (401, 0)
 
 
 def test_what_waited_is_told_to_the_replica_and_by_nobody_else() -> None:
@@ -121,6 +130,7 @@ def test_a_line_that_is_full_or_too_slow_is_a_503() -> None:
     assert [caller.status for caller in callers] == [200, 200, *[503] * 5, 200]
     assert entered == [0, 1, 7]
     for caller in callers[2:7]:
+        assert caller.unread == 0
         assert caller.headers[b"retry-after"] == b"1"
         assert "too many requests wait" in caller.error
 
