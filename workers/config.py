@@ -29,6 +29,18 @@ class ModelConfig:
     """How a row becomes an input."""
     carried: Mapping[str, bytes | str] = field(default_factory=dict, metadata={"cli": False})
     """Model and loss, if no other process can import them (`models.by_value`)."""
+    init: str | None = None
+    """File whose weights and BN statistics the network starts from: safetensors, a state_dict that
+    torch.save wrote, or a run's folder; none is the network's own initialization."""
+    init_prefix: str | None = None
+    """What the file's names have before the network's, such as `backbone.`; other names are left
+    out."""
+    init_matching: bool = False
+    """Take from the file what agrees in name and shape, say so, and leave the rest fresh: a head of
+    another width."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by names or patterns of parameters or modules, such as
+    `conv1,layer1` or `layer*`. A BN layer that is frozen keeps its statistics, too."""
     num_classes: int = 10
     """Labels are in [0, number of classes)."""
     image_size: int | None = None
@@ -46,6 +58,9 @@ class ModelConfig:
     largest that leaves the last module 2 pixels."""
 
     def __post_init__(self) -> None:
+        if self.init is None and (self.init_prefix is not None or self.init_matching):
+            what = "init matching is on" if self.init_matching else "an init prefix is given"
+            raise ValueError(f"{what}, and init is none: give a file to start from")
         if self.num_classes < 2:
             raise ValueError(f"num classes is {self.num_classes}: give at least 2")
         if self.image_size is not None and self.image_size < 1:

@@ -36,6 +36,8 @@ class ModelSpec:
     """How rows become inputs."""
     num_classes: int
     """Labels are in [0, num_classes)."""
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained, by the names of their parameters (`workers.freezing`)."""
     carried: Carried = field(default_factory=dict)
     """Model and loss, if no other process can import them."""
 
@@ -72,13 +74,14 @@ class ModelSpec:
     def build_flat(self, device: str = "meta") -> FlatModel:
         """The model over flat buffers; on `meta` it has no weights until it is bound."""
         from downpour.models.flat import FlatModel
+        from downpour.workers.freezing import freeze
 
         if device == "meta":
             from downpour.models.shapes_only import shapes_only
 
             with shapes_only():
-                return FlatModel(self.build())
-        return FlatModel(self.build())
+                return FlatModel(freeze(self.build(), self.freeze))
+        return FlatModel(freeze(self.build(), self.freeze))
 
 
 Recorded = Literal["auto", "on", "off"]

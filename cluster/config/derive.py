@@ -68,6 +68,7 @@ def model_spec(config: RunConfig) -> ModelSpec:
         seed=stream_key(config.policy.seed, "initial weights"),
         image=model.input,
         num_classes=model.num_classes,
+        freeze=model.freeze,
         carried=model.carried,
     )
 

@@ -159,6 +159,11 @@ class Trainer:
         """
         with _users_errors():
             config, state = self._config_now, self._state
+            if state is not None and config.model.init is not None:
+                raise UserError(
+                    f"init is {config.model.init}, and the model is a module with weights of its "
+                    "own: give a function that makes it, or no init"
+                )
             data = inputs.check_data(config)
             folder = api.create(config, name=self._name, runs=self._runs)
             if state is not None:

@@ -17,7 +17,7 @@ from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import RESULT, RunFolder
-from downpour.cluster.training import carry, change, inputs, launch
+from downpour.cluster.training import carry, change, initial, inputs, launch
 from downpour.workers.spec import DeviceName
 
 if TYPE_CHECKING:
@@ -110,8 +110,20 @@ def create(config: RunConfig, *, name: str | None, runs: Path) -> RunFolder:
         runs: the folder that it is made in.
 
     Raises:
-        UserError: the folder exists, or cannot be written.
+        UserError: the folder exists, or cannot be written; or the file that the network is to start
+            from is of another network.
+        ModelError: nothing is called as what is to be frozen.
     """
+    start = initial.look(config)
+    folder = _make(config, name, runs)
+    if start is not None:
+        initial.write(folder, start)
+        for note in start.notes:
+            Console(stderr=True).print(note, markup=False, highlight=False)
+    return folder
+
+
+def _make(config: RunConfig, name: str | None, runs: Path) -> RunFolder:
     if name:
         return RunFolder.create(runs / name, config)
     stem = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from downpour.cluster.config.derive import make_decoder, make_plan, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import BEGAN_IN, DATA, RunFolder
+from downpour.cluster.training.initial import read
 from downpour.paramserver.partition.ranges import Partition, split
 from downpour.shuffler.dataset.encoding import EncodedImages
 from downpour.shuffler.dataset.labels import check_labels
@@ -139,8 +140,8 @@ def build_model(config: RunConfig, initial: Path | None = None) -> Model:
 
     Args:
         config: of the run.
-        initial: a safetensors file with the initial weights, under PyTorch's names; None leaves
-            them to the network itself.
+        initial: a safetensors file with the initial weights, under PyTorch's names; None takes the
+            file that the configuration names, or leaves them to the network itself.
 
     Raises:
         ModelError: the network cannot be built, or the weights are of another one.
@@ -148,6 +149,8 @@ def build_model(config: RunConfig, initial: Path | None = None) -> Model:
     model = model_spec(config).build_flat("cpu")
     if initial is not None:
         _load(model, initial)
+    elif config.model.init is not None:
+        _take(model, read(config.model, model).tensors, config.model.init)
     return Model(
         weights=model.weights.numpy(),
         num_features=model.layout.num_features,
@@ -162,10 +165,13 @@ def _load(model: FlatModel, path: Path) -> None:
     """Give a network the weights in a file, and BN statistics if it has them."""
     import safetensors.torch
 
+    _take(model, safetensors.torch.load_file(str(path)), path)
+
+
+def _take(model: FlatModel, found: Mapping[str, Tensor], path: Path | str) -> None:
     from downpour.models.errors import LayoutError
     from downpour.models.layout import state_dict
 
-    found = safetensors.torch.load_file(str(path))
     parameters = {entry.name for entry in model.layout.entries}
     for name, into in state_dict(model.weights, model.statistics, model.layout).items():
         if name in found and found[name].shape == into.shape:
