@@ -68,12 +68,12 @@ def test_the_gate_opens_to_the_key_alone() -> None:
 
 def test_a_body_that_says_it_is_too_large_is_refused_and_drained() -> None:
     """Or its caller, who is still sending, could not read why."""
-    caller = _through(Caller(KEY, (b"Content-Length", b"1001"), parts=40))
+    caller = _through(Caller(KEY, (b"Content-Length", b"100000"), parts=40))
     assert (caller.status, caller.unread) == (413, 0)
-    assert "1,001 bytes, more than 1,000" in caller.error
+    assert "100,000 bytes, more than 1,000" in caller.error
     assert [message.get("more_body", False) for message in caller.sent[1:]] == [True, False]
     assert caller.headers[b"connection"] == b"close"
-    asking = _through(Caller(KEY, (b"Content-Length", b"1001"), (b"Expect", b"100-continue")))
+    asking = _through(Caller(KEY, (b"Content-Length", b"100000"), (b"Expect", b"100-continue")))
     assert (asking.status, asking.unread) == (413, 1)
     assert _through(Caller(KEY, (b"Content-Length", b"1000"))).sent[0]["type"] == "in"
 
