@@ -35,12 +35,16 @@ def process_of(driver: int, title: str) -> int:
 def test_a_partition_that_is_killed_costs_no_update_and_the_run_is_the_same_to_the_bit(
     tmp_path: Path,
 ) -> None:
-    """Its first follower hangs and is given up; the next one takes its place."""
+    """Its first follower hangs and is given up; the next one takes its place.
+
+    The rule has two moments and a count, and the weights are averaged: a follower has all of it.
+    """
     log, run = tmp_path / "log", tmp_path / "runs" / "a"
     process = commands.start(
         *("train", "mnist-bn", "--runs", tmp_path / "runs", "--name", "a", "--epochs", "70"),
         *("--hot-standby", "--record-pushes", "--checkpoint-every-s", "1000", "--no-dashboard"),
         *(*SMALL, "--replicas", "2", "--concurrent-steps", "3"),
+        *("--rule", "adamw", "--learning-rate", "0.002", "--schedule", "cosine", "--ema", "0.99"),
         log=log,
     )
     try:

@@ -1,5 +1,6 @@
 """A run goes on with another number of partitions, and every mini-batch is applied once still."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from downpour.cluster.run.checkpoint import Checkpoint, slowest
 from downpour.cluster.training import change, inputs
 from downpour.paramserver.partition.applied_set import APPLIED
 from downpour.paramserver.partition.snapshot import SnapshotFile
+from downpour.paramserver.rules.choice import RuleName
 from tests.helpers import tiny
 from tests.helpers.runs import Run
 from tests.helpers.thread_backend import ThreadBackend
@@ -21,11 +23,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.dataset(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 5), (3, 1)])
+@pytest.mark.parametrize(
+    ("before", "after", "rule"), [(3, 2, "lars"), (2, 5, "momentum"), (3, 1, "adam")]
+)
 def test_partitions_are_joined_and_cut_anew(
-    tmp_path: Path, data: str, before: int, after: int
+    tmp_path: Path, data: str, before: int, after: int, rule: RuleName
 ) -> None:
+    """With Adam, weights are averaged and a layer is frozen besides."""
     config = tiny.config(data, epochs=3, partitions=before)
+    config = dataclasses.replace(config, server=dataclasses.replace(config.server, rule=rule))
+    if rule == "adam":
+        model = dataclasses.replace(config.model, freeze=("hidden.0.linear",))
+        server = dataclasses.replace(config.server, ema=0.9)
+        config = dataclasses.replace(config, model=model, server=server)
     run = Run(tmp_path / "run", config)
     opened = inputs.check_data(config)
     inputs.check_data_unchanged(run.folder, opened)

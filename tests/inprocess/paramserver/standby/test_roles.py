@@ -14,6 +14,7 @@ import torch
 from downpour.paramserver.errors import ConnectionLost, Fenced
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.rules.adaptive import AdamW
 from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Adagrad, Momentum, Nesterov, Regulariser
@@ -57,11 +58,12 @@ NOISY = UpdateConfig(
     [
         NOISY,
         replace(NOISY, rule=Nesterov()),
+        replace(NOISY, rule=AdamW(weight_decay=0.01), average_decay=0.9),
         replace(NOISY, rule=Adagrad(), regulariser=Regulariser(clip_norm=1.0)),
         replace(NOISY, regulariser=Regulariser(weight_decay=1e-2)),
         replace(NOISY, policy=StalenessPolicy(staleness_policy="drop", staleness_bound=4)),
     ],
-    ids=["momentum", "nesterov", "clipped", "decay", "drop"],
+    ids=["momentum", "nesterov", "adamw", "clipped", "decay", "drop"],
 )
 @pytest.mark.parametrize("large", [False, True])
 def test_a_follower_is_the_same_to_the_bit_at_every_version(
