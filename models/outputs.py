@@ -71,6 +71,11 @@ def heads(outputs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     )
 
 
+def tells_classes(answer: Tensor, num_classes: int) -> bool:
+    """Whether an answer has a number for each class, `[m, classes]`; if not, it is numbers."""
+    return answer.ndim == 2 and answer.shape[1] == num_classes
+
+
 def _alike(main: Tensor, others: Any) -> tuple[Tensor, ...]:
     return tuple(v for v in others if v.shape == main.shape and v.is_floating_point())
 

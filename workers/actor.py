@@ -6,6 +6,7 @@ Plain classes, which a test can construct; `cluster.ray_backend` makes Ray actor
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import threading
 import time
@@ -204,6 +205,7 @@ class EvaluatorActor:
         self._sample: TrainingSample | None = None
         self._most_s = 0.0
         self._note: str | None = None
+        self._least_loss = math.inf
         if spec.recompute is not None and self._evaluator.layout.num_features:
             self._most_s = spec.recompute.most_s
             try:
@@ -256,9 +258,7 @@ class EvaluatorActor:
         about["num_recomputed"] = num_recomputed
         if keeping.model_path is not None and score.accuracy >= keeping.goal:
             evaluator.save(keeping.model_path, **about)
-        if keeping.best_path is not None and (
-            keeping.best is None or score.accuracy > keeping.best
-        ):
+        if keeping.best_path is not None and self._is_best(score, keeping):
             evaluator.save(keeping.best_path, **about)
         return Evaluation(
             versions=tuple(versions),
@@ -286,6 +286,14 @@ class EvaluatorActor:
         statistics = [a.statistics for a in averages]
         np.concatenate(statistics, axis=1, out=evaluator.statistics.numpy())
         return [a.version for a in averages]
+
+    def _is_best(self, score: Score, keeping: Keeping) -> bool:
+        """Whether no weights did better: by accuracy, or by the loss if there are no classes."""
+        if score.of_classes:
+            return keeping.best is None or score.accuracy > keeping.best
+        is_less = score.loss < self._least_loss
+        self._least_loss = min(self._least_loss, score.loss)
+        return is_less
 
     def _score(self) -> tuple[Score, Score | None, int]:
         """The score that counts, that of the server's averages, mini-batches recomputed on."""

@@ -138,11 +138,17 @@ def predict(
             told = {"image": found.name, "predictions": found.classes}
             answers.append(told | ({"error": found.problem} if found.problem else {}))
         elif found.problem is None:
-            classes = "  ".join(f"{p['class']} {p['probability']:.1%}" for p in found.classes)
-            click.echo(f"{found.name}: {classes}")
+            click.echo(f"{found.name}: {'  '.join(map(_in_words, found.classes))}")
     if as_json:
         click.echo(json.dumps(answers))
     return status
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    """Returns a class with its probability, or what a network gives that tells no classes apart."""
+    if "outputs" in found:
+        return json.dumps(found["outputs"])
+    return f"{found['class']} {found['probability']:.1%}"
 
 
 def _tell(line: str) -> None:

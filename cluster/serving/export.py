@@ -21,6 +21,7 @@ from torch import Tensor
 
 from downpour.cluster.errors import UserError
 from downpour.cluster.serving.inference import Trained, recomputed_statistics, rows_of_split
+from downpour.models.outputs import MainOutput, main_output
 from downpour.paramserver import durable
 from downpour.shuffler.dataset.records import Dataset
 from downpour.workers.evaluation.disagreement import disagreement
@@ -110,12 +111,15 @@ def _examples(run: Trained, data: str | None) -> tuple[Tensor, Tensor]:
         raise UserError(f"there is no image to check the export on: {decoded.problems[0]}")
     inputs = torch.from_numpy(decoded.inputs)
     with torch.inference_mode():
-        outputs: Tensor = network.model.module(inputs)
+        outputs = main_output(network.model.module(inputs))
     return inputs, outputs
 
 
 def _write(run: Trained, inputs: Tensor, path: Path, format: Format) -> None:
     folded = run.network.folded()
+    with torch.inference_mode():
+        if not isinstance(folded(inputs[:2]), Tensor):
+            folded = MainOutput(folded).eval()
     labels = json.dumps(list(run.class_names))
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     # Two examples: a single one would make the batch's length a constant.

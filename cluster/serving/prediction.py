@@ -22,7 +22,8 @@ class Prediction:
     name: str
     """Of the file."""
     classes: list[dict[str, Any]]
-    """The most probable ones, best first: class, label, probability. None for a bad file."""
+    """The most probable ones, best first: class, label, probability. A network that tells no
+    classes apart gives one entry, its outputs. Empty for a bad file."""
     problem: str | None = None
     """Why there are none, on one line that names the file."""
     note: str | None = None
@@ -84,12 +85,13 @@ def predict(
     if not images:
         return []
     answer = predictor.answer(rows_of(images, names), on_bad_image="skip")
+    told = best_of if answer.of_classes else numbers_of
     problems = iter(answer.problems)
     rows = dict(zip(answer.kept.tolist(), answer.probabilities, strict=True))
     return [
         Prediction(
             name=name,
-            classes=best_of(rows[i], class_names, top) if i in rows else [],
+            classes=told(rows[i], class_names, top) if i in rows else [],
             problem=None if i in rows else next(problems),
             note=answer.notes.get(i),
         )
@@ -104,3 +106,9 @@ def best_of(probabilities: Tensor, class_names: Sequence[str], top: int) -> list
         {"class": class_names[label], "label": label, "probability": value}
         for value, label in zip(values.tolist(), labels.tolist(), strict=True)
     ]
+
+
+def numbers_of(outputs: Tensor, class_names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """Return what a network gives that does not tell classes apart, as it is."""
+    del class_names, top
+    return [{"outputs": outputs.tolist()}]

@@ -102,7 +102,7 @@ def train(
     age_s = process_age_s() if age_s is None else age_s
     began_at, began_s = time.time() - age_s, time.monotonic() - age_s
     _check_device(folder.config(), address)
-    _check_step(folder.config(), data)
+    _check_step(folder.config(), data, console)
     with folder.locked():
         session = _open(folder, data, resume, began_at, began_s, console, onlookers)
         with TrainingDisplay(folder.name, console=console) as display:
@@ -121,12 +121,13 @@ def _check_device(config: RunConfig, address: str | None) -> None:
     check_device(config.replicas.steps.device)
 
 
-def _check_step(config: RunConfig, data: Data) -> None:
+def _check_step(config: RunConfig, data: Data, console: Any) -> None:
     """Try a network or a loss of the user's own on the data, before anything is started."""
     if not model_spec(config).is_ours:
         from downpour.cluster.training.trial import check_step
 
-        check_step(config, data.plan)
+        if (line := check_step(config, data.plan)) is not None:
+            console.print(line, style="yellow", markup=False)
 
 
 def _open(

@@ -22,7 +22,7 @@ from torch import Tensor
 from downpour.cluster.config.derive import make_decoder, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.models.outputs import OutputsError, main_output
+from downpour.models.outputs import OutputsError, main_output, tells_classes
 from downpour.models.registry import LOSSES, described
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
@@ -38,12 +38,15 @@ TRIES = 3
 Batch = tuple[Tensor, Tensor]
 
 
-def check_step(config: RunConfig, plan: Plan) -> None:
+def check_step(config: RunConfig, plan: Plan) -> str | None:
     """Train one step and score some rows; nothing of it is kept.
 
     Args:
         config: of the run.
         plan: of its mini-batches.
+
+    Returns:
+        A line to tell if the network's outputs are no classes; None if they are.
 
     Raises:
         UserError: the network or the loss does not do on these data what a run needs.
@@ -52,9 +55,9 @@ def check_step(config: RunConfig, plan: Plan) -> None:
     """
     spec = model_spec(config)
     if spec.is_ours:
-        return
+        return None
     with torch.random.fork_rng(devices=[]):
-        _Trial(config, spec, plan).run()
+        return _Trial(config, spec, plan).run()
 
 
 class _Trial:
@@ -67,14 +70,14 @@ class _Trial:
         row_bytes = 4 * math.prod(spec.image.input_shape)
         self._most_rows = max(2, TRIAL_BYTES // row_bytes)
 
-    def run(self) -> None:
-        """Raise the first error there is."""
+    def run(self) -> str | None:
+        """Raise the first error there is; give what is to be told."""
         if self._plan.batch_size > 1:
             self._train()
         self._check_smallest()
         if self._plan.batch_size == 1:
             self._train()
-        self._score()
+        return self._score()
 
     def _train(self) -> None:
         plan = self._plan
@@ -126,22 +129,30 @@ class _Trial:
                 f"{next_batch_size(plan)}"
             ) from error
 
-    def _score(self) -> None:
+    def _score(self) -> str | None:
         """Some rows of the split to score, as the evaluator sees them."""
         rows = np.arange(min(self._most_rows, 32), dtype=np.int64)
         batch = self._rows(self._config.data.eval_split, Decoder(spec=self._spec.image), rows)
         if batch is None:
-            return
+            return None
         inputs, targets = batch
         module = self._model.module.eval()
+        spec = self._spec
         with torch.inference_mode():
             outputs = self._forward(module, inputs, "in inference ")
             self._check_width(outputs, len(inputs))
-            self._loss_of(outputs, targets, "in inference ")
             try:
-                main_output(outputs)
+                answer = main_output(outputs)
             except OutputsError as error:
-                raise UserError(f"{self._spec.name}: {error}") from error
+                raise UserError(f"{spec.name}: {error}") from error
+            self._loss_of(answer if spec.loss in LOSSES else outputs, targets, "in inference ")
+        if tells_classes(answer, spec.num_classes):
+            return None
+        return (
+            f"{spec.name} gives {_shape(answer)} for {len(inputs)} rows, no number for each of "
+            f"{spec.num_classes} classes: accuracy is shown as 0, and the best weights are those "
+            f"with the least loss by {spec.loss}"
+        )
 
     def _training_rows(self, rows: npt.NDArray[np.int64]) -> Batch | None:
         """Rows of the training split; of the other one if these are on other nodes' disks."""

@@ -19,6 +19,8 @@ from torch import Tensor
 from downpour.models.batchnorm import DEFAULT_EPS
 from downpour.models.flat import FlatModel, flatten, state_dict
 from downpour.models.moments import Moments, Population
+from downpour.models.outputs import main_output, tells_classes
+from downpour.models.registry import LOSSES
 from downpour.paramserver import durable
 from downpour.workers.spec import ModelSpec
 
@@ -37,10 +39,13 @@ class Score:
     """How well weights do on a split."""
 
     accuracy: float
-    """Share of examples whose highest output is their class, in [0, 1]."""
+    """Share of examples whose highest output is their class, in [0, 1]; 0 if outputs are not of
+    classes."""
     loss: float
     """Mean loss; of cross-entropy, in nats."""
     num_examples: int
+    of_classes: bool = True
+    """Whether the network gives a number for each class."""
 
 
 class Evaluator:
@@ -58,21 +63,28 @@ class Evaluator:
         self._model.bind(self.weights, statistics=self.statistics)
         self._model.module.eval()
         self._loss = spec.build_loss()
+        self._main_only = spec.loss in LOSSES  # auxiliary classifiers are for training
+        self._num_classes = spec.num_classes
 
     def score(self) -> Score:
         """Score what is in `weights` and `statistics`, by Algorithm 2's inference."""
         correct = examples = 0
-        loss = 0.0
+        loss, of_classes = 0.0, True
         with torch.inference_mode():
             for inputs, targets in self._batches():
                 outputs = self._model.module(inputs)
-                correct += int((outputs.argmax(1) == targets).sum())
-                loss += float(self._loss(outputs, targets)) * len(targets)
+                answer = main_output(outputs)
+                of_classes = tells_classes(answer, self._num_classes)
+                if of_classes:
+                    correct += int((answer.argmax(1) == targets).sum())
+                scored = answer if self._main_only else outputs
+                loss += float(self._loss(scored, targets)) * len(targets)
                 examples += len(targets)
         return Score(
             accuracy=correct / max(examples, 1),
             loss=loss / max(examples, 1),
             num_examples=examples,
+            of_classes=of_classes,
         )
 
     def recompute(self, batches: Batches, *, most_s: float = math.inf) -> PopulationEstimate:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from downpour.models.flat import FlatModel, flatten
 from downpour.models.fold import fold
+from downpour.models.outputs import main_output, tells_classes
+from downpour.models.registry import LOSSES, Loss
 from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec
 from downpour.shuffler.images.views import decode_views
 from downpour.workers.errors import InferenceError
@@ -84,6 +87,7 @@ class Predictor:
         self._networks = tuple(networks)
         self._modules = [network.folded() for network in networks]
         self._crops = crops
+        self._own_loss: Loss | None = None
         self.num_classes = counts.pop()
 
     def probabilities(self, rows: pa.RecordBatch) -> Tensor:
@@ -108,14 +112,19 @@ class Predictor:
             if image not in seen:
                 seen[image] = self._decoded(rows, image, numbers, on_bad_image)
         first = seen[self._networks[0].spec.image]
-        total = torch.zeros(len(first.kept), self.num_classes)
+        found: list[_Found] = []
         for network, module in zip(self._networks, self._modules, strict=True):
             decoded = seen[network.spec.image]
             assert len(decoded.kept) == len(first.kept), "an image is bad for all networks or none"
             inputs = torch.from_numpy(decoded.inputs)
-            total += _mean_over_views(module, inputs if self._crops != 1 else inputs[:, None])
+            views = inputs if self._crops != 1 else inputs[:, None]
+            found.append(_mean_over_views(module, views, self.num_classes))
+        if len({(each.of_classes, each.mean.shape) for each in found}) > 1:
+            raise InferenceError("the networks answer differently: an ensemble's give the same")
         return Answer(
-            probabilities=total / len(self._networks),
+            probabilities=torch.stack([each.mean for each in found]).mean(0),
+            of_classes=found[0].of_classes,
+            parts=found[0].parts if len(found) == 1 and self._crops == 1 else (),
             labels=torch.from_numpy(first.labels),
             kept=first.kept,
             problems=first.problems,
@@ -143,7 +152,7 @@ class Predictor:
         decoded, unless those are to be skipped.
         """
         first_row = count = top1 = top5 = 0
-        loss = 0.0
+        loss, of_classes = 0.0, True
         skipped: list[str] = []
         for rows in batches:
             found = self.answer(rows, first_row=first_row, on_bad_image=on_bad_image)
@@ -152,23 +161,45 @@ class Predictor:
             skipped += found.problems
             if not len(labels):
                 continue
-            best = probabilities.topk(min(5, self.num_classes), dim=1).indices
-            hits = best == labels[:, None]
-            top1 += int(hits[:, 0].sum())
-            top5 += int(hits.any(1).sum())
-            chosen = probabilities.gather(1, labels[:, None].long())
-            loss -= float(chosen.clamp(min=1e-30).log().sum())
+            of_classes = found.of_classes
+            if of_classes:
+                best = probabilities.topk(min(5, self.num_classes), dim=1).indices
+                hits = best == labels[:, None]
+                top1 += int(hits[:, 0].sum())
+                top5 += int(hits.any(1).sum())
+            loss += self._loss(found)
             count += len(labels)
         if not count:
             none = f" whose image can be decoded: {skipped[0]}" if skipped else ""
             raise InferenceError(f"there are no rows to score{none}")
         return EnsembleScore(
-            accuracy=top1 / count,
-            top5_accuracy=top5 / count,
+            accuracy=top1 / count if of_classes else None,
+            top5_accuracy=top5 / count if of_classes else None,
             loss=loss / count,
             num_examples=count,
             skipped=tuple(skipped),
         )
+
+    def _loss(self, found: Answer) -> float:
+        """The sum of the first network's loss over the rows of an answer.
+
+        A loss of the user's own gets what the network gives, part by part. From several networks or
+        crops there are only means, as logits if they are of classes: `softmax(log(p))` is p.
+        """
+        means = found.probabilities
+        if found.of_classes:
+            means = means.clamp(min=1e-30).log()
+        if self._networks[0].spec.loss in LOSSES and found.of_classes:
+            return -float(means.gather(1, found.labels[:, None].long()).sum())
+        if self._own_loss is None:
+            self._own_loss = self._networks[0].spec.build_loss()
+        total, start = 0.0, 0
+        with torch.inference_mode():
+            for outputs, size in found.parts or ((means, len(means)),):
+                labels = found.labels[start : start + size]
+                total += float(self._own_loss(outputs, labels)) * size
+                start += size
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +207,11 @@ class Answer:
     """What an ensemble says about n rows, m of which have an image that can be decoded."""
 
     probabilities: Tensor
-    """float32 `[m, classes]`."""
+    """Of classes, float32 `[m, classes]`; or the numbers that the network gives, `[m, ...]`."""
+    of_classes: bool
+    """Whether they are of classes: the network gives a number for each."""
+    parts: tuple[tuple[Any, int], ...]
+    """What a single network gave, some rows at a time, and how many; empty of an ensemble."""
     labels: Tensor
     """The rows' own, int64 `[m]`."""
     kept: npt.NDArray[np.int64]
@@ -191,12 +226,13 @@ class Answer:
 class EnsembleScore:
     """How well averaged probabilities do on a split."""
 
-    accuracy: float
-    """Share of rows whose most probable class is their own, in [0, 1]."""
-    top5_accuracy: float
-    """Share of rows whose class is among the five most probable, in [0, 1]."""
+    accuracy: float | None
+    """Share of rows whose most probable class is their own, in [0, 1]; None if the network does not
+    tell classes apart."""
+    top5_accuracy: float | None
+    """Share of rows whose class is among the five most probable, likewise."""
     loss: float
-    """Mean cross-entropy of the averaged probabilities, nats."""
+    """Mean of the run's loss; of cross-entropy, of the averaged probabilities and in nats."""
     num_examples: int
     """Rows that were scored."""
     skipped: tuple[str, ...] = ()
@@ -228,11 +264,25 @@ def rows_of(images: Sequence[bytes], names: Sequence[str] = ()) -> pa.RecordBatc
     return pa.record_batch({"image": pa.array(rows, kind), "label": labels})
 
 
-def _mean_over_views(module: torch.nn.Module, inputs: Tensor) -> Tensor:
-    """Mean class probabilities `[n, classes]` of `[n, views, ...]`."""
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What one network gives for some rows."""
+
+    mean: Tensor
+    """Over its views: class probabilities `[n, classes]`, or numbers `[n, ...]`."""
+    of_classes: bool
+    parts: tuple[tuple[Any, int], ...]
+
+
+def _mean_over_views(module: torch.nn.Module, inputs: Tensor, num_classes: int) -> _Found:
+    """Mean class probabilities, or numbers, of `[n, views, ...]`."""
     flat = inputs.flatten(0, 1)
     row_bytes = flat[0].nbytes if len(flat) else 1
     step = max(1, FORWARD_BYTES // row_bytes)
     with torch.inference_mode():
-        parts = [module(part).softmax(1) for part in torch.split(flat, step)]
-    return torch.cat(parts).unflatten(0, inputs.shape[:2]).mean(1)  # type: ignore[no-any-return, no-untyped-call]
+        parts = tuple((module(part), len(part)) for part in torch.split(flat, step))
+        answers = [main_output(outputs) for outputs, _ in parts]
+        of_classes = all(tells_classes(each, num_classes) for each in answers)
+        answer = torch.cat([each.softmax(1) for each in answers] if of_classes else answers)
+    mean = answer.unflatten(0, inputs.shape[:2]).mean(1)  # type: ignore[no-untyped-call]
+    return _Found(mean=mean, of_classes=of_classes, parts=parts)
