@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from downpour.paramserver.rules.choice import (
     BY_LAYER,
+    WITH_MOMENTUM,
     RuleName,
     RuleNumbers,
     make_regulariser,
@@ -68,7 +69,7 @@ class ServerConfig:
     one a processor. More than a model needs costs every push and pull another message."""
     rule: RuleName = "momentum"
     """The update rule."""
-    momentum: float = 0.9
+    momentum: float = field(default=0.9, metadata={"only_with": ("rule", WITH_MOMENTUM)})
     """Momentum, for `momentum`, `nesterov`, `rmsprop` and `lars`."""
     numbers: RuleNumbers = field(default_factory=RuleNumbers)
     """What else some rules have."""

@@ -15,8 +15,9 @@ settings (`settings`).
     server: ServerConfig          the options of its fields
 
 A field opts out with `field(metadata={"cli": False})`, and takes another name on the command line
-with `field(metadata={"cli": "server-seed"})`. Two fields with one option, or a type that has no
-form on the command line, are errors at import.
+with `field(metadata={"cli": "server-seed"})`. With `{"only_with": ("rule", ("sgd",))}` the option
+is refused unless the field `rule` beside it has one of these values. Two fields with one option, or
+a type that has no form on the command line, are errors at import.
 """
 
 from __future__ import annotations
@@ -205,13 +206,33 @@ def apply(config: ConfigT, given: Mapping[str, object]) -> ConfigT:
     if not changes:
         return config
     try:
-        return _replaced(config, [(setting.path, value) for setting, value in changes])
+        changed = _replaced(config, [(setting.path, value) for setting, value in changes])
     except Exception as error:
         if not _is_refusal(error):
             raise
         blamed, reason = _blame(config, changes, error)
         options = " ".join(setting.spelled(value) for setting, value in blamed)
         raise OptionError(f"{options}: {one_line(reason)}") from error
+    _check_meant(changed, changes)
+    return changed
+
+
+def _check_meant(config: object, changes: list[tuple[Setting, object]]) -> None:
+    """Refuse what was given and would be passed over, since it belongs to another choice."""
+    config_class: type = type(config)
+    chosen_by = {setting.path: setting for setting in settings_of(config_class)}
+    for setting, value in changes:
+        if setting.only_with is None:
+            continue
+        name, meant = setting.only_with
+        other = chosen_by[(*setting.path[:-1], name)]
+        chosen = other.value_in(config)
+        if chosen not in meant:
+            wanted = " or ".join(other.spelled(each) for each in meant)
+            raise OptionError(
+                f"{setting.spelled(value)}: it says nothing with {other.spelled(chosen)}: leave it "
+                f"out, or give {wanted}"
+            )
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -52,6 +52,9 @@ class Setting:
     help: str
     """The docstring under the field, on one line; empty if it has none."""
 
+    only_with: tuple[str, tuple[object, ...]] | None = None
+    """A field beside it, and the values of that field with which this one means something."""
+
     @property
     def option(self) -> str:
         """The option as a user types it."""
@@ -208,6 +211,7 @@ def _walk(config_class: type, path: tuple[str, ...]) -> typing.Iterator[Setting]
             is_mapping=isinstance(param_type, EntryValue),
             default=_default(field),
             help=docstrings.get(field.name, ""),
+            only_with=field.metadata.get("only_with"),
         )
 
 

@@ -21,6 +21,11 @@ ONE_CYCLES_END = 0.04 / 1e4
 """Last rate of torch's OneCycleLR as a share of the highest."""
 
 
+def _only_with(*shapes: Shape) -> dict[str, object]:
+    """What says, for the command line, with which shapes a field means something."""
+    return {"only_with": ("shape", shapes)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The rate of each update, by x, the epochs of examples applied before it.
@@ -50,24 +55,24 @@ class Schedule:
     """How the rate changes; see `downpour.Schedule` for each shape's formula."""
     learning_rate: float = 0.01
     """The rate that a decay starts from, and the highest of a cycle."""
-    decay_factor: float = 1.0
+    decay_factor: float = field(default=1.0, metadata=_only_with("exponential", "milestones"))
     """For `exponential` and `milestones`: what the rate is multiplied by each time; 1 keeps it
     constant."""
-    decay_epochs: float = 1.0
+    decay_epochs: float = field(default=1.0, metadata=_only_with("exponential"))
     """For `exponential`: epochs between two multiplications."""
-    staircase: bool = False
+    staircase: bool = field(default=False, metadata=_only_with("exponential"))
     """For `exponential`: decay in steps rather than continuously."""
     milestones: tuple[float, ...] = ()
     """For `milestones`: epochs at which the rate is multiplied by the decay factor, such as
     `30,60,80`."""
-    schedule_epochs: float | None = None
+    schedule_epochs: float | None = field(default=None, metadata=_only_with(*WHOLE_RUN))
     """For `cosine` and `one-cycle`: epochs until the last rate; none is those of the run."""
-    final_share: float | None = None
+    final_share: float | None = field(default=None, metadata=_only_with(*WHOLE_RUN))
     """For `cosine` and `one-cycle`: the last rate as a share of the learning rate; none is 0, and
     for `one-cycle` 4e-6."""
-    start_share: float = 0.04
+    start_share: float = field(default=0.04, metadata=_only_with("one-cycle"))
     """For `one-cycle`: the first rate as a share of the learning rate."""
-    peak_share: float = 0.3
+    peak_share: float = field(default=0.3, metadata=_only_with("one-cycle"))
     """For `one-cycle`: share of its epochs over which the rate rises."""
     function: str | None = field(default=None, metadata={"cli": "schedule-function"})
     """For `own`: `package.module:function`, which takes the epochs and gives what the learning rate

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from downpour.cluster.cli.training import train as real_train
+from downpour.cluster.config import recipes
 from downpour.cluster.config.options import ConfigCommand, OptionError, apply, config_options
 from downpour.cluster.errors import UserError
 from tests.helpers.settings import RunConfig, ServerConfig
@@ -198,3 +199,22 @@ def test_entries_are_added_to_a_mapping(given: list[str], found: dict[str, objec
 
     command.main(given, standalone_mode=False)
     assert seen == [found]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"rule": "adam", "momentum": 0.5}, "--momentum 0.5: it says nothing with --rule adam"),
+        ({"shape": "cosine", "decay_factor": 0.5}, "or give --schedule exponential or --schedule"),
+        ({"peak_share": 0.2}, "--peak-share 0.2: it says nothing with --schedule exponential"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(given: dict[str, object], told: str) -> None:
+    recipe = recipes.mnist_bn()
+    named = {("schedule" if name == "shape" else name): value for name, value in given.items()}
+    with pytest.raises(OptionError, match=re.escape(told)):
+        apply(recipe, named)
+    # A recipe's own values of another choice are no mistake.
+    assert (
+        apply(recipe, {"rule": "adam", "schedule": "cosine"}).server.schedule.decay_factor == 0.75
+    )
