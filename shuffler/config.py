@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.plan.plan import VERSION, PastBound, Strategy
+
+WINDOW_BYTES: Final = 256 << 20
+"""Most bytes of a window's rows, on the average: each replica holds two windows, and Arrow counts
+the bytes of a column in 31 bits. Windows of large images have fewer mini-batches for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,8 @@ class DataConfig:
     batch_size: int = 32
     """Examples in a mini-batch."""
     window_batches: int = 64
-    """Mini-batches that a replica is handed at a time."""
+    """Most mini-batches that a replica is handed at a time; of large images, so many as take 256
+    MiB."""
     strategy: Strategy = "pairwise"
     """How examples meet: `pairwise` lets no pair meet twice. `random`, `within_shard`, `buffer` and
     `none` shuffle as other loaders do."""

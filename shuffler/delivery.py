@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from downpour.shuffler.dataset.encoding import indices
+from downpour.shuffler.dataset.reader import check_bytes
 from downpour.shuffler.errors import DatasetError
 
 
@@ -74,7 +75,7 @@ def join(parts: Sequence[Part]) -> Delivery:
     """Return the window that parts make up.
 
     Raises:
-        DatasetError: a row is in none of the parts, or in two.
+        DatasetError: a row is in none of the parts, or in two; or they are too large together.
     """
     first = parts[0]
     positions = np.concatenate([part.positions for part in parts])
@@ -86,5 +87,6 @@ def join(parts: Sequence[Part]) -> Delivery:
         )
     batch = first.batch
     if len(parts) > 1:
+        check_bytes([part.batch for part in parts])
         batch = pa.concat_batches([part.batch for part in parts]).take(indices(order))
     return Delivery(batch=batch, lengths=first.lengths, rows=first.rows)

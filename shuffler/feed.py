@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from downpour.shuffler.ahead import map_ahead
+from downpour.shuffler.config import WINDOW_BYTES
 from downpour.shuffler.dataset.reader import DEFAULT_CACHE_BYTES, RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import Delivery
@@ -141,6 +142,9 @@ class Feed:
                 on_bad_image=on_bad_image,
             )
         self._epochs = epochs
+        # Large images are read fewer at once, which does not change their order.
+        fitting = int(WINDOW_BYTES / max(1.0, dataset.row_bytes * batch_size))
+        self._read_batches = max(1, min(window_batches, fitting))
         self._rank, self._world_size = rank, world_size
         small = dataset.row_bytes < SMALL_BYTES
         self._num_threads = num_threads or (1 if small else processors())
@@ -215,7 +219,7 @@ class Feed:
 
     def _reads(self) -> Iterator[_Read]:
         """What is read at once, from where the feed stands to the end."""
-        size = FIRST_BATCHES
+        size = min(FIRST_BATCHES, self._read_batches)
         begin = self._place
         for epoch in range(self._epoch, self._epochs):
             place = begin
@@ -232,7 +236,7 @@ class Feed:
                         places=tuple(mine),
                     )
                 place += len(batches)
-                size = self.plan.window_batches
+                size = self._read_batches
             begin = 0
 
     def _deliver(self, read: _Read) -> tuple[Delivery, list[_At]]:

@@ -45,6 +45,11 @@ class Inventory:
         return sum(shard.num_rows for shard in self.shards)
 
     @property
+    def row_bytes(self) -> float:
+        """Mean bytes of a row on disk."""
+        return sum(shard.num_bytes for shard in self.shards) / max(1, self.num_rows)
+
+    @property
     def shard_rows(self) -> tuple[int, ...]:
         """Rows of each shard."""
         return tuple(shard.num_rows for shard in self.shards)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from downpour.cluster.cli.shared import RUNS
-from downpour.cluster.config import recipes
+from downpour.cluster.config import classifier, recipes
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
@@ -31,7 +31,9 @@ def list_recipes(recipe: str | None, given: dict[str, object]) -> None:
         from downpour.cluster.training import from_data
 
         config = recipes.admit(apply(recipes.find(recipe), given))
-        describe(from_data.complete(config, given), Console())
+        if "data" in given or config.recipe == classifier.NAME:
+            config = from_data.complete(config, given)
+        describe(config, Console())
         return
     if given:
         raise UserError("options say nothing without a recipe: name one to see it with them")

@@ -47,8 +47,11 @@ def train(
 
     console = Console(stderr=True)
     config = recipes.admit(apply(recipes.find(recipe), given))
-    config = from_data.complete(config, given, lambda line: console.print(line, markup=False))
+    lines: list[str] = []
+    config = from_data.complete(config, given, lines.append)
     data = inputs.check_data(config)
+    for line in lines:
+        console.print(line, markup=False)
     folder = api.create(config, name=name, runs=runs)
     try:
         return launch.train(

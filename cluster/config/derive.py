@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from downpour.cluster.config.run import RunConfig
 from downpour.paramserver.rules.policy import StalenessPolicy
+from downpour.shuffler.config import WINDOW_BYTES, DataConfig
 from downpour.shuffler.images.decode import Decoder
 from downpour.shuffler.plan.keys import stream_key
 from downpour.shuffler.plan.plan import Plan
@@ -21,13 +22,20 @@ if TYPE_CHECKING:
     from downpour.paramserver.partition.update_config import UpdateConfig
 
 
-def make_plan(config: RunConfig, num_rows: int, shard_rows: tuple[int, ...] = ()) -> Plan:
+def make_plan(
+    config: RunConfig,
+    num_rows: int,
+    shard_rows: tuple[int, ...] = (),
+    window_batches: int | None = None,
+) -> Plan:
     """The mini-batches of `num_rows` examples, checked against the length of the run.
 
     Args:
         config: of the run.
         num_rows: rows of the training split.
         shard_rows: rows of each of its shards; only the strategy `within_shard` looks at them.
+        window_batches: mini-batches of a window, as `window_that_fits` gives it; None takes the
+            configuration's.
 
     Raises:
         PlanError: the data has too few rows, or the run has more epochs than the plan allows.
@@ -37,7 +45,7 @@ def make_plan(config: RunConfig, num_rows: int, shard_rows: tuple[int, ...] = ()
         num_rows=num_rows,
         batch_size=data.batch_size,
         seed=config.policy.seed,
-        window_batches=data.window_batches,
+        window_batches=window_batches or data.window_batches,
         strategy=data.strategy,
         shard_rows=shard_rows if data.strategy == "within_shard" else (),
         buffer_rows=data.buffer_rows,
@@ -46,6 +54,17 @@ def make_plan(config: RunConfig, num_rows: int, shard_rows: tuple[int, ...] = ()
     )
     plan.check_epochs(config.policy.epochs)
     return plan
+
+
+def window_that_fits(data: DataConfig, row_bytes: float) -> int:
+    """The mini-batches of a window: as configured, or fewer of large images.
+
+    Args:
+        data: how the examples are put together.
+        row_bytes: mean bytes of a row on disk.
+    """
+    fitting = int(WINDOW_BYTES / max(1.0, row_bytes * data.batch_size))
+    return max(1, min(data.window_batches, fitting))
 
 
 def make_decoder(config: RunConfig) -> Decoder:

@@ -34,6 +34,8 @@ class Facts:
     """Rows of the training split."""
     shard_rows: tuple[int, ...] = ()
     """Rows of each of its shards."""
+    window_batches: int | None = None
+    """Mini-batches of a window; None: as configured."""
     num_parameters: int
     """Parameters of the network."""
     num_features: int
@@ -94,7 +96,7 @@ class RunSpecs:
 
 def resolve(config: RunConfig, facts: Facts) -> RunSpecs:
     """What each actor of a run of `config` is told, given the facts."""
-    plan = make_plan(config, facts.num_rows, facts.shard_rows)
+    plan = make_plan(config, facts.num_rows, facts.shard_rows, facts.window_batches)
     model, update = model_spec(config), update_config(config, plan)
     room = facts.num_processors if facts.gpu_places is None else facts.gpu_places
     count = num_processes(config.replicas, room)

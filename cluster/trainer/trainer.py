@@ -29,6 +29,7 @@ from downpour.cluster.trainer.callbacks import CallbackSink, checked
 from downpour.cluster.trainer.result import Result
 from downpour.cluster.trainer.scaling import scaling_of
 from downpour.cluster.training import api, carry, inputs
+from downpour.cluster.training.classes import with_classes
 from downpour.paramserver import durable
 from downpour.shuffler.config import DataConfig
 
@@ -164,6 +165,9 @@ class Trainer:
                     f"init is {config.model.init}, and the model is a module with weights of its "
                     "own: give a function that makes it, or no init"
                 )
+            if config.recipe != CLASSIFIER:
+                chosen = "num_classes" in self._settings or isinstance(self._config, RunConfig)
+                config = with_classes(config, chosen=chosen)
             data = inputs.check_data(config)
             folder = api.create(config, name=self._name, runs=self._runs)
             if state is not None:

@@ -20,8 +20,8 @@ from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import settings_of
 from downpour.cluster.errors import UserError
+from downpour.cluster.training.classes import with_classes
 from downpour.shuffler.dataset.encoding import PackedBits
-from downpour.shuffler.dataset.labels import highest_label
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset, split_names
 from downpour.shuffler.images.augment import AugmentConfig
@@ -77,16 +77,17 @@ def complete(
     """Fill in what the recipe leaves to the data and the user has not given.
 
     Args:
-        config: of any recipe; only that of `classifier` leaves anything.
+        config: of any recipe; only that of `classifier` leaves more than the number of classes.
         given: names of the settings that the user has given.
         say: gets a line that says what was filled in.
 
     Raises:
-        UserError: no network is named, or there is no split to score.
+        UserError: no network is named, there is no split to score, or the number of classes that
+            is given is not the data's.
         DatasetError: the data cannot be read.
     """
     if config.recipe != recipe.NAME:
-        return config
+        return with_classes(config, chosen="num_classes" in given, say=say)
     if not config.model.model:
         raise UserError(
             "the recipe classifier trains any network: name it with --model, such as --model "
@@ -103,17 +104,17 @@ def complete(
     pictures = _look_at(train)
     image = _image(config, pictures, say)
     augment = _augment(config.data.augment, given, pictures, image)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, eval_split=eval_split, augment=augment)
+    )
+    config = with_classes(config, chosen="num_classes" in given)
     classes = config.model.num_classes
-    if "num_classes" not in given:
-        classes = _num_classes(train, Dataset.open(source, eval_split))
     say(
         f"{classes} classes; pictures of {image.height}x{image.width} in "
         f"{'RGB' if image.channels > 1 else 'grey'}, {_varied(augment)}; scored on {eval_split!r}"
     )
     return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, image=image, num_classes=classes),
-        data=dataclasses.replace(config.data, eval_split=eval_split, augment=augment),
+        config, model=dataclasses.replace(config.model, image=image, num_classes=classes)
     )
 
 
@@ -128,12 +129,6 @@ def _split_to_score(source: str, train_split: str) -> str:
     raise UserError(
         f"{source} {found}: name the one to score with --eval-split, or ingest one to score"
     )
-
-
-def _num_classes(train: Dataset, scored: Dataset) -> int:
-    if train.class_names:
-        return len(train.class_names)
-    return max(2, 1 + max(highest_label(train), highest_label(scored)))
 
 
 def _look_at(dataset: Dataset) -> _Pictures:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from downpour.cluster.config.derive import make_decoder, make_plan, model_spec
+from downpour.cluster.config.derive import make_decoder, make_plan, model_spec, window_that_fits
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import BEGAN_IN, DATA, RunFolder
 from downpour.cluster.training.initial import read
 from downpour.paramserver.partition.ranges import Partition, split
 from downpour.shuffler.dataset.encoding import EncodedImages
-from downpour.shuffler.dataset.labels import check_labels
+from downpour.shuffler.dataset.labels import check_images, check_labels
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.holdings import Inventory
@@ -100,17 +100,23 @@ def check_data(config: RunConfig) -> Data:
         PlanError: the data has too few rows for the run.
     """
     scorer = Decoder(spec=config.model.input, on_bad_image=config.data.on_bad_image)
-    _, notes = _check_split(config, config.data.eval_split, scorer, whole_bytes=CHECKED_BYTES)
+    scored, notes = _check_split(config, config.data.eval_split, scorer, whole_bytes=CHECKED_BYTES)
     train: Dataset | Inventory
     if config.data.node_folder is None:
         train, more = _check_split(config, config.data.train_split, make_decoder(config))
         notes += more
     else:
         train = Inventory.read(config.data.data, config.data.train_split)
+    window = window_that_fits(config.data, train.row_bytes)
+    if window < config.data.window_batches:
+        notes += (
+            f"rows take {train.row_bytes / 1e6:.1f} MB on the average, so windows have {window} "
+            f"mini-batches, not {config.data.window_batches}",
+        )
     return Data(
-        plan=make_plan(config, train.num_rows, train.shard_rows),
+        plan=make_plan(config, train.num_rows, train.shard_rows, window),
         fingerprint=train.fingerprint,
-        class_names=train.class_names,
+        class_names=train.class_names or scored.class_names,
         notes=notes,
     )
 
@@ -122,6 +128,8 @@ def _check_split(
     dataset = Dataset.open(config.data.data, split_name)
     num_classes = config.model.num_classes
     check_labels(dataset, num_classes)
+    if decoder.on_bad_image == "stop":
+        check_images(dataset)
     small = sum(shard.num_bytes for shard in dataset.shards) <= whole_bytes
     encoded = isinstance(dataset.encoding, EncodedImages)  # packed bits are never bad
     whole = small and encoded and decoder.on_bad_image == "stop"

@@ -225,6 +225,7 @@ def _resolve(session: _Session, model: Model, show: Show) -> tuple[RunSpecs, Nod
     facts = Facts(
         num_rows=plan.num_rows,
         shard_rows=plan.shard_rows,
+        window_batches=plan.window_batches,
         num_parameters=model.num_parameters,
         num_features=model.num_features,
         num_decayed=model.num_decayed,

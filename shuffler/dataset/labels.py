@@ -1,4 +1,4 @@
-"""The labels of a whole split: their range, and the first that is outside of one.
+"""The labels of a whole split: their range, the first that is outside of one, rows without image.
 
 Parquet files keep the least and the greatest value of each row group in their footer, which is read
 when a dataset is opened. Only where a writer left them out are labels read.
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from downpour.shuffler.dataset import files
-from downpour.shuffler.dataset.encoding import label_values
+from downpour.shuffler.dataset.encoding import PackedBits, label_values
 from downpour.shuffler.dataset.records import Dataset, Shard
 from downpour.shuffler.errors import DatasetError
 
@@ -58,6 +58,39 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             _check(dataset, labels, group.first_row, num_classes)
 
 
+def check_images(dataset: Dataset) -> None:
+    """Check that each row of a split has an image's bytes, as far as the footers say.
+
+    Raises:
+        DatasetError: a row has none; names the row and the shard.
+    """
+    if isinstance(dataset.encoding, PackedBits):
+        return
+    first_row = 0
+    for shard in dataset.shards:
+        for number, num_rows in enumerate(shard.row_group_rows):
+            kept = _statistics(shard, number, f"{dataset.encoding.column}.bytes")
+            if kept is not None and kept.has_null_count and kept.null_count:
+                images = _read(dataset, shard, number, dataset.encoding.column)
+                missing = images.flatten()[images.type.get_field_index("bytes")].is_null()
+                bad = int(np.flatnonzero(missing.to_numpy(zero_copy_only=False))[0])
+                path = (images[bad].as_py() or {}).get("path")
+                raise DatasetError(
+                    f"{dataset.describe_row(first_row + bad)} has "
+                    f"{f'a path ({path}) and no bytes' if path else 'no image'}, as have "
+                    f"{kept.null_count} of its {num_rows} neighbours; store the images' bytes in "
+                    "the table, or leave such rows out with --on-bad-image skip"
+                )
+            first_row += num_rows
+
+
+def _statistics(shard: Shard, number: int, column: str) -> pq.Statistics | None:
+    """What a footer says of a column of a row group."""
+    group = shard.metadata.row_group(number)
+    columns = (group.column(i) for i in range(group.num_columns))
+    return next((c.statistics for c in columns if c.path_in_schema == column), None)
+
+
 def _check(dataset: Dataset, column: pa.Array, first_row: int, num_classes: int) -> None:
     labels = label_values(column)
     absent = column.is_null().to_numpy(zero_copy_only=False)
@@ -84,9 +117,7 @@ def _groups(dataset: Dataset) -> Iterator[_Group]:
 
 def _range(dataset: Dataset, shard: Shard, number: int) -> tuple[int, int, int]:
     """The least and the greatest label of a row group, and how many rows have none."""
-    group = shard.metadata.row_group(number)
-    columns = (group.column(i) for i in range(group.num_columns))
-    kept = next((c.statistics for c in columns if c.path_in_schema == LABEL), None)
+    kept = _statistics(shard, number, LABEL)
     if kept is not None and kept.has_min_max and kept.has_null_count:
         return int(kept.min), int(kept.max), int(kept.null_count)
     column = _read(dataset, shard, number)
@@ -95,14 +126,14 @@ def _range(dataset: Dataset, shard: Shard, number: int) -> tuple[int, int, int]:
     return lowest, highest, column.null_count
 
 
-def _read(dataset: Dataset, shard: Shard, number: int) -> pa.Array:
-    """The labels of one row group."""
+def _read(dataset: Dataset, shard: Shard, number: int, name: str = LABEL) -> pa.Array:
+    """One column of one row group."""
     try:
         with (
             dataset.filesystem.open_input_file(shard.path) as source,
             pq.ParquetFile(source, metadata=shard.metadata) as parquet,
         ):
-            column = parquet.read_row_group(number, columns=[LABEL]).column(LABEL)
+            column = parquet.read_row_group(number, columns=[name]).column(name)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(
             f"{shard.path} cannot be read ({files.one_line(error)}); copy it again"

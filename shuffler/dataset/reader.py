@@ -7,6 +7,7 @@ is `decode`'s.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,24 @@ from downpour.shuffler.dataset.row_groups import RowGroups
 from downpour.shuffler.errors import DatasetError
 
 DEFAULT_CACHE_BYTES = 1 << 30
+
+
+MOST_BYTES = 2**31 - 1
+"""Most bytes of a column of images: Arrow counts them in 31 bits."""
+
+
+def check_bytes(parts: Sequence[pa.RecordBatch]) -> None:
+    """Check that rows fit one record batch together.
+
+    Raises:
+        DatasetError: they do not.
+    """
+    size = sum(part.nbytes for part in parts)
+    if size > MOST_BYTES:
+        raise DatasetError(
+            f"{sum(map(len, parts))} rows that are read at once take {size / 1e9:.1f} GB, and may "
+            "take 2.1 GB; read fewer at once: give a smaller --window-batches or --batch-size"
+        )
 
 
 class RowReader:
@@ -100,10 +119,11 @@ class RowReader:
         group_of = np.searchsorted(self._starts, ascending, side="right") - 1
         groups, begins = np.unique(group_of, return_index=True)
         runs = np.split(ascending, begins[1:])
+        parts = list(self._groups.pool.map(self._take_from, groups.tolist(), runs))
+        check_bytes(parts)
         # A window of large images takes its own size again while it is put in order: not twice.
-        batch = pa.concat_batches(
-            list(self._groups.pool.map(self._take_from, groups.tolist(), runs))
-        )
+        batch = pa.concat_batches(parts)
+        del parts
         back = np.empty_like(by_row)
         back[by_row] = np.arange(len(by_row))
         batch = batch.take(indices(back))

@@ -142,7 +142,7 @@ def test_an_image_of_another_size(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_a_label_out_of_range(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, label: int
 ) -> None:
-    line = train(capsys, dataset(tmp_path / "data", label=label))
+    line = train(capsys, dataset(tmp_path / "data", label=label), "--num-classes", "10")
     assert str(label) in line
     assert "row 0" in line
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from downpour.shuffler.dataset.encoding import IMAGE_TYPE
-from downpour.shuffler.dataset.labels import check_labels, highest_label
+from downpour.shuffler.dataset.labels import check_images, check_labels, highest_label
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DatasetError
 
@@ -44,3 +44,17 @@ class TestLabels:
         dataset = split(tmp_path, [0, 2], labels, [9], statistics=statistics)
         with pytest.raises(DatasetError, match=words):
             check_labels(dataset, 3)
+
+
+def test_rows_with_a_path_and_no_bytes_are_found(tmp_path: Path) -> None:
+    rows = [{"bytes": b"x", "path": "a.png"}] * 5 + [{"bytes": None, "path": "b.png"}, None]
+    labels = pa.array([0] * len(rows), pa.int64())
+    table = pa.table({"image": pa.array(rows, IMAGE_TYPE), "label": labels})
+    pq.write_table(table[:5], tmp_path / "test-00000-of-00001.parquet", row_group_size=2)
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet", row_group_size=2)
+    check_images(Dataset.open(tmp_path, "test"))
+    with pytest.raises(DatasetError, match=r"row 5 .*a path \(b.png\) and no bytes.*skip"):
+        check_images(Dataset.open(tmp_path, "train"))
+    pq.write_table(table[6:], tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(DatasetError, match=r"row 0 .*no image"):
+        check_images(Dataset.open(tmp_path, "train"))

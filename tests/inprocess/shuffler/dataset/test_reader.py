@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -19,9 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from downpour.shuffler.dataset import row_groups
+from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.dataset.encoding import EncodedImages, PackedBits, encoding_of, schema_for
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset, split_names
+from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.errors import DatasetError
 
 NAMES = ("cat", "dog", "eel")
@@ -412,3 +415,17 @@ def test_a_shufflers_memory_is_its_caches_whatever_the_dataset(tmp_path):
     assert most_allocated < cache_bytes + row_groups.LEAST_READING_BYTES + 3 * largest
     early = max(resident[: len(resident) // 8])
     assert max(resident) < early + cache_bytes
+
+
+def test_rows_that_do_not_fit_one_column_are_refused(tmp_path, monkeypatch):
+    reader = RowReader(Dataset.open(BUNDLED_MNIST, "test"))
+    rows = np.arange(100)
+    whole = reader.take(rows)
+    monkeypatch.setattr("downpour.shuffler.dataset.reader.MOST_BYTES", whole.nbytes - 1)
+    with pytest.raises(DatasetError, match=r"100 rows .*smaller --window-batches"):
+        reader.take(rows)
+    half = Part(batch=whole[:50], positions=rows[:50], lengths=np.array([100]), rows=rows)
+    other = dataclasses.replace(half, batch=whole[50:], positions=rows[50:])
+    with pytest.raises(DatasetError, match="smaller --window-batches"):
+        join([half, other])
+    reader.close()

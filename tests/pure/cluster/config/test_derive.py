@@ -11,9 +11,11 @@ from downpour.cluster.config.derive import (
     model_spec,
     step_config,
     update_config,
+    window_that_fits,
 )
 from downpour.cluster.config.options import apply
 from downpour.paramserver.rules.update import Adagrad, Momentum
+from downpour.shuffler.config import WINDOW_BYTES, DataConfig
 from downpour.shuffler.errors import PlanError
 
 
@@ -70,3 +72,14 @@ def test_the_staleness_policy_decides_when_a_step_fetches(
     told = step_config(config)
     assert (told.by_permit, told.by_push) == (by_permit, by_push)
     assert dataclasses.replace(told, by_permit=False, by_push=False) == config.replicas.steps
+
+
+def test_windows_of_large_images_have_fewer_mini_batches():
+    data = DataConfig(batch_size=32, window_batches=64)
+    assert window_that_fits(data, 100_000) == 64
+    assert window_that_fits(data, 4_000_000) == 2
+    assert window_that_fits(data, 1_100_000) * 32 * 1_100_000 <= WINDOW_BYTES
+    assert window_that_fits(data, 10e9) == 1
+    assert window_that_fits(data, 0) == 64
+    config = recipes.find("mnist-bn")
+    assert make_plan(config, 60_000, window_batches=7).window_batches == 7
