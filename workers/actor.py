@@ -258,6 +258,8 @@ class EvaluatorActor:
         about["num_recomputed"] = num_recomputed
         if keeping.model_path is not None and score.accuracy >= keeping.goal:
             evaluator.save(keeping.model_path, **about)
+            if keeping.answers_path is not None and score.of_classes:
+                evaluator.answers.save(keeping.answers_path, self._split.scored_rows.tolist())
         if keeping.best_path is not None and self._is_best(score, keeping):
             evaluator.save(keeping.best_path, **about)
         return Evaluation(

@@ -16,5 +16,7 @@ class Keeping:
     """The accuracy to beat; none is beaten by any."""
     model_path: str | None = None
     """Where weights go that reach `goal`; none keeps none of them."""
+    answers_path: str | None = None
+    """Where the answers of the weights of `model_path` go; none keeps none of them."""
     goal: float = math.inf
     """The accuracy to reach; -inf is reached by any."""

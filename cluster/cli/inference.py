@@ -54,9 +54,21 @@ def evaluate(
     from downpour.cluster.serving import inference
 
     loaded = inference.load_all(runs, best=best, weights=weights, orientation=orientation)
-    score = inference.evaluate(
-        loaded, data=data, split=split, crops=int(crops), on_bad_image=on_bad_image, say=_tell
-    )
+    from downpour.cluster.monitoring.bars import progress_bar
+
+    told: list[str] = []
+    with progress_bar("images") as show:
+        score = inference.evaluate(
+            loaded,
+            data=data,
+            split=split,
+            crops=int(crops),
+            on_bad_image=on_bad_image,
+            say=told.append,
+            progress=show,
+        )
+    for line in told:
+        _tell(line)
     click.echo(json.dumps(score))
 
 

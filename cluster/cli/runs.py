@@ -120,7 +120,7 @@ def stop(run: Path, wait: bool) -> int:
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write report.html of RUN, a page with its curves up to now."""
-    from downpour.cluster.monitoring.html_report import write_report
+    from downpour.cluster.monitoring.report.html_report import write_report
 
     click.echo(f"written: {write_report(RunFolder.open(run).path)}")
 

@@ -17,7 +17,7 @@ from downpour.cluster.controller import instructions as do
 from downpour.cluster.controller.backend import Backend, PendingCall
 from downpour.cluster.controller.state import RunState
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
-from downpour.cluster.run.folder import BEST, MODEL, RunFolder
+from downpour.cluster.run.folder import ANSWERS, BEST, MODEL, RunFolder
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.messages import Keeping
 
@@ -226,6 +226,7 @@ class Controller:
             best_path=str(self._folder.path / BEST),
             best=call.best,
             model_path=str(self._folder.path / MODEL),
+            answers_path=str(self._folder.path / ANSWERS),
             goal=call.goal,
         )
 

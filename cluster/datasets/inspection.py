@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +31,14 @@ from downpour.shuffler.plan.pairs import count_pairs
 from downpour.shuffler.plan.permutation import Permutation
 from downpour.shuffler.plan.plan import Plan, Strategy
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
 SAMPLE_ROWS = 512
 """Rows whose image sizes are looked at. Pairs are counted for eight times as many."""
 
+LEAST_SIDE, CAPTION_HEIGHT = 72, 14
+"""Of a contact sheet, in pixels: smaller images are enlarged, so that captions have room."""
 MOST_CLASSES = 20
 """Classes that are shown one by one."""
 
@@ -179,12 +185,12 @@ def _images(dataset: Dataset) -> dict[str, Any]:
 def contact_sheet(data: str, config: InspectConfig, path: Path) -> int:
     """Save a mini-batch of epoch 0, varied as in training, as one picture; return its images.
 
+    Each has its label below.
+
     Raises:
         UserError: the picture cannot be written.
         DecodeError: an image cannot be decoded.
     """
-    from PIL import Image
-
     dataset = Dataset.open(data, config.split)
     encoding = dataset.encoding
     if isinstance(encoding, PackedBits):
@@ -196,22 +202,54 @@ def contact_sheet(data: str, config: InspectConfig, path: Path) -> int:
     options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
     feed = Feed(dataset, image=spec, augment=config.augment, **options)
     with contextlib.closing(feed):
-        inputs, _ = next(iter(feed))
-    columns = int(np.ceil(np.sqrt(len(inputs))))
-    rows = -(-len(inputs) // columns)
-    sheet = np.full((rows * (spec.height + 2), columns * (spec.width + 2), 3), 255, np.uint8)
-    for number, image in enumerate(inputs):
-        row, column = divmod(number, columns)
-        top, left = row * (spec.height + 2), column * (spec.width + 2)
-        pixels = np.rint(image.transpose(1, 2, 0) * 255).astype(np.uint8)
-        sheet[top : top + spec.height, left : left + spec.width] = pixels
+        inputs, labels = next(iter(feed))
+    sheet = _sheet(inputs, [_label_text(dataset, int(label)) for label in labels])
     try:
-        Image.fromarray(sheet).save(path)
+        sheet.save(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the contact sheet {path} cannot be written: {error}; give a name such as sheet.png"
         ) from None
     return len(inputs)
+
+
+def _sheet(inputs: NDArray[np.float32], captions: Sequence[str]) -> PilImage:
+    """Return images in a grid, each with its caption below.
+
+    Args:
+        inputs: in [0, 1], float32 [m, channels, height, width].
+        captions: one of each, cut to what fits.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = inputs.shape[2:]
+    scale = max(1, -(-LEAST_SIDE // max(height, width)))
+    cell_width, cell_height = width * scale + 4, height * scale + CAPTION_HEIGHT + 4
+    columns = int(np.ceil(np.sqrt(len(inputs))))
+    rows = -(-len(inputs) // columns)
+    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for number, (image, caption) in enumerate(zip(inputs, captions, strict=True)):
+        row, column = divmod(number, columns)
+        left, top = column * cell_width, row * cell_height
+        pixels = np.rint(image.transpose(1, 2, 0) * 255).astype(np.uint8)
+        pixels = np.broadcast_to(pixels, (height, width, 3)) if pixels.shape[2] == 1 else pixels
+        pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+        sheet.paste(Image.fromarray(pixels), (left + 2, top + 2))
+        fits = len(caption)
+        while fits and draw.textlength(caption[:fits], font=font) > cell_width - 4:
+            fits -= 1
+        at = (left + 2, top + height * scale + 3)
+        draw.text(at, caption[:fits], fill="black", font=font)
+    return sheet
+
+
+def _label_text(dataset: Dataset, label: int) -> str:
+    """The class's name and number in characters that the built-in font has."""
+    names = dataset.class_names
+    named = names[label] if 0 <= label < len(names) else ""
+    text = f"{label} {named}" if named and named != str(label) else str(label)
+    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def _sheet_spec(dataset: Dataset, config: InspectConfig) -> ImageSpec:

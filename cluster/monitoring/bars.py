@@ -13,6 +13,9 @@ from rich.console import Console
 
 from downpour.cluster.monitoring.texts import clock_text, rate_text
 
+LINES_EVERY_S = 10.0
+"""Seconds between two lines where there is no terminal."""
+
 Show = Callable[[int, int | None], None]
 """Is told the steps done, and the steps in all if that is known."""
 
@@ -22,7 +25,7 @@ def progress_bar(
     what: str,
     *,
     console: Console | None = None,
-    lines_every_s: float | None = None,
+    lines_every_s: float | None = LINES_EVERY_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Show]:
     """Show how far a loop is.

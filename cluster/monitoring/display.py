@@ -28,7 +28,9 @@ from downpour.cluster.monitoring.texts import (
     encodable,
     has_unicode,
     number_text,
+    once_text,
     percent_text,
+    points_text,
     rate_text,
 )
 
@@ -169,6 +171,7 @@ RESULT_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("best_accuracy", "best accuracy", percent_text),
     ("accuracy", "last accuracy", percent_text),
     ("moving_accuracy", "by server averages", percent_text),
+    ("bn_gap", "recomputed BN gains", points_text),
     ("evaluation_loss", "evaluation loss", number_text),
     ("epochs", "epochs", cell_text),
     ("examples", "examples", cell_text),
@@ -204,12 +207,15 @@ def _result_rows(result: Mapping[str, object]) -> list[tuple[str, str, str]]:
         ]
         if parts:
             rows.append(("staleness", "   ".join(parts), ""))
+    once = once_text(result)
+    if once is not None:
+        rows.append(("exactly once", once, "" if once == "yes" else "yellow"))
     reached = result.get("reached")
     if isinstance(reached, Mapping) and reached:
         parts = [f"{float(key):.1%} {_seconds(first)}" for key, first in reached.items()]
         rows.append(("reached after", "   ".join(parts), ""))
     for key, value in result.items():
-        if key in known or key in ("recipe", "run"):
+        if key in known or key in ("recipe", "run", "exactly_once"):
             continue
         if isinstance(value, bool | int | float | str):
             rows.append((*_row(key, value), ""))

@@ -186,6 +186,9 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
         color=_ACCURACY,
     )
     axes.yaxis.set_major_formatter("{x:g}%")
+    low, high = min(accuracy), max(accuracy)
+    room = max(0.02, (high - low) / 10)
+    axes.set_ylim(100 * max(0.0, low - room), 100 * min(1.0, high + room))
 
 
 def _draw_loss(axes: Axes, metrics: Metrics) -> None:
@@ -196,7 +199,7 @@ def _draw_loss(axes: Axes, metrics: Metrics) -> None:
         _say_nothing_measured(axes)
         return
     axes.plot(updates, loss, color=_LOSS, alpha=0.3, linewidth=0.8)
-    axes.plot(updates, smoothed(loss), color=_LOSS)
+    axes.plot(updates, smoothed(loss), color=_LOSS, marker=_marker(loss))
     # A decade or more between the ends is read better in logarithms.
     if min(loss) > 0 and max(loss) > 10 * min(loss):
         axes.set_yscale("log")
@@ -206,9 +209,14 @@ def _draw_curve(axes: Axes, metrics: Metrics, key: str, color: str) -> None:
     updates, values = series(metrics, key)
     axes.set_xlabel("updates")
     if values:
-        axes.plot(updates, values, color=color)
+        axes.plot(updates, values, color=color, marker=_marker(values))
     else:
         _say_nothing_measured(axes)
+
+
+def _marker(values: Sequence[float]) -> str:
+    """A single value is no line."""
+    return "." if len(values) == 1 else ""
 
 
 def _draw_histogram(axes: Axes, histogram: Sequence[tuple[float, float]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +59,34 @@ def cell_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else number_text(value)
     return str(value)
+
+
+def points_text(difference: float | None) -> str:
+    """Returns a difference of two shares in percentage points, with its sign."""
+    return MISSING if difference is None else f"{100 * difference:+.2f} percentage points"
+
+
+def once_text(result: Mapping[str, Any]) -> str | None:
+    """Returns whether every example was trained on exactly once an epoch, from a result.
+
+    Images that were skipped and mini-batches that were refused were not. None if there is no
+    result.
+    """
+    if result.get("exactly_once") is None:
+        return None
+    if not result["exactly_once"]:
+        return "no: a mini-batch was lost or applied twice"
+    left_out = [
+        f"{count:,} {what}{'' if count == 1 else plural}"
+        for key, what, plural in (
+            ("images_skipped", "image", "s"),
+            ("refused", "mini-batch", "es"),
+        )
+        if (count := result.get(key) or 0)
+    ]
+    if left_out:
+        return f"no: {' and '.join(left_out)} left out"
+    return "yes"
 
 
 def of_total(count: int, total: int | None) -> str:

@@ -13,6 +13,7 @@ runs/<name>/
   record/            every push, in its order, if that is recorded
   best.safetensors   the weights that scored highest, with their BN statistics
   model.safetensors  the last weights, once the run is finished
+  answers.json       which classes the last weights take for which, and their worst mistakes
   result.json        what came out
   plots/             pictures of all that
   report.html        a page with all of it, which needs no other file
@@ -50,6 +51,7 @@ STOP = ".stop"
 """There while somebody has asked the run to stop."""
 BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
 INITIAL = "initial.safetensors"
+ANSWERS = "answers.json"
 
 
 class RunFolder:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def evaluate(
     rows: int | None = None,
     on_bad_image: BadImage | None = None,
     say: Callable[[str], object] = lambda _line: None,
+    progress: Callable[[int, int], object] = lambda _done, _total: None,
 ) -> dict[str, Any]:
     """Score one run, or several as an ensemble, on a split.
 
@@ -144,6 +145,7 @@ def evaluate(
         rows: score the first so many rows; None scores all.
         on_bad_image: what an image does that cannot be decoded; None is what it does to the run.
         say: is told, in a line each, of images that are skipped, and of what is not known.
+        progress: is told the images done, and all.
 
     Raises:
         UserError: the data or the networks do not fit together.
@@ -160,7 +162,8 @@ def evaluate(
         say(f"{silent} does not name its classes: whether they are the same is not known")
     step = max(1, ROWS // crops)
     with rows_of_split(dataset, predictor.num_classes, rows=step, limit=rows) as batches:
-        score = predictor.score(batches, on_bad_image=on_bad_image or first.data.on_bad_image)
+        counted = _counted(batches, min(dataset.num_rows, rows or dataset.num_rows), progress)
+        score = predictor.score(counted, on_bad_image=on_bad_image or first.data.on_bad_image)
     for line in score.skipped[:SKIPPED_SHOWN]:
         say(f"skipped: {line}")
     if len(score.skipped) > SKIPPED_SHOWN:
@@ -176,6 +179,18 @@ def evaluate(
         "examples": score.num_examples,
         "images_skipped": len(score.skipped),
     }
+
+
+def _counted(
+    batches: Iterable[pa.RecordBatch], total: int, progress: Callable[[int, int], object]
+) -> Iterator[pa.RecordBatch]:
+    """The same batches; each is done when the next is asked for."""
+    done = 0
+    for batch in batches:
+        progress(done, total)
+        yield batch
+        done += len(batch)
+    progress(done, total)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import RunFailed
 from downpour.cluster.monitoring.display import print_result
-from downpour.cluster.monitoring.html_report import write_report
 from downpour.cluster.monitoring.plots import plot_run
+from downpour.cluster.monitoring.report.html_report import write_report
 from downpour.cluster.monitoring.telemetry import merged_staleness
 from downpour.cluster.run.folder import RESULT, RunFolder
 

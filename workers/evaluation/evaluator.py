@@ -22,6 +22,7 @@ from downpour.models.moments import Moments, Population
 from downpour.models.outputs import main_output, tells_classes
 from downpour.models.registry import LOSSES
 from downpour.paramserver import durable
+from downpour.workers.evaluation.answers import Answers
 from downpour.workers.spec import ModelSpec
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -65,10 +66,13 @@ class Evaluator:
         self._loss = spec.build_loss()
         self._main_only = spec.loss in LOSSES  # auxiliary classifiers are for training
         self._num_classes = spec.num_classes
+        self.answers = Answers()
+        """Of the latest scoring."""
 
     def score(self) -> Score:
         """Score what is in `weights` and `statistics`, by Algorithm 2's inference."""
         correct = examples = 0
+        answers = Answers()
         loss, of_classes = 0.0, True
         with torch.inference_mode():
             for inputs, targets in self._batches():
@@ -77,9 +81,11 @@ class Evaluator:
                 of_classes = tells_classes(answer, self._num_classes)
                 if of_classes:
                     correct += int((answer.argmax(1) == targets).sum())
+                    answers.add(inputs, answer, targets)
                 scored = answer if self._main_only else outputs
                 loss += float(self._loss(scored, targets)) * len(targets)
                 examples += len(targets)
+        self.answers = answers
         return Score(
             accuracy=correct / max(examples, 1),
             loss=loss / max(examples, 1),

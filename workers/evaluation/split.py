@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
@@ -49,6 +50,12 @@ class SplitBatches:
     def skipped(self) -> tuple[str, ...]:
         """A line for each row that was left out so far; it names the row."""
         return tuple(self._skipped[row] for row in sorted(self._skipped))
+
+    @property
+    def scored_rows(self) -> NDArray[np.int64]:
+        """The rows that were scored, in their order, int64 [n]."""
+        bad = np.array(sorted(self._skipped), np.int64)
+        return np.setdiff1d(np.arange(self._dataset.num_rows, dtype=np.int64), bad)
 
     @property
     def note(self) -> str | None:

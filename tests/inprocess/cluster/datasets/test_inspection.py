@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -34,7 +35,11 @@ def test_as_json(capsys, data, tmp_path):
     assert pairs["repeats"] == pairs["meetings"] * 3 // 4
     assert pairs["times_chance"] > 5
     with Image.open(sheet) as picture:
-        assert picture.size == (4 * (tiny.SIDE + 2), 4 * (tiny.SIDE + 2))
+        side = 9 * tiny.SIDE  # enlarged, so that there is room for the label below
+        assert picture.size == (4 * (side + 4), 4 * (side + 14 + 4))
+        captions = np.asarray(picture)[side + 4 : side + 18 : 1]
+        columns = np.split(captions, 4, axis=1)
+        assert all((column < 128).any() for column in columns), "a label each"
 
 
 def test_for_people(capsys, data):

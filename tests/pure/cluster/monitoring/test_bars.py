@@ -49,11 +49,21 @@ def test_a_loop_of_unknown_length_and_one_that_stands_still() -> None:
     assert stream.getvalue().splitlines() == ["7 rows", "17 rows  1.0 a second"]
 
 
-def test_elsewhere_nothing_is_shown_unless_it_is_asked_for() -> None:
+def test_elsewhere_nothing_is_shown_if_so_asked() -> None:
     console, stream = plain()
-    with progress_bar("rows", console=console) as show:
+    with progress_bar("rows", console=console, lines_every_s=None) as show:
         show(1, 2)
     assert stream.getvalue() == ""
+
+
+def test_long_work_in_a_pipe_tells_lines_by_itself() -> None:
+    console, stream = plain()
+    clock = Clock()
+    with progress_bar("images", console=console, clock=clock) as show:
+        show(0, 100)
+        clock.now_s += 11.0
+        show(10, 100)
+    assert stream.getvalue().startswith("10 of 100 images")
 
 
 def test_a_terminal_gets_a_bar_that_goes_at_the_end_and_after_a_failure() -> None:

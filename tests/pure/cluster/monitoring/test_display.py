@@ -127,6 +127,7 @@ def test_the_result_table():
         "updates": 18_750,
         "elapsed_s": 92.1,
         "evaluation_loss": None,
+        "bn_gap": 0.0012,
         "staleness": {"mean": 48.9, "p99": 71, "histogram": [[0, 1]]},
         "run": "mnist-bn-1",
         "seed": 7,
@@ -140,12 +141,13 @@ def test_the_result_table():
         "│ recipe │ mnist-bn │",
         "│ best accuracy │ 98.12% │",
         "│ last accuracy │ 98.11% │",
+        "│ recomputed BN gains │ +0.12 percentage points │",
         "│ updates │ 18,750 │",
         "│ time │ 1:32 │",
         "│ staleness │ mean 48.9 p99 71.0 │",
+        "│ exactly once │ yes │",
         "│ seed │ 7 │",
         "│ time to first update │ 4.25 s │",
-        "│ exactly once │ yes │",
         "│ run │ runs/mnist-bn [1] │",
     ]
 

@@ -1,12 +1,11 @@
-"""A run as one page of HTML: result, curves, news, configuration.
+"""A run as one page of HTML: result, curves, classes, mistakes, news, data, configuration.
 
-The page needs no other file: no script, no font, no picture. It is made from the files in the run's
-folder, so it can be written while the run lasts and after a crash.
+The page needs no other file: no script, no font; pictures are in it. It is made from the files in
+the run's folder, so it can be written while the run lasts and after a crash.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from downpour.cluster.monitoring.learning import PREFIX
 from downpour.cluster.monitoring.plots import (
     METRICS_FILE,
     ReportError,
@@ -21,12 +21,14 @@ from downpour.cluster.monitoring.plots import (
     series,
     smoothed,
 )
-from downpour.cluster.monitoring.texts import cell_text, percent_text
-from downpour.cluster.run.folder import EVENTS, RESULT, RunFolder
+from downpour.cluster.monitoring.report import classes
+from downpour.cluster.monitoring.report.figures import bars, curves, text
+from downpour.cluster.monitoring.texts import cell_text, once_text, percent_text
+from downpour.cluster.run.folder import ANSWERS, DATA, EVENTS, RESULT, RunFolder
 
 REPORT = "report.html"
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520, 220, 54, 24
-_MOST_POINTS = 600
+MOST_SKIPPED = 200
+"""Examples that were left out that are listed one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +53,30 @@ _CURVES = (
 _STYLE = """
 :root { color-scheme: light dark; --line: #3b6fb6; --soft: #8a8f98; --rule: #8a8f9840; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2rem auto;
-  padding: 0 1rem; }
+  padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 p.state { color: var(--soft); margin-top: .2rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0; }
+p.warning { border-left: 4px solid #d9822b; padding: .4rem .8rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.2rem 0; }
 .tiles div { border: 1px solid var(--rule); border-radius: 8px; padding: .6rem 1rem; }
 .tiles b { display: block; font-size: 1.35rem; } .tiles span, figcaption { color: var(--soft); }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 1rem; }
+.curves { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.pictures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }
+.pictures img { width: 100%; max-width: 180px; image-rendering: pixelated; }
+.pictures figcaption { font-size: 12px; }
 figure { margin: 0; } svg { width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 11px; }
 .grid { stroke: var(--rule); } .raw { fill: none; stroke: var(--line); opacity: .3; }
+.level { stroke: var(--soft); stroke-dasharray: 5 4; } .dot { fill: var(--line); }
 .curve { fill: none; stroke: var(--line); stroke-width: 1.8; } .bar { fill: var(--line); }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .15rem 1.2rem .15rem 0; text-align: left;
   font-weight: normal; vertical-align: top; } th { color: var(--soft); }
+.matrix { font-size: 12px; } .matrix td, .matrix th { padding: .2rem .4rem; text-align: right; }
+.right { background: color-mix(in srgb, var(--line) calc(var(--share) * 70%), transparent); }
+.wrong { background: color-mix(in srgb, #d9822b calc(var(--share) * 80%), transparent); }
 pre { overflow-x: auto; font-size: 12px; }
 """
 
@@ -86,50 +99,90 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
 def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
     """Return the page's HTML."""
     result = folder.read_json(RESULT) if (folder.path / RESULT).exists() else {}
-    status = folder.status()
-    config = folder.config()
+    answers = folder.read_json(ANSWERS) if (folder.path / ANSWERS).exists() and result else None
+    data = folder.read_json(DATA) if (folder.path / DATA).exists() else {}
+    names = [str(name) for name in data.get("class_names") or ()]
+    status, config = folder.status(), folder.config()
     state = "finished" if result else str(status.get("state", "begun"))
     events = folder.path / EVENTS
     news = read_metrics(events) if events.exists() else []
     histogram = (result.get("staleness") or {}).get("histogram") or []
-    figures = [_figure(curve, metrics) for curve in _CURVES]
+    level = classes.chance(answers, config.model.num_classes)
+    figures = [_figure(curve, metrics, level) for curve in _CURVES]
     if histogram:
-        figures.append(_histogram(histogram))
+        pairs = [(float(low), float(count)) for low, count in histogram]
+        figures.append(
+            bars("Staleness of the updates applied", "share of updates", pairs, "versions")
+        )
+    began = next((line["time"] for line in metrics if "time" in line), 0)
     parts = [
-        f"<h1>{_text(folder.name)}</h1><p class=state>recipe {_text(config.recipe)}, "
-        f"{_text(state)}</p>",
+        f"<h1>{text(folder.name)}</h1><p class=state>recipe {text(config.recipe)}, "
+        f"{text(state)}</p>",
+        *(
+            f"<p class=warning>{text(e['event'])}</p>"
+            for e in news
+            if str(e.get("event", "")).startswith(PREFIX)
+        ),
         _tiles(result, status),
         f"<div class=curves>{''.join(figures)}</div>",
+        classes.sections(answers, names) if answers else "",
+        _skipped(result),
+        _table("Data", _data(config.data, config.model.num_classes, names)),
         _table("Result", {k: v for k, v in result.items() if not isinstance(v, dict | list)}),
         _table("Accuracy reached", _reached(result)),
-        _table(
-            "News", {f"{e.get('time', 0) - metrics[0]['time']:+.0f} s": e["event"] for e in news}
-        ),
+        _table("News", {f"{e.get('time', 0) - began:+.0f} s": e["event"] for e in news}),
         "<h2>Configuration</h2><details><summary>as the run began with it</summary><pre>"
-        f"{_text(json.dumps(folder.read_json('config.json'), indent=2))}</pre></details>",
+        f"{text(json.dumps(folder.read_json('config.json'), indent=2))}</pre></details>",
     ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{_text(folder.name)}</title><style>{_STYLE}</style>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(folder.name)}</title><style>{_STYLE}</style>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _data(data: Any, num_classes: int, names: Sequence[str]) -> dict[str, str]:
+    """Where the examples are, and what the classes are called."""
+    return {
+        "path": data.data,
+        "training split": data.train_split,
+        "scored split": data.eval_split,
+        "classes": str(num_classes),
+        **({"class names": ", ".join(names)} if names else {}),
+    }
+
+
+def _skipped(result: Mapping[str, Any]) -> str:
+    """The examples that were left out, line by line."""
+    lists = {
+        "Training images left out": result.get("skipped") or [],
+        "Images not scored": result.get("evaluation_skipped") or [],
+    }
+    shown = ""
+    for title, lines in lists.items():
+        if lines:
+            items = "".join(f"<li>{text(str(line))}" for line in lines[:MOST_SKIPPED])
+            more = len(lines) - MOST_SKIPPED
+            rest = f"<p>and {more:,} more, see {RESULT}</p>" if more > 0 else ""
+            shown += f"<h2>{title} ({len(lines):,})</h2><ul>{items}</ul>{rest}"
+    return shown
 
 
 def _tiles(result: Mapping[str, Any], status: Mapping[str, Any]) -> str:
     known = {**status, **result}
     staleness = known.get("staleness") or {"mean": known.get("staleness_mean")}
-    tiles = {
+    tiles: dict[str, tuple[Any, Any]] = {
         "accuracy@1": (known.get("accuracy"), percent_text),
         "best accuracy@1": (known.get("best_accuracy"), percent_text),
         "updates": (known.get("updates"), cell_text),
         "updates a second": (known.get("updates_per_s"), cell_text),
         "mean staleness": (staleness.get("mean"), cell_text),
         "seconds of training": (known.get("training_s"), cell_text),
-        "every example exactly once": (known.get("exactly_once"), cell_text),
+        "every example exactly once": (once_text(known), cell_text),
     }
     shown = (
-        f"<div><b>{_text(write(value))}</b><span>{label}</span></div>"
+        f"<div><b>{text(write(value))}</b><span>{label}</span></div>"
         for label, (value, write) in tiles.items()
         if value is not None
     )
@@ -145,75 +198,18 @@ def _reached(result: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _figure(curve: _Curve, metrics: Sequence[Mapping[str, Any]]) -> str:
+def _figure(curve: _Curve, metrics: Sequence[Mapping[str, Any]], level: tuple[str, float]) -> str:
     xs, ys = series(metrics, curve.key)
-    if len(xs) < 2:
+    if not xs:
         return ""
-    low, high = (0.0 if curve.from_zero else min(ys)), max(ys)
-    high = high if high > low else low + 1.0
-    show = percent_text if curve.percent else cell_text
     lines = [("raw", ys), ("curve", smoothed(ys))] if curve.smooth else [("curve", ys)]
-    drawn = "".join(
-        f'<polyline class="{kind}" points="{_points(xs, values, low, high)}"/>'
-        for kind, values in lines
-    )
-    last = f"last {show(ys[-1])}, highest {show(max(ys))}, lowest {show(min(ys))}"
-    return _frame(curve.title, last, drawn, (low, high), (min(xs), max(xs)), show)
-
-
-def _points(xs: Sequence[float], ys: Sequence[float], low: float, high: float) -> str:
-    step = max(1, len(xs) // _MOST_POINTS)
-    chosen = [*range(0, len(xs) - 1, step), len(xs) - 1]
-    first, span = min(xs), (max(xs) - min(xs)) or 1.0
-    return " ".join(
-        f"{_LEFT + (xs[i] - first) / span * (_WIDTH - _LEFT - 8):.1f},"
-        f"{8 + (high - ys[i]) / (high - low) * (_HEIGHT - _BOTTOM - 8):.1f}"
-        for i in chosen
-    )
-
-
-def _histogram(buckets: Sequence[Sequence[float]]) -> str:
-    pairs = sorted((float(low), float(count)) for low, count in buckets)
-    total, most = sum(n for _, n in pairs) or 1.0, max(n for _, n in pairs)
-    first, last = pairs[0][0], pairs[-1][0] + 1
-    across = (_WIDTH - _LEFT - 8) / (last - first)
-    bars = "".join(
-        f'<rect class=bar x="{_LEFT + (low - first) * across:.1f}" width="{max(across, 0.6):.1f}" '
-        f'y="{8 + (1 - n / most) * (_HEIGHT - _BOTTOM - 8):.1f}" '
-        f'height="{n / most * (_HEIGHT - _BOTTOM - 8):.1f}"/>'
-        for low, n in pairs
-    )
-    title = "Staleness of the updates applied, in versions"
-    return _frame(
-        title, "share of updates", bars, (0, most / total), (first, last - 1), percent_text
-    )
-
-
-def _frame(
-    title: str,
-    caption: str,
-    drawn: str,
-    y_range: tuple[float, float],
-    x_range: tuple[float, float],
-    show: Any,
-) -> str:
-    lines = []
-    for share in (0.0, 0.5, 1.0):
-        y = 8 + (1 - share) * (_HEIGHT - _BOTTOM - 8)
-        value = y_range[0] + share * (y_range[1] - y_range[0])
-        lines.append(
-            f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{show(value)}</text>'
-        )
-    ends = ((x_range[0], _LEFT, "start"), (x_range[1], _WIDTH - 8, "end"))
-    marks = "".join(
-        f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{cell_text(value)}</text>'
-        for value, x, anchor in ends
-    )
-    return (
-        f"<figure><b>{_text(title)}</b>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(title)}">'
-        f"{''.join(lines)}{marks}{drawn}</svg><figcaption>{_text(caption)}</figcaption></figure>"
+    return curves(
+        curve.title,
+        xs,
+        lines,
+        percent=curve.percent,
+        from_zero=curve.from_zero,
+        level=level if curve.key == "accuracy" else None,
     )
 
 
@@ -221,11 +217,7 @@ def _table(title: str, rows: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     cells = "".join(
-        f"<tr><th>{_text(key.replace('_', ' '))}<td>{_text(cell_text(value))}"
+        f"<tr><th>{text(key.replace('_', ' '))}<td>{text(cell_text(value))}"
         for key, value in rows.items()
     )
-    return f"<h2>{title}</h2><table>{cells}</table>"
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
+    return f"<h2>{title}</h2><div class=wide><table>{cells}</table></div>"
