@@ -76,7 +76,7 @@ def submit(
     client = jobs.connect(address)
     if not follow:
         click.echo(travels.line())
-        job_id = jobs.submit(client, arguments, job_id)
+        job_id = jobs.submit(client, arguments, job_id, travels)
         click.echo(f"job {job_id} submitted: {shlex.join(('downpour', *arguments))}")
         if not wait:
             click.echo(f"follow it with `downpour submit --follow --id {job_id}`")
@@ -110,7 +110,12 @@ def check_job(arguments: tuple[str, ...]) -> Upload:
             "the full path of a folder that the nodes share, such as /mnt/downpour/runs"
         )
     config = apply(recipes.find(parameters["recipe"]), given) if name == "train" else None
-    travels = upload.measure(Path.cwd())
+    here = Path.cwd()
+    if config is None:  # the run's data may be anything in the working directory
+        travels = upload.measure(here)
+    else:
+        modules = upload.own_modules(here, parameters["recipe"], config)
+        travels = upload.measure(here, data=config.data.data, modules=modules)
     upload.check_size(travels)
     if config is not None:
         for line in upload.missing(travels, parameters["recipe"], config):

@@ -61,8 +61,10 @@ def connect(address: str | None) -> Any:
     return client
 
 
-def submit(client: Any, arguments: Sequence[str], job_id: str | None) -> str:
-    """Submit `downpour ARGUMENTS` with the working directory; return the job's id.
+def submit(
+    client: Any, arguments: Sequence[str], job_id: str | None, travels: upload.Upload
+) -> str:
+    """Submit `downpour ARGUMENTS` with what `travels` along; return the job's id.
 
     This installation of Downpour travels as well, so the nodes need only its dependencies.
 
@@ -73,7 +75,7 @@ def submit(client: Any, arguments: Sequence[str], job_id: str | None) -> str:
         submitted: str = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "downpour", *arguments]),
             submission_id=job_id,
-            runtime_env=runtime_env(Path.cwd()),
+            runtime_env=runtime_env(travels),
             metadata={"program": "downpour", "command": shlex.join(arguments)},
         )
     except (RuntimeError, ValueError) as error:
@@ -81,12 +83,12 @@ def submit(client: Any, arguments: Sequence[str], job_id: str | None) -> str:
     return submitted
 
 
-def runtime_env(working_dir: Path) -> dict[str, Any]:
-    """Ray's runtime environment of a job that is submitted from `working_dir`."""
+def runtime_env(travels: upload.Upload) -> dict[str, Any]:
+    """Ray's runtime environment of a job that gets `travels`."""
     return {
-        "working_dir": str(working_dir),
-        "py_modules": [str(PACKAGE)],
-        "excludes": upload.excludes(working_dir),
+        "working_dir": str(travels.folder),
+        "py_modules": [str(PACKAGE), *map(str, travels.modules)],
+        "excludes": upload.excludes(travels.folder, travels.data),
     }
 
 

@@ -52,11 +52,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def packed(folder: Path, target: Path) -> dict[str, int]:
+def packed(folder: Path, target: Path, data: str | None = None) -> dict[str, int]:
     """What Ray's own packing puts into an archive, without empty folders."""
     from ray._private.runtime_env.packaging import create_package
 
-    excludes = jobs.runtime_env(folder)["excludes"]
+    excludes = jobs.runtime_env(upload.measure(folder, data=data))["excludes"]
     create_package(str(folder), target, include_gitignore=True, excludes=excludes)
     with zipfile.ZipFile(target) as archive:
         return {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
@@ -106,6 +106,66 @@ def test_an_upload_that_ray_would_refuse_names_the_large_folders(project: Path) 
     said = re.escape("largest are data/images/train/ (6.0 MiB), checkpoints/ (2.0 MiB), big.bin")
     with pytest.raises(UserError, match=rf"8\.5 MiB to upload, .* less than 8\.0 MiB: .*{said}"):
         upload.check_size(found, 8 << 20)
+
+
+def test_of_the_datasets_only_the_runs_own_is_sent(project: Path, tmp_path: Path) -> None:
+    write(project, {"data/mine/a.parquet": 5, "data/ours*/b.parquet": 6, "data/ours/c.parquet": 7})
+    for data, sent in (
+        ("data/mine", {"data/mine/a.parquet"}),
+        ("data/ours*", {"data/ours*/b.parquet"}),
+        ("s3://bucket/data", set()),
+        ("/mnt/data/mine", set()),
+        ("data", {"data/mine/a.parquet", "data/ours*/b.parquet", "data/ours/c.parquet"}),
+    ):
+        found = upload.measure(project, data=data)
+        sizes = {str(path): size for path, size in found.sizes.items()}
+        assert sizes == packed(project, tmp_path / f"{len(sent)}{len(data)}.zip", data)
+        assert sent == {name for name in sizes if name.startswith("data/") and "/" in name[5:]}
+        assert ("data/" in found.left_out) == (not sent)
+    assert "data/ours" in upload.measure(project, data="data/mine").left_out
+    env = jobs.runtime_env(upload.measure(project, data="data/mine"))
+    assert not any("mnist-binary" in pattern for pattern in env["excludes"]), "the package has it"
+
+
+def test_what_the_dashboard_does_not_take_is_named_before_it_is_sent(project: Path) -> None:
+    """It answers 413 beyond 100 MiB, far below what the store behind it takes."""
+    with (project / "weights.bin").open("wb") as file:
+        file.truncate(101 << 20)
+    with pytest.raises(UserError, match=r"less than 100\.0 MiB: .* largest are weights\.bin \(101"):
+        upload.check_size(upload.measure(project))
+    (project / "weights.bin").unlink()
+    large = dataclasses.replace(upload.measure(project), modules={Path("/x/mine"): 101 << 20})
+    with pytest.raises(UserError, match=r"/x/mine has 101\.0 MiB to upload, .* 100\.0 MiB"):
+        upload.check_size(large)
+
+
+@pytest.mark.usefixtures("imported_here")
+def test_own_modules_from_elsewhere_travel(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe on PYTHONPATH, with a package and a module that it imports."""
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere, {"their_tools/__init__.py": 0, "their_tools/more.py": 0, "their_names.py": 0})
+    recipe = "import json\nimport their_names\nfrom their_tools import more\n"
+    (elsewhere / "their_recipe.py").write_text(recipe)
+    monkeypatch.syspath_prepend(str(elsewhere))
+    before = set(sys.modules)
+    try:
+        config = recipes.find("mnist-bn")
+        name = "their_recipe:recipe"
+        modules = upload.own_modules(project, name, config)
+        found = {p for p in modules if p.is_relative_to(tmp_path)}
+        wanted = {"their_recipe.py", "their_tools", "their_names.py"}
+        assert found == {elsewhere / each for each in wanted}
+        travels = upload.measure(project, data=config.data.data, modules=sorted(found))
+        assert list(upload.missing(travels, name, config)) == []
+        assert {str(path) for path in found} < set(jobs.runtime_env(travels)["py_modules"])
+        assert f"{elsewhere / 'their_tools'} (0.0 MiB)" in travels.line()
+        assert not any("site-packages" in str(path) for path in modules)
+        assert upload.own_modules(project, "mnist-bn", config) == []
+    finally:
+        for module in set(sys.modules) - before:
+            del sys.modules[module]
 
 
 def own(project: Path) -> RunConfig:
