@@ -237,9 +237,9 @@ class Telemetry:
             if self._said is not None:
                 self.tell(self._said)
         score = evaluation.score
-        self._tell_once(
-            self._learning.scored(score.accuracy, score.num_examples, self._epochs_done)
-        )
+        if score.of_classes:
+            line = self._learning.scored(score.accuracy, score.num_examples, self._epochs_done)
+            self._tell_once(line)
         self._write(lambda: self._folder.append_metrics(values))
         scored = {**values, "best_accuracy": run.evaluation.best_accuracy}
         for sink in self._sinks:
