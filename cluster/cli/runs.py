@@ -1,4 +1,4 @@
-"""Commands about runs: recipes, status, watch, stop, report."""
+"""Commands about runs: recipes, status, watch, stop, report, trust."""
 
 from __future__ import annotations
 
@@ -125,4 +125,19 @@ def report(run: Path) -> None:
     click.echo(f"written: {write_report(RunFolder.open(run).path)}")
 
 
-COMMANDS = (list_recipes, status, watch, stop, report)
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def trust(run: Path) -> None:
+    """Have the code in the folder RUN used here, as if you had trained it.
+
+    A run whose network or loss was defined in a script or notebook keeps it as pickled code, which
+    is used only where it was made. RUN may come from another machine or user: trust it only if you
+    trust them, since the code then runs as you.
+    """
+    from downpour.cluster.run import sealed
+
+    for name in sealed.trust(RunFolder.open(run).path):
+        click.echo(f"trusted: {name}")
+
+
+COMMANDS = (list_recipes, status, watch, stop, report, trust)

@@ -1,8 +1,8 @@
 """What a training run looks like in the terminal: progress while it lasts, a table at its end.
 
-On a terminal the progress is a panel that redraws itself (`panel`). Anywhere else, in a file, a
-pipe or a CI log, it is a plain line (`progress.plain_line`) every few seconds and whenever the
-phase changes. Not here: files and plots.
+On a terminal the progress is a panel that redraws itself (`panel`), and in a notebook too
+(`notebook`). Anywhere else, in a file, a pipe or a CI log, it is a plain line
+(`progress.plain_line`) every few seconds and whenever the phase changes. Not here: files and plots.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from downpour.cluster.monitoring.notebook import NotebookPanel
 from downpour.cluster.monitoring.panel import training_panel
 from downpour.cluster.monitoring.progress import Progress, plain_line
 from downpour.cluster.monitoring.texts import (
@@ -35,6 +36,8 @@ from downpour.cluster.monitoring.texts import (
 )
 
 MAX_HISTORY = 4096
+NOTEBOOK_EVERY_S = 1.0
+"""How often the panel of a notebook is drawn again."""
 
 
 class TrainingDisplay:
@@ -63,6 +66,7 @@ class TrainingDisplay:
         self._interval_s = interval_s
         self._clock = clock
         self._live: Live | None = None
+        self._notebook = NotebookPanel() if self._console.is_jupyter else None
         self._latest: Progress | None = None
         self._printed: Progress | None = None
         self._printed_at = -math.inf
@@ -94,7 +98,7 @@ class TrainingDisplay:
             self._live.stop()
             self._live = None
         elif self._latest is not None and self._latest is not self._printed:
-            self._print_line(self._latest)
+            self._print(self._latest)
 
     def update(self, progress: Progress) -> None:
         """Shows a new state of the run."""
@@ -102,10 +106,9 @@ class TrainingDisplay:
         self._latest = progress
         self._remember("loss", progress.loss)
         self._remember("accuracy", progress.accuracy)
-        if self._live is None and (
-            changed_phase or self._clock() - self._printed_at >= self._interval_s
-        ):
-            self._print_line(progress)
+        interval_s = self._interval_s if self._notebook is None else NOTEBOOK_EVERY_S
+        if self._live is None and (changed_phase or self._clock() - self._printed_at >= interval_s):
+            self._print(progress)
 
     def _remember(self, name: str, value: float | None) -> None:
         history = self._history[name]
@@ -116,8 +119,11 @@ class TrainingDisplay:
             # Half the points tell the same story; the newest must stay.
             history[:] = history[-1::-2][::-1]
 
-    def _print_line(self, progress: Progress) -> None:
+    def _print(self, progress: Progress) -> None:
         self._printed, self._printed_at = progress, self._clock()
+        if self._notebook is not None and not self._console.quiet:
+            self._notebook.show(self._draw())
+            return
         self._console.print(
             encodable(plain_line(progress), self._console),
             markup=False,

@@ -5,6 +5,8 @@ It trains its own recipe here and as a job on a cluster whose nodes have the dep
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import secrets
 import subprocess
 import tempfile
@@ -16,6 +18,19 @@ import pytest
 from tests.helpers import commands, wheel
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+NOTEBOOK = """
+import json, sys, time
+import nbclient, nbformat
+
+began_at = time.time()
+
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3").execute()
+cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+shown = [json.dumps(cell.outputs) for cell in cells]
+lines = [line for line in cells[0].source.splitlines() if line.strip()]
+print(json.dumps({"outputs": shown, "lines": lines, "began_at": began_at}))
+"""
 RECIPES = """
 from cluster.names import NAME
 from models.mine import recipe as example
@@ -125,6 +140,39 @@ def test_it_trains_here(user: wheel.Environment, project: Path, home: Path) -> N
     )
     assert wrong.returncode == 2
     assert "has no function 'nothing'" in wrong.stderr
+
+
+NOTEBOOK_S = 60.0
+"""From the kernel's start to the first update."""
+
+
+def test_a_notebook_trains_a_network_of_its_own(
+    user: wheel.Environment, home: Path, tmp_path: Path
+) -> None:
+    """The example, cell by cell: its network is in no file, and the second cell uses the result."""
+    missing = [n for n in ("nbclient", "ipykernel") if importlib.util.find_spec(n) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed: pip install 'downpour[dev]'")
+    done = json.loads(
+        wheel.run(
+            *(user.python, "-c", NOTEBOOK, commands.ROOT / "examples" / "quickstart.ipynb"),
+            cwd=tmp_path,
+            env=user.variables(home),
+        )
+    )
+    (train, look) = done["outputs"]
+    assert len(done["lines"]) <= 10
+    assert "finishing" in train or "evaluating" in train, "the panel, as it was at last"
+    assert "every example exactly once: True" in look
+    assert "BatchNorm1d(100" in look
+    assert "accuracy" in look
+    (run,) = (tmp_path / "runs").iterdir()
+    found = commands.result(run)
+    assert found["accuracy"] > 0.85
+    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in metrics]
+    first_at = next(line["time"] for line in lines if line.get("updates"))
+    assert first_at - done["began_at"] < NOTEBOOK_S, "first update, after the kernel's start"
 
 
 def test_it_trains_as_a_job(

@@ -1,0 +1,57 @@
+"""Eight rates with ASHA find one of the best two, in less than half of a full grid's steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import commands
+
+pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(1800)]
+
+SEARCH = """
+import sys
+from examples.tune import rates, trainer
+frame = rates(trainer(), asha=sys.argv[1] == "asha").get_dataframe()
+assert not frame["accuracy"].isna().any()
+frame = frame.rename(columns={"config/learning_rate": "rate"})
+frame[["rate", "accuracy", "examples"]].to_json(sys.argv[2], orient="records")
+"""
+
+
+def search(kind: str, folder: Path) -> list[dict[str, float]]:
+    """Each trial's rate, last accuracy, and examples."""
+    found = folder / f"{kind}.json"
+    variables = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", SEARCH, kind, found],
+        cwd=folder,
+        env={**variables, "PYTHONPATH": str(commands.ROOT), "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=850,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    trials: list[dict[str, float]] = json.loads(found.read_text())
+    assert len(trials) == 8
+    return trials
+
+
+def test_asha_finds_one_of_the_best_two_rates_in_less_than_half_of_the_steps(
+    tmp_path: Path,
+) -> None:
+    grid, asha = search("grid", tmp_path), search("asha", tmp_path)
+    in_order = sorted(grid, key=lambda trial: -trial["accuracy"])
+    chosen = max(asha, key=lambda trial: trial["accuracy"])
+    steps = [sum(trial["examples"] for trial in trials) for trials in (asha, grid)]
+    figures = f"grid {in_order}, asha {asha}, {steps[0] / steps[1]:.1%} of its examples"
+    assert chosen["rate"] in [trial["rate"] for trial in in_order[:2]], figures
+    assert steps[0] < steps[1] / 2, figures
+    for run in (tmp_path / "runs" / "rates-grid").iterdir():
+        assert json.loads((run / "result.json").read_text())["exactly_once"] is True
