@@ -249,6 +249,11 @@ class Trainer:
             model = dataclasses.replace(model, loss=handed.name, carried=carried)
         try:
             config = apply(dataclasses.replace(config, model=model), self._settings)
+            if state is not None and config.model.init is not None:
+                raise UserError(
+                    f"init is {config.model.init}, and model is a module, whose weights are the "
+                    "initial ones: give a function that makes it, or load the file into it"
+                )
             config = recipes.admit(carry.from_main(self._scaling.apply(config)))
         except ValueError as error:
             raise UserError(one_line(error)) from None

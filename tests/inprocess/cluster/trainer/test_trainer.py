@@ -219,6 +219,7 @@ class Misspelt:
     [
         ({"config": None}, "there is no network to train: give model=, or config="),
         ({"config": None, "model": Net}, "there is no data to train on: give data="),
+        ({"model": nn.Linear(2, 2), "init": "a.safetensors"}, "init is a.safetensors, and model"),
         ({"config": 3}, "config is 3: give a downpour.RunConfig"),
         ({"model_arg": {"width": 3}}, "give arguments={...}"),
         ({"config": "mnist_bn"}, "did you mean mnist-bn"),
