@@ -95,6 +95,8 @@ class ReplicaConfig:
     """How each runs its steps."""
     replicas_per_process: int | None = None
     """Replicas that share a process; none spreads them over a process for each processor."""
+    threads_per_process: int | None = None
+    """Threads that each process computes a step on; none shares the processors out."""
     gpus_per_process: float = 1.0
     """Share of a GPU that a process of replicas is given, with `--replica-device cuda`: as many
     processes share one as it has room for."""
@@ -138,6 +140,10 @@ class ReplicaConfig:
         if self.replicas_per_process is not None and self.replicas_per_process < 1:
             raise ValueError(
                 f"replicas per process is {self.replicas_per_process}: give at least 1, or none"
+            )
+        if self.threads_per_process is not None and self.threads_per_process < 1:
+            raise ValueError(
+                f"threads per process is {self.threads_per_process}: give at least 1, or none"
             )
         if not 0 < self.gpus_per_process <= 1:
             raise ValueError(

@@ -37,6 +37,12 @@ def _check_record(server: ServerConfig, replicas: ReplicaConfig) -> None:
     n_push, wire = replicas.steps.n_push, server.network.wire_dtype
     if n_push != 1:
         raise ValueError(f"record pushes is on, and n push is {n_push}: give n push 1")
+    threads = replicas.threads_per_process
+    if threads is not None and threads > 1:
+        raise ValueError(
+            f"record pushes is on, and threads per process is {threads}, on which sums do not "
+            "round the same way each time: give threads per process 1, or none"
+        )
     together = replicas.steps.steps_together
     if together is not None and together > 1:
         raise ValueError(

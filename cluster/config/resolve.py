@@ -100,7 +100,9 @@ def resolve(config: RunConfig, facts: Facts) -> RunSpecs:
     model, update = model_spec(config), update_config(config, plan)
     room = facts.num_processors if facts.gpu_places is None else facts.gpu_places
     count = num_processes(config.replicas, room)
-    threads = num_threads(config.policy, count, facts.num_processors)
+    threads = config.replicas.threads_per_process or num_threads(
+        config.policy, count, facts.num_processors
+    )
     layout = split(
         num_parameters=facts.num_parameters,
         num_features=facts.num_features,

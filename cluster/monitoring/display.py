@@ -1,7 +1,7 @@
 """What a training run looks like in the terminal: progress while it lasts, a table at its end.
 
-On a terminal the progress is a panel that redraws itself (`panel`), and in a notebook too
-(`notebook`). Anywhere else, in a file, a pipe or a CI log, it is a plain line
+On a terminal the progress is a panel that redraws itself (`panel`), and in a notebook
+too. Anywhere else, in a file, a pipe or a CI log, it is a plain line
 (`progress.plain_line`) every few seconds and whenever the phase changes. Not here: files and plots.
 """
 
@@ -20,8 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from downpour.cluster.monitoring.notebook import NotebookPanel
-from downpour.cluster.monitoring.panel import training_panel
+from downpour.cluster.monitoring.panel import NotebookPanel, training_panel
 from downpour.cluster.monitoring.progress import Progress, plain_line
 from downpour.cluster.monitoring.texts import (
     cell_text,

@@ -1,12 +1,18 @@
-"""The panel that shows a run on a terminal, as something that rich can draw."""
+"""The panel that shows a run on a terminal or in a notebook, as something that rich can draw.
+
+In a notebook it is one output of the cell that is drawn again and again. IPython's own displays
+will do for that; no widgets are needed.
+"""
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -169,3 +175,39 @@ def _trouble(progress: Progress) -> Text:
 def _spark(values: Sequence[float], style: str) -> Text:
     # One bar says nothing.
     return Text(sparkline(values, SPARKLINE_WIDTH) if len(values) > 1 else "", style=style)
+
+
+NOTEBOOK_WIDTH = 100
+PAGE = '<pre style="line-height:normal;font-family:monospace">{code}</pre>'
+
+
+class NotebookPanel:
+    """What one cell shows of a run."""
+
+    def __init__(self) -> None:
+        """Nothing is shown yet."""
+        self._shown: Any = None
+
+    def show(self, renderable: RenderableType) -> None:
+        """Show this in place of what was shown before."""
+        from IPython.display import HTML, display
+
+        page = HTML(html_of(renderable))  # type: ignore[no-untyped-call]
+        if self._shown is None:
+            self._shown = display(page, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._shown.update(page)
+
+
+def html_of(renderable: RenderableType) -> str:
+    """What rich would draw on a terminal, as HTML with its colours."""
+    console = Console(
+        file=io.StringIO(),
+        record=True,
+        width=NOTEBOOK_WIDTH,
+        force_terminal=True,
+        force_jupyter=False,
+        color_system="truecolor",
+    )
+    console.print(renderable)
+    return console.export_html(inline_styles=True, code_format=PAGE)

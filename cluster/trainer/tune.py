@@ -105,6 +105,8 @@ def trainable(trainer: Experiment, *, cpus: int = 1) -> Callable[[dict[str, Any]
             f"Ray Tune cannot be imported ({error}): pip install 'downpour[tune]'"
         ) from None
     replicas = trainer.config.replicas
+    # Trials beside each other would wait for each other's threads.
+    threads = replicas.threads_per_process or 1
     per_process = replicas.replicas_per_process or -(-replicas.replicas // cpus)
     resources: dict[str, float] = {"cpu": cpus}
     if replicas.gpu_share is not None:
@@ -116,7 +118,7 @@ def trainable(trainer: Experiment, *, cpus: int = 1) -> Callable[[dict[str, Any]
         context = tune.get_context()
         run_trial(
             trainer,
-            {"replicas_per_process": per_process, **config},
+            {"replicas_per_process": per_process, "threads_per_process": threads, **config},
             runs=runs / context.get_experiment_name(),
             name=context.get_trial_id(),
         )

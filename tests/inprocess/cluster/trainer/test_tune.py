@@ -54,6 +54,7 @@ def play(folder: RunFolder, data: Any, *, onlookers: Any, **options: Any) -> int
         for onlooker in onlookers
     ]
     folder.append_event("resumed" if options["resume"] else "begun")
+    folder.append_metrics({"updates": 1})
     assert not options["console"].stderr
     for step in (1, 2):
         for sink in sinks:
@@ -87,7 +88,9 @@ def test_a_trial_is_a_run_with_its_values_that_reports_each_scoring(
     run = tmp_path / "runs" / "search" / "t1"
     config = RunFolder.open(run).config()
     assert (config.server.schedule.learning_rate, config.server.momentum) == (0.5, 0.5)
-    assert (config.policy.epochs, config.replicas.replicas_per_process) == (2, 2)
+    replicas = config.replicas
+    assert config.policy.epochs == 2
+    assert (replicas.replicas_per_process, replicas.threads_per_process) == (2, 1)
     assert trainer.config.server.schedule.learning_rate != 0.5
     one = {"updates": 1, "epoch": 1, "accuracy": 0.25, "run": str(run)}
     two = {"updates": 2, "epoch": 2, "accuracy": 0.5, "run": str(run)}

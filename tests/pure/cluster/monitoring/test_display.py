@@ -4,6 +4,8 @@ import dataclasses
 import io
 import math
 import re
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -157,3 +159,37 @@ def test_the_result_table_fits_any_width(width):
     console = Console(file=io.StringIO(), width=width, _environ={})
     print_result({"accuracy": math.nan, "updates": 10**12}, "runs/x", console=console)
     assert max(map(len, console.file.getvalue().splitlines())) <= width
+
+
+def test_a_notebook_gets_a_panel_that_is_drawn_again_in_its_place(monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, page):
+            shown.append(("again", page))
+
+    def display(page, *, display_id):
+        assert display_id is True
+        shown.append(("first", page))
+        return Handle()
+
+    fake = types.SimpleNamespace(HTML=str, display=display)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=fake))
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    clock = FakeClock()
+    console = Console(file=io.StringIO(), force_jupyter=True)
+    with TrainingDisplay("mine", console=console, clock=clock) as display_:
+        assert not display_.interactive
+        display_.update(FULL)
+        display_.update(dataclasses.replace(FULL, accuracy=0.5))  # too soon to draw
+        clock.now += 1
+        display_.update(dataclasses.replace(FULL, accuracy=0.25))
+        display_.update(dataclasses.replace(FULL, accuracy=0.125))
+    assert [how for how, _ in shown] == ["first", "again", "again"]
+    assert "97.81%" in shown[0][1]
+    assert "12.50%" in shown[2][1], "the last state stays"
+    assert all(page.startswith("<pre") and "mine" in page for _, page in shown)
+    quiet = Console(file=io.StringIO(), force_jupyter=True, quiet=True)
+    with TrainingDisplay("mine", console=quiet) as display_:
+        display_.update(FULL)
+    assert len(shown) == 3
