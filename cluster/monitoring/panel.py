@@ -192,9 +192,9 @@ class NotebookPanel:
         """Show this in place of what was shown before."""
         from IPython.display import HTML, display
 
-        page = HTML(html_of(renderable))  # type: ignore[no-untyped-call]
+        page = HTML(html_of(renderable))
         if self._shown is None:
-            self._shown = display(page, display_id=True)  # type: ignore[no-untyped-call]
+            self._shown = display(page, display_id=True)
         else:
             self._shown.update(page)
 
