@@ -1,8 +1,8 @@
 """Whether a run learns anything, judged by its accuracy and its training loss. Pure.
 
 Two signs say that it does not: accuracy no better than guessing once an epoch is trained, and a
-training loss that is where it was at the beginning. Each is told once, with what to look at. Not
-here: what a run does about it, which is nothing.
+training loss that is where it was at the beginning. The first of them is told once, with what to
+look at. Not here: what a run does about it, which is nothing.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Learning:
         )
 
     def _line(self, what: str) -> str:
+        self._judges_loss = self._judges_accuracy = False  # one line says what to look at
         rate = "" if self.rate is None else f" ({self.rate:.4g} now)"
         return (
             f"{PREFIX}{what}; look at the learning rate{rate}: --learning-rate, at the steps in "

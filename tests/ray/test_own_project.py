@@ -33,11 +33,14 @@ print(json.dumps({"outputs": shown, "lines": lines, "began_at": began_at}))
 """
 RECIPES = """
 from cluster.names import NAME
+from names_of_mine import BATCH_SIZE
 from models.mine import recipe as example
 import dataclasses
 
 def recipe():
-    return dataclasses.replace(example(), recipe=NAME)
+    found = example()
+    data = dataclasses.replace(found.data, batch_size=BATCH_SIZE)
+    return dataclasses.replace(found, recipe=NAME, data=data)
 """
 
 
@@ -64,6 +67,15 @@ def project(tmp_path: Path) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder on PYTHONPATH with a module that the recipe imports."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "names_of_mine.py").write_text("BATCH_SIZE = 32\n")
     return folder
 
 
@@ -116,8 +128,10 @@ def head(home: Path, tmp_path: Path) -> Iterator[str]:
             commands.wait_for(lambda: not commands.alive(family), "the end of the head's processes")
 
 
-def test_it_trains_here(user: wheel.Environment, project: Path, home: Path) -> None:
-    variables = user.variables(home)
+def test_it_trains_here(
+    user: wheel.Environment, project: Path, home: Path, elsewhere: Path
+) -> None:
+    variables = {**user.variables(home), "PYTHONPATH": str(elsewhere)}
 
     def downpour(*arguments: str) -> str:
         return wheel.run(user.downpour, *arguments, cwd=project, env=variables)
@@ -176,17 +190,21 @@ def test_a_notebook_trains_a_network_of_its_own(
 
 
 def test_it_trains_as_a_job(
-    user: wheel.Environment, project: Path, home: Path, head: str, tmp_path: Path
+    user: wheel.Environment, project: Path, home: Path, head: str, tmp_path: Path, elsewhere: Path
 ) -> None:
-    variables = user.variables(home)
+    variables = {**user.variables(home), "PYTHONPATH": str(elsewhere)}
     runs = tmp_path / "shared" / "runs"
     (project / "runs").mkdir()
     (project / "runs" / "large").write_text("not sent")
+    (project / "data" / "other").mkdir(parents=True)
+    with (project / "data" / "other" / "train.parquet").open("wb") as file:
+        file.truncate(620 << 20)  # which Ray's dashboard would answer with 413
     submit = (user.downpour, "submit", "--address", head)
     train = ("train", "workers.recipes:recipe", "--runs", runs, "--name", "job")
     small = ("--epochs", "1", "--replicas", "2")
     said = wheel.run(*submit, *train, *small, cwd=project, env=variables)
-    assert f"uploading {project} (4 files, 0.0 MiB; not runs/) and downpour" in said
+    modules = f"{elsewhere / 'names_of_mine.py'} (0.0 MiB), downpour"
+    assert f"uploading {project} (4 files, 0.0 MiB; not data/, runs/) and {modules}" in said
     found = commands.result(runs / "job")
     assert found["recipe"] == "mine"
     assert found["exactly_once"]

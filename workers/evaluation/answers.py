@@ -42,9 +42,10 @@ class Mistake:
 class Answers:
     """The answers of one scoring."""
 
-    def __init__(self) -> None:
-        """No example yet."""
+    def __init__(self, shape: tuple[int, int, int] | None = None) -> None:
+        """No example yet; `shape` is that of an image, (channels, height, width), if it is flat."""
         self.num_examples = 0
+        self._shape = shape
         self._counts: dict[tuple[int, int], int] = {}
         self._worst: list[tuple[float, int, Mistake]] = []
 
@@ -57,6 +58,8 @@ class Answers:
             outputs: a score of each class, float32 [m, C].
             targets: int64 [m].
         """
+        if self._shape is not None and inputs.dim() == 2:
+            inputs = inputs.reshape(-1, *self._shape)
         given = outputs.argmax(1)
         classes = outputs.shape[1]
         pairs, counts = torch.unique(targets * classes + given, return_counts=True)

@@ -66,13 +66,15 @@ class Evaluator:
         self._loss = spec.build_loss()
         self._main_only = spec.loss in LOSSES  # auxiliary classifiers are for training
         self._num_classes = spec.num_classes
+        image = spec.image
+        self._shape = (image.channels, image.height, image.width)
         self.answers = Answers()
         """Of the latest scoring."""
 
     def score(self) -> Score:
         """Score what is in `weights` and `statistics`, by Algorithm 2's inference."""
         correct = examples = 0
-        answers = Answers()
+        answers = Answers(self._shape)
         loss, of_classes = 0.0, True
         with torch.inference_mode():
             for inputs, targets in self._batches():

@@ -64,6 +64,7 @@ def test_a_loss_that_has_not_moved_is_told_once() -> None:
     learning = judge()
     lines = told([learning.trained(2.303 + 0.001 * (n % 3), n / 20) for n in range(100)])
     assert len(lines) == 1
+    assert told([learning.scored(0.1, 10_000, epoch) for epoch in (3, 4, 5)]) == []
     assert "after 1.0 epochs the training loss is 2.304, and it began at 2.304" in lines[0]
 
 

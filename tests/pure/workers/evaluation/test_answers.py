@@ -53,3 +53,11 @@ def test_a_large_input_is_kept_small_and_other_inputs_have_no_picture() -> None:
     answers.add(torch.rand(1, 20), wrong, torch.tensor([1]))
     assert answers.confusion() == [[1, 0, 2]]
     assert len(answers.worst()) == 1
+
+
+def test_flat_inputs_become_pictures_if_their_shape_is_known() -> None:
+    image = torch.rand(1, 1, 4, 5)
+    answers = Answers((1, 4, 5))
+    answers.add(image.reshape(1, 20), torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    (mistake,) = answers.worst()
+    np.testing.assert_allclose(mistake.picture[:, :, 0], image[0, 0] * 255, atol=0.5)
