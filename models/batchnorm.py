@@ -1,10 +1,13 @@
 """The batch normalization layer: Algorithm 1 in training, Algorithm 2 in inference.
 
 Here: the layer, and Algorithm 2's fixed linear map. Not here: how population statistics come
-from many mini-batches (`moments`), the equations by hand (`reference`), folding (`fold`).
+from many mini-batches (`moments`), the equations by hand (`reference`), folding (`fold`), PyTorch's
+own layers made into this one (`convert`).
 
 Ioffe & Szegedy 2015, sections 3, 3.1 and 3.2.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +19,32 @@ DEFAULT_EPS = 1e-5
 """Added to the variance. The paper leaves its value open; this is the customary one."""
 
 
+class Pass:
+    """Tells a model's layers one forward pass in training from the next.
+
+    A hook before the model's forward (`FlatModel` puts it there). It zeroes the moments, so a layer
+    that the pass leaves out has a count of 0, and a layer knows its second use in a pass from its
+    first.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """Passes begun."""
+        self.moments: Tensor | None = None
+        """Those of all layers, float32 `[3, k*F]`."""
+
+    def __call__(self, module: nn.Module, _: object) -> None:
+        """Begin a pass, if the model is training."""
+        if module.training and self.moments is not None:
+            self.number += 1
+            self.moments.zero_()
+
+
 class BatchNorm(nn.Module):
     """Batch normalization of `[m, C]` or, per feature map (section 3.2), of `[m, C, p, q]`.
 
-    Training (Algorithm 1), over the `n = m` or `n = m*p*q` values of each feature::
+    A feature map may have one dimension, two or three: `[m, C, ...]`. Training (Algorithm 1), over
+    the `n` values of each feature, `n = m` or `n = m*p*q`::
 
         mu = sum(x)/n    var = sum((x - mu)^2)/n        (biased: divided by n)
         y  = gamma * (x - mu)/sqrt(var + eps) + beta
@@ -35,7 +60,13 @@ class BatchNorm(nn.Module):
     forward leaves its mini-batch's moments in `batch_count`, `batch_mean` and `batch_variance`
     (**unbiased**: divided by `n - 1`), whoever pushes the gradient pushes them too, and the
     server merges them; inference reads what the server made of them from `running_mean` and
-    `running_var`. A second training forward replaces the moments of the first.
+    `running_var`. A later training forward replaces these moments.
+
+    **Used twice, or not at all.** A layer may be used several times in a `Pass`. Each use is then
+    a mini-batch of its own, as it is to PyTorch's layers: the count is the sum over the uses, and
+    mean and variance are the averages of theirs. A layer that a pass leaves out has a count of 0,
+    which says that there is nothing to merge. So does a layer in inference mode inside a model that
+    trains (frozen BN); it normalizes with its statistics.
 
     **Mini-batches together.** With `together = k > 1` a training forward takes k mini-batches of
     m examples at once, example i of mini-batch j in row `i*k + j` (`interleaved`), and normalizes
@@ -46,17 +77,30 @@ class BatchNorm(nn.Module):
     All five are float32 `[C]` and belong to the layer until `bind` points them at columns of
     shared buffers, where the first three are `[k*C]`. The last two start as 0 and 1, and are in the
     `state_dict` under the names that PyTorch's layers use; the first three are scratch and are not.
+    `num_batches_tracked`, int64, is there for those names' sake: it says how many mini-batches the
+    statistics had seen when they came here.
 
-    Parameters: `weight` is gamma, `[C]`, initially 1; `bias` is beta, `[C]`, initially 0.
+    Parameters: `weight` is gamma, `[C]`, initially 1; `bias` is beta, `[C]`, initially 0. A layer
+    converted from PyTorch's may lack either.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     batch_count: Tensor
     batch_mean: Tensor
     batch_variance: Tensor
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
+    together: int
+    momentum: float | None
+    """Share of a new mini-batch in the moving averages, as PyTorch counts it, for a layer that was
+    made with one; None is the plain average. Of no meaning unless `own_momentum`."""
+    own_momentum = False
+    """Whether `momentum` holds, and not the run's rule."""
+    _pass: Pass | None = None
+    _last_pass = 0
+    _uses = 0
 
     def __init__(self, num_features: int, *, eps: float = DEFAULT_EPS) -> None:
         super().__init__()
@@ -66,15 +110,34 @@ class BatchNorm(nn.Module):
             raise ModelError(f"eps is {eps}: give a positive number, such as {DEFAULT_EPS}")
         self.num_features = num_features
         self.eps = eps
-        self.together = 1
+        self.momentum = None
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
-        for name in ("batch_count", "batch_mean", "batch_variance"):
-            self.register_buffer(name, torch.zeros(num_features), persistent=False)
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self._add_moments()
 
-    def bind(self, *, moments: Tensor, statistics: Tensor, together: int = 1) -> None:
+    def _add_moments(self) -> None:
+        self.together = 1
+        for name in ("batch_count", "batch_mean", "batch_variance"):
+            room = torch.zeros(self.num_features, device=self.running_mean.device)
+            self.register_buffer(name, room, persistent=False)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """A state without `num_batches_tracked` leaves it as it is, as PyTorch's old ones do."""
+        key = f"{prefix}num_batches_tracked"
+        with_count = {key: self.num_batches_tracked, **state_dict}
+        super()._load_from_state_dict(with_count, prefix, *args)
+
+    def bind(
+        self,
+        *,
+        moments: Tensor,
+        statistics: Tensor,
+        together: int = 1,
+        within: Pass | None = None,
+    ) -> None:
         """Points the layer at the caller's memory; copies nothing.
 
         `moments` is float32 `[3, k*C]` (count, mean, unbiased variance; k is `together`), written
@@ -96,6 +159,7 @@ class BatchNorm(nn.Module):
                     f"torch.float32 {list(shape)}"
                 )
         self.together = together
+        self._pass = within
         # Autograd keeps the tensors that its kernel was given and refuses to go back once they were
         # written to. Views share one such count, so one layer's moments would spoil another's;
         # `.data` has a count of its own.
@@ -105,62 +169,93 @@ class BatchNorm(nn.Module):
     def unbind(self, together: int) -> None:
         """Gives the layer moments of its own, `[k*C]`, for so many mini-batches at a time.
 
-        They have the dtype of the weights, so a layer that was made float64 stays so.
+        They have the dtype of the statistics, so a layer that was made float64 stays so.
         """
         self.together = together
-        columns = together * self.num_features
+        self._pass = None
+        columns, like = together * self.num_features, self.running_mean
         self.batch_count, self.batch_mean, self.batch_variance = (
-            torch.zeros(columns, dtype=self.weight.dtype, device=self.weight.device)
-            for _ in range(3)
+            torch.zeros(columns, dtype=like.dtype, device=like.device) for _ in range(3)
         )
 
+    def leave_pass(self) -> None:
+        """Belong to no model: every use is the first of its pass."""
+        self._pass = None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the layer has left moments in the present pass."""
+        number = 0 if self._pass is None else self._pass.number
+        return number > 0 and number == self._last_pass
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes `x`, `[m, C]` or `[m, C, p, q]`, by its own moments or the population's.
+        """Normalizes `x`, `[m, C, ...]`, by its own moments or the population's.
 
         Raises `BatchError` for another shape and, in training, for one value per feature: its
         variance is 0 and says nothing.
         """
-        if x.ndim not in (2, 4) or x.shape[1] != self.num_features:
+        return self._normalize(x, self.training)
+
+    def _normalize(self, x: Tensor, by_batch: bool) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != self.num_features:
             c = self.num_features
             raise BatchError(
                 f"batch normalization got an input of shape {list(x.shape)}: "
-                f"it takes [m, {c}] or [m, {c}, p, q]"
+                f"it takes [m, {c}], or [m, {c}, ...] for feature maps"
             )
-        if not self.training:
+        if not by_batch:
             return functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
         shape = x.shape
         if self.together > 1:
             x = x.reshape(shape[0] // self.together, -1, *shape[2:])
-            weight = weight.expand(self.together, -1).reshape(-1)
-            bias = bias.expand(self.together, -1).reshape(-1)
-        count = x.numel() // x.shape[1]
+            weight, bias = self._repeated(weight), self._repeated(bias)
+        count = x.numel() // max(x.shape[1], 1)
         if count < 2:
             raise BatchError(
                 f"batch normalization got {count} value per feature to train on "
                 f"(input of shape {list(shape)}): use mini-batches of 2 examples or more"
             )
+        again = self.has_run
+        mean, variance = self._room(again)
         # With momentum 1 the kernel's update, 0*old + 1*new, leaves this mini-batch's mean and
         # unbiased variance: the very numbers to push, without another pass over x. It is also
         # why old contents must go first: 0*NaN is NaN, and would last forever.
-        # (`.data`: a layer used twice in a step must not spoil its own first use, see `bind`.)
-        self.batch_count.data.fill_(count)
-        self.batch_mean.data.zero_()
-        self.batch_variance.data.zero_()
         y = functional.batch_norm(
-            x,
-            self.batch_mean,
-            self.batch_variance,
-            weight,
-            bias,
-            training=True,
-            momentum=1.0,
-            eps=self.eps,
+            x, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
         )
+        if again:
+            self._pool(count, mean, variance)
+        else:
+            # (`.data`: see `bind`.)
+            self.batch_count.data.fill_(count)
         return y if self.together == 1 else y.reshape(shape)
+
+    def _repeated(self, values: Tensor | None) -> Tensor | None:
+        """Gamma or beta, `[C]`, for each of the mini-batches together: `[k*C]`."""
+        return None if values is None else values.expand(self.together, -1).reshape(-1)
+
+    def _room(self, again: bool) -> tuple[Tensor, Tensor]:
+        """Zeros for mean and variance of this use: where they belong, if it is the first."""
+        if again:
+            self._uses += 1
+            return torch.zeros_like(self.batch_mean), torch.zeros_like(self.batch_variance)
+        self._uses = 1
+        if self._pass is None or self._pass.number == 0:
+            self.batch_mean.data.zero_()
+            self.batch_variance.data.zero_()
+        else:
+            self._last_pass = self._pass.number
+        return self.batch_mean, self.batch_variance
+
+    def _pool(self, count: int, mean: Tensor, variance: Tensor) -> None:
+        """Take in one more use: the averages over uses, and the sum of the counts."""
+        self.batch_count.data.add_(count)
+        self.batch_mean.data.lerp_(mean, 1 / self._uses)
+        self.batch_variance.data.lerp_(variance, 1 / self._uses)
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""
@@ -168,11 +263,13 @@ class BatchNorm(nn.Module):
 
 
 def inference_map(
-    gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 2, step 11: `(scale, shift)`, each `[C]`, such that inference is `scale*x + shift`.
 
-    `mean` and `variance` (unbiased) are the population's; all arguments are `[C]`.
+    `mean` and `variance` (unbiased) are the population's; all arguments are `[C]`. Without gamma it
+    is 1, without beta 0.
     """
-    scale = gamma / torch.sqrt(variance + eps)
-    return scale, beta - mean * scale
+    scale = torch.rsqrt(variance + eps) if gamma is None else gamma / torch.sqrt(variance + eps)
+    shift = -mean * scale
+    return scale, shift if beta is None else beta + shift

@@ -5,7 +5,7 @@ and its batch normalization layers, at buffers of the caller's choice, shared me
 Not here: the description of where things lie and checkpoints by name (`layout`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from downpour.models.batchnorm import BatchNorm
+from downpour.models.batchnorm import BatchNorm, Pass
+from downpour.models.copies import detached_copy
 from downpour.models.errors import LayoutError
+from downpour.models.initial import initial_statistics
 from downpour.models.layout import (
     FeatureEntry,
     Layout,
@@ -106,7 +108,7 @@ def _norm_layers(module: nn.Module) -> list[tuple[str, BatchNorm]]:
         elif isinstance(layer, _NormBase) and layer.track_running_stats:
             raise LayoutError(
                 f"layer '{name}' is {type(layer).__name__}, which keeps running averages of its "
-                "own: use downpour.models.batchnorm.BatchNorm, whose statistics the server keeps"
+                "own: give it track_running_stats=False, or use batch normalization"
             )
     return layers
 
@@ -193,11 +195,16 @@ class FlatModel:
 
     def __init__(self, module: nn.Module, *, decay: DecayPredicate = is_linear_weight) -> None:
         self.module = module
+        self._decay = decay
         self.layout, self._places, self._norms = _analyse(module, decay)
         self._weights: Tensor | None = None
         self._gradient: Tensor | None = None
         self._moments: Tensor | None = None
         self._statistics: Tensor | None = None
+        self._pass = Pass()
+        module.register_forward_pre_hook(self._pass)
+        self.initial = initial_statistics(list(zip(self.layout.features, self._norms, strict=True)))
+        """The BN statistics that the module was made with."""
         on_meta = {place.parameter.is_meta for place in self._places}
         if on_meta == {True, False}:
             raise LayoutError("some parameters are on the meta device and some are not")
@@ -213,10 +220,7 @@ class FlatModel:
         weights = torch.empty(self.layout.num_parameters, device=device)
         for entry, place in zip(self.layout.entries, self._places, strict=True):
             weights[entry.start : entry.stop].copy_(place.parameter.detach().reshape(-1))
-        statistics = torch.empty(2, self.layout.num_features, device=device)
-        for feature, layer in zip(self.layout.features, self._norms, strict=True):
-            statistics[0, feature.start : feature.stop] = layer.running_mean
-            statistics[1, feature.start : feature.stop] = layer.running_var
+        statistics = self.initial.statistics.to(device, copy=True)
         self.bind(weights, gradient=torch.zeros_like(weights), statistics=statistics)
 
     def bind(
@@ -234,8 +238,8 @@ class FlatModel:
         `moments` `[3, k*F]` (count, mean, unbiased variance), where training forwards leave those
         of the k mini-batches that they take `together` (`BatchNorm`; `by_batch` tells them apart);
         `statistics` `[2, F]` (mean, unbiased variance of the population), which
-        inference uses. None for either of the last two means scratch memory of this object's
-        own, with statistics of mean 0 and variance 1.
+        inference uses, and training for layers that are frozen. None for either of the last two
+        means memory of this object's own, with the statistics that the module was made with.
 
         Raises `LayoutError` for a buffer that does not match the layout.
         """
@@ -243,8 +247,7 @@ class FlatModel:
         if moments is None:
             moments = torch.zeros(3, together * num_features, device=weights.device)
         if statistics is None:
-            statistics = torch.zeros(2, num_features, device=weights.device)
-            statistics[1] = 1
+            statistics = self.initial.statistics.to(weights.device, copy=True)
         check_buffer("weights", weights, self.layout.num_parameters)
         check_buffer("moments", moments, 3, together * num_features)
         check_buffer("statistics", statistics, 2, num_features)
@@ -266,7 +269,9 @@ class FlatModel:
                 moments=moments[:, together * feature.start : together * feature.stop],
                 statistics=statistics[:, feature.start : feature.stop],
                 together=together,
+                within=self._pass,
             )
+        self._pass.moments = moments
         self._weights, self._gradient = weights, gradient
         self._moments, self._statistics = moments, statistics
 
@@ -287,8 +292,60 @@ class FlatModel:
 
     @property
     def moments(self) -> Tensor:
-        """float32 `[3, F]`: count, mean and unbiased variance of the last training mini-batch."""
+        """float32 `[3, F]`: count, mean and unbiased variance of the last training mini-batch.
+
+        The count is 0 of a layer that took no part, and of a frozen one.
+        """
         return _bound(self._moments)
+
+    def left_out(self) -> list[str]:
+        """Names of the layers in training mode that took no part in the last training pass."""
+        pairs = zip(self.layout.features, self._norms, strict=True)
+        return [f.name for f, layer in pairs if layer.training and not layer.has_run]
+
+    @property
+    def has_frozen_norms(self) -> bool:
+        """Whether, as the module stands, a BN layer normalizes with its statistics."""
+        return any(not layer.training for layer in self._norms)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's other buffers that a `state_dict` has, by name: neither BN's nor scratch."""
+        own = {e.name for e in self.layout.entries}
+        own |= {f"{f.name}.{part}" for f in self.layout.features for part in NORM_BUFFERS}
+        state = self.module.state_dict()
+        return {k: v for k, v in state.items() if k not in own and isinstance(v, Tensor)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a checkpoint of the model has, under PyTorch's names; no copying."""
+        return self.buffers() | state_dict(self.weights, self.statistics, self.layout)
+
+    def split(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`(weights, statistics)` of a `state_dict`, new float32 `[P]` and `[2, F]`.
+
+        The module's own buffers are loaded; those that the state lacks stay as they are.
+
+        Raises `LayoutError` for a state of another model.
+        """
+        buffers = self.buffers()
+        for name, buffer in buffers.items():
+            found = state.get(name, buffer)
+            if found.shape != buffer.shape or found.dtype != buffer.dtype:
+                raise LayoutError(
+                    f"the checkpoint's '{name}' is {found.dtype} {list(found.shape)}, the model's "
+                    f"{buffer.dtype} {list(buffer.shape)}: use one of the same model and options"
+                )
+        rest = {k: v for k, v in state.items() if k not in buffers}
+        weights, statistics = flatten(rest, self.layout)
+        with torch.no_grad():
+            for name in buffers.keys() & state.keys():
+                buffers[name].copy_(state[name])
+        return weights, statistics
+
+    def another(self) -> "FlatModel":
+        """One more model like this, on memory of its own; its weights are not copied."""
+        made = FlatModel(detached_copy(self.module, values=False), decay=self._decay)
+        made.initial = self.initial
+        return made
 
     @property
     def statistics(self) -> Tensor:
@@ -319,6 +376,10 @@ class FlatModel:
                         f"the {what} of '{entry.name}' left the flat buffer: use zero_gradient() "
                         "and bind() in place of the module's zero_grad() and to()"
                     )
+
+
+NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers of a BN layer that a `state_dict` has."""
 
 
 def _point(place: _Place, entry: ParameterEntry, weights: Tensor, gradient: Tensor | None) -> None:

@@ -120,6 +120,8 @@ class Population:
 
     num_batches: int
     """The mini-batches averaged over."""
+    seen: Tensor
+    """float64 `[F]`: of these, those that had values of the feature."""
     mean: Tensor
     """float64 `[F]`: the average of their means."""
     variance: Tensor
@@ -129,38 +131,58 @@ class Population:
     def empty(cls, num_features: int) -> Self:
         """Of no mini-batches."""
         zeros = torch.zeros(num_features, dtype=torch.float64)
-        return cls(num_batches=0, mean=zeros, variance=zeros)
+        return cls(num_batches=0, seen=zeros, mean=zeros, variance=zeros)
 
     @classmethod
     def from_batch(cls, count: Tensor, mean: Tensor, unbiased_variance: Tensor) -> Self:
         """Of one mini-batch; each argument is `[F]`, so `Population.from_batch(*buffer)`.
 
-        The count is only looked at: raises `MomentsError` where it is below 2, since such a
-        mini-batch has no variance to average.
+        Where the count is 0 the mini-batch says nothing of the feature: a layer was skipped, or it
+        is frozen. Raises `MomentsError` where it is 1, since one value has no variance to average.
         """
-        if bool((count < 2).any()):
+        if bool((count == 1).any()):
             raise MomentsError(
-                f"a feature has {int(count.min())} values in the mini-batch: "
-                "Algorithm 2 takes mini-batches of 2 or more"
+                "a feature has 1 value in the mini-batch: Algorithm 2 takes mini-batches of 2 or "
+                "more"
             )
-        return cls(num_batches=1, mean=_row(mean), variance=_row(unbiased_variance))
+        there = _row(count) > 0
+        zero = torch.zeros((), dtype=torch.float64)
+        return cls(
+            num_batches=1,
+            seen=there.double(),
+            mean=torch.where(there, _row(mean), zero),
+            variance=torch.where(there, _row(unbiased_variance), zero),
+        )
 
     def merge(self, other: "Population") -> "Population":
         """Over the mini-batches of both."""
         _same_length(self.mean, other.mean)
-        total = self.num_batches + other.num_batches
-        share = other.num_batches / max(total, 1)
+        seen = self.seen + other.seen
+        share = other.seen / seen.clamp(min=1)
         return Population(
-            num_batches=total,
+            num_batches=self.num_batches + other.num_batches,
+            seen=seen,
             mean=self.mean + (other.mean - self.mean) * share,
             variance=self.variance + (other.variance - self.variance) * share,
         )
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """`(E[x], Var[x])`, each float64 `[F]`. Raises `MomentsError` if there was no mini-batch.
+    def compute(self, otherwise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`(E[x], Var[x])`, each float64 `[F]`.
+
+        `otherwise`, `[2, F]`, holds for features that no mini-batch had values of. Raises
+        `MomentsError` if there was no mini-batch, or, without `otherwise`, none for a feature.
 
         `torch.stack(population.compute()).float()` is a `statistics` buffer, `[2, F]`.
         """
         if self.num_batches == 0:
             raise MomentsError("no mini-batch was averaged: merge at least one")
-        return self.mean.clone(), self.variance.clone()
+        missing = self.seen == 0
+        if not bool(missing.any()):
+            return self.mean.clone(), self.variance.clone()
+        if otherwise is None:
+            raise MomentsError(
+                f"{int(missing.sum())} features had no values in {self.num_batches} mini-batches: "
+                "merge one in which every layer takes part"
+            )
+        mean, variance = otherwise.to(self.mean)
+        return torch.where(missing, mean, self.mean), torch.where(missing, variance, self.variance)

@@ -93,6 +93,7 @@ class ReplicasActor:
             self._device.seed(stream)
         self._spec = spec
         self._models = [spec.model.build_flat()]
+        self._statistics: Tensor | None = None
         self._client: ParameterClient | None = None
         self._windows = WindowDecoder(
             spec.decoder,
@@ -127,6 +128,7 @@ class ReplicasActor:
             bell_every=turns_together(len(self._spec.replicas), self._spec.steps),
         )
         layout = self._models[0].layout
+        self._statistics = self._frozen_statistics(client)
         pairs = zip(client.mailboxes.gradients, client.mailboxes.moments, strict=True)
         self._replicas = Replicas(
             replicas=self._spec.replicas,
@@ -140,6 +142,23 @@ class ReplicasActor:
         self._thread.start()
         return os.getpid()
 
+    def _frozen_statistics(self, client: ParameterClient) -> Tensor | None:
+        """What frozen BN layers normalize with, float32 [2, F]; None if there are none.
+
+        They are the run's, wherever it began from, and nobody changes them.
+        """
+        model = self._models[0]
+        model.module.train()
+        if not model.has_frozen_norms:
+            return None
+        layout = model.layout
+        weights, statistics = (
+            torch.zeros(layout.num_parameters),
+            torch.zeros(2, layout.num_features),
+        )
+        client.pull_statistics(weights.numpy(), statistics.numpy(), [0] * client.num_partitions)
+        return statistics
+
     def _copy_maker(self, mailboxes: Tensor) -> Callable[[], AnyModelCopy]:
         """What makes model copies that share a context; `mailboxes` is all mailboxes' memory."""
         spec = self._spec
@@ -149,17 +168,21 @@ class ReplicasActor:
             recorded = choice == "on" or (choice == "auto" and spec.model.is_ours)
             depth = spec.steps.batches_per_push
             context = StepContext(layout, loss=loss, recorded=recorded, depth=depth)
+            context.statistics = self._statistics
             return lambda: ModelCopy(next(models), context)
         self._lock = self._device.lock(mailboxes)
         direct = self._lock is not None
         shared = DeviceStepContext(layout, self._device, loss=loss, direct=direct)
+        shared.statistics = self._statistics
         return lambda: DeviceModelCopy(next(models), shared)
 
     def _all_models(self) -> Iterator[FlatModel]:
         """The models that have been built, then new ones."""
         yield from self._models
         while True:
-            self._models.append(self._spec.model.build_flat())
+            users = self._spec.model.is_users  # then its factory may take long, or download
+            first = self._models[0]
+            self._models.append(first.another() if users else self._spec.model.build_flat())
             yield self._models[-1]
 
     def run_window(

@@ -30,8 +30,16 @@ class Computed:
 class Recomputer:
     """One slot without a server: weights and a mini-batch in, a gradient out."""
 
-    def __init__(self, spec: ModelSpec, load: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
-        """`load(epoch, batch)` gives inputs and targets of a mini-batch."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        load: Callable[[int, int], tuple[Tensor, Tensor]],
+        statistics: Tensor | None = None,
+    ) -> None:
+        """`load(epoch, batch)` gives inputs and targets of a mini-batch.
+
+        Frozen BN layers normalize with `statistics`, float32 [2, F]; None takes the model's own.
+        """
         self._load = load
         model = spec.build_flat()
         layout = model.layout
@@ -39,7 +47,9 @@ class Recomputer:
         moments = torch.zeros(1, 3, layout.num_features)
         self._mailbox = Mailbox(0, layout, gradient, moments)
         # Not recorded: a replay trusts as little as it can.
-        self._slot = ModelCopy(model, StepContext(layout, loss=spec.build_loss(), recorded=False))
+        context = StepContext(layout, loss=spec.build_loss(), recorded=False)
+        context.statistics = statistics
+        self._slot = ModelCopy(model, context)
 
     @property
     def weights(self) -> npt.NDArray[np.float32]:

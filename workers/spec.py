@@ -42,6 +42,11 @@ class ModelSpec:
     """Model and loss, if no other process can import them."""
 
     @property
+    def is_users(self) -> bool:
+        """Whether the model is of a user's factory."""
+        return ":" in self.name
+
+    @property
     def is_ours(self) -> bool:
         """Whether model and loss are this package's."""
         return ":" not in self.name and ":" not in self.loss
@@ -72,10 +77,18 @@ class ModelSpec:
         return find_loss(self.loss)
 
     def build_flat(self, device: str = "meta") -> FlatModel:
-        """The model over flat buffers; on `meta` it has no weights until it is bound."""
+        """The model over flat buffers; on `meta` it has no weights until it is bound.
+
+        A user's model is built for real wherever it is wanted, since its factory may look at
+        values, and its buffers have some. PyTorch's BN layers in it become ours.
+        """
         from downpour.models.flat import FlatModel
         from downpour.workers.freezing import freeze
 
+        if self.is_users:
+            from downpour.models.convert import convert
+
+            return FlatModel(convert(self.build(), self.image.input_shape, seed=self.seed))
         if device == "meta":
             from downpour.models.shapes_only import shapes_only
 

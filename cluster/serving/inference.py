@@ -279,7 +279,7 @@ def recalibrate(
         "mini_batches": count,
         "disagreement": apart,
     }
-    state = state_dict(model.weights, statistics, model.layout)
+    state = model.buffers() | state_dict(model.weights, statistics, model.layout)
     try:
         with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
             safetensors.torch.save_file(

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from downpour.models.batchnorm import DEFAULT_EPS
-from downpour.models.flat import FlatModel, flatten, state_dict
+from downpour.models.flat import FlatModel
 from downpour.models.moments import Moments, Population
 from downpour.models.outputs import main_output, tells_classes
 from downpour.models.registry import LOSSES
+from downpour.models.state import has_spectral_norm, settle_spectral_norm
 from downpour.paramserver import durable
 from downpour.workers.evaluation.answers import Answers
 from downpour.workers.spec import ModelSpec
@@ -63,6 +64,7 @@ class Evaluator:
         """Where to put their BN statistics, float32 [2, F]: mean, unbiased variance."""
         self._model.bind(self.weights, statistics=self.statistics)
         self._model.module.eval()
+        self._spectral = has_spectral_norm(self._model.module)
         self._loss = spec.build_loss()
         self._main_only = spec.loss in LOSSES  # auxiliary classifiers are for training
         self._num_classes = spec.num_classes
@@ -73,6 +75,8 @@ class Evaluator:
 
     def score(self) -> Score:
         """Score what is in `weights` and `statistics`, by Algorithm 2's inference."""
+        if self._spectral:
+            settle_spectral_norm(self._model.module)
         correct = examples = 0
         answers = Answers(self._shape)
         loss, of_classes = 0.0, True
@@ -109,7 +113,7 @@ class Evaluator:
         `num_recomputed` mini-batches are what the statistics were recomputed on; 0 says that they
         are the server's.
         """
-        state = state_dict(self.weights, self.statistics, self.layout)
+        state = self._model.state_dict()
         about = {
             "versions": list(versions),
             "accuracy": score.accuracy,
@@ -128,7 +132,7 @@ class Evaluator:
     def load(self, path: str) -> None:
         """Read what `save` wrote. Raises `ModelError` for a file of another model."""
         state = safetensors.torch.load_file(path)
-        weights, statistics = flatten(state, self.layout)
+        weights, statistics = self._model.split(state)
         self.weights.copy_(weights)
         self.statistics.copy_(statistics)
 
@@ -168,14 +172,15 @@ def estimate_population(
     Ends once, after `LEAST_BATCHES`, the estimate has a standard error of at most `precision`, or
     `most_s` seconds are over. By default these are processor time: what others use of a busy
     machine does not count. A mini-batch whose moments are not finite is left out, as the server
-    refuses it. The model is left in inference mode, bound as it was.
+    refuses it. A feature that no mini-batch had values of, since its layer is frozen or was always
+    skipped, keeps the model's statistics. The model is left in inference mode, bound as it was.
 
     Raises `MomentsError` if there is no mini-batch to average.
     """
     num_features = model.layout.num_features
     population = Population.empty(num_features)
     between = Moments.empty(2 * num_features)
-    one, zero = torch.ones(2 * num_features), torch.zeros(2 * num_features)
+    zero = torch.zeros(2 * num_features)
     error = math.inf
     began_s = clock()
     model.module.train()
@@ -187,7 +192,8 @@ def estimate_population(
                 both = torch.cat([mean, variance])
                 if bool(torch.isfinite(both).all()):
                     population = population.merge(Population.from_batch(count, mean, variance))
-                    between = between.merge(Moments.from_batch(one, both, zero))
+                    there = (count > 0).float().repeat(2)
+                    between = between.merge(Moments.from_batch(there, both, zero))
                 if number < LEAST_BATCHES:
                     continue
                 if population.num_batches >= 2:
@@ -197,7 +203,7 @@ def estimate_population(
     finally:
         model.module.eval()
     return PopulationEstimate(
-        statistics=torch.stack(population.compute()).to(torch.float32),
+        statistics=torch.stack(population.compute(model.statistics)).to(torch.float32),
         num_batches=population.num_batches,
         standard_error=error,
     )
@@ -210,13 +216,16 @@ def standard_error(population: Population, between: Moments, eps: float = DEFAUL
     variances: [2F]. With s^2 the variance over mini-batches, the estimates' own variances are
     `s^2(mean)/k` and `s^2(var)/k`. A normalized value moves by `d(mean)/sqrt(var + eps)`, and is
     scaled by `1 + d(var)/(2*(var + eps))` to first order. The result is the root mean square of
-    both together over features, in the unit of `disagreement`; 0 for a model without features.
+    both together over features, in the unit of `disagreement`. Features without values do not
+    count: 0 for a model that has no others, inf if one has values in a single mini-batch.
     """
-    num_features = len(population.mean)
-    if not num_features:
+    seen = population.seen
+    known = seen > 0
+    if not bool(known.any()):
         return 0.0
-    _, spread = between.compute()
-    of_mean, of_variance = spread[:num_features], spread[num_features:]
+    if bool((seen == 1).any()):
+        return math.inf
+    of_mean, of_variance = (between.m2 / (between.count - 1).clamp(min=1)).view(2, -1)
     scale = population.variance + eps
     square = of_mean / scale + of_variance / (2 * scale).square()
-    return float((square.mean() / population.num_batches).sqrt())
+    return float((square / seen)[known].mean().sqrt())

@@ -10,6 +10,7 @@ the networks of an ensemble.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,9 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from downpour.models.flat import FlatModel, flatten
+from downpour.models.flat import FlatModel
 from downpour.models.fold import fold
 from downpour.models.outputs import main_output, tells_classes
 from downpour.models.registry import LOSSES, Loss
@@ -31,6 +33,10 @@ from downpour.shuffler.images.views import decode_views
 from downpour.workers.errors import InferenceError
 from downpour.workers.spec import ModelSpec
 
+log = logging.getLogger(__name__)
+
+FOLD_TOLERANCE = 1e-3
+"""Largest difference of a folded network's outputs, as a share of the largest output or of 1."""
 FORWARD_BYTES = 16 << 20
 """Most bytes of inputs in one forward pass; activations take many times that."""
 ROWS = 256
@@ -57,14 +63,41 @@ class Network:
             state = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
             raise InferenceError(f"the weights {path} cannot be read: {error}") from None
-        weights, statistics = flatten(state, model.layout)
+        weights, statistics = model.split(state)
         model.bind(weights, statistics=statistics)
         model.module.eval()
         return cls(spec=spec, model=model)
 
     def folded(self) -> torch.nn.Module:
-        """A copy in inference mode whose batch normalization is in the layers before it."""
-        return fold(self.model.module)
+        """A copy in inference mode whose batch normalization is in the layers before it.
+
+        A user's network may use a layer in ways that a trace does not show. If the folded copy does
+        not compute what the network does, its batch normalization is left as linear maps.
+        """
+        folded = fold(self.model.module)
+        if not self.spec.is_users or self._agrees_with(folded):
+            return folded
+        log.info("batch normalization is not folded: a layer before it is used elsewhere, too")
+        return fold(self.model.module, pairs=False)
+
+    def _agrees_with(self, folded: torch.nn.Module) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.rand(2, *self.spec.image.input_shape, generator=generator)
+        with torch.inference_mode():
+            pairs = zip(_tensors(self.model.module(inputs)), _tensors(folded(inputs)), strict=True)
+            return all(_close(a, b) for a, b in pairs)
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    """The tensors in what a network gives."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs differ by rounding alone."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool((a - b).abs().max() <= FOLD_TOLERANCE * a.abs().max().clamp(min=1))
 
 
 class Predictor:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
 from downpour.models.registry import Loss
+from downpour.models.state import has_spectral_norm, settle_spectral_norm
 from downpour.workers.step.device import Device, Stream
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.model_copy import Mailbox, StepResult, norm, root
@@ -117,6 +118,8 @@ class DeviceStepContext:
         self.loss = loss.to(device.where) if isinstance(loss, nn.Module) else loss
         self.direct = direct
         self.moments = torch.zeros(3, layout.num_features, device=device.where)
+        self.statistics: Tensor | None = None
+        """What frozen BN layers normalize with, float32 [2, F]; None takes the model's own."""
         self._buffers = [_StepBuffers(layout, device) for _ in range(device.ahead + 1)]
         self._next = 0
         device.finish()
@@ -140,10 +143,14 @@ class DeviceModelCopy:
         self._there = torch.zeros(num_parameters, device=device.where)
         self._here = device.page_locked(num_parameters).zero_()
         self._weights: npt.NDArray[np.float32] = self._here.numpy()
-        model.bind(self._there, moments=context.moments)
+        statistics = context.statistics
+        if statistics is not None:
+            statistics = statistics.to(device.where, copy=True)
+        model.bind(self._there, moments=context.moments, statistics=statistics)
         self._module = model.module.train()
         _move_buffers(self._module, device.where)
         self._parameters = [p for p in model.parameters if p.requires_grad]
+        self._unsettled = has_spectral_norm(self._module)
         self._filled = True
         self._uploaded = device.up.record()
         self._computed = device.compute.record()
@@ -207,6 +214,9 @@ class DeviceModelCopy:
 
     def _compute(self, buffers: _StepBuffers, inputs: Tensor, targets: Tensor) -> None:
         box = buffers.box
+        if self._unsettled:
+            settle_spectral_norm(self._module)
+            self._unsettled = False
         loss = differentiate(
             self._context.loss,
             self._module,
@@ -222,8 +232,14 @@ class DeviceModelCopy:
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Tensors of the module's own that are neither parameters nor batch normalization's."""
+    """Tensors of the module's own that are neither parameters nor batch normalization's.
+
+    Plain attributes are among them, which `Module.to` would leave where they are.
+    """
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta and buffer.device != device:
                 part._buffers[name] = buffer.to(device)
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_meta and value.device != device:
+                setattr(part, name, value.detach().to(device))

@@ -20,9 +20,9 @@ Not here: models on a device (`device_model_copy`), and whose turn it is (`worke
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
+import random
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -36,10 +36,12 @@ from torch.nn import functional
 from torch.nn.modules.dropout import _DropoutNd
 
 from downpour.models.batchnorm import BatchNorm
+from downpour.models.copies import detached_copy
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
 from downpour.models.outputs import cross_entropy
 from downpour.models.registry import Loss
+from downpour.models.state import has_spectral_norm, settle_spectral_norm
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.recording import CannotRecord, Recording, record
 
@@ -174,6 +176,8 @@ class StepContext:
         """By the shapes of a step; None where there is no recording to be had."""
         self.joinable: bool | None = None
         """Whether mini-batches may be joined; None until it has been tried."""
+        self.statistics: Tensor | None = None
+        """What frozen BN layers normalize with, float32 [2, F]; None takes the model's own."""
         self._trials: dict[int, JoinTrial] = {}
         self._loss = loss
         self._losses: dict[int, Loss] = {1: loss}
@@ -243,12 +247,18 @@ class ModelCopy:
         self._module = model.module.train()
         self._parameters = [p for p in model.parameters if p.requires_grad]
         self._statics: dict[_Shape, tuple[Tensor, ...]] = {}
+        self._unsettled = has_spectral_norm(model.module)
 
     def _bind(self, together: int) -> None:
         """Have the model's layers take so many mini-batches at a time."""
         if together != self._together:
             moments = self._context.moments(together)
-            self._model.bind(torch.from_numpy(self.weights), moments=moments, together=together)
+            self._model.bind(
+                torch.from_numpy(self.weights),
+                moments=moments,
+                statistics=self._context.statistics,
+                together=together,
+            )
             self._together = together
 
     def step(
@@ -332,6 +342,9 @@ class ModelCopy:
         self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
     ) -> Tensor:
         self._bind(together)
+        if self._unsettled:  # by the first weights; each step settles what it changes
+            settle_spectral_norm(self._module)
+            self._unsettled = False
         return differentiate(
             self._context.loss(together),
             self._module,
@@ -346,11 +359,12 @@ class ModelCopy:
         """Whether one pass over these mini-batches finds what a pass over each does.
 
         They are compared in float64, where rounding cannot be taken for a difference. Dropout is
-        left out of it: it draws for each row by itself.
+        left out of it: it draws for each row by itself. What else draws may draw for a mini-batch:
+        whether it skips a block, say, and BN with it.
         """
-        random_state = torch.get_rng_state()
+        random_state, pythons = torch.get_rng_state(), random.getstate()
         try:
-            module = copy.deepcopy(self._module).double()
+            module = detached_copy(self._module).double()
             for dropout in [m for m in module.modules() if isinstance(m, _DropoutNd)]:
                 dropout.eval()
             joined = self._pass_in_double(module, inputs, targets, together)
@@ -362,7 +376,13 @@ class ModelCopy:
             log.warning("mini-batches are not joined: %s: %s", type(error).__name__, error)
             return False
         finally:
+            drawn = pythons != random.getstate()
+            drawn = drawn or not torch.equal(random_state, torch.get_rng_state())
             torch.set_rng_state(random_state)
+            random.setstate(pythons)
+        if drawn:
+            log.warning("mini-batches are not joined: this model draws random numbers of its own")
+            return False
         gradient = torch.stack([g for g, _ in separate]).sum(0)
         means = torch.stack([m for _, m in separate])
         if _close(joined[0], gradient) and _close(joined[1], means.flatten()):

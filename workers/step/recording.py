@@ -150,6 +150,8 @@ def record(model: FlatModel, loss_function: Loss, inputs: Tensor, targets: Tenso
     parameters = [p for p in model.parameters if p.requires_grad]
     with _Tape() as tape:
         loss = loss_function(model.module(inputs), targets)
+        if skipped := model.left_out():
+            raise CannotRecord(f"the step leaves out batch normalization '{skipped[0]}'")
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return _Script(model, inputs, targets).write(tape, loss, parameters, gradients)
 
