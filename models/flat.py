@@ -271,7 +271,7 @@ class FlatModel:
                 together=together,
                 within=self._pass,
             )
-        self._pass.moments = moments
+        self._pass.moments = moments if num_features else None
         self._weights, self._gradient = weights, gradient
         self._moments, self._statistics = moments, statistics
 

@@ -23,8 +23,17 @@ class InitialStatistics:
     """float64 `[F]`: mini-batches that they are the average of. A plain average goes on from there;
     inf says that they came without a count, and are not to be overwritten by the first."""
     momentum: Tensor
-    """float64 `[F]`: the layer's own momentum, 0 for the plain average; NaN leaves it to the run.
+    """float64 `[F]`: the layer's own momentum, 0 for the plain average; -1 leaves it to the run.
     """
+
+    def table(self, statistics: Tensor) -> Tensor:
+        """float64 `[4, F]`: mean and variance of `statistics`, `[2, F]`, then seen and momentum.
+
+        `statistics` may be others than the model was made with; then nobody counted them.
+        """
+        same = (statistics == self.statistics).all(0)
+        seen = torch.where(same, self.seen, math.inf)
+        return torch.cat([statistics.double(), torch.stack([seen, self.momentum])])
 
 
 def initial_statistics(
@@ -35,7 +44,7 @@ def initial_statistics(
     statistics = torch.zeros(2, num_features)
     statistics[1] = 1
     seen = torch.zeros(num_features, dtype=torch.float64)
-    momentum = torch.full((num_features,), math.nan, dtype=torch.float64)
+    momentum = torch.full((num_features,), -1.0, dtype=torch.float64)
     for feature, layer in layers:
         columns = slice(feature.start, feature.stop)
         if layer.own_momentum:

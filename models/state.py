@@ -9,7 +9,8 @@ Not here: BN statistics (`batchnorm`, `flat`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from downpour.models.batchnorm import BatchNorm
 from downpour.models.copies import detached_copy
 from downpour.models.errors import ModelError
 
+log = logging.getLogger(__name__)
+
+BATCH = 4
+"""Examples of a trial."""
 POWER_ITERATIONS = 100
 """From random vectors to the largest singular value, unless the next is as large."""
 
@@ -29,17 +34,21 @@ class StateError(ModelError):
     """A model changes state in training that the parameter server does not keep."""
 
 
-def check_state(model: nn.Module, inputs: Tensor) -> None:
+def check_state(model: nn.Module, inputs: Sequence[int], *, seed: int = 0) -> None:
     """Run one forward of a copy of `model` in training mode, and see what it changes.
+
+    A forward that fails says nothing of the state, and is not this function's to tell of.
 
     Args:
         model: in any mode; it is left as it is.
-        inputs: a mini-batch, `[m, ...]`.
+        inputs: the shape of an input, without the mini-batch's length.
+        seed: what the inputs are drawn from.
 
     Raises:
         StateError: a tensor that the model keeps has changed; names it.
     """
-    changed = changed_state(model, inputs)
+    generator = torch.Generator().manual_seed(seed)
+    changed = changed_state(model, torch.rand(BATCH, *inputs, generator=generator))
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise StateError(
@@ -50,11 +59,18 @@ def check_state(model: nn.Module, inputs: Tensor) -> None:
 
 
 def changed_state(model: nn.Module, inputs: Tensor) -> list[str]:
-    """Names of the tensors that a training forward changes, but for what follows from weights."""
-    copied = detached_copy(model).train()
-    before = {name: tensor.clone() for name, tensor in _kept(copied)}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        copied(inputs)
+    """Names of the tensors that a training forward changes, but for what follows from weights.
+
+    None if the forward fails.
+    """
+    try:
+        copied = detached_copy(model).train()
+        before = {name: tensor.clone() for name, tensor in _kept(copied)}
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copied(inputs)
+    except Exception as error:
+        log.info("a trial forward fails: %s: %s", type(error).__name__, error)
+        return []
     after = dict(_kept(copied))
     return [
         name

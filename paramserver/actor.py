@@ -84,6 +84,7 @@ class PartitionActor:
             config=spec.update,
             key=start.key,
             weights=weights,
+            statistics=start.statistics,
             restore=restore,
             network=_listen(spec.listen, start.credentials),
         )

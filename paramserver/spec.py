@@ -52,6 +52,10 @@ class PartitionStart:
     """The run's key, which every client has to show."""
     origin: Origin = field(repr=False)
     """What its state comes from."""
+    statistics: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    """With initial weights, the BN statistics that they begin with, float64 [4, num_features]:
+    mean, variance, mini-batches seen, and momentum as `BatchStatistics.begin` takes them. None:
+    fresh ones."""
     credentials: Credentials | None = None
     """For connections over the network; None encrypts nothing."""
 

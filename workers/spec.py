@@ -88,7 +88,8 @@ class ModelSpec:
         if self.is_users:
             from downpour.models.convert import convert
 
-            return FlatModel(convert(self.build(), self.image.input_shape, seed=self.seed))
+            module = convert(self.build(), self.image.input_shape, seed=self.seed)
+            return FlatModel(freeze(module, self.freeze))
         if device == "meta":
             from downpour.models.shapes_only import shapes_only
 

@@ -61,6 +61,7 @@ class RayBackend:
         config: RunConfig,
         specs: RunSpecs,
         weights: npt.NDArray[np.float32],
+        statistics: npt.NDArray[np.float64],
         key: bytes,
         nodes: Nodes,
         resumed: Checkpoint | None,
@@ -79,6 +80,7 @@ class RayBackend:
             )
         self._config, self._specs, self._nodes = config, specs, nodes
         self._key, self._weights, self._store = key, weights, store
+        self._statistics = statistics
         self._access, self._credentials = _network(config.server.network, specs.partitions[0])
         self.num_partitions = len(specs.partitions)
         self.processes = tuple(spec.replicas for spec in specs.processes)
@@ -288,7 +290,9 @@ class RayBackend:
 
     def _spawn_partition(self, index: int, checkpoint: Checkpoint | None) -> Any:
         spec = self._specs.partitions[index]
-        origin: Origin = self._weights[spec.partition.start : spec.partition.stop]
+        part = spec.partition
+        origin: Origin = self._weights[part.start : part.stop]
+        statistics = self._statistics[:, part.feature_start : part.feature_stop]
         if checkpoint is not None:
             file = checkpoint.files[index]
             uri = f"{self._store.folder_uri(checkpoint.number)}/{file.name}"
@@ -297,12 +301,16 @@ class RayBackend:
             PartitionActor,
             PARTITION_CALLS,
             spec,
-            self._start_from(origin),
+            self._start_from(origin, statistics),
             scheduling=self._nodes.scheduling("partitions", index),
         )
 
-    def _start_from(self, origin: Origin) -> PartitionStart:
-        return PartitionStart(key=self._key, origin=origin, credentials=self._credentials)
+    def _start_from(
+        self, origin: Origin, statistics: npt.NDArray[np.float64] | None = None
+    ) -> PartitionStart:
+        return PartitionStart(
+            key=self._key, origin=origin, statistics=statistics, credentials=self._credentials
+        )
 
     def _spawn_process(self, index: int) -> Any:
         # A process that came later is like the first, with other replicas.

@@ -17,6 +17,8 @@ from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.partition.vectors import Version
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from downpour.workers.recompute import Computed
@@ -32,6 +34,7 @@ class BranchReplay:
         config: UpdateConfig,
         *,
         weights: Tensor,
+        statistics: npt.NDArray[np.float64] | None = None,
         parent: PartitionState | None = None,
     ) -> None:
         """At the branch's beginning.
@@ -41,12 +44,15 @@ class BranchReplay:
             partition: that the branch is of.
             config: of the run.
             weights: float32 [num_parameters], the partition's initial weights.
+            statistics: the partition's initial BN statistics, see `PartitionStart`.
             parent: the state of the branch that this one began from, at that version.
         """
         self.branch = branch
         current, self._spare = _version(partition), _version(partition)
         current.weights.copy_(weights)
         self.state = PartitionState(partition, config, current)
+        if statistics is not None:
+            self.state.vectors.begin(statistics)
         if parent is not None:
             self.state.load(*parent.dump())
         self._at = 0

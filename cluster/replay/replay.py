@@ -29,6 +29,8 @@ from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from downpour.workers.recompute import Computed, Recomputer
@@ -53,6 +55,7 @@ class Replay:
         partitions: Sequence[Partition],
         config: UpdateConfig,
         weights: Tensor,
+        statistics: npt.NDArray[np.float64] | None = None,
         recomputer: Recomputer,
         seen: Seen = lambda _: None,
         taken: Taken = lambda state, push, moments: None,
@@ -64,6 +67,7 @@ class Replay:
             partitions: of the run.
             config: of the run.
             weights: the initial weights, float32 [P].
+            statistics: the initial BN statistics, float64 [4, F]; see `PartitionStart`.
             recomputer: computes a gradient from weights and a mini-batch.
             seen: gets each state at each of its versions.
             taken: gets, after `seen`, each push that was applied for good, which leaves out those
@@ -75,6 +79,7 @@ class Replay:
         self._history = History(branches, len(partitions))
         self._gradients = Gradients(self._history, partitions, recomputer)
         self._partitions, self._config, self._weights = partitions, config, weights
+        self._statistics = statistics
         self._seen, self._taken = seen, taken
         self._branches: dict[BranchId, BranchReplay] = {}
         self.num_entries = self._history.num_entries
@@ -110,8 +115,16 @@ class Replay:
 
     def _begin(self, branch: Branch, parent: PartitionState | None) -> None:
         part = self._partitions[branch.partition]
+        statistics = self._statistics
+        if statistics is not None:
+            statistics = statistics[:, part.feature_start : part.feature_stop]
         begun = BranchReplay(
-            branch, part, self._config, weights=self._weights[part.start : part.stop], parent=parent
+            branch,
+            part,
+            self._config,
+            weights=self._weights[part.start : part.stop],
+            statistics=statistics,
+            parent=parent,
         )
         self._branches[branch.partition, branch.number] = begun
         self._reached(begun)

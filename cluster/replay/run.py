@@ -90,7 +90,10 @@ def replay_run(
         partitions=model.cut(count),
         config=update_config(config, data.plan),
         weights=torch.from_numpy(model.weights),
-        recomputer=Recomputer(model_spec(config), loader(config, data.plan)),
+        statistics=model.statistics,
+        recomputer=Recomputer(
+            model_spec(config), loader(config, data.plan), model.initial_statistics()
+        ),
         seen=seen,
         taken=taken,
     )

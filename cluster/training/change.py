@@ -78,7 +78,8 @@ def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int)
     )
     store = CheckpointStore(folder.checkpoints_uri, partitions_before(folder))
     checkpoint, _ = store.to_resume()
-    build_model(new).cut(partitions)  # says so if it is too small for that
+    model = build_model(new)
+    model.cut(partitions)  # says so if it is too small for that
     if checkpoint is not None:
         from downpour.cluster.training.repartition import repartition
         from downpour.workers.recompute import Recomputer
@@ -89,6 +90,8 @@ def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int)
             partitions,
             config=update_config(config, data.plan),
             epochs=config.policy.epochs,
-            recomputer=Recomputer(model_spec(config), loader(config, data.plan)),
+            recomputer=Recomputer(
+                model_spec(config), loader(config, data.plan), model.initial_statistics()
+            ),
         )
     return new

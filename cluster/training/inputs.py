@@ -56,6 +56,8 @@ class Model:
 
     weights: npt.NDArray[np.float32]
     """Initial weights, float32 [P]."""
+    statistics: npt.NDArray[np.float64]
+    """BN statistics that it comes with, float64 [4, F]: see `PartitionStart.statistics`."""
     num_features: int
     """Normalised features."""
     num_decayed: int
@@ -71,6 +73,12 @@ class Model:
     def num_parameters(self) -> int:
         """P, its parameters."""
         return self.weights.size
+
+    def initial_statistics(self) -> Tensor:
+        """Mean and variance that the BN statistics begin with, float32 [2, F]."""
+        import torch
+
+        return torch.from_numpy(self.statistics[:2]).float()
 
     def cut(self, num_partitions: int) -> tuple[Partition, ...]:
         """Its parameters and features over so many partitions.
@@ -152,15 +160,22 @@ def build_model(config: RunConfig, initial: Path | None = None) -> Model:
             file that the configuration names, or leaves them to the network itself.
 
     Raises:
-        ModelError: the network cannot be built, or the weights are of another one.
+        ModelError: the network cannot be built, changes state that the server does not keep, or the
+            weights are of another one.
     """
-    model = model_spec(config).build_flat("cpu")
+    spec = model_spec(config)
+    model = spec.build_flat("cpu")
+    if spec.is_users:
+        from downpour.models.state import check_state
+
+        check_state(model.module, spec.image.input_shape, seed=spec.seed)
     if initial is not None:
         _load(model, initial)
     elif config.model.init is not None:
         _take(model, read(config.model, model).tensors, config.model.init)
     return Model(
         weights=model.weights.numpy(),
+        statistics=model.initial.table(model.statistics).numpy(),
         num_features=model.layout.num_features,
         num_decayed=model.layout.decayed,
         num_frozen=model.layout.num_parameters - model.layout.trained,

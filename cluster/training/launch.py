@@ -256,6 +256,7 @@ def _control(
         config=session.config,
         specs=specs,
         weights=model.weights,
+        statistics=model.statistics,
         key=secrets.token_bytes(KEY_BYTES),
         nodes=nodes,
         resumed=session.resumed,

@@ -166,9 +166,11 @@ def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
 def _cut(name: str, whole: Tensor, part: Partition) -> Tensor:
     """A partition's share of a joined tensor."""
     from downpour.paramserver.partition.combiner import ROUND_MOMENTS
+    from downpour.paramserver.rules.statistics import BY_FEATURE
 
     if name.startswith("applied.") or name in COUNTS:
         return whole
-    if name in ("statistics", "ledger", ROUND_MOMENTS, f"rule.{AVERAGE_STATISTICS}"):
+    by_feature = {"statistics", "ledger", BY_FEATURE, ROUND_MOMENTS, f"rule.{AVERAGE_STATISTICS}"}
+    if name in by_feature:
         return whole[..., part.feature_start : part.feature_stop].contiguous()
     return whole[part.trained if name.startswith("rule.") else slice(part.start, part.stop)]

@@ -15,6 +15,7 @@ from downpour.paramserver.errors import BadSnapshot
 from downpour.paramserver.partition.combiner import Combiner
 from downpour.paramserver.partition.ledger import Ledger
 from downpour.paramserver.partition.vectors import Vectors
+from downpour.paramserver.rules.statistics import BY_FEATURE
 
 _APPLIED = "applied."
 """Before an epoch's number: the name of the flags of its mini-batches, uint8 [q]."""
@@ -93,7 +94,8 @@ def _load(
         if name.startswith(_APPLIED)
     }
     ledger.load(meta, flags)
-    vectors.statistics.load(meta["statistics"], {"ledger": tensors["ledger"].numpy()})
+    arrays = {n: tensors[n].numpy() for n in ("ledger", BY_FEATURE) if n in tensors}
+    vectors.statistics.load(meta["statistics"], arrays)
     combiner.load(tensors)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -74,6 +76,14 @@ class Vectors:
         are among them."""
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
 
+    def begin(self, statistics: npt.NDArray[np.float64]) -> None:
+        """Start from BN statistics that a network brings along, float64 [4, f].
+
+        See `PartitionStart.statistics`.
+        """
+        self.current.statistics.copy_(torch.from_numpy(statistics[:2]))
+        self.statistics.begin(statistics[2], statistics[3])
+
     @property
     def scored(self) -> Version:
         """The weights and statistics that are the run's model: the latest ones."""
@@ -134,6 +144,12 @@ class PartialVectors(Vectors):
             self._averaging = Averaging(decay=config.average_decay)
             trained = self._part(current)
             self.rule_state |= self._averaging.init(trained.weights, trained.statistics)
+
+    def begin(self, statistics: npt.NDArray[np.float64]) -> None:
+        """See `Vectors`."""
+        super().begin(statistics)
+        if self._averaging is not None:
+            self.rule_state[AVERAGE_STATISTICS].copy_(self.current.statistics)
 
     def _part(self, version: Version) -> Version:
         """Of a version, what updates change."""

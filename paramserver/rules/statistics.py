@@ -5,8 +5,10 @@ unbiased variance. From them the server keeps two things:
 
 * the moving averages that section 3.1 asks for, by applied updates:
   `mean <- mean + a * (mu_B - mean)`, the same for the variance, with `a = max(1 - decay, 1/(n+1))`
-  for the n-th update from 0 on. Early on this is the plain average, so there is no start-up bias.
-  A feature with fewer than two values in the mini-batch, which has no variance, keeps its average;
+  for the n-th update of the feature from 0 on. Early on this is the plain average, so there is no
+  start-up bias. A feature with fewer than two values in the mini-batch, which has no variance,
+  keeps its average and its n: its layer was skipped, or is frozen. A layer may bring averages
+  along, with its n, and a momentum of its own, which takes the place of `1 - decay`;
 * the recent moments: over the last `window` updates, a monoid (count, mean, m2) merged by Chan's
   formula, float64: the pooled moments of every value seen in the window.
 
@@ -34,6 +36,10 @@ Array = npt.NDArray[np.float64]
 
 NUM_BLOCKS = 8
 """A window is kept as this many blocks, and slides by a block at a time."""
+BY_FEATURE = "by_feature"
+"""The name under which a snapshot has updates and momentum of each feature."""
+RULES = -1.0
+"""In place of a layer's own momentum: it has none, and the rule's decay holds."""
 MAX_PENDING = 32
 """Mini-batches whose moments are merged in one go."""
 
@@ -151,6 +157,23 @@ class BatchStatistics:
         self.rule = rule
         self.num_updates = 0
         self.recent = RecentMoments(num_features, rule.window)
+        self._num_features = num_features
+        self._seen: Array | None = None
+        """Updates of each feature, float64 [F]; None if all have had all of them."""
+        self._momentum: Array = np.full(num_features, RULES)
+        """The layer's own, float64 [F], or `RULES`."""
+
+    def begin(self, seen: Array, momentum: Array) -> None:
+        """Start from averages that were brought along.
+
+        Args:
+            seen: Mini-batches that they are averages of, float64 [F]; inf for so many that one more
+                weighs as little as any.
+            momentum: Of each feature's layer, float64 [F]; 0 keeps the plain average, `RULES` takes
+                the rule's.
+        """
+        if seen.any() or (momentum != RULES).any():
+            self._seen, self._momentum = seen.copy(), momentum.copy()
 
     def update(self, current: Tensor, moments: Tensor, out: Tensor) -> None:
         """Merge a mini-batch's moments into the moving averages.
@@ -162,13 +185,24 @@ class BatchStatistics:
         """
         import torch
 
-        weight = max(1.0 - self.rule.decay, 1.0 / (self.num_updates + 1))
         new, values = moments[1:], moments.numpy()
-        if values.size and values[0].min() < 2:
+        if self._seen is not None or (values.size and values[0].min() < 2):
             new = torch.where(moments[0] < 2, current, new)
-        torch.lerp(current, new, weight, out=out)
+            torch.lerp(current, new, torch.from_numpy(self._weights(values[0])), out=out)
+        else:
+            weight = max(1.0 - self.rule.decay, 1.0 / (self.num_updates + 1))
+            torch.lerp(current, new, weight, out=out)
         self.recent.add(values)
         self.num_updates += 1
+
+    def _weights(self, counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The weight of each feature's new moments, float32 [F]; counts them."""
+        if self._seen is None:
+            self._seen = np.full(self._num_features, float(self.num_updates))
+        least = np.where(self._momentum == RULES, 1.0 - self.rule.decay, self._momentum)
+        weights = np.maximum(least, 1.0 / (self._seen + 1.0))
+        self._seen += counts >= 2
+        return weights.astype(np.float32)
 
     def drift(self, current: Tensor) -> float:
         """Mean over features of `|moving mean - pooled mean| / sqrt(pooled variance)`.
@@ -185,15 +219,29 @@ class BatchStatistics:
         return float(np.mean(away / np.sqrt(np.maximum(variance, 1e-12))))
 
     def dump(self) -> tuple[dict[str, int], dict[str, Array]]:
-        """Return metadata and arrays that `load` takes; `ledger` is float64 [blocks, 3, F]."""
+        """Return metadata and arrays that `load` takes.
+
+        `ledger` is float64 [blocks, 3, F], `by_feature` float64 [2, F]: updates and momentum.
+        """
         blocks, in_block = self.recent.dump()
-        return {"num_updates": self.num_updates, "in_block": in_block}, {"ledger": blocks}
+        whole = np.full(self._num_features, float(self.num_updates))
+        by_feature = np.stack([whole if self._seen is None else self._seen, self._momentum])
+        arrays = {"ledger": blocks, BY_FEATURE: by_feature}
+        return {"num_updates": self.num_updates, "in_block": in_block}, arrays
 
     def load(self, meta: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
-        """Go on from what `dump` gave.
+        """Go on from what `dump` gave; an older one counted no feature by itself.
 
         Raises:
             LookupError, ValueError: No `dump` gave this.
         """
         self.num_updates = int(meta["num_updates"])
+        self._seen, self._momentum = None, np.full(self._num_features, RULES)
+        if BY_FEATURE in arrays:
+            by_feature = arrays[BY_FEATURE]
+            if by_feature.shape != (2, self._num_features) or by_feature.dtype != np.float64:
+                raise ValueError(f"the counts by feature are {list(by_feature.shape)}")
+            seen, momentum = by_feature
+            if not ((seen == self.num_updates).all() and (momentum == RULES).all()):
+                self._seen, self._momentum = seen.copy(), momentum.copy()
         self.recent.load(arrays["ledger"], int(meta["in_block"]))

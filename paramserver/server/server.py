@@ -19,6 +19,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -71,6 +73,7 @@ class PartitionServer:
         config: UpdateConfig,
         key: bytes,
         weights: Tensor | None = None,
+        statistics: npt.NDArray[np.float64] | None = None,
         restore: Snapshot | None = None,
         network: NetworkListen | None = None,
         follow: Endpoint | None = None,
@@ -84,6 +87,7 @@ class PartitionServer:
             config: How pushes change it.
             key: The run's key.
             weights: float32 [n] of version 0; zeros by default.
+            statistics: The BN statistics of version 0, see `PartitionStart`; fresh by default.
             restore: The state to go on from.
             network: Where to listen for replicas on other machines; nowhere by default. Replicas
                 on this machine come through shared memory.
@@ -101,7 +105,7 @@ class PartitionServer:
         self.partition = partition
         self._key = key
         sides: Sides = {}
-        self._versions = Versions(partition, config, sides, weights)
+        self._versions = Versions(partition, config, sides, weights, statistics)
         self._state = self._versions.state
         primary: PrimaryLink | None = None
         try:

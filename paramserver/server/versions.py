@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,7 +26,12 @@ class Versions:
     """All versions of one partition, one after the other."""
 
     def __init__(
-        self, partition: Partition, config: UpdateConfig, sides: Sides, weights: Tensor | None
+        self,
+        partition: Partition,
+        config: UpdateConfig,
+        sides: Sides,
+        weights: Tensor | None,
+        statistics: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """Make the memory and version 0, which nobody sees before `open`.
 
@@ -33,6 +40,7 @@ class Versions:
             config: How pushes change it.
             sides: The connections whose other ends may be reading.
             weights: float32 [n] of version 0; zeros if None.
+            statistics: The BN statistics of version 0, see `PartitionStart`.
 
         Raises:
             BadConfiguration: There is not memory for the versions to keep, or the weights are of
@@ -48,6 +56,8 @@ class Versions:
         if weights is not None:
             current.weights.copy_(weights)
         self.state = PartitionState(partition, config, current)
+        if statistics is not None:
+            self.state.vectors.begin(statistics)
         self._ledger = self.state.ledger
         self.in_place = updates_in_place(partition.num_parameters)
         """Whether each version is published before the next push is applied."""

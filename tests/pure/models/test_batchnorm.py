@@ -159,7 +159,7 @@ class TestMoments:
         assert not layer.batch_count.any()
 
     def test_are_not_in_the_state_dict(self) -> None:
-        assert list(BatchNorm(4).state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+        assert list(BatchNorm(4).state_dict()) == list(nn.BatchNorm1d(4).state_dict())
 
 
 class TestAlgorithm2:
@@ -184,9 +184,9 @@ class TestAlgorithm2:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 4, 3), (2, 3, 4, 4)])
+    @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 4), (2, 3, 4, 4)])
     def test_other_shapes(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(BatchError, match=r"it takes \[m, 4\] or \[m, 4, p, q\]"):
+        with pytest.raises(BatchError, match=r"it takes \[m, 4\], or \[m, 4, \.\.\.\]"):
             BatchNorm(4)(torch.zeros(shape))
 
     @pytest.mark.parametrize("shape", [(1, 4), (0, 4), (1, 4, 1, 1)])

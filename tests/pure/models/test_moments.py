@@ -139,7 +139,7 @@ class TestPopulation:
     def test_errors(self) -> None:
         with pytest.raises(MomentsError, match="merge at least one"):
             Population.empty(FEATURES).compute()
-        with pytest.raises(MomentsError, match="1 values in the mini-batch"):
+        with pytest.raises(MomentsError, match="1 value in the mini-batch"):
             Population.from_batch(torch.ones(2), torch.ones(2), torch.ones(2))
         with pytest.raises(MomentsError, match="take both from the same model"):
             Population.empty(2).merge(Population.empty(3))

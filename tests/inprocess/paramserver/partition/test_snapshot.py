@@ -126,7 +126,8 @@ def test_holds_no_pickle_and_any_reader_of_the_format_can_open_it(
     written: tuple[Path, SnapshotFile],
 ) -> None:
     tensors = safetensors.torch.load_file(written[0])
-    assert {"weights", "statistics", "rule.velocity", "ledger", "applied.1"} == set(tensors)
+    names = {"weights", "statistics", "rule.velocity", "ledger", "by_feature", "applied.1"}
+    assert names == set(tensors)
 
 
 def test_cut_short(written: tuple[Path, SnapshotFile]) -> None:

@@ -95,7 +95,7 @@ class TestLoading:
         for name in meta:
             assert "damaged" in self.load({k: v for k, v in meta.items() if k != name}, tensors)
         for name in tensors:
-            if not name.startswith("rule."):
+            if not name.startswith("rule.") and name != "by_feature":  # an older one lacks it
                 self.load(meta, {k: t for k, t in tensors.items() if k != name})
 
     @pytest.mark.parametrize("value", [None, "x", -1, 1, [], {}, {"0": 1}, {"x": []}])
@@ -115,7 +115,7 @@ class TestLoading:
         meta, tensors = self.used().dump()
         for name, tensor in tensors.items():
             self.load(meta, {**tensors, name: tensor.flatten()[:1]})
-            if name not in ("applied.0", "ledger"):
+            if name not in ("applied.0", "ledger", "by_feature"):
                 self.load(meta, {**tensors, name: tensor.double()})
 
     def test_weights_that_are_not_finite(self) -> None:

@@ -1,6 +1,7 @@
 """BN statistics: moving averages against closed forms, the recent against numpy on raw values."""
 
 import json
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -220,3 +221,62 @@ def test_bad_values_are_one_line_errors(options: dict[str, float], named: str) -
     with pytest.raises(BadConfiguration, match=named) as caught:
         StatisticsRule(**options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.25, None, 0.0])
+@pytest.mark.parametrize("seen", [0, 6])
+def test_a_layers_own_momentum_and_count_are_torchs(momentum: float | None, seen: int) -> None:
+    """From averages of `seen` mini-batches on; fresh ones are first made the plain average's."""
+    layer = torch.nn.BatchNorm1d(3, momentum=momentum).train()
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(5, 3, generator=generator) * 2 + 1 for _ in range(9)]
+    held = torch.stack([torch.full((3,), 0.5), torch.full((3,), 2.0)])
+    statistics = BatchStatistics(3, StatisticsRule(decay=0.5))
+    count = math.inf if momentum == 0 or not seen else float(seen)
+    own = np.full(3, 0.0 if momentum is None else momentum)
+    if momentum is None and not seen:
+        count = 0.0  # PyTorch's own first mini-batch takes the place of what was there
+    statistics.begin(np.full(3, count), own)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    assert layer.num_batches_tracked is not None
+    layer.running_mean.copy_(held[0])
+    layer.running_var.copy_(held[1])
+    layer.num_batches_tracked.fill_(seen)
+    for i, x in enumerate(batches):
+        if momentum and count < math.inf and 1 / (count + i + 1) > momentum:
+            layer.momentum = 1 / (count + i + 1)  # our plain average at the start
+        else:
+            layer.momentum = momentum
+        layer(x)
+        moments = torch.stack([torch.full((3,), 5.0), x.mean(0), x.var(0)])
+        statistics.update(held, moments, held)
+    torch.testing.assert_close(held, torch.stack([layer.running_mean, layer.running_var]))
+
+
+def test_features_that_some_mini_batches_lack_count_by_themselves() -> None:
+    """Of each feature, the averages are those of the mini-batches that have it, alone."""
+    rule = StatisticsRule(decay=0.75)
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.rand(3, 2, generator=generator) + 4 for _ in range(12)]
+    there = [i % 3 != 1 for i in range(12)]
+    mixed, held = BatchStatistics(2, rule), torch.ones(2, 2)
+    alone, one = BatchStatistics(1, rule), torch.ones(2, 1)
+    for moments, has_it in zip(batches, there, strict=True):
+        pushed = moments.clone()
+        if has_it:
+            alone.update(one, moments[:, 1:].contiguous(), one)
+        else:
+            pushed[:, 1] = 0.0
+        mixed.update(held, pushed, held)
+    torch.testing.assert_close(held[:, 1:], one)
+    assert mixed.num_updates == 12
+    meta, arrays = mixed.dump()
+    again, further = BatchStatistics(2, rule), held.clone()
+    again.load(meta, arrays)
+    mixed.update(held, batches[0], held)
+    again.update(further, batches[0], further)
+    assert torch.equal(held, further)
+    del arrays["by_feature"]  # as an older snapshot
+    again.load(meta, arrays)
+    assert again.num_updates == 12
