@@ -54,6 +54,8 @@ def _plain(layer: BatchNorm, rank: int) -> nn.Module:
     """PyTorch's layer for inputs of that many dimensions, with the same parameters."""
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     plain = kinds[rank](layer.num_features, eps=layer.eps)
+    assert layer.weight is not None
+    assert layer.bias is not None
     plain.weight, plain.bias = layer.weight, layer.bias
     return plain
 
