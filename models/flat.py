@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from downpour.models.batchnorm import BatchNorm, Pass
-from downpour.models.copies import detached_copy
+from downpour.models.conversion.copies import detached_copy
+from downpour.models.conversion.initial import initial_statistics
 from downpour.models.errors import LayoutError
-from downpour.models.initial import initial_statistics
 from downpour.models.layout import (
     FeatureEntry,
     Layout,

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from downpour.models.batchnorm import BatchNorm, inference_map
-from downpour.models.convert import TracedBatchNorm
-from downpour.models.copies import detached_copy
+from downpour.models.conversion.convert import TracedBatchNorm
+from downpour.models.conversion.copies import detached_copy
 from downpour.models.errors import FoldError
 from downpour.models.layers import ActivationBatchNorm, NormalizedBlock
 

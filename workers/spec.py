@@ -86,7 +86,7 @@ class ModelSpec:
         from downpour.workers.freezing import freeze
 
         if self.is_users:
-            from downpour.models.convert import convert
+            from downpour.models.conversion.convert import convert
 
             module = convert(self.build(), self.image.input_shape, seed=self.seed)
             return FlatModel(freeze(module, self.freeze))

@@ -160,15 +160,9 @@ def build_model(config: RunConfig, initial: Path | None = None) -> Model:
             file that the configuration names, or leaves them to the network itself.
 
     Raises:
-        ModelError: the network cannot be built, changes state that the server does not keep, or the
-            weights are of another one.
+        ModelError: the network cannot be built, or the weights are of another one.
     """
-    spec = model_spec(config)
-    model = spec.build_flat("cpu")
-    if spec.is_users:
-        from downpour.models.state import check_state
-
-        check_state(model.module, spec.image.input_shape, seed=spec.seed)
+    model = model_spec(config).build_flat("cpu")
     if initial is not None:
         _load(model, initial)
     elif config.model.init is not None:

@@ -23,6 +23,8 @@ from downpour.cluster.config.derive import make_decoder, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.models.outputs import OutputsError, main_output, tells_classes
+from downpour.models.conversion.state import check_state
+from downpour.models.outputs import OutputsError, main_output
 from downpour.models.registry import LOSSES, described
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
@@ -50,7 +52,7 @@ def check_step(config: RunConfig, plan: Plan) -> str | None:
 
     Raises:
         UserError: the network or the loss does not do on these data what a run needs.
-        ModelError: the network cannot be built.
+        ModelError: the network cannot be built, or changes state that the server does not keep.
         ShufflerError: rows cannot be read or decoded.
     """
     spec = model_spec(config)
@@ -86,6 +88,7 @@ class _Trial:
             if batch is None:
                 continue
             loss = self._step(*batch)
+            check_state(self._model.module, batch[0])
             if math.isfinite(loss):
                 return
         raise UserError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from downpour.models.batchnorm import DEFAULT_EPS
+from downpour.models.conversion.state import has_spectral_norm, settle_spectral_norm
 from downpour.models.flat import FlatModel
 from downpour.models.moments import Moments, Population
 from downpour.models.outputs import main_output, tells_classes

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from downpour.models.conversion.state import has_spectral_norm, settle_spectral_norm
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
 from downpour.models.registry import Loss
-from downpour.models.state import has_spectral_norm, settle_spectral_norm
 from downpour.workers.step.device import Device, Stream
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.model_copy import Mailbox, StepResult, norm, root

@@ -36,12 +36,12 @@ from torch.nn import functional
 from torch.nn.modules.dropout import _DropoutNd
 
 from downpour.models.batchnorm import BatchNorm
-from downpour.models.copies import detached_copy
+from downpour.models.conversion.copies import detached_copy
+from downpour.models.conversion.state import has_spectral_norm, settle_spectral_norm
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
 from downpour.models.outputs import cross_entropy
 from downpour.models.registry import Loss
-from downpour.models.state import has_spectral_norm, settle_spectral_norm
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.recording import CannotRecord, Recording, record
 

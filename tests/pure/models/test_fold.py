@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from downpour.models.batchnorm import BatchNorm
-from downpour.models.convert import convert
-from downpour.models.copies import detached_copy
+from downpour.models.conversion.convert import convert
+from downpour.models.conversion.copies import detached_copy
 from downpour.models.fold import ChannelAffine, fold
-from tests.pure.models.test_convert import BatchNormAct
+from tests.pure.models.conversion.test_convert import BatchNormAct
 
 
 class Basic(nn.Module):

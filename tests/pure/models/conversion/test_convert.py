@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from downpour.models.batchnorm import BatchNorm
-from downpour.models.convert import convert
+from downpour.models.conversion.convert import convert
 from downpour.models.errors import ModelError
 from downpour.models.flat import FlatModel
 from downpour.models.fold import fold

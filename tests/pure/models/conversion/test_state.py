@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from downpour.models.convert import convert
-from downpour.models.errors import LayoutError
-from downpour.models.flat import FlatModel
-from downpour.models.state import (
+from downpour.models.conversion.convert import convert
+from downpour.models.conversion.state import (
     StateError,
     changed_state,
     check_state,
     has_spectral_norm,
     settle_spectral_norm,
 )
+from downpour.models.errors import LayoutError
+from downpour.models.flat import FlatModel
 
 
 class Keeps(nn.Module):
@@ -43,14 +43,14 @@ class Keeps(nn.Module):
 def test_a_tensor_that_training_changes_is_refused_by_name(name: str) -> None:
     model = convert(Keeps(name))
     with pytest.raises(StateError, match=f"'{name}' changes in a training forward"):
-        check_state(model, (4,))
+        check_state(model, torch.rand(3, 4))
     assert torch.equal(model.state_dict()["mean"], torch.tensor([0.5])), "a copy was tried"
 
 
 def test_constants_batch_norm_and_spectral_norm_are_not_refused() -> None:
-    check_state(convert(Keeps()), (4,))
-    check_state(parametrizations.spectral_norm(nn.Linear(4, 4)), (4,))
-    check_state(spectral_norm(nn.Linear(4, 4)), (4,))
+    check_state(convert(Keeps()), torch.rand(3, 4))
+    check_state(parametrizations.spectral_norm(nn.Linear(4, 4)), torch.rand(3, 4))
+    check_state(spectral_norm(nn.Linear(4, 4)), torch.rand(3, 4))
     assert not changed_state(nn.Linear(3, 3), torch.ones(2, 5)), "a forward that fails"
 
 

@@ -10,7 +10,7 @@ Not here: BN statistics (`batchnorm`, `flat`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from downpour.models.batchnorm import BatchNorm
-from downpour.models.copies import detached_copy
+from downpour.models.conversion.copies import detached_copy
 from downpour.models.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-BATCH = 4
-"""Examples of a trial."""
 POWER_ITERATIONS = 100
 """From random vectors to the largest singular value, unless the next is as large."""
 
@@ -34,21 +32,19 @@ class StateError(ModelError):
     """A model changes state in training that the parameter server does not keep."""
 
 
-def check_state(model: nn.Module, inputs: Sequence[int], *, seed: int = 0) -> None:
+def check_state(model: nn.Module, inputs: Tensor) -> None:
     """Run one forward of a copy of `model` in training mode, and see what it changes.
 
     A forward that fails says nothing of the state, and is not this function's to tell of.
 
     Args:
         model: in any mode; it is left as it is.
-        inputs: the shape of an input, without the mini-batch's length.
-        seed: what the inputs are drawn from.
+        inputs: a mini-batch, `[m, ...]`.
 
     Raises:
         StateError: a tensor that the model keeps has changed; names it.
     """
-    generator = torch.Generator().manual_seed(seed)
-    changed = changed_state(model, torch.rand(BATCH, *inputs, generator=generator))
+    changed = changed_state(model, inputs)
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise StateError(
