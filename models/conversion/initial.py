@@ -41,10 +41,12 @@ def initial_statistics(
 ) -> InitialStatistics:
     """Those of a model's BN layers, each with its place; on the meta device, fresh ones."""
     num_features = layers[-1][0].stop if layers else 0
-    statistics = torch.zeros(2, num_features)
+    # Named, since a model may be built where the meta device is the default.
+    here = torch.device("cpu")
+    statistics = torch.zeros(2, num_features, device=here)
     statistics[1] = 1
-    seen = torch.zeros(num_features, dtype=torch.float64)
-    momentum = torch.full((num_features,), -1.0, dtype=torch.float64)
+    seen = torch.zeros(num_features, dtype=torch.float64, device=here)
+    momentum = torch.full((num_features,), -1.0, dtype=torch.float64, device=here)
     for feature, layer in layers:
         columns = slice(feature.start, feature.stop)
         if layer.own_momentum:
