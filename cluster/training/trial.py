@@ -22,9 +22,8 @@ from torch import Tensor
 from downpour.cluster.config.derive import make_decoder, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.models.outputs import OutputsError, main_output, tells_classes
 from downpour.models.conversion.state import check_state
-from downpour.models.outputs import OutputsError, main_output
+from downpour.models.outputs import OutputsError, main_output, tells_classes
 from downpour.models.registry import LOSSES, described
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset

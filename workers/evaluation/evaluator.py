@@ -22,7 +22,6 @@ from downpour.models.flat import FlatModel
 from downpour.models.moments import Moments, Population
 from downpour.models.outputs import main_output, tells_classes
 from downpour.models.registry import LOSSES
-from downpour.models.state import has_spectral_norm, settle_spectral_norm
 from downpour.paramserver import durable
 from downpour.workers.evaluation.answers import Answers
 from downpour.workers.spec import ModelSpec
