@@ -32,6 +32,7 @@ from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.paramserver.access import Access
 from downpour.paramserver.actor import FollowerActor, PartitionActor
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
+from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.spec import Origin, PartitionStart, Restore
 from downpour.paramserver.transport.network.security import Credentials, issue
 from downpour.shuffler.actor import ShufflerActor
@@ -79,6 +80,7 @@ class ThreadBackend:
         self.processes = tuple(spec.replicas for spec in self.specs.processes)
         self.access, self.credentials = self._network()
         self.weights = model.weights.numpy().copy()
+        self.statistics = model.initial.table(model.statistics).numpy()
         self.store = store
         self.partitions: list[Any] = [None] * self.num_partitions
         self.partition_starts = [0] * self.num_partitions
@@ -113,8 +115,13 @@ class ThreadBackend:
         keys = issue()
         return replace(access, credentials=keys.clients), keys.partitions
 
-    def _start_from(self, origin: Origin) -> PartitionStart:
-        return PartitionStart(key=KEY, origin=origin, credentials=self.credentials)
+    def _start_from(self, origin: Origin, part: Partition | None = None) -> PartitionStart:
+        statistics = None
+        if part is not None:
+            statistics = self.statistics[:, part.feature_start : part.feature_stop]
+        return PartitionStart(
+            key=KEY, origin=origin, statistics=statistics, credentials=self.credentials
+        )
 
     def _endpoints(self) -> list[Any]:
         return [p.endpoint() for p in self.partitions]
@@ -132,7 +139,7 @@ class ThreadBackend:
             if self.partitions[index] is not None:
                 self.partitions[index].stop()
             self.stop_follower(index)
-            self.partitions[index] = PartitionActor(spec, self._start_from(origin))
+            self.partitions[index] = PartitionActor(spec, self._start_from(origin, spec.partition))
             self.partition_starts[index] += 1
 
         return self.pool.submit(run)
