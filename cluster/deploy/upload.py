@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import site
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,8 @@ CHECKOUT_EXCLUDES = ("/docs", "/tests", "/downpour", "/benchmarks/results")
 
 DATA_FOLDER = "data"
 """Where datasets usually are; of these a job gets its own."""
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders of packages that somebody installed, which the nodes need installed as well."""
 MOST_FOLDERS = 4
 """Folders that the error about a large upload names."""
 _MOSTLY = 0.9
@@ -260,8 +261,8 @@ def own_modules(working_dir: Path, recipe: str, config: RunConfig) -> list[Path]
             importlib.import_module(name)
     if not names:
         return []
-    installed = [Path(p).resolve() for p in {sys.prefix, sys.base_prefix, *site.getsitepackages()}]
-    known = [working_dir.resolve(), PACKAGE.resolve(), ROOT.resolve(), *installed]
+    pythons = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)]
+    known = [working_dir.resolve(), PACKAGE.resolve(), ROOT.resolve(), *pythons]
     found: dict[Path, None] = {}
     for name, module in sorted(sys.modules.items()):
         if "." in name or name == "__main__":
@@ -269,6 +270,9 @@ def own_modules(working_dir: Path, recipe: str, config: RunConfig) -> list[Path]
         places = getattr(module, "__path__", None) or [getattr(module, "__file__", None)]
         place = next((Path(p) for p in places if isinstance(p, str)), None)
         if place is None or not place.exists() or place.suffix not in ("", ".py"):
+            continue
+        # Environments may lie on one another; what is in any of them was installed.
+        if INSTALLED & {*place.parts, *place.resolve().parts}:
             continue
         if not any(place.resolve().is_relative_to(root) for root in known):
             found[place] = None

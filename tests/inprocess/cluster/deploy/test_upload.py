@@ -146,7 +146,10 @@ def test_own_modules_from_elsewhere_travel(
     """A recipe on PYTHONPATH, with a package and a module that it imports."""
     elsewhere = tmp_path / "elsewhere"
     write(elsewhere, {"their_tools/__init__.py": 0, "their_tools/more.py": 0, "their_names.py": 0})
-    recipe = "import json\nimport their_names\nfrom their_tools import more\n"
+    other = tmp_path / "env" / "site-packages"  # of an environment below this one
+    write(other, {"their_dependency/__init__.py": 0})
+    monkeypatch.syspath_prepend(str(other))
+    recipe = "import json, their_names, their_dependency\nfrom their_tools import more\n"
     (elsewhere / "their_recipe.py").write_text(recipe)
     monkeypatch.syspath_prepend(str(elsewhere))
     before = set(sys.modules)

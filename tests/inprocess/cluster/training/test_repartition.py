@@ -43,10 +43,10 @@ def test_partitions_are_joined_and_cut_anew(
     early: dict[int, SnapshotFile] = {}
 
     def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        index = lease.id // 4 - 1
-        if lease.id % 4 == 0 and 0 <= index < before:
+        index = lease.id // 8 - 1  # far enough from each other for updates in between
+        if lease.id % 8 == 0 and 0 <= index < before:
             early[index] = backend.partitions[index].snapshot(run.store.begin(900))
-        if lease.id == 16:
+        if lease.id == 8 * before + 2:
             run.controller.request_stop("SIGTERM")
 
     run.go(stop)
