@@ -19,7 +19,7 @@ from downpour.models.flat import FlatModel
 from downpour.models.layout import flatten, state_dict
 from downpour.paramserver.config import NetworkConfig
 from tests.helpers import tiny
-from tests.helpers.runs import Run, assert_replays_to_the_bit, recorded
+from tests.helpers.runs import assert_replays_to_the_bit, recorded
 
 torch.set_num_threads(1)
 
@@ -177,5 +177,18 @@ def test_what_is_frozen_stays_through_a_whole_run_over_the_network(tmp_path: Pat
     assert 0 < frozen < flat.layout.num_parameters
     assert torch.equal(run.weights[frozen:], flat.weights[frozen:])
     assert not torch.equal(run.weights[:frozen], flat.weights[:frozen])
-    assert isinstance(run, Run)
     assert_replays_to_the_bit(tmp_path / "run", outcome)
+
+
+def test_a_frozen_layer_gets_the_statistics_of_the_file(tmp_path: Path) -> None:
+    """They are in what partitions begin with, and a network that trains normalizes with them."""
+    path = tmp_path / "weights.safetensors"
+    state = pretrained()
+    safetensors.torch.save_file(state, path)
+    chosen = config(init=str(path), freeze=("hidden.0",))
+    model = build_model(chosen)
+    flat = model_spec(chosen).build_flat("cpu")
+    _, statistics = flatten(state, flat.layout)
+    assert torch.equal(model.initial_statistics(), statistics)
+    flat.module.train()
+    assert flat.has_frozen_norms
