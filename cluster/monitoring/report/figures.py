@@ -53,7 +53,8 @@ def y_range(values: Sequence[float], *, percent: bool, from_zero: bool) -> tuple
     low = min(0.0, low) if from_zero else low
     if high <= low:
         room = 0.05 if percent else abs(high) / 2 or 1.0
-        low, high = low - room, high + room
+        low = low - room if low < 0 else max(0.0, low - room)
+        high += room
     if percent and min(values) >= 0 and max(values) <= 1:
         low, high = max(0.0, low), min(1.0, high)
     return low, high
