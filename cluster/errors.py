@@ -10,7 +10,8 @@ is a defect and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import click
@@ -48,12 +49,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(line for line in lines if line) or type(error).__name__
 
 
-def run_cli(command: click.Command, argv: Sequence[str] | None = None) -> int:
+def run_cli(
+    command: click.Command,
+    argv: Sequence[str] | None = None,
+    *,
+    check: Callable[[Sequence[str]], None] | None = None,
+) -> int:
     """Runs a click command and returns the exit status of the process.
 
     Args:
         command: the group (or single command) to run.
         argv: arguments without the program's name; None takes those of the process.
+        check: looks at the arguments first, and raises an error of the user's.
 
     Returns:
         0, or the int that the command returned or gave to `ctx.exit`; 2 after an error of the
@@ -63,6 +70,8 @@ def run_cli(command: click.Command, argv: Sequence[str] | None = None) -> int:
         Exception: any other exception of the command. It is a defect.
     """
     try:
+        if check is not None:
+            check(sys.argv[1:] if argv is None else argv)
         status = command.main(
             args=None if argv is None else list(argv), prog_name=PROGRAM, standalone_mode=False
         )

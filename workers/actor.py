@@ -223,6 +223,7 @@ class EvaluatorActor:
         """Open the split, and build the model."""
         torch.set_num_threads(1)
         self._client: ParameterClient | None = None
+        self._turn = threading.Lock()  # connecting waits for the scoring in hand
         self._split = SplitBatches(spec.model, spec.data, spec.split)
         self._evaluator = Evaluator(spec.model, self._split)
         self._sample: TrainingSample | None = None
@@ -245,10 +246,16 @@ class EvaluatorActor:
 
     def connect(self, endpoints: Sequence[Endpoint], key: bytes, access: Access = ANY_WAY) -> int:
         """Connect to every partition, or connect anew if one was replaced; gives the process id."""
-        self.stop()
-        self._load()  # which is not what a scoring costs
-        self._client = ParameterClient(endpoints, key=key, access=access)
+        with self._turn:
+            torch.set_num_threads(1)  # of the thread that this call is run by
+            self.stop()
+            self._load()  # which is not what a scoring costs
+            self._client = ParameterClient(endpoints, key=key, access=access)
         return os.getpid()
+
+    def progress(self) -> int:
+        """How many mini-batches have been scored, or recomputed statistics on; at any time."""
+        return self._evaluator.num_batches
 
     def _load(self) -> None:
         """Read what is kept of both splits, the first time."""
@@ -272,6 +279,11 @@ class EvaluatorActor:
         If `keeping` says so, just these weights and statistics are written, under PyTorch's names,
         each file whole or not at all.
         """
+        with self._turn:
+            torch.set_num_threads(1)
+            return self._evaluate(keeping)
+
+    def _evaluate(self, keeping: Keeping) -> Evaluation:
         began_s = time.monotonic()
         evaluator = self._evaluator
         versions = self._take(averages) if averages else self._pull()

@@ -10,9 +10,10 @@ def main() -> None:
     # Before PyTorch is imported: replicas share processors by processes, not by threads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from downpour.cluster.cli.commands import downpour
+    from downpour.cluster.config.secrets import check_no_secrets
     from downpour.cluster.errors import run_cli
 
-    raise SystemExit(run_cli(downpour))
+    raise SystemExit(run_cli(downpour, check=check_no_secrets))
 
 
 if __name__ == "__main__":

@@ -97,8 +97,11 @@ class Backend(Protocol):
     def run_window(self, replica: int, lease: Lease) -> PendingCall:
         """Deliver a window to a replica and train on it; gives a `WindowReport`."""
 
+    def find_late_shufflers(self, window: PendingCall) -> int:
+        """Note the shufflers that still owe a part of a window; gives how many those are."""
+
     def replace_shufflers(self) -> int:
-        """Replace every shuffler that failed to deliver; gives how many those were."""
+        """Replace every shuffler that failed to deliver, or was found late; gives their number."""
 
     def report(self, partition: int) -> PendingCall:
         """Gives a `PartitionReport`."""
@@ -111,6 +114,9 @@ class Backend(Protocol):
 
     def evaluate(self, keeping: Keeping) -> PendingCall:
         """Score the current weights, and keep them as `keeping` says; gives an `Evaluation`."""
+
+    def evaluator_progress(self) -> PendingCall:
+        """Gives how many mini-batches the evaluator has scored in its life."""
 
     def wait(self, calls: Collection[PendingCall], timeout_s: float) -> list[Done]:
         """Wait for at least one of the calls, at most `timeout_s`; gives those that are done."""

@@ -173,6 +173,8 @@ class Controller:
                 self._expect(call, backend.reconnect_process(call.process))
             case do.RunWindow() as call:
                 self._expect(call, backend.run_window(call.replica, call.lease))
+            case do.FindLateShufflers() as call:
+                self._events.append(events.Answered(call=call, value=self._find_late(call)))
             case do.ReplaceShufflers() as call:
                 self._events.append(events.Answered(call=call, value=backend.replace_shufflers()))
             case do.StartEvaluator() as call:
@@ -181,6 +183,8 @@ class Controller:
                 self._expect(call, backend.reconnect_evaluator())
             case do.Evaluate() as call:
                 self._expect(call, backend.evaluate(self._keeping(call)))
+            case do.AskProgress() as call:
+                self._expect(call, backend.evaluator_progress())
             case do.BeginCheckpoint() as call:
                 self._try(call, self._store.begin, call.number)
             case do.CommitCheckpoint() as call:
@@ -210,6 +214,10 @@ class Controller:
             self._events.append(events.Answered(call=call, value=work(*arguments)))
         except OSError as error:
             self._events.append(events.Failed(call=call, error=error))
+
+    def _find_late(self, call: do.FindLateShufflers) -> int:
+        late = [pending for pending, of in self._pending.items() if of in call.windows]
+        return sum(self._backend.find_late_shufflers(pending) for pending in late)
 
     def _start_partition(self, call: do.StartPartition) -> None:
         checkpoint = self._resumed

@@ -9,7 +9,9 @@ from downpour.cluster.config.policy import PolicyConfig, next_evaluation_s
 from downpour.cluster.controller.backend import PartitionLost, ProcessLost, WriteFailed
 from downpour.cluster.controller.failure_policy import Action, Cause, Failure
 from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
+from downpour.cluster.controller.hangs.patience import Patience
 from downpour.cluster.controller.instructions import (
+    AskProgress,
     Evaluate,
     Instruction,
     ReconnectEvaluator,
@@ -23,6 +25,9 @@ from downpour.cluster.errors import user_message
 if TYPE_CHECKING:
     from downpour.workers.actor import Evaluation
 
+LOOK_EVERY_S = 5.0
+"""How often an evaluator that scores is asked how far it is."""
+
 
 class EvaluationSchedule:
     """The evaluator, the scoring that is under way, and the scores so far."""
@@ -33,6 +38,7 @@ class EvaluationSchedule:
         *,
         failures: Failures,
         partitions: Partitions,
+        patience: Patience,
         out: list[Instruction],
         now: float,
         best_accuracy: float | None,
@@ -44,12 +50,22 @@ class EvaluationSchedule:
         self._policy = policy
         self._failures = failures
         self._partitions = partitions
+        self._patience = patience
         self._out = out
         self._started = self._runs = False
         self._next_s = now
         self._shortest_s = math.inf
         self._began_s: float | None = None
         """When the scoring under way began."""
+        self.life = 0
+        """How often it has hung."""
+        self._progress = 0
+        self._alive_s = now
+        """When the scoring under way was last seen to get on."""
+        self._late_looks = 0
+        self._asked = False
+        """It has been asked how far it is, and has not answered."""
+        self._next_look_s = now
         self._final_due = False
         """The run's last weights have yet to be scored."""
         self.ready = False
@@ -73,7 +89,7 @@ class EvaluationSchedule:
         """Start the evaluator, unless that has been done."""
         if not self._started:
             self._started = True
-            self._connect(StartEvaluator())
+            self._connect(StartEvaluator(life=self.life))
 
     def connected(self) -> None:
         """The evaluator can read the weights."""
@@ -86,7 +102,7 @@ class EvaluationSchedule:
     def reconnect(self) -> None:
         """Connect the evaluator again, if it runs and lacks its connections."""
         if self.cut_off:
-            self._connect(ReconnectEvaluator())
+            self._connect(ReconnectEvaluator(life=self.life))
 
     def _connect(self, call: StartEvaluator | ReconnectEvaluator) -> None:
         self._runs = self.ready = False
@@ -128,14 +144,59 @@ class EvaluationSchedule:
         self.failed(error, now)
 
     def _score(self, goal: float, now: float, *, final: bool) -> None:
-        self._began_s = now
-        self._out.append(Evaluate(best=self.best_accuracy, goal=goal, final=final))
+        self._began_s = self._alive_s = now
+        self._late_looks = 0
+        self._out.append(Evaluate(best=self.best_accuracy, goal=goal, final=final, life=self.life))
 
     def _end_scoring(self, now: float) -> float:
         assert self._began_s is not None, "no scoring is under way"
         began_s, self._began_s = self._began_s, None
         self._next_s = next_evaluation_s(self._policy, began_s, now, self._shortest_s)
         return began_s
+
+    # Hangs
+
+    def look_for_hang(self, now: float) -> None:
+        """While weights are scored: ask how far that is, and replace an evaluator that hangs.
+
+        Raises:
+            GaveUp: it has hung too often.
+        """
+        if self._began_s is None or now < self._next_look_s:
+            return
+        self._next_look_s = now + LOOK_EVERY_S
+        why = self._patience.lost("scoring", now - self._alive_s, now)
+        self._late_looks = 0 if why is None else self._late_looks + 1
+        if why is not None and self._late_looks > 1:  # an answer that was there has been heard
+            self.hung(why, now)
+        elif not self._asked:
+            self._asked = True
+            self._out.append(AskProgress(life=self.life))
+
+    def progressed(self, progress: int, now: float) -> None:
+        """The evaluator says how far it is."""
+        self._asked = False
+        if progress != self._progress:
+            self._progress = progress
+            self._patience.took("scoring", now - self._alive_s, now)
+            self._alive_s, self._late_looks = now, 0
+
+    def progress_failed(self) -> None:
+        """It cannot say so: what it was asked to do will tell why."""
+        self._asked = False
+
+    def hung(self, why: str, now: float) -> None:
+        """The evaluator hangs: it is ended, and another takes its place.
+
+        Raises:
+            GaveUp: it has hung too often.
+        """
+        self.life += 1
+        self._asked = False
+        if self._began_s is not None:
+            self._end_scoring(now)
+        self._recover("silent", now, detail=why)
+        self._connect(StartEvaluator(life=self.life))
 
     # Failures
 
@@ -152,15 +213,15 @@ class EvaluationSchedule:
             if self._partitions.all_up:
                 action = self._recover("disconnected", now, detail=str(error))
                 if action != "reconnect":
-                    self._connect(StartEvaluator())
+                    self._connect(StartEvaluator(life=self.life))
         elif isinstance(error, ProcessLost):
             self._recover("died", now)
-            self._connect(StartEvaluator())
+            self._connect(StartEvaluator(life=self.life))
         elif user_message(error) is not None:
             raise GaveUp(error)
         else:
             self._recover("failed", now, detail=detail_of(error), error=error)
-            self._connect(StartEvaluator())
+            self._connect(StartEvaluator(life=self.life))
 
     def _recover(
         self, cause: Cause, now: float, *, detail: str = "", error: Exception | None = None

@@ -84,6 +84,8 @@ class StartProcess:
     """Start a process of replicas; answered once it is connected."""
 
     process: int
+    life: int = 0
+    """Counts the times that it hung: what was asked of it before is of no interest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class ReconnectProcess:
     """Have a process that runs connect to the partitions anew; answered once it has."""
 
     process: int
+    life: int = 0
+    """As for `StartProcess`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +106,41 @@ class RunWindow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FindLateShufflers:
+    """Look which shufflers still owe a part of these windows, for `ReplaceShufflers`; answered by
+    how many those are.
+    """
+
+    process: int
+    """Whose windows they are."""
+    life: int
+    windows: tuple[RunWindow, ...]
+    why: str
+    """Why the process, or a window, is taken to hang."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplaceShufflers:
     """Replace every shuffler that failed to deliver; answered by how many those were."""
+
+    hung: str | None = None
+    """Why they are taken to hang, if they did not die."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartEvaluator:
     """Start the evaluator; answered once it is connected."""
 
+    life: int = 0
+    """Counts the times that it hung: what was asked of it before is of no interest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReconnectEvaluator:
     """Have the evaluator connect to the partitions anew; answered once it has."""
+
+    life: int = 0
+    """As for `StartEvaluator`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +153,15 @@ class Evaluate:
     """The accuracy from which on the weights are the run's model."""
     final: bool
     """The weights are the run's last."""
+    life: int = 0
+    """As for `StartEvaluator`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskProgress:
+    """Ask the evaluator how many mini-batches it has scored in its life; answered by an int."""
+
+    life: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +190,12 @@ Call = (
     | StartProcess
     | ReconnectProcess
     | RunWindow
+    | FindLateShufflers
     | ReplaceShufflers
     | StartEvaluator
     | ReconnectEvaluator
     | Evaluate
+    | AskProgress
     | BeginCheckpoint
     | CommitCheckpoint
     | PruneCheckpoints

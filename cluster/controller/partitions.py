@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from downpour.cluster.controller.backend import RunFailed
 from downpour.cluster.controller.failure_policy import Cause, Failure
-from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
+from downpour.cluster.controller.failures import Failures, detail_of
 from downpour.cluster.controller.followers import Followers
 from downpour.cluster.controller.instructions import (
     AskFlags,
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
 
 REPORT_EVERY_S = 1.0
-SILENT_AFTER_S = 60.0
-"""A partition that has not answered for so long is taken for lost."""
+TARDY_S = 3.0
+"""A partition that has not answered for so long may be what others wait for."""
 
 Purpose = Literal["resume", "probe", "census", "first flags", "last reports", "last flags"]
 """What an inquiry is for."""
@@ -63,8 +62,6 @@ class Inquiry:
     """A question to all partitions, which all have to answer before one of them is lost."""
 
     purpose: Purpose
-    give_up_s: float | None
-    """When the run is given up for want of an answer; None: silence is seen by the reports."""
     census: Census | None = None
     """What is asked, if this is a census."""
     answers: dict[int, Any] = field(default_factory=dict)
@@ -85,13 +82,11 @@ class Partitions:
         *,
         hot_standby: bool,
         failures: Failures,
-        run: str,
         out: list[Instruction],
         now: float,
     ) -> None:
-        """None is up. `run` is the path of the run's folder, for messages."""
+        """None is up."""
         self._failures = failures
-        self._run = run
         self._out = out
         self._next_report_s = now
         self._numbers = itertools.count()
@@ -139,7 +134,6 @@ class Partitions:
         partition = self.members[index]
         self._renew(partition)
         if promoted:
-            partition.asked_s = now  # a follower that does not answer is lost, too
             self._out.append(Promote(partition=index, incarnation=partition.incarnation))
         else:
             self._out.append(self._start_call(partition, again=True))
@@ -160,7 +154,15 @@ class Partitions:
 
     # Failures
 
-    def fail(self, index: int, cause: Cause, now: float, error: Exception | None = None) -> bool:
+    def fail(
+        self,
+        index: int,
+        cause: Cause,
+        now: float,
+        *,
+        error: Exception | None = None,
+        detail: str = "",
+    ) -> bool:
         """A partition is lost, and all inquiries with it.
 
         Returns:
@@ -170,7 +172,7 @@ class Partitions:
             GaveUp: the run is given up.
         """
         partition = self.members[index]
-        detail = "" if error is None else detail_of(error)
+        detail = detail if error is None else detail_of(error)
         failure = Failure(
             part="partition", index=index, name=partition.name, cause=cause, detail=detail
         )
@@ -181,13 +183,9 @@ class Partitions:
         self.inquiries.clear()
         return action == "promote"
 
-    def silent(self, now: float) -> list[int]:
-        """Return the partitions that have been asked, and do not answer."""
-        return [
-            p.index
-            for p in self.members
-            if p.asked_s is not None and now - p.asked_s > SILENT_AFTER_S
-        ]
+    def all_answer(self, now: float) -> bool:
+        """Whether all are up, and none has been asked for a report and not answered for long."""
+        return all(p.up and (p.asked_s is None or now - p.asked_s < TARDY_S) for p in self.members)
 
     # Reports
 
@@ -218,6 +216,18 @@ class Partitions:
         self.note_report(report)
         self.followers.reported(report, now)
 
+    def num_pushes_of(self, replicas: Sequence[int]) -> int:
+        """Return the pushes of some replicas that the first partition has applied or refused.
+
+        Pushes that it ignored are of nobody in particular, so all of them count.
+        """
+        report = self.reports.get(0)
+        if report is None:
+            return 0
+        applied = sum(sum(report.staleness.get(r, ())) for r in replicas)
+        refused = sum(report.refusals.get(r, 0) for r in replicas)
+        return applied + refused + report.duplicates + report.dropped + report.malformed
+
     def note_report(self, report: PartitionReport) -> None:
         """Keep a report as the newest of its partition.
 
@@ -244,24 +254,19 @@ class Partitions:
         """Return whether an inquiry for this purpose is under way."""
         return any(inquiry.purpose == purpose for inquiry in self.inquiries.values())
 
-    def ask_all_reports(self, purpose: Purpose, *, give_up_s: float | None = None) -> None:
+    def ask_all_reports(self, purpose: Purpose) -> None:
         """Ask all partitions, which are up, for a report."""
-        number = self._inquire(Inquiry(purpose=purpose, give_up_s=give_up_s))
+        number = self._inquire(Inquiry(purpose=purpose))
         self._out.extend(
             AskReport(partition=p.index, incarnation=p.incarnation, inquiry=number)
             for p in self.members
         )
 
     def ask_all_flags(
-        self,
-        purpose: Purpose,
-        epochs: Sequence[int],
-        *,
-        give_up_s: float | None = None,
-        census: Census | None = None,
+        self, purpose: Purpose, epochs: Sequence[int], *, census: Census | None = None
     ) -> None:
         """Ask all partitions, which are up, which mini-batches of `epochs` they cover."""
-        number = self._inquire(Inquiry(purpose=purpose, give_up_s=give_up_s, census=census))
+        number = self._inquire(Inquiry(purpose=purpose, census=census))
         self._out.extend(
             AskFlags(
                 partition=p.index, incarnation=p.incarnation, inquiry=number, epochs=tuple(epochs)
@@ -278,17 +283,6 @@ class Partitions:
         if len(inquiry.answers) < len(self.members):
             return None
         return self.inquiries.pop(number)
-
-    def check_deadlines(self, now: float) -> None:
-        """Give the run up if an inquiry that it waits for has no answer.
-
-        Raises:
-            GaveUp: so it is.
-        """
-        if any(i.give_up_s is not None and now > i.give_up_s for i in self.inquiries.values()):
-            hint = f"go on with `downpour resume {self._run}`"
-            text = f"a partition has not answered for {SILENT_AFTER_S:.0f} s: {hint}"
-            raise GaveUp(RunFailed(text))
 
     def _inquire(self, inquiry: Inquiry) -> int:
         assert self.all_up, "not every partition can be asked"

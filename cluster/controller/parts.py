@@ -15,6 +15,7 @@ from downpour.cluster.controller.checkpointing import CheckpointSchedule
 from downpour.cluster.controller.evaluation import EvaluationSchedule
 from downpour.cluster.controller.failure_policy import FailurePolicy
 from downpour.cluster.controller.failures import Failures
+from downpour.cluster.controller.hangs.patience import Patience, Watch
 from downpour.cluster.controller.instructions import Instruction
 from downpour.cluster.controller.leases.coverage import Flags
 from downpour.cluster.controller.leases.manager import LeaseManager
@@ -58,6 +59,7 @@ class RunParts:
         failure_policy: FailurePolicy | None = None,
         warm_start: WarmStart | None = None,
         early_stopping: EarlyStopping | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """Nothing has been started.
 
@@ -75,6 +77,7 @@ class RunParts:
             failure_policy: decides about failures; by default with the configured bound.
             warm_start: decides how many replicas train; by default as configured.
             early_stopping: decides whether a score ends the run; by default as configured.
+            patience: decides whether a wait lasts too long; by default from what waits have taken.
         """
         self.config = config
         self._plan = plan
@@ -118,6 +121,9 @@ class RunParts:
             config.policy, resumed.scores if resumed else None
         )
         policy = failure_policy or FailurePolicy(max_restarts=config.replicas.max_restarts)
+        self.patience = patience or Patience()
+        self.watch = Watch(self.patience)
+        """The calls that are under way."""
         self.failures = Failures(policy, run=run, out=self.out)
         self.leases = LeaseManager(
             plan,
@@ -130,7 +136,6 @@ class RunParts:
             num_partitions,
             hot_standby=config.server.hot_standby,
             failures=self.failures,
-            run=run,
             out=self.out,
             now=now,
         )
@@ -140,12 +145,14 @@ class RunParts:
             failures=self.failures,
             partitions=self.partitions,
             leases=self.leases,
+            patience=self.patience,
             out=self.out,
         )
         self.evaluation = EvaluationSchedule(
             config.policy,
             failures=self.failures,
             partitions=self.partitions,
+            patience=self.patience,
             out=self.out,
             now=now,
             best_accuracy=self.early_stopping.best,

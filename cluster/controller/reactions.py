@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from downpour.cluster.controller.backend import PartitionLost, ShufflerLost, WriteFailed
+from downpour.cluster.controller.backend import (
+    FollowerLost,
+    PartitionLost,
+    ShufflerLost,
+    WriteFailed,
+)
 from downpour.cluster.controller.events import Answered, Failed
 from downpour.cluster.controller.failure_policy import Cause, Failure
 from downpour.cluster.controller.failures import GaveUp
+from downpour.cluster.controller.hangs.patience import Wait
 from downpour.cluster.controller.instructions import (
     AllReported,
     AskFlags,
+    AskProgress,
     AskReport,
     BeginCheckpoint,
     CommitCheckpoint,
     Evaluate,
+    FindLateShufflers,
+    Instruction,
     PartitionCall,
     Promote,
     PruneCheckpoints,
@@ -63,7 +72,7 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
         case RunWindow() as call:
             run.num_windows_out -= 1
             if run.leases.is_live(call.lease):
-                _trained(run, call, value)
+                _trained(run, call, value, now)
             # Otherwise its process was lost, and its windows have been dealt with.
         case StartPartition() | Promote() | AskReport() | AskFlags() | WriteSnapshot() as call:
             if run.partitions.is_current(call):
@@ -71,20 +80,33 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
         case StartFollower() as call:
             run.partitions.followers.started(call)
         case StartProcess() | ReconnectProcess() as call:
+            if not _is_current_process(run, call):
+                return
             run.processes.started(call.process)
             if run.all_replicas_s is None and run.processes.all_up:
                 run.all_replicas_s = now
                 run.failures.reserve_soon(now)
                 run.evaluation.start()
-        case ReplaceShufflers():
+        case FindLateShufflers() as call:
+            _blamed(run, call, value, now)
+        case ReplaceShufflers() as call:
+            cause: Cause = "died" if call.hung is None else "silent"
             for _ in range(value):
-                failure = Failure(part="shuffler", name="a shuffler", cause="died")
+                failure = Failure(
+                    part="shuffler", name="a shuffler", cause=cause, detail=call.hung or ""
+                )
                 run.failures.recover(failure, now)
-        case StartEvaluator() | ReconnectEvaluator():
-            run.evaluation.connected()
+                run.processes.be_patient(now)
+        case StartEvaluator() | ReconnectEvaluator() as call:
+            if call.life == run.evaluation.life:
+                run.evaluation.connected()
         case Evaluate() as call:
-            run.evaluation.scored(call, value, now)
-            _scored(run, value, now)
+            if call.life == run.evaluation.life:
+                run.evaluation.scored(call, value, now)
+                _scored(run, value, now)
+        case AskProgress() as call:
+            if call.life == run.evaluation.life:
+                run.evaluation.progressed(value, now)
         case BeginCheckpoint() as call:
             run.checkpoints.begun(call, value, run.partitions.members)
         case CommitCheckpoint() as call:
@@ -111,11 +133,17 @@ def failed(run: RunParts, event: Failed, now: float) -> None:
         case StartFollower() as call:
             run.partitions.followers.start_failed(call, error, now)
         case StartProcess() | ReconnectProcess() as call:
-            run.processes.start_failed(call.process, error, now)
-        case StartEvaluator() | ReconnectEvaluator():
-            run.evaluation.failed(error, now)
-        case Evaluate():
-            run.evaluation.score_failed(error, now)
+            if _is_current_process(run, call):
+                run.processes.start_failed(call.process, error, now)
+        case StartEvaluator() | ReconnectEvaluator() as call:
+            if call.life == run.evaluation.life:
+                run.evaluation.failed(error, now)
+        case Evaluate() as call:
+            if call.life == run.evaluation.life:
+                run.evaluation.score_failed(error, now)
+        case AskProgress() as call:
+            if call.life == run.evaluation.life:
+                run.evaluation.progress_failed()
         case BeginCheckpoint() as call:
             run.checkpoints.failed(call.number, error)
         case CommitCheckpoint() as call:
@@ -154,14 +182,20 @@ def _partition_failed(run: RunParts, call: PartitionCall, error: Exception, now:
     elif user_message(error) is not None:
         raise GaveUp(error)
     else:  # its serving thread has ended by an error of its own
-        partition_lost(run, call.partition, "failed", now, error)
+        partition_lost(run, call.partition, "failed", now, error=error)
 
 
 def partition_lost(
-    run: RunParts, index: int, cause: Cause, now: float, error: Exception | None = None
+    run: RunParts,
+    index: int,
+    cause: Cause,
+    now: float,
+    *,
+    error: Exception | None = None,
+    detail: str = "",
 ) -> None:
     """A partition is lost: what it lacks is leased again, and everybody connects anew."""
-    promoted = run.partitions.fail(index, cause, now, error)
+    promoted = run.partitions.fail(index, cause, now, error=error, detail=detail)
     run.checkpoints.abandon()
     run.leases.partition_lost(promoted=promoted)
     run.processes.drop_windows()
@@ -261,6 +295,87 @@ def _commit(run: RunParts, number: int, files: tuple[SnapshotFile, ...], now: fl
     run.out.append(CommitCheckpoint(checkpoint=checkpoint))
 
 
+# Hangs
+
+
+def wait_of(given: Instruction) -> Wait | None:
+    """Return what an instruction that is answered later is waited for as.
+
+    None if it is done at once, or seen by its progress.
+    """
+    match given:
+        case AskReport(inquiry=None):
+            return "report"
+        case AskReport() | AskFlags():
+            return "answer"
+        case WriteSnapshot():
+            return "snapshot"
+        case RunWindow():
+            return "window"
+        case StartPartition() | StartProcess() | StartFollower() | StartEvaluator():
+            return "start"
+        case Promote() | ReconnectProcess() | ReconnectEvaluator():
+            return "connection"
+    return None
+
+
+def end_hung_calls(run: RunParts, now: float) -> None:
+    """Give up the calls that last too long, and replace who does not answer them.
+
+    Raises:
+        GaveUp: the run cannot go on.
+    """
+    for call, why in run.watch.overdue(now):
+        match call:
+            case WriteSnapshot():  # whoever writes answers reports: the disk hangs
+                error = TimeoutError(f"partition {call.partition}'s snapshot hangs: {why}")
+                run.checkpoints.failed(call.number, error)
+            case StartPartition() | Promote() | AskReport() | AskFlags():
+                if run.partitions.is_current(call):
+                    partition_lost(run, call.partition, "silent", now, detail=why)
+            case StartFollower():
+                run.partitions.followers.start_failed(call, FollowerLost(why), now)
+            case StartProcess() | ReconnectProcess():
+                if _is_current_process(run, call):
+                    run.processes.hung(call.process, why, now)
+            case StartEvaluator() | ReconnectEvaluator():
+                if call.life == run.evaluation.life:
+                    run.evaluation.hung(why, now)
+            case RunWindow():
+                if run.leases.is_live(call.lease):
+                    blame(run, (call.replica,), why)
+    run.evaluation.look_for_hang(now)
+
+
+def blame(run: RunParts, replicas: Sequence[int], why: str) -> None:
+    """Find out who is to blame that windows of these replicas, of one process, do not get on."""
+    process = run.processes.of(replicas[0])
+    windows = tuple(
+        RunWindow(replica=replica, lease=lease)
+        for replica in replicas
+        if (lease := run.leases.oldest_of(replica)) is not None
+    )
+    run.out.append(
+        FindLateShufflers(process=process.index, life=process.life, windows=windows, why=why)
+    )
+
+
+def _blamed(run: RunParts, call: FindLateShufflers, num_late: int, now: float) -> None:
+    if not any(run.leases.is_live(window.lease) for window in call.windows):
+        return  # they have come back meanwhile
+    if num_late:
+        run.processes.be_patient(now)
+        run.out.append(ReplaceShufflers(hung=call.why))
+    elif _is_current_process(run, call) and run.processes.members[call.process].ready:
+        run.processes.hung(call.process, call.why, now)
+
+
+def _is_current_process(
+    run: RunParts, call: StartProcess | ReconnectProcess | FindLateShufflers
+) -> bool:
+    return run.processes.members[call.process].life == call.life
+
+
 # The end
 
 
@@ -289,12 +404,12 @@ def end_early(run: RunParts) -> None:
 # Windows
 
 
-def _trained(run: RunParts, call: RunWindow, report: WindowReport) -> None:
+def _trained(run: RunParts, call: RunWindow, report: WindowReport, now: float) -> None:
     run.out.append(WindowTrained(report=report))
     run.refused |= {(report.epoch, batch) for batch in report.refused}
     run.skipped.update(report.skipped)
     run.leases.trained(call.replica, call.lease, report)
-    run.processes.trained(call.replica, report)
+    run.processes.trained(call.replica, report, now)
     run.failures.policy.progressed("shuffler")
     policy, num_refused = run.config.policy, len(run.refused)
     bound = 0 if policy.on_refusal == "stop" else policy.max_refused

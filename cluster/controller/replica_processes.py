@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from downpour.cluster.controller.backend import PartitionLost, ProcessLost
 from downpour.cluster.controller.failure_policy import Cause, Failure, stragglers
 from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
+from downpour.cluster.controller.hangs.patience import Patience
 from downpour.cluster.controller.instructions import (
     AddProcess,
     Instruction,
@@ -49,6 +50,14 @@ class ReplicaProcess:
     """Mini-batches a second of its last windows, by replica."""
     told_slow: bool = False
     """People have heard that it is slower than the others."""
+    life: int = 0
+    """How often it has hung."""
+    pushes: int = 0
+    """Of its replicas, that a partition knew of at the last look."""
+    alive_s: float | None = None
+    """When it was last seen to get on with a window; None if it has none."""
+    late_looks: int = 0
+    """Looks in a row that found it silent for too long."""
 
     @property
     def name(self) -> str:
@@ -81,6 +90,7 @@ class ReplicaProcesses:
         failures: Failures,
         partitions: Partitions,
         leases: LeaseManager,
+        patience: Patience,
         out: list[Instruction],
     ) -> None:
         """None has been started. `processes` are the replicas of each."""
@@ -88,6 +98,7 @@ class ReplicaProcesses:
         self._failures = failures
         self._partitions = partitions
         self._leases = leases
+        self._patience = patience
         self._out = out
         self.members = [ReplicaProcess(index=i, replicas=r) for i, r in enumerate(processes)]
         self._following: list[ReplicaProcess] = []
@@ -113,6 +124,10 @@ class ReplicaProcesses:
     def any_cut_off(self) -> bool:
         """Whether one that is to train runs without its connections, or not at all."""
         return any(p.cut_off for p in self.members)
+
+    def of(self, replica: int) -> ReplicaProcess:
+        """Return a replica's process."""
+        return self._of[replica]
 
     def is_up(self, replica: int) -> bool:
         """Return whether a replica's process is connected."""
@@ -163,13 +178,14 @@ class ReplicaProcesses:
     def _start(self, process: ReplicaProcess) -> None:
         process.starting = True
         call = ReconnectProcess if process.runs else StartProcess
-        self._out.append(call(process=process.index))
+        self._out.append(call(process=process.index, life=process.life))
 
     # Their windows
 
-    def trained(self, replica: int, report: WindowReport) -> None:
+    def trained(self, replica: int, report: WindowReport, now: float) -> None:
         """A replica has done a window."""
         process = self._of[replica]
+        self._seen(process, now)
         self._failures.policy.progressed("replicas", process.index)
         if report.wall_s > 0:
             rates = process.rates.setdefault(replica, deque(maxlen=RATE_WINDOWS))
@@ -243,6 +259,55 @@ class ReplicaProcesses:
                 process.told_slow = True
                 text = f"{process.name} is slow: {detail}; --stragglers replace"
                 self._out.append(Tell(text=text))
+
+    # Hangs
+
+    def look_for_hangs(self, now: float) -> list[tuple[ReplicaProcess, str]]:
+        """Return the processes that have windows and do not get on, each with the reason.
+
+        A push that a partition knows of is a sign of life, and so is a window that is done. If none
+        of several shows one, they may all wait for the same: then only the first that fell silent
+        is named, and the others have time again.
+        """
+        busy, late = [], []
+        for process in self.members:
+            held = self._leases.num_held_by(*process.replicas)
+            if not process.ready or not held:
+                process.alive_s, process.late_looks = None, 0
+                continue
+            busy.append(process)
+            pushes = self._partitions.num_pushes_of(process.replicas)
+            if process.alive_s is None or pushes != process.pushes:
+                process.pushes = pushes
+                self._seen(process, now)
+            assert process.alive_s is not None
+            why = self._patience.lost("life", now - process.alive_s, now)
+            process.late_looks += why is not None
+            if why is not None and process.late_looks > 1:  # reports have come since the first
+                late.append((process, why))
+        if not late or not self._partitions.all_answer(now):
+            return []
+        if len(busy) > 1 and all(process.late_looks for process in busy):
+            late = [min(late, key=lambda found: found[0].alive_s or 0.0)]
+            self.be_patient(now)
+        return late
+
+    def _seen(self, process: ReplicaProcess, now: float) -> None:
+        """A process gets on."""
+        if process.alive_s is not None:
+            self._patience.took("life", now - process.alive_s, now)
+        process.alive_s, process.late_looks = now, 0
+
+    def be_patient(self, now: float) -> None:
+        """None of them is to blame for what it waits for: give them time again."""
+        for process in self.members:
+            process.alive_s, process.late_looks = now, 0
+
+    def hung(self, index: int, why: str, now: float) -> None:
+        """A process hangs: it is ended, and another takes its place."""
+        process = self.members[index]
+        process.life += 1
+        self._on_lost(process, "silent", now, detail=why)
 
     # How many there are
 

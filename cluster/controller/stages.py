@@ -6,7 +6,6 @@ Starting, resuming and training, then winding up. What follows from single answe
 
 from __future__ import annotations
 
-from downpour.cluster.controller import partitions
 from downpour.cluster.controller.instructions import (
     Finish,
     MakeSpares,
@@ -16,7 +15,7 @@ from downpour.cluster.controller.instructions import (
     Tell,
 )
 from downpour.cluster.controller.parts import RunParts, Stage
-from downpour.cluster.controller.reactions import finish, partition_lost
+from downpour.cluster.controller.reactions import blame, end_hung_calls, finish
 from downpour.cluster.run.early_stopping import Ended
 
 
@@ -26,7 +25,7 @@ def go_on(run: RunParts, now: float) -> None:
     Raises:
         GaveUp: the run cannot go on.
     """
-    run.partitions.check_deadlines(now)
+    end_hung_calls(run, now)
     stage: Stage | None = None
     while stage != run.stage:
         stage = run.stage
@@ -70,7 +69,7 @@ def _resume(run: RunParts, now: float) -> None:
     if run.stop_reason is not None:
         _wind_up(run)
     elif run.partitions.all_up and not run.partitions.is_asked("resume"):
-        run.partitions.ask_all_flags("resume", _all_epochs(run), give_up_s=_give_up_s(now))
+        run.partitions.ask_all_flags("resume", _all_epochs(run))
 
 
 # Training
@@ -108,8 +107,8 @@ def _look_after(run: RunParts, now: float) -> None:
         run.out.append(ReadRequests())
         run.processes.retire()
         run.processes.look_for_stragglers(now)
-    for index in run.partitions.silent(now):
-        partition_lost(run, index, "silent", now)
+        for process, why in run.processes.look_for_hangs(now):
+            blame(run, process.replicas, why)
     if not run.partitions.all_up:
         return
     if run.failures.take_reserves_due(now):
@@ -149,7 +148,7 @@ def _save(run: RunParts, now: float) -> None:
     if run.finished and run.ended is not None and run.covered_before is None:
         if not run.partitions.is_asked("first flags"):
             epochs = _all_epochs(run)
-            run.partitions.ask_all_flags("first flags", epochs, give_up_s=_give_up_s(now))
+            run.partitions.ask_all_flags("first flags", epochs)
         return
     if run.checkpoints.in_the_making:
         return
@@ -165,7 +164,7 @@ def _report(run: RunParts, now: float) -> None:
     if not run.partitions.all_up:
         run.stage = "ended"
     elif not run.partitions.is_asked("last reports"):
-        run.partitions.ask_all_reports("last reports", give_up_s=_give_up_s(now))
+        run.partitions.ask_all_reports("last reports")
 
 
 def _score(run: RunParts, now: float) -> None:
@@ -179,7 +178,7 @@ def _score(run: RunParts, now: float) -> None:
 def _verify(run: RunParts, now: float) -> None:
     """Ask the partitions for the last time what they cover."""
     if not run.partitions.is_asked("last flags"):
-        run.partitions.ask_all_flags("last flags", _all_epochs(run), give_up_s=_give_up_s(now))
+        run.partitions.ask_all_flags("last flags", _all_epochs(run))
 
 
 def _outcome(run: RunParts, now: float) -> RunOutcome:
@@ -208,7 +207,3 @@ def _outcome(run: RunParts, now: float) -> RunOutcome:
 
 def _all_epochs(run: RunParts) -> range:
     return range(run.config.policy.epochs)
-
-
-def _give_up_s(now: float) -> float:
-    return now + partitions.SILENT_AFTER_S

@@ -21,13 +21,14 @@ from downpour.cluster.controller.events import (
 )
 from downpour.cluster.controller.failures import GaveUp
 from downpour.cluster.controller.instructions import (
+    Call,
     Finish,
     GiveUp,
     Instruction,
     Tell,
 )
 from downpour.cluster.controller.parts import RunParts
-from downpour.cluster.controller.reactions import answered, failed
+from downpour.cluster.controller.reactions import answered, failed, wait_of
 from downpour.cluster.controller.stages import go_on
 
 
@@ -55,6 +56,9 @@ class RunState(RunParts):
         except GaveUp as end:
             self.stage = "ended"
             self.out.append(GiveUp(error=end.error, cause=end.cause))
+        for given in self.out:
+            if (wait := wait_of(given)) is not None:
+                self.watch.began(given, wait, now)
         self.is_over = any(isinstance(given, Finish | GiveUp) for given in self.out[-1:])
         return list(self.out)
 
@@ -65,8 +69,10 @@ class RunState(RunParts):
             case Tick():
                 go_on(self, now)
             case Answered():
+                self._heard(event.call, now, well=True)
                 answered(self, event, now)
             case Failed():
+                self._heard(event.call, now, well=False)
                 failed(self, event, now)
             case StopRequested():
                 self.stop_reason = self.stop_reason or event.reason
@@ -74,6 +80,10 @@ class RunState(RunParts):
                 self.end_wanted = self.end_wanted or event.reason
             case ReplicasRequested():
                 self._scale(event.replicas)
+
+    def _heard(self, call: Call, now: float, *, well: bool) -> None:
+        if wait_of(call) is not None:
+            self.watch.ended(call, now, well=well)
 
     def _scale(self, replicas: int) -> None:
         before, self.replicas_wanted = self.replicas_wanted, replicas

@@ -48,6 +48,9 @@ START_DEADLINE_S = 120.0
 PARTITION_CALLS = 4
 """That a partition answers at a time."""
 
+EVALUATOR_CALLS = 2
+"""That the evaluator answers at a time: it scores, and says how far it is."""
+
 Parts = Sequence[tuple[Any, Any]]
 """Parts of a window that are being delivered, each with the shuffler that does it."""
 
@@ -218,7 +221,7 @@ class RayBackend:
         kill(self._evaluator)
         self._evaluator = start(
             EvaluatorActor,
-            1,
+            EVALUATOR_CALLS,
             self._specs.evaluator,
             scheduling=self._nodes.scheduling("evaluator", 0),
         )
@@ -239,8 +242,19 @@ class RayBackend:
         what = f"the process of {self._names(index)}"
         return self._call(call, ProcessLost, what, delivering)
 
+    def find_late_shufflers(self, window: PendingCall) -> int:
+        """Note the shufflers that still owe a part of a window; gives how many those are."""
+        _, _, parts = self._kinds[window]
+        late = []
+        for part, shuffler in parts:
+            ready, _ = ray.wait([part], timeout=0, fetch_local=False)
+            if not ready:
+                late.append(shuffler)
+                self._shufflers.lost(shuffler)
+        return len(late)
+
     def replace_shufflers(self) -> int:
-        """Replace every shuffler that failed to deliver; gives how many those were."""
+        """Replace every shuffler that failed to deliver, or was found late; gives their number."""
         return self._shufflers.replace()
 
     def report(self, partition: int) -> PendingCall:
@@ -264,6 +278,10 @@ class RayBackend:
         call = self._evaluator.evaluate.remote(keeping, *averages)
         self._averages[call] = averages
         return self._call(call, ProcessLost, "the evaluator")
+
+    def evaluator_progress(self) -> PendingCall:
+        """Gives how many mini-batches the evaluator has scored in its life."""
+        return self._call(self._evaluator.progress.remote(), ProcessLost, "the evaluator")
 
     def wait(self, calls: Collection[PendingCall], timeout_s: float) -> list[Done]:
         """Wait for at least one of the calls, at most `timeout_s`; gives those that are done."""

@@ -34,6 +34,7 @@ from typing import Any
 
 from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.config.secrets import check_no_secrets, texts_of
 from downpour.cluster.errors import UserError
 from downpour.cluster.run import liveness, sealed
 from downpour.cluster.run.whereabouts import found_again
@@ -67,8 +68,10 @@ class RunFolder:
         """Make the folder of a new run.
 
         Raises:
-            UserError: the folder holds a run or something else, or cannot be written.
+            UserError: the folder holds a run or something else, or cannot be written, or there are
+                credentials in the configuration.
         """
+        check_no_secrets(texts_of(to_plain(config)))
         if (path / CONFIG).exists():
             held = cls.open(path).config().recipe
             other = "" if held == config.recipe else f", not of {config.recipe}"

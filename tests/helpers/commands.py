@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 200.0
 
 
-def start(*arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start `downpour ...` with its output in `log`."""
+def start(*arguments: str | Path, log: Path, module: str = "downpour") -> subprocess.Popen[bytes]:
+    """Start `downpour ...`, or another main module, with its output in `log`."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "downpour", *map(str, arguments)],
+            [sys.executable, "-m", module, *map(str, arguments)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,

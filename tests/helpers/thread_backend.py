@@ -94,6 +94,9 @@ class ThreadBackend:
         self.corpses: list[ReplicasActor | None] = []
         self.evaluator: EvaluatorActor | None = None
         self.windows_run = self.spares_made = 0
+        self.stuck: threading.Event | None = None
+        """While there, a shuffler's deliveries wait for it."""
+        self._deliveries: dict[Any, threading.Event] = {}
         self.on_window: Any = None
         """Called with (backend, replica, lease) before a window is run: where faults are put."""
         self._lock = threading.Lock()
@@ -225,10 +228,16 @@ class ThreadBackend:
             self.on_window(self, replica, lease)
         actor = self.actors[index]
 
+        delivered, stuck = threading.Event(), self.stuck
+
         def run() -> Any:
+            if stuck is not None:
+                stuck.wait()
+                raise ShufflerLost("killed by the test")
             if self.shuffler is None:
                 raise ShufflerLost("killed by the test")
             delivery = self.shuffler.deliver(lease.epoch, lease.batches)
+            delivered.set()
             if actor is None or index in self.dead:
                 raise ProcessLost("killed by the test")
             try:
@@ -241,7 +250,9 @@ class ThreadBackend:
                 self.windows_run += 1
             return report
 
-        return self.pool.submit(run)
+        pending = self.pool.submit(run)
+        self._deliveries[pending] = delivered
+        return pending
 
     def kill_process(self, index: int) -> None:
         """Cut the process off in the middle of whatever it does."""
@@ -267,7 +278,14 @@ class ThreadBackend:
     def kill_shuffler(self) -> None:
         self.shuffler = None
 
+    def find_late_shufflers(self, window: Future[Any]) -> int:
+        return not self._deliveries[window].is_set()
+
     def replace_shufflers(self) -> int:
+        if self.stuck is not None:
+            stuck, self.stuck = self.stuck, None
+            stuck.set()
+            return 1
         if self.shuffler is not None:
             return 0
         self.shuffler = self._new_shuffler()
@@ -292,6 +310,10 @@ class ThreadBackend:
             return evaluator.evaluate(keeping, *averages)
 
         return self.pool.submit(run)
+
+    def evaluator_progress(self) -> Future[Any]:
+        assert self.evaluator is not None
+        return self.pool.submit(self.evaluator.progress)
 
     def wait(self, calls: Collection[Future[Any]], timeout_s: float) -> list[Done]:
         done, _ = wait(calls, timeout_s, return_when=FIRST_COMPLETED)

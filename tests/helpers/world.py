@@ -2,7 +2,8 @@
 
 The world keeps what partitions cover as arrays, and answers one call at a time. `answer_all` does
 it in order. `step` takes any of the calls, and things die meanwhile, by the draws of a seed. The
-invariants of the state are checked after every event.
+invariants of the state are checked after every event. A member that hangs answers nothing until it
+is replaced, which fails what it had been asked.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def configured(**about: Any) -> RunConfig:
     )
 
 
+class Hangs(Exception):
+    """Whoever was asked does not answer."""
+
+
 class PartitionWorld:
     """What one partition covers, by epoch."""
 
@@ -55,6 +60,7 @@ class PartitionWorld:
         self.saved: dict[int, NDArray[np.uint8]] = {0: self.flags.copy()}
         """Its snapshots, by the checkpoint's number."""
         self.alive = False
+        self.hangs = False
         self.quarantined: tuple[int, ...] = ()
 
     def report(self, has_follower: bool) -> PartitionReport:
@@ -115,6 +121,12 @@ class World:
         self.committed: list[int] = []
         self.shufflers_dead = 0
         self.dead_processes: set[int] = set()
+        self.hung_processes: set[int] = set()
+        self.shufflers_hang = self.evaluator_hangs = self.disk_hangs = False
+        self.scored = 0
+        """Mini-batches that the evaluator has scored."""
+        self.unanswered: list[do.Call] = []
+        """Asked of members that hang."""
         self.loss: float | None = 1.0
         self.accuracy = 0.5
 
@@ -179,6 +191,8 @@ class World:
         self.pending.remove(call)
         try:
             value = self._done(call)
+        except Hangs:
+            self.unanswered.append(call)
         except (PartitionLost, ProcessLost, ShufflerLost) as error:
             self.hand_in(events.Failed(call=call, error=error))
         else:
@@ -189,13 +203,18 @@ class World:
         while calls := self.calls(kind):
             self.answer(calls[0])
 
+    def answer_present(self) -> None:
+        """Answer all that is under way now, in its order."""
+        for call in list(self.pending):
+            if call in self.pending:  # it may have failed with another's end
+                self.answer(call)
+
     def go_on(self, until: Callable[[], bool], turns: int = 500) -> None:
         """Answer everything, turn by turn."""
         for _ in range(turns):
             if until():
                 return
-            for call in list(self.pending):
-                self.answer(call)
+            self.answer_present()
             self.tick(1.0)
         raise AssertionError("it has not come to that")
 
@@ -220,15 +239,29 @@ class World:
                 return self._window(call)
             case do.StartProcess():
                 self.dead_processes.discard(call.process)
+                self.hung_processes.discard(call.process)
+                self._kill_unanswered(
+                    lambda c: self._is_of_process(c, call.process), ProcessLost("it was killed")
+                )
                 self._connect(call.process)
                 return None
             case do.ReconnectProcess():
                 if call.process in self.dead_processes:
                     raise ProcessLost("it is dead")
+                if call.process in self.hung_processes:
+                    raise Hangs
                 self._connect(call.process)
                 return None
+            case do.FindLateShufflers():
+                return int(self.shufflers_hang and bool(call.windows))
             case do.ReplaceShufflers():
                 count, self.shufflers_dead = self.shufflers_dead, 0
+                if self.shufflers_hang:
+                    count, self.shufflers_hang = 1, False
+                    self._kill_unanswered(
+                        lambda c: isinstance(c, do.RunWindow) and not self._hung(c.replica),
+                        ShufflerLost("it was killed"),
+                    )
                 return count
             case do.BeginCheckpoint():
                 return f"somewhere/{call.number}"
@@ -236,15 +269,47 @@ class World:
                 self.committed.append(call.checkpoint.number)
                 return None
             case do.Evaluate():
+                if self.evaluator_hangs:
+                    raise Hangs
+                self.scored += 1
                 self._needs_all()
                 versions = tuple(p.report(False).version for p in self.partitions)
                 score = Score(accuracy=self.accuracy, loss=1.0, num_examples=10)
                 return Evaluation(versions=versions, score=score, wall_s=0.1)
+            case do.AskProgress():
+                if self.evaluator_hangs:
+                    raise Hangs
+                return self.scored
             case do.StartEvaluator() | do.ReconnectEvaluator() | do.StartFollower():
+                if isinstance(call, do.StartEvaluator):
+                    self.evaluator_hangs = False
+                    self._kill_unanswered(
+                        lambda c: isinstance(c, do.Evaluate | do.AskProgress),
+                        ProcessLost("it was killed"),
+                    )
                 self._needs_all()
                 return None
             case do.PruneCheckpoints():
                 return None
+
+    def _hung(self, replica: int) -> bool:
+        process = next(i for i, of in enumerate(self.processes) if replica in of)
+        return process in self.hung_processes
+
+    def _is_of_process(self, call: do.Call, process: int) -> bool:
+        match call:
+            case do.RunWindow():
+                return call.replica in self.processes[process]
+            case do.ReconnectProcess():
+                return call.process == process
+        return False
+
+    def _kill_unanswered(self, killed: Callable[[do.Call], bool], error: Exception) -> None:
+        """What was asked of a member that hung fails when it is killed."""
+        failed = [call for call in self.unanswered if killed(call)]
+        self.unanswered = [call for call in self.unanswered if call not in failed]
+        for call in failed:
+            self.hand_in(events.Failed(call=call, error=error))
 
     def _needs_all(self) -> None:
         for partition in self.partitions:
@@ -259,15 +324,21 @@ class World:
         if self._is_now(call):
             number = max([0, *self.committed])
             partition.flags = partition.saved[number].copy()
-            partition.alive = True
+            partition.alive, partition.hangs = True, False
+            self._kill_unanswered(
+                lambda c: isinstance(c, do.PartitionCall) and c.partition == call.partition,
+                PartitionLost("it was killed"),
+            )
 
     def _asked(self, call: do.PartitionCall) -> Any:
         partition = self.partitions[call.partition]
         if isinstance(call, do.Promote):
-            partition.alive = True  # its follower has all of it
+            partition.alive, partition.hangs = True, False  # its follower has all of it
             return None
         if not partition.alive or not self._is_now(call):
             raise PartitionLost(f"partition {call.partition} is dead")
+        if partition.hangs or (isinstance(call, do.WriteSnapshot) and self.disk_hangs):
+            raise Hangs
         match call:
             case do.AskReport():
                 followers = self.state.partitions.followers
@@ -287,6 +358,8 @@ class World:
         process = next(i for i, of in enumerate(self.processes) if call.replica in of)
         if process in self.dead_processes:
             raise ProcessLost("it is dead")
+        if process in self.hung_processes or self.shufflers_hang:
+            raise Hangs
         self._push(lease.epoch, lease.batches)
         self._needs_all()
         return WindowReport(
@@ -332,6 +405,26 @@ class World:
         for call in self.calls(do.RunWindow):
             if call.replica in self.processes[index]:
                 self._push_some(call)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether some member does."""
+        partitions = any(p.hangs for p in self.partitions)
+        return bool(
+            partitions or self.hung_processes or self.shufflers_hang or self.evaluator_hangs
+        )
+
+    def hang(self) -> None:
+        """Have any member hang from now on."""
+        match self.rng.randrange(4):
+            case 0:
+                self.rng.choice(self.partitions).hangs = True
+            case 1:
+                self.hung_processes.add(self.rng.randrange(len(self.processes)))
+            case 2:
+                self.shufflers_hang = True
+            case _:
+                self.evaluator_hangs = True
 
     def _push_some(self, call: do.RunWindow) -> None:
         lease = call.lease

@@ -38,6 +38,7 @@ def test_a_partition_that_is_killed_costs_no_update_and_the_run_is_the_same_to_t
     """Its first follower hangs and is given up; the next one takes its place.
 
     The rule has two moments and a count, and the weights are averaged: a follower has all of it.
+    Its process of replicas hangs, too, and is ended and replaced without anybody asking for it.
     """
     log, run = tmp_path / "log", tmp_path / "runs" / "a"
     process = commands.start(
@@ -46,6 +47,7 @@ def test_a_partition_that_is_killed_costs_no_update_and_the_run_is_the_same_to_t
         *(*SMALL, "--replicas", "2", "--concurrent-steps", "3"),
         *("--rule", "adamw", "--learning-rate", "0.002", "--schedule", "cosine", "--ema", "0.99"),
         log=log,
+        module="tests.helpers.impatient",
     )
     try:
         commands.wait_for(lambda: told(run, "has a follower") == 1, "the first follower")
@@ -55,6 +57,15 @@ def test_a_partition_that_is_killed_costs_no_update_and_the_run_is_the_same_to_t
         before = commands.updates(run)
         commands.kill(process_of(process.pid, "ray::Partition"))
         commands.wait_for(lambda: commands.updates(run) > before + 100, "updates after the death")
+        found = commands.descendants(process.pid).items()
+        stopped = min(pid for pid, title in found if title.startswith("ray::Replicas"))
+        os.kill(stopped, signal.SIGSTOP)
+        commands.wait_for(
+            lambda: told(run, "does not answer (nothing for"), "a word on the process that hangs"
+        )
+        before = commands.updates(run)
+        commands.wait_for(lambda: commands.updates(run) > before + 100, "updates after the hang")
+        commands.wait_for(lambda: not commands.alive({stopped}), "the end of the process that hung")
         process.send_signal(signal.SIGTERM)
         assert process.wait(commands.DEADLINE_S) == 143, log.read_text()
     finally:

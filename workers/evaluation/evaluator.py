@@ -72,6 +72,13 @@ class Evaluator:
         self._shape = (image.channels, image.height, image.width)
         self.answers = Answers()
         """Of the latest scoring."""
+        self.num_batches = 0
+        """Mini-batches that it has begun on so far, for whoever looks whether it gets on."""
+
+    def _counted(self, batches: Batches) -> Batches:
+        for batch in batches:
+            self.num_batches += 1
+            yield batch
 
     def score(self) -> Score:
         """Score what is in `weights` and `statistics`, by Algorithm 2's inference."""
@@ -81,7 +88,7 @@ class Evaluator:
         answers = Answers(self._shape)
         loss, of_classes = 0.0, True
         with torch.inference_mode():
-            for inputs, targets in self._batches():
+            for inputs, targets in self._counted(self._batches()):
                 outputs = self._model.module(inputs)
                 answer = main_output(outputs)
                 of_classes = tells_classes(answer, self._num_classes)
@@ -101,7 +108,8 @@ class Evaluator:
 
     def recompute(self, batches: Batches, *, most_s: float = math.inf) -> PopulationEstimate:
         """Replace `statistics` by Algorithm 2's for `weights`; see `estimate_population`."""
-        estimate = estimate_population(self._model, batches, precision=PRECISION, most_s=most_s)
+        counted = self._counted(batches)
+        estimate = estimate_population(self._model, counted, precision=PRECISION, most_s=most_s)
         self.statistics.copy_(estimate.statistics)
         return estimate
 

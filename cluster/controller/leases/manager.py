@@ -106,6 +106,11 @@ class LeaseManager:
         held = self._book.held
         return sum(held.get(r, 0) for r in replicas)
 
+    def oldest_of(self, replica: int) -> Lease | None:
+        """Return the window that a replica has had for longest, if it has any."""
+        held = self._book.leases_of(replica)
+        return held[0] if held else None
+
     def is_live(self, lease: Lease) -> bool:
         """Return whether its holder still has a lease: news of any other comes too late."""
         return self._book.is_live(lease.id)

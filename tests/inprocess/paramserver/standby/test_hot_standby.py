@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from downpour.cluster.config.run import RunConfig
+from downpour.cluster.controller.hangs.patience import LIMITS, Limit, Wait
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.replay.run import replay_run
 from downpour.cluster.run.folder import RunFolder
@@ -111,7 +112,8 @@ def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lives on, with every connection that it has, while its follower takes its place."""
-    monkeypatch.setattr("downpour.cluster.controller.partitions.SILENT_AFTER_S", 0.3)
+    impatient = Limit(first_s=0.3, least_s=0.3)
+    monkeypatch.setitem(cast(dict[Wait, Limit], LIMITS), "report", impatient)
     run = Run(tmp_path / "run", config(data, epochs=6, partitions=2, checkpoint_every_s=1000))
     thaws: list[Any] = []
 
@@ -125,7 +127,8 @@ def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
     run.assert_exactly_once(outcome)
     assert outcome.restarts["partition"] == 1
     assert run.backend.partition_starts == [1, 1]
-    assert any("does not answer: its follower takes" in line for line in events(run))
+    (told,) = [line for line in events(run) if "partition 1 does not answer (nothing" in line]
+    assert "its follower takes its place" in told
 
 
 def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(

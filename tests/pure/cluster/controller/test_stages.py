@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import ProcessLost, RunFailed
-from downpour.cluster.controller.partitions import SILENT_AFTER_S
+from downpour.cluster.controller.backend import ProcessLost
+from downpour.cluster.controller.hangs.patience import LIMITS
 from downpour.paramserver.partition.applied_set import APPLIED
 from tests.helpers.world import Made, configured
 
@@ -64,8 +65,9 @@ def test_a_partition_that_does_not_answer_is_taken_for_lost(made: Made) -> None:
     run.train()
     assert len(run.calls(do.AskReport)) == 2
     run.answer(run.calls(do.AskReport)[0])
-    run.tick(SILENT_AFTER_S + 1)
-    assert "partition 1 does not answer: replaced" in run.told()
+    run.tick(LIMITS["report"].first_s + 1)
+    told = run.told()
+    assert "partition 1 does not answer (nothing for 61 s, which took 0 s before): replaced" in told
     assert [call.partition for call in run.calls(do.StartPartition)] == [1]
 
 
@@ -204,10 +206,13 @@ def test_an_early_end_waits_for_windows_that_were_on_their_way(made: Made) -> No
     assert len(run.calls(do.AskFlags)) == 2
 
 
-def test_partitions_that_do_not_answer_at_the_end_end_the_run_with_a_remedy(made: Made) -> None:
+def test_a_partition_that_hangs_at_the_end_is_replaced_and_gets_all_again(made: Made) -> None:
     run = made()
     run.begin()
     run.go_on(lambda: run.state.stage == "reporting")
-    run.tick(SILENT_AFTER_S + 1)
-    assert isinstance(run.error, RunFailed)
-    assert "go on with `downpour resume runs/a`" in str(run.error)
+    run.partitions[1].hangs = True
+    run.go_on(lambda: run.outcome is not None)
+    assert "partition 1 does not answer" in run.told()
+    assert run.outcome is not None
+    assert run.outcome.exactly_once
+    assert np.all([flags == APPLIED for flags in run.flags()])

@@ -5,7 +5,7 @@ import random
 import socket
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from downpour.paramserver.errors import (
 from downpour.paramserver.messages import (
     encode,
 )
+from downpour.paramserver.transport.network import channel as channels
 from downpour.paramserver.transport.network.channel import (
     BLOCK_BYTES,
     Channel,
@@ -57,6 +58,31 @@ def test_a_broken_seal(how: str) -> None:
         with contextlib.suppress(ConnectionError):
             channel.socket.sendall(data)
         assert hung_up_on(channel.socket)
+
+
+def test_no_key_seals_more_blocks_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "REKEY_BLOCKS", 3)
+    ends = socket.socketpair()
+    for end in ends:
+        end.setblocking(False)
+    first = bytes(32)
+    left = SealedChannel(ends[0], seal=first, open_=bytes(range(32)))
+    right = SealedChannel(ends[1], seal=bytes(range(32)), open_=first)
+    keys = []
+    for number in range(20):
+        keys.append(left._seal_key)
+        data = number.to_bytes(4, "little")
+        for one, other in ((left, right), (right, left)):
+            assert one.write(deque([memoryview(data)]))
+            come = bytearray(4)
+            other.allow(1000)
+            assert other.read_into(memoryview(come)) == 4
+            assert come == data
+    assert max(Counter(keys).values()) == 3
+    assert len(set(keys)) == 7
+    assert right._open_key == left._seal_key != left._open_key == right._seal_key
+    ends[0].close()
+    ends[1].close()
 
 
 def test_the_channel_is_a_stream_whatever_the_cuts(keys: RunCredentials | None) -> None:

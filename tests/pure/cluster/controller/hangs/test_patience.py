@@ -1,0 +1,57 @@
+"""How long a wait may last: from what such waits have taken, by the caller's clock."""
+
+from downpour.cluster.controller.hangs.patience import (
+    HALF_LIFE_S,
+    LIMITS,
+    Limit,
+    Patience,
+    Watch,
+)
+
+LIMIT = {**LIMITS, "report": Limit(first_s=60.0, least_s=30.0, times=10.0)}
+
+
+def test_before_a_wait_has_ended_well_its_limit_is_generous() -> None:
+    patience = Patience(LIMIT)
+    assert patience.lost("report", 60.0, now=60.0) is None
+    assert patience.lost("report", 61.0, now=61.0) == "nothing for 61 s, it was the first"
+
+
+def test_the_limit_follows_the_longest_that_ended_well() -> None:
+    patience = Patience(LIMIT)
+    for seconds in (0.1, 5.0, 0.2):
+        patience.took("report", seconds, now=0.0)
+    assert patience.limit_s("report", now=0.0) == 50.0
+    assert patience.lost("report", 50.0, now=0.0) is None
+    assert patience.lost("report", 51.0, now=0.0) == "nothing for 51 s, which took 5 s before"
+    assert patience.limit_s("window", now=0.0) == LIMITS["window"].first_s
+
+
+def test_it_is_never_shorter_than_what_a_busy_machine_takes() -> None:
+    patience = Patience(LIMIT)
+    patience.took("report", 0.001, now=0.0)
+    assert patience.limit_s("report", now=0.0) == 30.0
+
+
+def test_a_long_wait_of_long_ago_counts_for_less() -> None:
+    patience = Patience(LIMIT)
+    patience.took("report", 40.0, now=0.0)
+    assert patience.limit_s("report", now=HALF_LIFE_S) == 200.0
+    patience.took("report", 21.0, now=HALF_LIFE_S)
+    assert patience.limit_s("report", now=HALF_LIFE_S) == 210.0
+
+
+def test_a_call_is_overdue_once_and_a_failed_one_tells_nothing_of_how_long_they_take() -> None:
+    watch = Watch(Patience(LIMIT))
+    watch.began("a", "report", 0.0)
+    watch.began("b", "report", 50.0)
+    assert watch.overdue(60.0) == []
+    assert [call for call, _ in watch.overdue(70.0)] == ["a"]
+    assert watch.overdue(80.0) == []
+    watch.ended("b", 80.0, well=False)
+    watch.ended("never begun", 80.0, well=True)
+    watch.began("c", "report", 100.0)
+    assert watch.overdue(159.0) == []  # still the first: neither a nor b ended well
+    watch.ended("c", 101.0, well=True)
+    watch.began("d", "report", 200.0)
+    assert [call for call, _ in watch.overdue(231.0)] == ["d"]
