@@ -59,6 +59,8 @@ class PartitionReport:
     """The version that the actor started from."""
     has_follower: bool = False
     """Whether a second process has all that this one answers."""
+    witness: tuple[int, int] | None = None
+    """What the weights say of the mini-batches that went into them, see `Witness.dump`."""
     cpu_s: float = 0.0
     """Processor seconds of the thread that serves, since the actor started."""
 
@@ -128,6 +130,7 @@ class PartitionActor:
                 last_update_at=server.last_update_at,
                 updates_before=self._updates_before,
                 has_follower=server.has_follower,
+                witness=state.vectors.witness.dump(),
                 cpu_s=time.thread_time(),  # this is run by the thread that serves
                 **state.ledger.counts(),
             )

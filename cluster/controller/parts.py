@@ -80,7 +80,7 @@ class RunParts:
             patience: decides whether a wait lasts too long; by default from what waits have taken.
         """
         self.config = config
-        self._plan = plan
+        self.plan = plan
         self._batches_per_push = step_config(config).batches_per_push
         self._unix_offset_s = unix_offset_s
         self.resumed = resumed
@@ -208,7 +208,7 @@ class RunParts:
         """
         version = min(evaluation.versions)
         points = self.partitions.points.get(evaluation.versions.index(version), ((0, 0), (0, 0)))
-        per_update = self._plan.batch_size * self._batches_per_push
+        per_update = self.plan.batch_size * self._batches_per_push
         examples = examples_at(version, *points, per_update)
         age_s = evaluation.wall_s if evaluation.age_s is None else evaluation.age_s
         # The first update may not have been reported yet, but it was before these weights.
@@ -217,7 +217,7 @@ class RunParts:
             accuracy=evaluation.score.accuracy,
             training_s=round(max(least_s, self.training_s(now) - age_s), 3),
             examples=examples,
-            epochs=round(examples / self._plan.num_rows, 4),
+            epochs=round(examples / self.plan.num_rows, 4),
         )
 
     def check(self) -> None:

@@ -250,7 +250,13 @@ def _last_flags(run: RunParts, answers: Sequence[Flags]) -> None:
             run.stage = "training"
             return
     whole = run.ended is None
-    run.exactly_once = covered_once(answers, run.partitions.latest_reports, whole=whole)
+    run.exactly_once = covered_once(
+        answers,
+        run.partitions.latest_reports,
+        whole=whole,
+        plan=run.plan,
+        skips=run.config.data.on_bad_image == "skip",
+    )
     run.unfinished_epochs = unfinished_epochs(answers)
     run.stage = "ended"
 

@@ -110,7 +110,7 @@ class ImmediateCombiner:
         """Apply a push to the weights of `version`."""
         vectors = self._vectors
         vectors.config.regulariser.clip(gradient, push.gradient_norm, len(push.batches))
-        vectors.step(gradient, moments, rate, into, len(push.batches))
+        vectors.step(gradient, moments, rate, into, push)
 
     def close_round(self, into: Place | None) -> None:
         """There are no rounds."""
@@ -187,7 +187,7 @@ class CompensatedCombiner(ImmediateCombiner):
             self._scratch,
             len(push.batches),
         )
-        vectors.step(gradient, moments, rate, into, len(push.batches))
+        vectors.step(gradient, moments, rate, into, push)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Combiner`. Of earlier versions a snapshot has nothing."""
@@ -224,13 +224,15 @@ class RoundCombiner:
             outcomes.append(outcome)
             if outcome is Outcome.APPLIED:
                 regulariser.clip(gradient, push.gradient_norm)
-                self._add(gradient, moments, push.examples)
+                self._add(gradient, moments, push)
             if ledger.is_round_over:
                 self._close(into)
         return outcomes
 
-    def _add(self, gradient: Tensor, moments: Tensor, examples: int) -> None:
+    def _add(self, gradient: Tensor, moments: Tensor, push: Push) -> None:
         """Add the gradient [n] of a mini-batch, and its moments [1, 3, f]."""
+        self._vectors.witness.add(push.epoch, push.batches)
+        examples = push.examples
         total = self._vectors.rule_state[ROUND_SUM]
         if self._moments:
             total.add_(gradient, alpha=examples)

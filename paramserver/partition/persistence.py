@@ -16,6 +16,7 @@ from downpour.paramserver.partition.combiner import Combiner
 from downpour.paramserver.partition.ledger import Ledger
 from downpour.paramserver.partition.vectors import Vectors
 from downpour.paramserver.rules.statistics import BY_FEATURE
+from downpour.paramserver.partition.witness import Witness, expected
 
 _APPLIED = "applied."
 """Before an epoch's number: the name of the flags of its mini-batches, uint8 [q]."""
@@ -32,6 +33,7 @@ def dump(
     """Copy a state into plain metadata and tensors. See `PartitionState.dump`."""
     meta, open_flags = ledger.dump()
     meta["statistics"], statistics = vectors.statistics.dump()
+    meta["witness"] = list(vectors.witness.dump())
     tensors = {
         name: into[name].copy_(vector) if name in into else vector.clone()
         for name, vector in vectors.large().items()
@@ -96,6 +98,13 @@ def _load(
     ledger.load(meta, flags)
     arrays = {n: tensors[n].numpy() for n in ("ledger", BY_FEATURE) if n in tensors}
     vectors.statistics.load(meta["statistics"], arrays)
+    if "witness" in meta:
+        count, total = map(int, meta["witness"])
+        vectors.witness = Witness(count, total)
+    else:  # an earlier release had none: what went before is taken on trust
+        applied = ledger.applied
+        epochs = (*applied.open_epochs, *applied.complete_epochs)
+        vectors.witness = Witness(*expected({epoch: applied.flags(epoch) for epoch in epochs}))
     combiner.load(tensors)
 
 

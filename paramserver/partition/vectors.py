@@ -18,6 +18,7 @@ from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.messages import Push
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.update_config import UpdateConfig
+from downpour.paramserver.partition.witness import Witness
 from downpour.paramserver.rules.averaging import AVERAGE, AVERAGE_STATISTICS, Averaging
 from downpour.paramserver.rules.statistics import BatchStatistics
 
@@ -75,6 +76,8 @@ class Vectors:
         """The rule's vectors, float32 [t] by name, t being the trained parameters; a combiner's own
         are among them."""
         self.statistics = BatchStatistics(partition.num_features, config.statistics)
+        self.witness = Witness()
+        """The mini-batches whose gradients went into the weights, or into their round's sum."""
 
     def begin(self, statistics: npt.NDArray[np.float64]) -> None:
         """Start from BN statistics that a network brings along, float64 [4, f].
@@ -95,7 +98,7 @@ class Vectors:
         moments: Sequence[Tensor] | Tensor,
         rate: float,
         into: Version,
-        batches: int = 1,
+        push: Push | None = None,
     ) -> None:
         """Weight decay, the rule, and the BN statistics; `into` becomes the latest version.
 
@@ -105,9 +108,13 @@ class Vectors:
             moments: Of each mini-batch, float32 [3, f].
             rate: The learning rate.
             into: Where to write the new version; may be the latest one itself.
-            batches: Mini-batches whose gradients `gradient` is the sum of.
+            push: Whose gradient it is: the sum of its mini-batches'. None if it is a round's mean.
         """
         config, current = self.config, self.current
+        batches = 1
+        if push is not None:
+            batches = len(push.batches)
+            self.witness.add(push.epoch, push.batches)
         config.regulariser.decay(gradient, current.weights, self.partition.num_decayed, batches)
         self._rule.update(current.weights, gradient, self.rule_state, rate, into.weights, batches)
         if self.partition.num_features:

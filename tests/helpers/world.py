@@ -68,7 +68,7 @@ class PartitionWorld:
         return PartitionReport(
             index=self.index,
             version=applied,
-            examples=4 * applied,
+            examples=sum(min(PLAN.num_rows, 4 * int((of == APPLIED).sum())) for of in self.flags),
             rate=0.1,
             batches_applied=applied,
             refused=int((self.flags == REFUSED).sum()),

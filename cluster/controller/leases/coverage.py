@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from downpour.paramserver.partition.applied_set import REFUSED, WAITING
+from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
+from downpour.paramserver.partition.witness import expected
 from downpour.shuffler.errors import LeaseError
 from downpour.shuffler.plan.plan import Plan
 
@@ -47,15 +48,26 @@ def covered_by_some(answers: Sequence[Flags], epoch: int) -> Covered:
 
 
 def covered_once(
-    answers: Sequence[Flags], reports: Sequence[PartitionReport], *, whole: bool = True
+    answers: Sequence[Flags],
+    reports: Sequence[PartitionReport],
+    *,
+    whole: bool = True,
+    plan: Plan | None = None,
+    skips: bool = False,
 ) -> bool:
-    """Return whether all partitions cover the same mini-batches, and counted each of them once.
+    """Return whether all partitions cover the same mini-batches, and applied each of them once.
+
+    Flags look the same whether a mini-batch was applied once or twice. So they are compared with
+    what else each partition keeps: how many mini-batches it counted, which ones went into its
+    weights (`paramserver.partition.witness`), and the sum of their examples.
 
     Args:
         answers: flags of all epochs of the run, by partition.
         reports: a report of each partition, in the same order.
         whole: these have to be all mini-batches of all epochs. A run that ended early is judged by
             what it trained, which is less.
+        plan: the run's mini-batches; None does not look at examples.
+        skips: rows may have been left out, since their image could not be decoded.
     """
     for flags, report in zip(answers, reports, strict=True):
         waiting = sum(int((state == WAITING).sum()) for state in flags.values())
@@ -64,7 +76,27 @@ def covered_once(
         total = sum(len(state) for state in flags.values()) - waiting
         if report.batches_applied + report.refused != total:
             return False
+        if report.witness is not None and tuple(report.witness) != expected(flags):
+            return False
+        if plan is not None:
+            least, most = examples_of(flags, plan)
+            if report.examples > most or (report.examples < least and not skips):
+                return False
     return not any(covered_by_some(answers, epoch).any() for epoch in answers[0])
+
+
+def examples_of(flags: Flags, plan: Plan) -> tuple[int, int]:
+    """Return the fewest and the most examples that the applied mini-batches can have.
+
+    They are the same for epochs of which all mini-batches were applied, or none.
+    """
+    least = most = 0
+    for states in flags.values():
+        applied = int((states == APPLIED).sum())
+        whole = applied == len(states)
+        least += plan.num_rows if whole else applied
+        most += min(plan.num_rows, applied * plan.batch_size)
+    return least, most
 
 
 def same(answers: Sequence[Flags], others: Sequence[Flags]) -> bool:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import threading
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.controller.backend import ProcessLost, RunFailed
+from downpour.cluster.controller.hangs.patience import LIMITS, Limit, Wait
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import user_message
 from downpour.cluster.run.folder import RunFolder
@@ -22,6 +24,7 @@ from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED
 from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.partition.vectors import Vectors
 from downpour.paramserver.rules.choice import RuleName
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
@@ -451,3 +454,49 @@ def test_processes_that_keep_dying_end_the_run_with_a_remedy(tmp_path: Path, dat
     run = Run(tmp_path / "run", config)
     with pytest.raises(RunFailed, match=r"died 2 times.*downpour resume"):
         run.go(kill)
+
+
+@pytest.mark.parametrize("fault", ["twice", "instead"])
+def test_a_mini_batch_that_goes_into_the_weights_twice_is_told(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A planted fault: the applied sets are right, and the weights are not."""
+    step, left = Vectors.step, [1]
+
+    def faulty(self: Vectors, *arguments: Any) -> None:
+        *before, push = arguments
+        if left[0] and push.epoch == 1:
+            left[0] = 0
+            if fault == "twice":
+                step(self, *arguments)
+            else:
+                push = dataclasses.replace(push, batches=((push.batches[0] + 1) % 3,))
+        step(self, *before, push)
+
+    monkeypatch.setattr(Vectors, "step", faulty)
+    monkeypatch.setattr(PartitionState, "check", lambda self: None)  # it would tell, too
+    outcome = Run(tmp_path / "run", tiny.config(data, partitions=1)).go()
+    assert left == [0]
+    assert outcome.finished
+    assert not outcome.exactly_once
+
+
+def test_a_delivery_that_is_stuck_for_good_is_made_by_another_shuffler(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
+    impatient = Limit(first_s=60.0, least_s=1.0)
+    monkeypatch.setitem(cast(dict[Wait, Limit], LIMITS), "life", impatient)
+    run, done = Run(tmp_path / "run", tiny.config(data, epochs=4)), list[int]()
+
+    def get_stuck(backend: ThreadBackend, replica: int, lease: Lease) -> None:
+        if lease.id > 8 and not done:
+            backend.stuck = threading.Event()
+            done.append(lease.id)
+
+    outcome = run.go(get_stuck)
+    assert done
+    run.assert_exactly_once(outcome)
+    assert outcome.restarts == {"shuffler": 1}
+    events = (run.folder.path / "events.jsonl").read_text()
+    assert "a shuffler does not answer (nothing for " in events

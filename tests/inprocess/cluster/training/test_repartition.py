@@ -15,6 +15,7 @@ from downpour.paramserver.partition.snapshot import SnapshotFile
 from downpour.paramserver.rules.choice import RuleName
 from tests.helpers import tiny
 from tests.helpers.runs import Run
+from tests.helpers.served_partitions import by_deadline
 from tests.helpers.thread_backend import ThreadBackend
 
 
@@ -45,6 +46,9 @@ def test_partitions_are_joined_and_cut_anew(
     def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:
         index = lease.id // 8 - 1  # far enough from each other for updates in between
         if lease.id % 8 == 0 and 0 <= index < before:
+            if index:
+                seen = early[index - 1].version
+                by_deadline(lambda: backend.partitions[index].report().version > seen)
             early[index] = backend.partitions[index].snapshot(run.store.begin(900))
         if lease.id == 8 * before + 2:
             run.controller.request_stop("SIGTERM")

@@ -93,7 +93,8 @@ class TestLoading:
     def test_anything_missing(self) -> None:
         meta, tensors = self.used().dump()
         for name in meta:
-            assert "damaged" in self.load({k: v for k, v in meta.items() if k != name}, tensors)
+            if name != "witness":  # which earlier releases had not
+                assert "damaged" in self.load({k: v for k, v in meta.items() if k != name}, tensors)
         for name in tensors:
             if not name.startswith("rule.") and name != "by_feature":  # an older one lacks it
                 self.load(meta, {k: t for k, t in tensors.items() if k != name})
