@@ -281,9 +281,9 @@ class EvaluatorActor:
         """
         with self._turn:
             torch.set_num_threads(1)
-            return self._evaluate(keeping)
+            return self._evaluate(keeping, averages)
 
-    def _evaluate(self, keeping: Keeping) -> Evaluation:
+    def _evaluate(self, keeping: Keeping, averages: Sequence[Average]) -> Evaluation:
         began_s = time.monotonic()
         evaluator = self._evaluator
         versions = self._take(averages) if averages else self._pull()

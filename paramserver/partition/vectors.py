@@ -177,12 +177,12 @@ class PartialVectors(Vectors):
         moments: Sequence[Tensor] | Tensor,
         rate: float,
         into: Version,
-        batches: int = 1,
+        push: Push | None = None,
     ) -> None:
         """See `Vectors`."""
         before, after = self.current.weights, self._part(into)
         self.current = self._part(self.current)
-        super().step(gradient, moments, rate, after, batches)
+        super().step(gradient, moments, rate, after, push)
         self.current = into
         if self._trained < len(before) and into.weights.data_ptr() != before.data_ptr():
             into.weights[self._trained :] = before[self._trained :]
