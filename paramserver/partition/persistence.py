@@ -15,8 +15,8 @@ from downpour.paramserver.errors import BadSnapshot
 from downpour.paramserver.partition.combiner import Combiner
 from downpour.paramserver.partition.ledger import Ledger
 from downpour.paramserver.partition.vectors import Vectors
-from downpour.paramserver.rules.statistics import BY_FEATURE
 from downpour.paramserver.partition.witness import Witness, expected
+from downpour.paramserver.rules.statistics import BY_FEATURE
 
 _APPLIED = "applied."
 """Before an epoch's number: the name of the flags of its mini-batches, uint8 [q]."""
