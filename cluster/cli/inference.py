@@ -179,6 +179,12 @@ def _tell(line: str) -> None:
     default=None,
     help="File to write; default: model.onnx or model.pt2 in RUN.",
 )
+@orientation_option
+@click.option(
+    "--with-preprocessing",
+    is_flag=True,
+    help="The file takes images of any size as a decoder gives them; ONNX only.",
+)
 @click.option("--data", default=None, help="Folder or URI with the shards; default: the run's.")
 @click.option(
     "--batches",
@@ -200,6 +206,8 @@ def export(
     weights: str | None,
     kind: Any,
     output: Path | None,
+    orientation: Orientation | None,
+    with_preprocessing: bool,
     data: str | None,
     batches: int,
     max_disagreement: str,
@@ -215,10 +223,16 @@ def export(
     from downpour.cluster.serving import export as exporting
     from downpour.cluster.serving import inference
 
-    loaded = inference.load(run, best=best, weights=weights)
+    loaded = inference.load(run, best=best, weights=weights, orientation=orientation)
     path = output or loaded.folder.path / f"model{exporting.SUFFIX[kind]}"
     told = exporting.export(
-        loaded, path, format=kind, data=data, batches=batches, max_disagreement=bound
+        loaded,
+        path,
+        format=kind,
+        with_preprocessing=with_preprocessing,
+        data=data,
+        batches=batches,
+        max_disagreement=bound,
     )
     click.echo(json.dumps(told))
 

@@ -69,6 +69,7 @@ class Classifier:
         self._config = config
         self._digest = digest
         self._clock = clock
+        self._tells_classes = True
         self._requests = self._batches = self._largest = 0
 
     async def answer(
@@ -84,7 +85,7 @@ class Classifier:
             return error.status, {"error": str(error)}, error.headers
 
     async def _answer(self, request: Any, predict_batch: PredictBatch) -> dict[str, Any]:
-        from downpour.cluster.serving.prediction import best_of
+        from downpour.cluster.serving.prediction import best_of, numbers_of
 
         began_s = self._clock()
         # Serve's proxy has checked the key already, unless it ran before this deployment.
@@ -108,7 +109,8 @@ class Classifier:
         found = await predict_batch(Item(image=sent.image, give_up_s=give_up_s))
         if isinstance(found, Refused):
             raise found
-        return {"predictions": best_of(found, self._names, top)}
+        told = best_of if self._tells_classes else numbers_of
+        return {"predictions": told(found, self._names, top)}
 
     async def _body(self, request: Any) -> bytes:
         data = bytearray()
@@ -143,6 +145,7 @@ class Classifier:
 
         names = ["the image"] * len(images)
         answer = self._predictor.answer(rows_of(images, names), on_bad_image="skip")
+        self._tells_classes = answer.of_classes
         good = dict(zip(answer.kept.tolist(), answer.probabilities, strict=True))
         problems = iter(answer.problems)
         return [good[i] if i in good else Refused(400, next(problems)) for i in range(len(images))]
