@@ -35,8 +35,9 @@ from downpour.workers.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-FOLD_TOLERANCE = 1e-3
-"""Largest difference of a folded network's outputs, as a share of the largest output or of 1."""
+FOLD_TOLERANCE = 5e-5
+"""Largest difference of a folded network's outputs, as a share of the largest output or of 1: half
+of what an export may differ by."""
 FORWARD_BYTES = 16 << 20
 """Most bytes of inputs in one forward pass; activations take many times that."""
 ROWS = 256
@@ -71,13 +72,14 @@ class Network:
     def folded(self) -> torch.nn.Module:
         """A copy in inference mode whose batch normalization is in the layers before it.
 
-        A user's network may use a layer in ways that a trace does not show. If the folded copy does
-        not compute what the network does, its batch normalization is left as linear maps.
+        A user's network may use a layer in ways that a trace does not show, or have variances so
+        small that rounding grows. If the folded copy does not compute what the network does, its
+        batch normalization is left as linear maps.
         """
         folded = fold(self.model.module)
         if not self.spec.is_users or self._agrees_with(folded):
             return folded
-        log.info("batch normalization is not folded: a layer before it is used elsewhere, too")
+        log.info("batch normalization is not folded: the outputs would differ too much")
         return fold(self.model.module, pairs=False)
 
     def _agrees_with(self, folded: torch.nn.Module) -> bool:
