@@ -35,8 +35,8 @@ from rich.console import Console
 from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, machine, record, show
 from downpour.benchmarks.processes import BenchmarkFailed, alone, descendants
 from downpour.cluster.config.paths import ROOT
-from downpour.cluster.run.checkpoint import CheckpointStore
-from downpour.cluster.run.folder import RESULT, RunFolder
+from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
+from downpour.cluster.run.folder import EVENTS, METRICS, RESULT, RunFolder
 from downpour.paramserver.partition import snapshot
 
 DEADLINE_S = 240.0
@@ -69,7 +69,11 @@ class Disturbed:
     faults: Counter[str] = field(default_factory=Counter)
     resumed: int = 0
     duplicates: int = 0
+    recomputed: int = 0
+    """Mini-batches that were run again, and examples' worth of them lost with a driver."""
     wall_s: float = 0.0
+    run_s: float = 0.0
+    """Of it, until the run was over: Ray's own end comes after that."""
 
 
 def run(settings: Settings, say: Say) -> Report:
@@ -129,6 +133,7 @@ def disturbed(
     say: Say,
     pause_s: tuple[float, float] = (0.2, 5.0),
     kinds: Sequence[str] = (),
+    deadline_s: float = DEADLINE_S,
 ) -> Disturbed:
     """One run of `mnist-bn` to its end, with up to so many faults; checks what it must show.
 
@@ -161,7 +166,9 @@ def disturbed(
                     _await_end(_ours(family), "a driver that was killed", END_DEADLINE_S)
                     if (folder / RESULT).exists():
                         break  # it had come to its end just before
-                    newest = CheckpointStore(RunFolder.open(folder).checkpoints_uri).latest()[0]
+                    store = CheckpointStore(RunFolder.open(folder).checkpoints_uri)
+                    newest = store.latest()[0]
+                    found.recomputed += _batches_since(folder, store, newest)
                     driver = _start(["resume", str(folder), *options], log)
                     _until_resumed(newest, driver, log)
                     found.resumed += 1
@@ -169,7 +176,8 @@ def disturbed(
                     continue
                 found.faults[kind] += 1
                 say(f"chaos: killed {kind}")
-            status = driver.wait(DEADLINE_S)
+            status = driver.wait(deadline_s)
+            found.run_s = time.monotonic() - began_s
         finally:
             driver.kill()
         if status != 0 and not (folder / RESULT).exists():
@@ -180,8 +188,30 @@ def disturbed(
         check_exactly_once(folder, result["epochs"])
         found.accuracy, found.best_accuracy = result["accuracy"], result["best_accuracy"]
         found.duplicates = result["duplicates"]
+        found.recomputed += _run_again(folder)
     found.wall_s = time.monotonic() - began_s
     return found
+
+
+def _run_again(folder: Path) -> int:
+    """Mini-batches that the run says it leased again."""
+    lines = (folder / EVENTS).read_text().splitlines() if (folder / EVENTS).exists() else []
+    told = re.compile(r"([\d,]+) mini-batches are run again")
+    found = (told.match(json.loads(line)["event"]) for line in lines)
+    return sum(int(one[1].replace(",", "")) for one in found if one)
+
+
+def _batches_since(folder: Path, store: CheckpointStore, newest: Checkpoint | None) -> int:
+    """Mini-batches that were trained since a checkpoint, as far as the metrics tell."""
+    lines = (folder / METRICS).read_text().splitlines()
+    trained = [json.loads(x).get("examples", 0) for x in lines if x.endswith("}")]
+    saved = 0
+    if newest is not None:
+        files, base = pyarrow.fs.LocalFileSystem(), store.folder_uri(newest.number)
+        path = f"{base.removeprefix('file://')}/{newest.files[0].name}"
+        meta: Any = snapshot.read(files, path).meta
+        saved = int(meta["examples"])
+    return max(0, (trained[-1] if trained else 0) - saved) * BATCHES_AN_EPOCH // EXAMPLES_AN_EPOCH
 
 
 def check_exactly_once(folder: Path, epochs: int) -> None:
@@ -199,6 +229,8 @@ def check_exactly_once(folder: Path, epochs: int) -> None:
         if applied != {"num_batches": BATCHES_AN_EPOCH, "complete": wanted}:
             raise BenchmarkFailed(f"{file.name} holds {applied}")
         # Those of a mini-batch that was applied twice would be too many.
+        if meta["witness"][0] != epochs * BATCHES_AN_EPOCH:
+            raise BenchmarkFailed(f"{meta['witness'][0]} mini-batches went into {file.name}")
         if meta["examples"] != epochs * EXAMPLES_AN_EPOCH:
             raise BenchmarkFailed(f"{file.name} has applied {meta['examples']} examples")
 

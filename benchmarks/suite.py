@@ -22,6 +22,7 @@ MODULES = {
     "startup": "downpour.benchmarks.startup",
     "checkpoints": "downpour.benchmarks.checkpoints",
     "chaos": "downpour.benchmarks.chaos",
+    "goodput": "downpour.benchmarks.goodput",
     "recovery": "downpour.benchmarks.recovery",
     "shuffle": "downpour.benchmarks.shuffle",
     "policies": "downpour.benchmarks.policies",

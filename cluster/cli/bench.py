@@ -6,7 +6,7 @@ import click
 
 BENCHMARKS = (
     *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
-    *("recovery", "shuffle", "policies", "serve", "learning"),
+    *("goodput", "recovery", "shuffle", "policies", "serve", "learning"),
     "all",
 )
 
