@@ -85,6 +85,9 @@ class Backend(Protocol):
     def stop_process(self, index: int) -> None:
         """End a process of replicas that has no windows, for good or until it is started again."""
 
+    def departing(self) -> tuple[int, ...]:
+        """The processes of replicas on nodes that are to leave, by what is known of them."""
+
     def reconnect_process(self, index: int) -> PendingCall:
         """Have a process that runs drop its windows and connect to the partitions anew."""
 

@@ -173,6 +173,8 @@ class Controller:
                 self._expect(call, backend.reconnect_process(call.process))
             case do.RunWindow() as call:
                 self._expect(call, backend.run_window(call.replica, call.lease))
+            case do.AskDepartures() as call:
+                self._events.append(events.Answered(call=call, value=backend.departing()))
             case do.FindLateShufflers() as call:
                 self._events.append(events.Answered(call=call, value=self._find_late(call)))
             case do.ReplaceShufflers() as call:

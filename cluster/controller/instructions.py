@@ -98,6 +98,11 @@ class ReconnectProcess:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AskDepartures:
+    """Ask which processes of replicas are on nodes that are to leave; answered by their numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunWindow:
     """Deliver a window to a replica and train on it; answered by a `WindowReport`."""
 
@@ -189,6 +194,7 @@ Call = (
     | StartFollower
     | StartProcess
     | ReconnectProcess
+    | AskDepartures
     | RunWindow
     | FindLateShufflers
     | ReplaceShufflers

@@ -102,6 +102,8 @@ class RunParts:
         """Training rows whose image was left out in this session, each with a line on why."""
         self.all_replicas_s: float | None = None
         """When the last process of replicas was ready for the first time."""
+        self.look_for_departures_s = now
+        """When nodes that are to leave are looked for next."""
         self.finished = False
         """While the run winds up: it is finished. Otherwise it was asked to stop."""
         self.last_checkpoint_begun = False

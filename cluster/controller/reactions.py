@@ -19,6 +19,7 @@ from downpour.cluster.controller.failures import GaveUp
 from downpour.cluster.controller.hangs.patience import Wait
 from downpour.cluster.controller.instructions import (
     AllReported,
+    AskDepartures,
     AskFlags,
     AskProgress,
     AskReport,
@@ -87,6 +88,8 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
                 run.all_replicas_s = now
                 run.failures.reserve_soon(now)
                 run.evaluation.start()
+        case AskDepartures():
+            run.processes.depart(value)
         case FindLateShufflers() as call:
             _blamed(run, call, value, now)
         case ReplaceShufflers() as call:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,8 @@ class ReplicaProcess:
     """Mini-batches a second of its last windows, by replica."""
     told_slow: bool = False
     """People have heard that it is slower than the others."""
+    leaving: bool = False
+    """Its node is to leave: it is granted nothing more, and goes on elsewhere once it is done."""
     life: int = 0
     """How often it has hung."""
     pushes: int = 0
@@ -176,7 +178,7 @@ class ReplicaProcesses:
         self._on_error(process, error, now)
 
     def _start(self, process: ReplicaProcess) -> None:
-        process.starting = True
+        process.starting, process.leaving = True, False
         call = ReconnectProcess if process.runs else StartProcess
         self._out.append(call(process=process.index, life=process.life))
 
@@ -226,7 +228,7 @@ class ReplicaProcesses:
         detail: str = "",
         error: Exception | None = None,
     ) -> None:
-        process.runs = process.starting = False
+        process.runs = process.starting = process.leaving = False
         self._drop_windows(process)
         failure = self._failure(process, cause, detail)
         self._failures.recover(failure, now, error=error)
@@ -324,6 +326,29 @@ class ReplicaProcesses:
             self._of |= dict.fromkeys(of, process)
         for process in self.members:
             process.wanted = any(r < replicas for r in process.replicas)
+
+    def depart(self, departing: Collection[int]) -> None:
+        """Have processes whose nodes are to leave finish what they have, and take it from there.
+
+        Nothing is lost and nothing is computed twice, so this is no restart.
+        """
+        for process in self.members:
+            if process.index in departing and process.ready and not process.leaving:
+                process.leaving = True
+                self._out.append(Tell(text=f"{process.name} moves: its node is to leave"))
+
+    def move(self) -> None:
+        """Start processes that are to move elsewhere, once they have no windows left."""
+        for process in self.members:
+            idle = not self._leases.num_held_by(*process.replicas)
+            if process.leaving and process.ready and process.wanted and idle:
+                process.leaving = process.ready = process.runs = False
+                self._out.append(StopProcess(process=process.index))
+                self._start(process)
+
+    def may_take(self, replica: int) -> bool:
+        """Return whether a replica's process is connected, and stays."""
+        return self._of[replica].ready and not self._of[replica].leaving
 
     def retire(self) -> None:
         """End processes that are not wanted, once they have no windows left."""

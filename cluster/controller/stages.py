@@ -7,6 +7,7 @@ Starting, resuming and training, then winding up. What follows from single answe
 from __future__ import annotations
 
 from downpour.cluster.controller.instructions import (
+    AskDepartures,
     Finish,
     MakeSpares,
     ReadRequests,
@@ -17,6 +18,9 @@ from downpour.cluster.controller.instructions import (
 from downpour.cluster.controller.parts import RunParts, Stage
 from downpour.cluster.controller.reactions import blame, end_hung_calls, finish
 from downpour.cluster.run.early_stopping import Ended
+
+DEPARTURES_EVERY_S = 5.0
+"""How often nodes that are to leave are looked for; notices are of 30 seconds and more."""
 
 
 def go_on(run: RunParts, now: float) -> None:
@@ -95,7 +99,7 @@ def _grant(run: RunParts) -> None:
     if course.reason is not None:
         run.out.append(Tell(text=course.reason))
     sound = [r for r in range(run.replicas_wanted) if r not in run.quarantined]
-    active = [r for r in sound[: course.replicas] if run.processes.is_up(r)]
+    active = [r for r in sound[: course.replicas] if run.processes.may_take(r)]
     for replica, lease in run.leases.grant(active):
         run.num_windows_out += 1
         run.out.append(RunWindow(replica=replica, lease=lease))
@@ -106,6 +110,10 @@ def _look_after(run: RunParts, now: float) -> None:
     if run.partitions.ask_reports(now):
         run.out.append(ReadRequests())
         run.processes.retire()
+        run.processes.move()
+        if now >= run.look_for_departures_s:
+            run.look_for_departures_s = now + DEPARTURES_EVERY_S
+            run.out.append(AskDepartures())
         run.processes.look_for_stragglers(now)
         for process, why in run.processes.look_for_hangs(now):
             blame(run, process.replicas, why)

@@ -29,7 +29,7 @@ from downpour.cluster.controller.backend import (
 )
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.ray_backend.actors import kill, start
-from downpour.cluster.ray_backend.nodes import Nodes
+from downpour.cluster.ray_backend.nodes import Nodes, leaving
 from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
 from downpour.cluster.ray_backend.translation import translated
@@ -209,6 +209,20 @@ class RayBackend:
         """End a process of replicas that has no windows."""
         kill(self._process_actors[index])
         self._process_actors[index] = None
+
+    def departing(self) -> tuple[int, ...]:
+        """The processes of replicas on nodes that are to leave."""
+        going = leaving() if self._nodes.several else frozenset()
+        if not going:
+            return ()
+        from ray._private.state import actors
+
+        on = {id: about["Address"]["NodeID"] for id, about in actors().items()}
+        return tuple(
+            index
+            for index, actor in enumerate(self._process_actors)
+            if actor is not None and on.get(actor._actor_id.hex()) in going
+        )
 
     def reconnect_process(self, index: int) -> PendingCall:
         """Have a process that runs drop its windows and connect to the partitions anew."""

@@ -69,8 +69,8 @@ class Nodes:
             NoPlace: there is none.
         """
         if role == "replicas" and self._gpu_share is not None:
-            return with_gpus(self._config, alive(), self.driver)
-        return candidates(role, self._config, alive(), self.driver)
+            return with_gpus(self._config, staying(), self.driver)
+        return candidates(role, self._config, staying(), self.driver)
 
     def disks(self) -> list[Node]:
         """The nodes on whose disks to look for shards.
@@ -233,6 +233,19 @@ class Nodes:
                 "folder that all nodes share (NFS, EFS, Filestore), or keep partitions and "
                 "evaluator beside it with --partitions-on driver --evaluator-on driver"
             )
+
+
+def leaving() -> frozenset[str]:
+    """Ids of the nodes that are to leave: preempted, scaled down, or drained by somebody."""
+    from ray._private.state import state  # Ray has no public name for it; Ray Train uses this one
+
+    return frozenset(state.get_draining_nodes())
+
+
+def staying() -> list[Node]:
+    """The nodes that are alive and are to stay; those that are alive, if all are to leave."""
+    nodes, going = alive(), leaving()
+    return [node for node in nodes if node.id not in going] or nodes
 
 
 def alive() -> list[Node]:

@@ -48,6 +48,14 @@ class RayNodes:
         found: dict[str, list[str]] = self._read()
         return found
 
+    def drain(self, role: str) -> str:
+        """Tell Ray that one of the nodes of a role is to leave within two minutes; gives its id."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"drain {role}\n")
+        self._process.stdin.flush()
+        found: str = self._read()
+        return found
+
     def processes(self, title: str) -> set[int]:
         """Processes of actors on these nodes whose title has this in it."""
         family = commands.descendants(self.pid)
@@ -103,12 +111,31 @@ def _hold(head: int, nodes: Sequence[dict[str, str]]) -> None:
     for labels in nodes:
         cluster.add_node(num_cpus=1, labels=labels, object_store_memory=STORE_BYTES)
     _print(cluster.address)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         if not ray.is_initialized():
             ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        _print(_roles_of_actors())
+        order, _, role = line.strip().partition(" ")
+        _print(_drain(cluster.address, role) if order == "drain" else _roles_of_actors())
     ray.shutdown()
     cluster.shutdown()
+
+
+def _drain(address: str, role: str) -> str:
+    import ray
+
+    of_role = [n["NodeID"] for n in ray.nodes() if n["Labels"].get(ROLE, "") == role]
+    node = min(of_role)
+    ray_command = os.path.join(os.path.dirname(sys.executable), "ray")
+    subprocess.run(
+        [
+            *(ray_command, "drain-node", "--address", address, "--node-id", node),
+            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"),
+            *("--deadline-remaining-seconds", "120"),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return node
 
 
 def _roles_of_actors() -> dict[str, list[str]]:

@@ -278,6 +278,9 @@ class ThreadBackend:
     def kill_shuffler(self) -> None:
         self.shuffler = None
 
+    def departing(self) -> tuple[int, ...]:
+        return ()
+
     def find_late_shufflers(self, window: Future[Any]) -> int:
         return not self._deliveries[window].is_set()
 

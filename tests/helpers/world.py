@@ -122,6 +122,8 @@ class World:
         self.shufflers_dead = 0
         self.dead_processes: set[int] = set()
         self.hung_processes: set[int] = set()
+        self.departing: set[int] = set()
+        """Processes whose nodes are to leave."""
         self.shufflers_hang = self.evaluator_hangs = self.disk_hangs = False
         self.scored = 0
         """Mini-batches that the evaluator has scored."""
@@ -240,6 +242,7 @@ class World:
             case do.StartProcess():
                 self.dead_processes.discard(call.process)
                 self.hung_processes.discard(call.process)
+                self.departing.discard(call.process)
                 self._kill_unanswered(
                     lambda c: self._is_of_process(c, call.process), ProcessLost("it was killed")
                 )
@@ -252,6 +255,8 @@ class World:
                     raise Hangs
                 self._connect(call.process)
                 return None
+            case do.AskDepartures():
+                return tuple(self.departing)
             case do.FindLateShufflers():
                 return int(self.shufflers_hang and bool(call.windows))
             case do.ReplaceShufflers():
