@@ -23,7 +23,7 @@ from downpour.shuffler.errors import IngestError
 IMAGE_COLUMNS: Final = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS: Final = (
     *("label", "labels", "fine_label", "class", "cls", "target", "category", "class_label"),
-    *("label_id", "class_id", "category_id", "y"),
+    *("label_id", "class_id", "category_id", "coarse_label", "y"),
 )
 """Names by which columns are found where the table does not say what they are, the best first."""
 

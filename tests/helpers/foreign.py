@@ -1,0 +1,475 @@
+"""Small sources as people have them, by kind: tables of many dialects, archives, lists, folders.
+
+`KINDS` names each with its options and what `ingest` is to say of it. `outcomes` runs them all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+ROWS = 24
+NAMES = ["ant", "bee", "cat"]
+LABELS = [row % 3 for row in range(ROWS)]
+BOTH = {"train": ROWS, "test": ROWS}
+
+
+def picture(label: int, row: int, kind: str = "PNG") -> bytes:
+    """An image that shows its label."""
+    pixels = np.full((16, 16, 3), 30 + 70 * label, np.uint8)
+    pixels[row % 16, :] = 255
+    target = io.BytesIO()
+    Image.fromarray(pixels).save(target, kind)
+    return target.getvalue()
+
+
+FILES = [picture(label, row) for row, label in enumerate(LABELS)]
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGES = pa.array([{"bytes": data, "path": f"{row}.png"} for row, data in enumerate(FILES)], STRUCT)
+NUMBERS = pa.array(LABELS, pa.int64())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of source."""
+
+    words: str
+    """What it is, for the table."""
+    make: Callable[[Path], object]
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=lambda: dict(BOTH))
+    """Rows of each split of the dataset; none if it is refused."""
+    names: list[str] = field(default_factory=lambda: list(NAMES))
+    says: str = ""
+    """Words of a line that is told, or of the refusal."""
+
+
+def metadata(image: str = "image", label: str = "label") -> dict[bytes, bytes]:
+    features = {image: {"_type": "Image"}, label: {"names": NAMES, "_type": "ClassLabel"}}
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+
+
+def table(columns: dict[str, pa.Array], meta: dict[bytes, bytes] | None = None) -> pa.Table:
+    found = pa.table(columns)
+    return found if meta is None else found.replace_schema_metadata(meta)
+
+
+def parquet(
+    columns: dict[str, pa.Array],
+    meta: dict[bytes, bytes] | None = None,
+    *,
+    name: str = "{split}-00000-of-00001.parquet",
+    splits: tuple[str, ...] = ("train", "test"),
+    test: dict[str, pa.Array] | None = None,
+    test_meta: dict[bytes, bytes] | None = None,
+) -> Callable[[Path], None]:
+    """A maker of one file for each split; `test` has other columns if they are given."""
+
+    def make(folder: Path) -> None:
+        for split in splits:
+            path = folder / name.format(split=split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            other = split == "test" and test is not None
+            found = table(test or {}, test_meta) if other else table(columns, meta)
+            pq.write_table(found, path)
+
+    return make
+
+
+def labelled(labels: pa.Array, meta: bool = False) -> Callable[[Path], None]:
+    return parquet({"image": IMAGES, "label": labels}, metadata() if meta else None)
+
+
+def shown(images: pa.Array) -> Callable[[Path], None]:
+    return parquet({"image": images, "label": NUMBERS}, metadata())
+
+
+def retyped(data: pa.DataType, path: pa.DataType) -> pa.Array:
+    return pa.array(IMAGES.to_pylist(), pa.struct([("bytes", data), ("path", path)]))
+
+
+def arrow(folder: Path) -> None:
+    """What `save_to_disk` writes."""
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        found = table({"image": IMAGES, "label": NUMBERS}, metadata())
+        with (
+            pa.OSFile(str(folder / split / "data-00000-of-00001.arrow"), "wb") as target,
+            pa.ipc.new_stream(target, found.schema) as writer,
+        ):
+            writer.write_table(found, max_chunksize=7)
+        (folder / split / "state.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+
+def tars(labels: list[str], suffix: str = "cls") -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for split in ("train", "test"):
+            with tarfile.open(folder / f"x-{split}-000000.tar", "w") as archive:
+                for row, (data, label) in enumerate(zip(FILES, labels, strict=True)):
+                    parts = [("png", data), (suffix, label.encode())]
+                    for ending, body in parts:
+                        info = tarfile.TarInfo(f"{row:06d}.{ending}")
+                        info.size = len(body)
+                        archive.addfile(info, io.BytesIO(body))
+
+    return make
+
+
+def listing(name: str, lines: list[str], *, absent: bool = False) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder / "pictures").mkdir(parents=True)
+        for row, data in enumerate(FILES):
+            if not (absent and row == 5):
+                (folder / f"pictures/{row}.png").write_bytes(data)
+        for split in ("train", "test"):
+            (folder / name.format(split=split)).write_text("\n".join(lines) + "\n")
+
+    return make
+
+
+def folders(*paths: str, extra: Callable[[Path], None] = lambda _: None) -> Callable[[Path], None]:
+    """Folders of four images each; `extra` adds to them."""
+
+    def make(folder: Path) -> None:
+        for path in paths:
+            (folder / path).mkdir(parents=True)
+            for row in range(4):
+                data = picture(len(path) % 3, row)
+                (folder / path / f"{row}.png").write_bytes(data)
+        extra(folder)
+
+    return make
+
+
+def _strangers(folder: Path) -> None:
+    (folder / "train/a/.hidden.png").write_bytes(b"x")
+    (folder / "train/a/notes.txt").write_text("x")
+    (folder / "train/a/plain").write_bytes(FILES[0])
+    (folder / "train/loose.png").write_bytes(FILES[0])
+    (folder / "train/b/deeper").mkdir()
+    (folder / "train/b/deeper/1.png").write_bytes(FILES[0])
+    (folder / "train/b/nowhere.png").symlink_to("/nowhere.png")
+
+
+def _other_suffixes(folder: Path) -> None:
+    kinds = {".jfif": "JPEG", ".avif": "AVIF", ".jp2": "JPEG2000", ".tga": "TGA", ".pgm": "PPM"}
+    for suffix, kind in kinds.items():
+        (folder / f"train/a/x{suffix}").write_bytes(picture(0, 0, kind))
+
+
+def _ground_truth(folder: Path) -> None:
+    (folder / "val/images").mkdir(parents=True)
+    (folder / "val/images/v0.png").write_bytes(FILES[0])
+    (folder / "val/val_annotations.txt").write_text("v0.png\tn1\t0\t0\t9\t9\n")
+
+
+def _gzipped(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "train.parquet.gz").write_bytes(b"\x1f\x8b" + bytes(40))
+
+
+CSV = ["path,label", *(f"pictures/{row}.png,{NAMES[label]}" for row, label in enumerate(LABELS))]
+JSONL = [
+    json.dumps({"file_name": f"pictures/{row}.png", "label": label})
+    for row, label in enumerate(LABELS)
+]
+WORDS = [NAMES[label] for label in LABELS]
+SPLITS = {"train": 8, "validation": 8}
+NONE: dict[str, int] = {}
+PLAIN: list[str] = []
+
+KINDS: dict[str, Kind] = {
+    "convention": Kind(words="Parquet as Hugging Face writes it", make=labelled(NUMBERS, True)),
+    "img": Kind(
+        words="columns `img` and `labels`, by the features' metadata",
+        make=parquet({"img": IMAGES, "labels": NUMBERS}, metadata("img", "labels")),
+    ),
+    "own columns": Kind(
+        words="columns `x` and `z`, named by options",
+        make=parquet({"x": IMAGES, "z": NUMBERS}),
+        options={"image_column": "x", "label_column": "z"},
+        names=PLAIN,
+    ),
+    "two labels": Kind(
+        words="columns `fine_label` and `coarse_label`",
+        make=parquet({"img": IMAGES, "fine_label": NUMBERS, "coarse_label": NUMBERS}),
+        names=PLAIN,
+        says="'fine_label' is taken for the label, not coarse_label",
+    ),
+    "no label column": Kind(
+        words="no column of labels that is known",
+        make=parquet({"image": IMAGES, "q": NUMBERS}),
+        rows=NONE,
+        says="no split with labels; name their column with --label-column",
+    ),
+    **{
+        f"label {kind}": Kind(words=f"labels as {kind}", make=labelled(NUMBERS.cast(kind), True))
+        for kind in (pa.int8(), pa.uint8(), pa.int32(), pa.uint64(), pa.float32(), pa.float64())
+    },
+    "label bool": Kind(
+        words="labels as truth values",
+        make=labelled(pa.array([bool(label % 2) for label in LABELS])),
+        names=["false", "true"],
+    ),
+    "label string": Kind(words="labels as words", make=labelled(pa.array(WORDS))),
+    "label dictionary": Kind(
+        words="labels as a dictionary of words",
+        make=labelled(pa.array(WORDS).dictionary_encode()),
+    ),
+    "label list": Kind(
+        words="labels as lists of one",
+        make=labelled(pa.array([[label] for label in LABELS])),
+        names=PLAIN,
+    ),
+    "label lists": Kind(
+        words="labels as lists of two",
+        make=labelled(pa.array([[label, label] for label in LABELS])),
+        rows=NONE,
+        says="has 2 labels; give each image one class",
+    ),
+    "label fraction": Kind(
+        words="labels with a fraction",
+        make=labelled(pa.array([label + 0.5 for label in LABELS])),
+        rows=NONE,
+        says="no class numbers",
+    ),
+    "labels from 1": Kind(
+        words="labels from 1 on",
+        make=labelled(pa.array([label + 1 for label in LABELS])),
+        names=PLAIN,
+        says="there are 4 classes; 1 of them, such as 0, have no row",
+    ),
+    "large binary": Kind(
+        words="images as large binary", make=shown(retyped(pa.large_binary(), pa.large_string()))
+    ),
+    "binary view": Kind(
+        words="images as views", make=shown(retyped(pa.binary_view(), pa.string_view()))
+    ),
+    "plain binary": Kind(words="images as plain binary", make=shown(pa.array(FILES))),
+    "bytes only": Kind(
+        words="images as a struct of bytes alone",
+        make=shown(pa.array([{"bytes": data} for data in FILES])),
+    ),
+    "null path": Kind(
+        words="images with `path: null`",
+        make=shown(
+            pa.StructArray.from_arrays([pa.array(FILES), pa.nulls(ROWS)], ["bytes", "path"])
+        ),
+    ),
+    "path only": Kind(
+        words="images as paths without bytes",
+        make=shown(pa.array([{"bytes": None, "path": "a.png"}] * ROWS, STRUCT)),
+        rows=NONE,
+        says="has a path (a.png) and no bytes",
+    ),
+    "path column": Kind(
+        words="images as a column of paths",
+        make=shown(pa.array(["a.png"] * ROWS)),
+        rows=NONE,
+        says="has paths in column 'image', not images; write paths and labels as CSV",
+    ),
+    "pixels": Kind(
+        words="images as lists of pixels",
+        make=shown(pa.array([[0.0] * 12] * ROWS)),
+        rows=NONE,
+        says="holds no image files; save each image as a file's bytes",
+    ),
+    "train.parquet": Kind(
+        words="files `train.parquet` and `test.parquet`",
+        make=parquet({"image": IMAGES, "label": NUMBERS}, metadata(), name="{split}.parquet"),
+    ),
+    "sub-folders": Kind(
+        words="files `default/train/0000.parquet`",
+        make=parquet(
+            {"image": IMAGES, "label": NUMBERS}, metadata(), name="default/{split}/0000.parquet"
+        ),
+    ),
+    "no split": Kind(
+        words="a file `part-00000-abc.parquet`",
+        make=parquet(
+            {"image": IMAGES, "label": NUMBERS},
+            metadata(),
+            name="part-00000-abc.parquet",
+            splits=("train",),
+        ),
+        rows={"train": ROWS},
+        says="are taken for train; --split NAME=PATTERN says otherwise",
+    ),
+    "patterns": Kind(
+        words="files of any names, by `--split`",
+        make=parquet({"image": IMAGES, "label": NUMBERS}, metadata(), name="{split}ing/x.parquet"),
+        options={"split": {"train": "train*", "test": "test*"}},
+    ),
+    "gzip": Kind(
+        words="Parquet compressed as a whole",
+        make=_gzipped,
+        rows=NONE,
+        says="compressed as a whole; unpack it with gunzip",
+    ),
+    "missing shard": Kind(
+        words="a shard that is missing",
+        make=parquet({"image": IMAGES, "label": NUMBERS}, name="{split}-00000-of-00002.parquet"),
+        rows=NONE,
+        says="lacks shard 1 of 2",
+    ),
+    **{
+        f"unlabelled {name}": Kind(
+            words=f"a test split {words}",
+            make=parquet({"image": IMAGES, "label": NUMBERS}, metadata(), test=columns),
+            rows={"train": ROWS},
+            says=f"split 'test' {told}, and is left out (24 rows)",
+        )
+        for name, words, columns, told in (
+            (
+                "-1",
+                "whose labels are -1",
+                {"image": IMAGES, "label": pa.array([-1] * ROWS)},
+                "has no row with a label",
+            ),
+            (
+                "null",
+                "whose labels are null",
+                {"image": IMAGES, "label": pa.nulls(ROWS)},
+                "has no row with a label",
+            ),
+            ("none", "without a label column", {"image": IMAGES}, "has no column of labels"),
+        )
+    },
+    "one unlabelled": Kind(
+        words="one row without a label",
+        make=labelled(pa.array([-1, *LABELS[1:]])),
+        rows=NONE,
+        says="(label -1) has no label, and 1 of 24 rows of split 'test' have none",
+    ),
+    "names once": Kind(
+        words="class names in one split only",
+        make=parquet(
+            {"image": IMAGES, "label": NUMBERS},
+            metadata(),
+            test={"image": IMAGES, "label": NUMBERS},
+        ),
+    ),
+    "save_to_disk": Kind(words="Arrow files of `save_to_disk`", make=arrow),
+    "webdataset": Kind(
+        words="WebDataset's tars, labels as numbers in `.cls`",
+        make=tars([str(label) for label in LABELS]),
+        names=PLAIN,
+    ),
+    "webdataset json": Kind(
+        words="WebDataset's tars, labels as words in `.json`",
+        make=tars([json.dumps({"label": word}) for word in WORDS], "json"),
+    ),
+    "webdataset bare": Kind(
+        words="tars without labels",
+        make=tars(["x"] * ROWS, "txt"),
+        rows=NONE,
+        says="has no label; add 000000.cls",
+    ),
+    "csv": Kind(words="CSV of paths and words", make=listing("{split}.csv", CSV)),
+    "jsonl": Kind(
+        words="JSON lines of paths and numbers",
+        make=listing("{split}.jsonl", JSONL),
+        names=PLAIN,
+    ),
+    "csv absent": Kind(
+        words="CSV that names an image that is not there",
+        make=listing("{split}.csv", CSV, absent=True),
+        rows=NONE,
+        says="names pictures/5.png, which is not there",
+    ),
+    "folders": Kind(
+        words="`train/<class>/` and `val/<class>/`",
+        make=folders("train/a", "train/bb", "val/a", "val/bb"),
+        rows=SPLITS,
+        names=["a", "bb"],
+    ),
+    "Train": Kind(
+        words="`Train/` and `Testing/`",
+        make=folders("Train/a", "Train/bb", "Testing/a", "Testing/bb"),
+        rows={"train": 8, "test": 8},
+        names=["a", "bb"],
+    ),
+    "strangers": Kind(
+        words="hidden, unknown, loose and deeper files beside the images",
+        make=folders("train/a", "train/b", "val/a", "val/b", extra=_strangers),
+        rows=SPLITS,
+        names=["a", "b"],
+        says="left out: 1 images deeper in a class folder (such as 'b/deeper')",
+    ),
+    "suffixes": Kind(
+        words="`.jfif`, `.avif`, `.jp2`, `.tga` and `.pgm`",
+        make=folders("train/a", "train/bb", "val/a", "val/bb", extra=_other_suffixes),
+        rows={"train": 13, "validation": 8},
+        names=["a", "bb"],
+    ),
+    "blanks": Kind(
+        words="`classes.txt` with blanks in names",
+        make=folders(
+            "train/grey wolf",
+            "train/cat",
+            "val/cat",
+            extra=lambda f: (f / "classes.txt").write_text("grey wolf\ncat\n"),
+        ),
+        rows={"train": 8, "validation": 4},
+        names=["grey wolf", "cat"],
+        says="1 of 2 classes, such as 'grey wolf', have no image in split 'validation'",
+    ),
+    "tiny imagenet": Kind(
+        words="Tiny ImageNet's layout",
+        make=folders("train/n1/images", "train/n22/images", extra=_ground_truth),
+        rows={"train": 8, "validation": 1},
+        names=["n1", "n22"],
+    ),
+    "nested": Kind(
+        words="class folders in folders",
+        make=folders("train/animals/cat", "train/animals/dog"),
+        rows=NONE,
+        says="holds no image itself, but folders such as 'cat'",
+    ),
+    "share": Kind(
+        words="class folders alone, with `--validation-share 0.25`",
+        make=folders("a", "bb"),
+        options={"validation_share": 0.25},
+        rows={"train": 6, "validation": 2},
+        names=["a", "bb"],
+    ),
+    "no share": Kind(
+        words="class folders alone",
+        make=folders("a", "bb"),
+        rows=NONE,
+        says="hold out a share of these images with --validation-share 0.1",
+    ),
+    "extra class": Kind(
+        words="a class in `val/` that `train/` lacks",
+        make=folders("train/a", "train/bb", "val/c"),
+        rows=NONE,
+        says="has class 'c', which train/ does not have",
+    ),
+    "empty class": Kind(
+        words="an empty class folder",
+        make=folders("train/a", extra=lambda f: (f / "train/b").mkdir()),
+        rows=NONE,
+        says="train/b holds no image",
+    ),
+    "one class": Kind(
+        words="a single class",
+        make=folders("train/only", "val/only"),
+        rows={"train": 4, "validation": 4},
+        names=["only"],
+    ),
+    "empty": Kind(
+        words="an empty folder", make=Path.mkdir, rows=NONE, says="holds no IDX or CIFAR"
+    ),
+}
