@@ -9,7 +9,9 @@ import asyncio
 import logging
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,22 +74,35 @@ def submit(
         UserError: the cluster refuses the job.
     """
     try:
-        submitted: str = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "downpour", *arguments]),
-            submission_id=job_id,
-            runtime_env=runtime_env(travels),
-            metadata={"program": "downpour", "command": shlex.join(arguments)},
-        )
+        with tempfile.TemporaryDirectory(prefix="downpour-modules-") as staging:
+            submitted: str = client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "downpour", *arguments]),
+                submission_id=job_id,
+                runtime_env=runtime_env(travels, Path(staging)),
+                metadata={"program": "downpour", "command": shlex.join(arguments)},
+            )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the cluster refused the job: {_reason(error)}") from None
     return submitted
 
 
-def runtime_env(travels: upload.Upload) -> dict[str, Any]:
-    """Ray's runtime environment of a job that gets `travels`."""
+def runtime_env(travels: upload.Upload, staging: Path) -> dict[str, Any]:
+    """Ray's runtime environment of a job that gets `travels`.
+
+    Ray's job client takes folders only, so a module that is a single file travels as a package of
+    the same name, made in `staging`.
+    """
+    modules = []
+    for path in travels.modules:
+        folder = path
+        if path.is_file():
+            folder = staging / path.stem
+            folder.mkdir()
+            shutil.copyfile(path, folder / "__init__.py")
+        modules.append(str(folder))
     return {
         "working_dir": str(travels.folder),
-        "py_modules": [str(PACKAGE), *map(str, travels.modules)],
+        "py_modules": [str(PACKAGE), *modules],
         "excludes": upload.excludes(travels.folder, travels.data),
     }
 

@@ -56,7 +56,7 @@ def packed(folder: Path, target: Path, data: str | None = None) -> dict[str, int
     """What Ray's own packing puts into an archive, without empty folders."""
     from ray._private.runtime_env.packaging import create_package
 
-    excludes = jobs.runtime_env(upload.measure(folder, data=data))["excludes"]
+    excludes = jobs.runtime_env(upload.measure(folder, data=data), folder)["excludes"]
     create_package(str(folder), target, include_gitignore=True, excludes=excludes)
     with zipfile.ZipFile(target) as archive:
         return {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
@@ -123,7 +123,7 @@ def test_of_the_datasets_only_the_runs_own_is_sent(project: Path, tmp_path: Path
         assert sent == {name for name in sizes if name.startswith("data/") and "/" in name[5:]}
         assert ("data/" in found.left_out) == (not sent)
     assert "data/ours" in upload.measure(project, data="data/mine").left_out
-    env = jobs.runtime_env(upload.measure(project, data="data/mine"))
+    env = jobs.runtime_env(upload.measure(project, data="data/mine"), tmp_path)
     assert not any("mnist-binary" in pattern for pattern in env["excludes"]), "the package has it"
 
 
@@ -162,7 +162,13 @@ def test_own_modules_from_elsewhere_travel(
         assert found == {elsewhere / each for each in wanted}
         travels = upload.measure(project, data=config.data.data, modules=sorted(found))
         assert list(upload.missing(travels, name, config)) == []
-        assert {str(path) for path in found} < set(jobs.runtime_env(travels)["py_modules"])
+        staging = tmp_path / "staging"
+        staging.mkdir()
+        sent = {Path(path) for path in jobs.runtime_env(travels, staging)["py_modules"]}
+        assert all(path.is_dir() for path in sent), "Ray's job client takes no files"
+        assert elsewhere / "their_tools" in sent
+        text = (staging / "their_recipe" / "__init__.py").read_text()
+        assert text == (elsewhere / "their_recipe.py").read_text()
         assert f"{elsewhere / 'their_tools'} (0.0 MiB)" in travels.line()
         assert not any("site-packages" in str(path) for path in modules)
         assert upload.own_modules(project, "mnist-bn", config) == []
