@@ -1,4 +1,6 @@
-"""`downpour.train` from a script: twice in a process, in any thread, with a model beside it."""
+"""Training from a script, twice in a process: `downpour.train` with a model beside the script, and
+`downpour.Trainer` in another thread with one that the script defines.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,41 @@ def net(**arguments):
 """
 
 SCRIPT = """
-import dataclasses, sys, threading
+import sys, threading
+import torch
 import downpour
 from tests.helpers import tiny
 
 config = tiny.config(sys.argv[1], model="net:net", epochs=1, partitions=1)
 folders = [downpour.train(config, runs="runs")]
-thread = threading.Thread(target=lambda: folders.append(downpour.train(config, runs="runs")))
+
+class Net(torch.nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(torch.nn.Linear(64, 16, bias=False), downpour.BatchNorm(16),
+                         torch.nn.ReLU(), torch.nn.Linear(16, num_classes))
+
+class Seen:
+    events = []
+    def on_start(self, run): self.events.append("start")
+    def on_evaluation(self, run, metrics): self.events.append("evaluation")
+    def on_checkpoint(self, run, checkpoint): self.events.append("checkpoint")
+    def on_end(self, run, result): self.events.append("end"); 1 / 0
+
+def fit():
+    "A network of this script, whose own weights the run begins with, and callbacks."
+    trainer = downpour.Trainer(model=Net(4), loss=torch.nn.CrossEntropyLoss(), config=config,
+                               arguments=None, callbacks=[Seen()])
+    result = trainer.fit()
+    assert isinstance(result.model()[1], torch.nn.BatchNorm1d), result.model()
+    folders.append(result.path)
+
+thread = threading.Thread(target=fit)
 thread.start()
 thread.join()
+assert sorted(set(Seen.events)) == ["checkpoint", "end", "evaluation", "start"], Seen.events
+assert Seen.events[0] == "start" and Seen.events[-1] == "end", Seen.events
+events = (folders[1] / "events.jsonl").read_text()
+assert "callback Seen.on_end raised ZeroDivisionError" in events, events
 assert len(set(folders)) == 2, folders
 try:
     downpour.resume(folders[0])
