@@ -19,8 +19,8 @@ pytestmark = pytest.mark.ray
 NET = """
 from downpour.models.mlp import MnistNet
 
-def net(**arguments):
-    return MnistNet(**arguments)
+def net(seed, **arguments):
+    return MnistNet(seed=seed, **arguments)
 """
 
 SCRIPT = """
