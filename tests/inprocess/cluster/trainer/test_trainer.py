@@ -146,7 +146,8 @@ def test_a_modules_weights_are_the_initial_ones(
     net[1].running_mean += 3  # type: ignore[union-attr, operator]
     folder = downpour.Trainer(model=net, config=config, runs=tmp_path).fit().path
     kept = safetensors.torch.load_file(folder / INITIAL)
-    assert all(torch.equal(kept[name], tensor) for name, tensor in net.state_dict().items())
+    floats = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in floats.items())
     run = RunFolder.open(folder)
     found = torch.from_numpy(inputs.build_model(run.config(), run.initial).weights)
     own = {float(p.detach().sum()) for p in net.parameters()}
