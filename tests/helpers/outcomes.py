@@ -1,9 +1,9 @@
 """What becomes of every kind of source in `foreign`, from `ingest` to `predict`, as a table.
 
-    python -m tests.helpers.outcomes docs/data.md
+    python -m tests.helpers.outcomes docs/data.md [--ingest-only]
 
 runs each kind through `ingest`, `train --epochs 1`, `evaluate` and `predict` on one Ray, and writes
-the table between the markers of the page.
+the table between the markers of the page. With `--ingest-only` it has no column for the last three.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(*arguments: object) -> tuple[int, list[str]]:
     return status, [line for line in told.getvalue().splitlines() if line.strip()]
 
 
-def outcome(name: str, root: Path) -> tuple[str, ...]:
+def outcome(name: str, root: Path, *, ingest_only: bool) -> tuple[str, ...]:
     """Return a kind's cells: what it is, `ingest`, and what the other commands do."""
     kind = KINDS[name]
     source, data = root / "source", root / "data"
@@ -62,7 +62,9 @@ def outcome(name: str, root: Path) -> tuple[str, ...]:
     status, lines = run("ingest", source, data, *options)
     shown = kind.says.replace("|", "/")
     if status:
-        return (kind.words, "refused", shown, "")
+        return (kind.words, "refused", shown, *(() if ingest_only else ("",)))
+    if ingest_only:
+        return (kind.words, "taken", shown)
     train = ("train", "classifier", "--model", NET, "--data", data, "--runs", root / "runs")
     splits = split_names(data)
     small = (
@@ -91,12 +93,19 @@ def outcome(name: str, root: Path) -> tuple[str, ...]:
     return (kind.words, "taken", shown, "trains, is scored, predicts")
 
 
-def table() -> list[str]:
+def table(*, ingest_only: bool) -> list[str]:
     """Return the table's lines."""
-    rows = [("source", "`ingest`", "what is told", "`train`, `evaluate`, `predict`"), ("---",) * 4]
+    heads = ("source", "`ingest`", "what is told", "`train`, `evaluate`, `predict`")
+    heads = heads[:3] if ingest_only else heads
+    rows: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
     for name in KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(tuple(c.replace(folder, "") for c in outcome(name, Path(folder))))
+            rows.append(
+                tuple(
+                    c.replace(folder, "")
+                    for c in outcome(name, Path(folder), ingest_only=ingest_only)
+                )
+            )
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)  # noqa: T201
     return [f"| {' | '.join(row)} |" for row in rows]
 
@@ -104,8 +113,9 @@ def table() -> list[str]:
 def main() -> None:
     """Write the table into the page that is named."""
     page = Path(sys.argv[1])
-    with on_ray(address=None, dashboard=False):
-        lines = table()
+    ingest_only = "--ingest-only" in sys.argv
+    with contextlib.nullcontext() if ingest_only else on_ray(address=None, dashboard=False):
+        lines = table(ingest_only=ingest_only)
     before, _, rest = page.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     page.write_text("\n".join([before + BEGIN, "", *lines, "", END]) + after)
