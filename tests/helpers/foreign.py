@@ -396,7 +396,7 @@ KINDS: dict[str, Kind] = {
         names=["a", "bb"],
     ),
     "Train": Kind(
-        words="`Train/` and `Testing/`",
+        words="folders Train and Testing",
         make=folders("Train/a", "Train/bb", "Testing/a", "Testing/bb"),
         rows={"train": 8, "test": 8},
         names=["a", "bb"],
@@ -452,7 +452,7 @@ KINDS: dict[str, Kind] = {
         says="hold out a share of these images with --validation-share 0.1",
     ),
     "extra class": Kind(
-        words="a class in `val/` that `train/` lacks",
+        words="a class in val that train lacks",
         make=folders("train/a", "train/bb", "val/c"),
         rows=NONE,
         says="has class 'c', which train/ does not have",

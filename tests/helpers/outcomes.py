@@ -1,9 +1,9 @@
 """What becomes of every kind of source in `foreign`, from `ingest` to `predict`, as a table.
 
-    python -m tests.helpers.outcomes docs/data.md [--ingest-only]
+    python -m tests.helpers.outcomes docs/data.md [ingest]
 
 runs each kind through `ingest`, `train --epochs 1`, `evaluate` and `predict` on one Ray, and writes
-the table between the markers of the page. With `--ingest-only` it has no column for the last three.
+the table between the markers of the page. With `ingest` it has no column for the last three.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def table(*, ingest_only: bool) -> list[str]:
 def main() -> None:
     """Write the table into the page that is named."""
     page = Path(sys.argv[1])
-    ingest_only = "--ingest-only" in sys.argv
+    ingest_only = "ingest" in sys.argv[2:]
     with contextlib.nullcontext() if ingest_only else on_ray(address=None, dashboard=False):
         lines = table(ingest_only=ingest_only)
     before, _, rest = page.read_text().partition(BEGIN)
