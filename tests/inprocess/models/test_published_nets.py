@@ -9,7 +9,8 @@ import pytest
 
 from tests.helpers import library_nets
 
-TOLERANCE = 1e-4
+TOLERANCE = {"predicted": 1e-4, "onnx": 1e-4, "folded": 5e-4}
+"""Folding rounds each weight once more; a deep network of a few steps magnifies that."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,4 +38,4 @@ def test_each_published_network_goes_all_the_way(
 
 
 def check(differences: dict[str, float]) -> None:
-    assert all(value <= TOLERANCE for value in differences.values()), differences
+    assert all(value <= TOLERANCE[name] for name, value in differences.items()), differences
