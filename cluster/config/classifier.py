@@ -28,7 +28,7 @@ def classifier() -> RunConfig:
     """The recipe, without a network yet.
 
     The rate is two thirds of the customary one, 0.1 for mini-batches of 256, scaled to mini-batches
-    of 32, so that networks without batch normalization bear it too. It rises over the first epoch,
+    of 32, so that networks without batch normalization bear it too. It rises over half an epoch,
     and falls by half a cosine. Up to 4 x 5 steps take turns; each pulls fresh weights, so that the
     rate of a plain loop holds. Crops keep a quarter of a picture or more.
     """
@@ -48,7 +48,7 @@ def classifier() -> RunConfig:
             rule="momentum",
             momentum=0.9,
             weight_decay=1e-4,
-            schedule=Schedule(shape="cosine", learning_rate=0.008, warmup_epochs=1.0),
+            schedule=Schedule(shape="cosine", learning_rate=0.008, warmup_epochs=0.5),
         ),
         replicas=ReplicaConfig(
             replicas=4,

@@ -190,11 +190,12 @@ class NotebookPanel:
 
     def show(self, renderable: RenderableType) -> None:
         """Show this in place of what was shown before."""
-        from IPython.display import HTML, display
+        import IPython.display
 
-        page = HTML(html_of(renderable))
+        notebook: Any = IPython.display  # without types in some versions
+        page = notebook.HTML(html_of(renderable))
         if self._shown is None:
-            self._shown = display(page, display_id=True)
+            self._shown = notebook.display(page, display_id=True)
         else:
             self._shown.update(page)
 

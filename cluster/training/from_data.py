@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from downpour.cluster.training.classes import with_classes
 from downpour.shuffler.dataset.encoding import PackedBits
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset, split_names
+from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.images.decode import ImageSpec
 
@@ -137,16 +137,16 @@ def _look_at(dataset: Dataset) -> _Pictures:
         bits = dataset.encoding
         side = bits.height if bits.height == bits.width else None
         return _Pictures(side=side, coloured=False, bits=bits)
-    from PIL import Image
+    from downpour.shuffler.images import bounds
 
     count = min(SAMPLED_ROWS, dataset.num_rows)
     rows = np.unique(np.linspace(0, dataset.num_rows - 1, count).astype(np.int64))
     with contextlib.closing(RowReader(dataset, cache_bytes=0)) as reader:
         column = reader.take(rows).column("image").field("bytes")
     sizes, modes = set(), set()
-    for data in column.to_pylist():
+    for data in filter(None, column.to_pylist()):
         # A file that is damaged is told of when the run is checked.
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as picture:
+        with contextlib.suppress(DecodeError), bounds.open_image(data) as picture:
             sizes.add(picture.size)
             modes.add(picture.mode)
     (width, height) = sizes.pop() if len(sizes) == 1 else (0, 1)

@@ -69,6 +69,12 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     assert (config.policy.epochs, config.model.arguments) == (2, {"width": 3})
 
 
+def test_a_run_of_one_epoch_is_long_enough(tmp_path: Path) -> None:
+    data = pictures(tmp_path, "train", "test")
+    schedule = downpour.classifier(NET, data, epochs=1).server.schedule.over(1)
+    assert schedule.rate(500, 1000) == schedule.learning_rate > schedule.rate(250, 1000) > 0
+
+
 def test_grey_pictures_are_not_mirrored_and_in_the_channels_that_the_network_takes(
     tmp_path: Path,
 ) -> None:
