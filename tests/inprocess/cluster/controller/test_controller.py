@@ -3,9 +3,8 @@
 import dataclasses
 import math
 import threading
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,14 +13,11 @@ import torch
 from torch.nn import functional
 
 from downpour.cluster.config.derive import model_spec
-from downpour.cluster.controller.backend import ProcessLost, RunFailed
 from downpour.cluster.controller.hangs.patience import LIMITS, Limit, Wait
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import user_message
-from downpour.cluster.run.folder import RunFolder
 from downpour.models.flat import FlatModel, flatten
 from downpour.paramserver.client import ParameterClient
-from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.vectors import Vectors
@@ -146,157 +142,6 @@ def test_mini_batches_that_are_too_stale_are_computed_again(tmp_path: Path, data
             assert len(counts) <= 13  # none beyond the bound was applied
 
 
-@pytest.mark.parametrize("failures", [0, 2])
-def test_the_other_processes_are_started_once_the_first_is_up(
-    tmp_path: Path, data: str, failures: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run(tmp_path / "run", tiny.config(data, replicas=4))
-    backend, start = run.backend, run.backend.start_process
-    started: list[tuple[int, bool]] = []
-
-    def start_process(index: int) -> Future[Any]:
-        started.append((index, backend.actors[0] is not None))
-        if len(started) <= failures:
-            failed: Future[Any] = Future()
-            failed.set_exception(ProcessLost("it died before it was up"))
-            return failed
-        return start(index)
-
-    monkeypatch.setattr(backend, "start_process", start_process)
-    outcome = run.go()
-    run.assert_exactly_once(outcome)
-    assert len(backend.processes) > 1
-    first = [(0, False)] * (1 + failures)
-    assert started == [*first, *((i, True) for i in range(1, len(backend.processes)))]
-    assert outcome.restarts.get("replicas", 0) == failures
-
-
-def test_a_process_that_dies_costs_only_its_unfinished_mini_batches(
-    tmp_path: Path, data: str
-) -> None:
-    killed: list[int] = []
-
-    def kill_some(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if lease.id in (5, 11, 17):
-            backend.kill_process(replica % 2)
-            killed.append(lease.id)
-
-    run = Run(tmp_path / "run", tiny.config(data, epochs=3))
-    outcome = run.go(kill_some)
-    assert killed == [5, 11, 17]
-    assert outcome.restarts["replicas"] >= 1
-    run.assert_exactly_once(outcome)
-
-
-@pytest.mark.parametrize("transport", ["shared", "network"])
-@pytest.mark.parametrize("checkpoint_every_s", [0.05, 1000.0])
-def test_a_partition_that_dies_is_replaced_and_gets_what_it_lost(
-    tmp_path: Path, data: str, transport: Literal["shared", "network"], checkpoint_every_s: float
-) -> None:
-    """From its last checkpoint, or from the initial weights where there is none yet."""
-    config = tiny.config(data, epochs=3, checkpoint_every_s=checkpoint_every_s)
-    network = NetworkConfig(transport=transport)
-    config = dataclasses.replace(config, server=dataclasses.replace(config.server, network=network))
-    killed: list[int] = []
-
-    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        taken = any(run.folder.path.glob("checkpoints/*/manifest.json"))
-        if checkpoint_every_s < 1 and not taken:
-            return  # there is to be one to go on from, however fast the run is
-        for number, partition in ((8, 1), (20, 0), (25, 1)):
-            if lease.id >= number and number not in killed:
-                backend.kill_partition(partition)
-                killed.append(number)
-
-    run = Run(tmp_path / "run", config)
-    outcome = run.go(kill)
-    assert killed == [8, 20, 25]
-    run.assert_exactly_once(outcome)
-    assert run.backend.partition_starts == [2, 3, 1]
-    assert outcome.restarts["partition"] == 3
-    versions = [r.version for r in outcome.reports]
-    assert versions == [3 * run.plan.num_batches] * 3
-    assert outcome.reports[2].duplicates > 0  # it ignored what only the others had lost
-    events = (run.folder.path / "events.jsonl").read_text()
-    assert "partition 1 died: replaced, 1 of 100" in events
-    assert "mini-batches are run again" in events
-    assert ("from the initial weights" in events) == (checkpoint_every_s > 1)
-
-
-def test_a_partition_whose_thread_fails_is_replaced(
-    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    apply_all, failed = PartitionState.apply_all, []
-
-    def failing(self: PartitionState, *arguments: Any) -> Any:
-        if self.partition.index == 1 and self.version >= 40 and not failed:
-            failed.append(self)
-            raise MemoryError("by the test")
-        return apply_all(self, *arguments)
-
-    monkeypatch.setattr(PartitionState, "apply_all", failing)
-    run = Run(tmp_path / "run", tiny.config(data, epochs=2, checkpoint_every_s=0.1))
-    outcome = run.go()
-    run.assert_exactly_once(outcome)
-    # The evaluator may have been connecting to the partition just then.
-    assert outcome.restarts["partition"] == 1
-    assert "replicas" not in outcome.restarts
-    events = (run.folder.path / "events.jsonl").read_text()
-    assert "partition 1 failed (MemoryError: by the test): replaced" in events
-    assert "everybody is back after" in events
-
-
-def test_a_process_that_loses_its_connections_is_connected_again(tmp_path: Path, data: str) -> None:
-    def cut(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if lease.id in (5, 14):
-            backend.cut_connections(lease.id % 2)
-
-    run = Run(tmp_path / "run", tiny.config(data, epochs=3))
-    outcome = run.go(cut)
-    run.assert_exactly_once(outcome)
-    assert outcome.restarts == {}
-    assert "connecting again" in (run.folder.path / "events.jsonl").read_text()
-
-
-def test_replicas_come_and_go_while_the_run_trains(
-    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
-    run = Run(tmp_path / "run", tiny.config(data, replicas=2, epochs=12))
-    seen: set[int] = set()
-
-    def scale(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        seen.add(replica)
-        if lease.id == 3:
-            run.folder.ask_for_replicas(5)
-        if seen >= {2, 3, 4} and run.controller.state.replicas_wanted == 5:
-            run.folder.ask_for_replicas(1)
-
-    outcome = run.go(scale)
-    run.assert_exactly_once(outcome)
-    assert seen == {0, 1, 2, 3, 4}
-    assert len(run.backend.processes) == 5
-    events = (run.folder.path / "events.jsonl").read_text()
-    assert "from 2 replicas to 5" in events
-    assert "from 5 replicas to 1" in events
-    assert events.count("is let go") == 4
-    assert run.shown[-1].replicas_wanted == 1
-
-
-def test_a_word_that_others_could_have_left_does_not_count(tmp_path: Path, data: str) -> None:
-    folder = RunFolder.create(tmp_path / "run", tiny.config(data))
-    folder.ask_for_replicas(3)
-    assert folder.replicas_asked_for() == 3
-    assert folder.replicas_asked_for() is None
-    folder.ask_for_replicas(3)
-    (folder.path / "control.json").chmod(0o620)
-    assert folder.replicas_asked_for() is None
-    for text in ("{", "[]", '{"replicas": "3"}', '{"replicas": 0}', '{"replicas": true}'):
-        (folder.path / "control.json").write_text(text)
-        (folder.path / "control.json").chmod(0o600)
-        assert folder.replicas_asked_for() is None
-
-
 def test_a_replica_that_sends_poison_is_quarantined_and_named(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,34 +196,6 @@ def test_a_stopped_run_is_resumed_to_the_same_end(tmp_path: Path, data: str) -> 
     again.assert_exactly_once(outcome)
     assert min(r.updates_before for r in outcome.reports) == again.resumed.updates > 0
     assert outcome.elapsed_s > outcome.wall_s
-
-
-def test_resume_goes_on_from_partitions_of_different_instants(tmp_path: Path, data: str) -> None:
-    """A checkpoint of snapshots taken at different times, as they are without a barrier."""
-    run = Run(tmp_path / "run", tiny.config(data, epochs=2))
-    early: dict[int, Any] = {}
-
-    def look(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        if lease.id in (6, 9, 12):
-            index = lease.id // 3 - 2
-            folder = run.store.begin(900)
-            early[index] = backend.partitions[index].snapshot(folder)
-        if lease.id == 14:
-            run.controller.request_stop("SIGTERM")
-
-    run.go(look)
-    versions = [early[i].version for i in range(3)]
-    assert len(set(versions)) > 1
-    from downpour.cluster.run.checkpoint import Checkpoint, slowest
-
-    files = tuple(early[i] for i in range(3))
-    run.store.commit(Checkpoint(number=900, updates=slowest(files), elapsed_s=1.0, files=files))
-    again = Run(tmp_path / "run", run.config, resume=True)
-    assert again.resumed is not None
-    assert again.resumed.number == 900
-    outcome = again.go()
-    again.assert_exactly_once(outcome)
-    assert sum(r.duplicates for r in outcome.reports) > 0
 
 
 def poisoned_data(folder: Path) -> str:
@@ -440,20 +257,6 @@ def test_an_image_that_does_not_decode_ends_the_run_in_a_line(tmp_path: Path) ->
     assert message is not None
     assert "decode" in message
     assert "\n" not in message
-
-
-def test_processes_that_keep_dying_end_the_run_with_a_remedy(tmp_path: Path, data: str) -> None:
-    config = tiny.config(data)
-    config = dataclasses.replace(
-        config, replicas=dataclasses.replace(config.replicas, max_restarts=2)
-    )
-
-    def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
-        backend.kill_process(replica % 2)
-
-    run = Run(tmp_path / "run", config)
-    with pytest.raises(RunFailed, match=r"died 2 times.*downpour resume"):
-        run.go(kill)
 
 
 @pytest.mark.parametrize("fault", ["twice", "instead"])
