@@ -104,7 +104,10 @@ def skip_without_libraries() -> None:
 
 
 def put_through(net: LibraryNet, folder: Path, *, export: bool = True) -> dict[str, float]:
-    """Build a network, train steps, score, load, predict and export it; gives what differed."""
+    """Build a network, train steps, score, load, predict and export it; gives what differed.
+
+    `allowed` is what `export` would allow it.
+    """
     spec = net.spec
     start = spec.build_flat("cpu")
     inputs = _pictures(net.size)
@@ -126,11 +129,13 @@ def put_through(net: LibraryNet, folder: Path, *, export: bool = True) -> dict[s
     assert int((expected.argmax(1) == targets).sum()) == round(score.accuracy * ROWS)
     answered = Predictor([network]).probabilities(_as_rows(inputs))
     differences = {
-        "folded": exporting._difference(folded, expected),
+        "folded": exporting.difference_of(folded, expected),
         "predicted": float((answered - _on_pixels(network, inputs).softmax(1)).abs().max()),
     }
     if export:
         differences["onnx"] = _exported(network, inputs, expected, folder / "model.onnx")
+    off = max(differences["folded"], differences.get("onnx", 0.0))
+    differences["allowed"] = exporting.tolerance(network.model.module, inputs, off)
     return differences
 
 
@@ -189,4 +194,4 @@ def _exported(network: Network, inputs: Tensor, expected: Tensor, path: Path) ->
     exporting._write(run, inputs, path, "onnx")
     found = exporting._read_back(path, inputs, "onnx")
     path.unlink()
-    return exporting._difference(found, expected)
+    return exporting.difference_of(found, expected)
