@@ -31,8 +31,8 @@ def trainer(**settings: object) -> downpour.Trainer:
 def rates(of: downpour.Trainer, *, asha: bool = True, at_a_time: int = 2) -> tune.ResultGrid:
     """Train with each rate.
 
-    With ASHA the best quarter goes on after half an epoch, two and eight, as its accuracy compares with
-    those that got there before.
+    With ASHA the best quarter goes on after half an epoch, two and eight, as its accuracy compares
+    with those that got there before.
     """
     scheduler = ASHAScheduler(
         time_attr="epoch",
