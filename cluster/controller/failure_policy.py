@@ -17,7 +17,8 @@ Cause = Literal["died", "disconnected", "failed", "silent", "slow"]
 Action = Literal["restart", "promote", "reconnect", "go without", "give up"]
 
 MAX_IN_A_ROW = 5
-"""Failures of one member, without any progress of it in between, that end the run."""
+"""Failures of one member, without any progress of it in between, after which one more ends the
+run."""
 MAX_RECONNECTS = 3
 """Reconnections of one member, without progress in between, before it is replaced instead."""
 
@@ -86,7 +87,8 @@ class FailurePolicy:
         one costs seconds. If it loses the connection again and again, it is replaced. A member that
         is dead, silent, slow or has failed is replaced: a partition that is `followed` by its
         follower, which has all that the partition had answered. The run is given up beyond
-        `max_restarts`, and if one member fails `MAX_IN_A_ROW` times before it has done anything.
+        `max_restarts`, and if one member fails more than `MAX_IN_A_ROW` times before it has done
+        anything.
         Without followers the run goes on.
         """
         member = (failure.part, failure.index)

@@ -56,7 +56,7 @@ class PartitionState:
         return self.apply_all(((push, gradient, moments),), into)[0]
 
     def apply_all(self, arrivals: Sequence[Arrival], into: Place | None = None) -> list[Outcome]:
-        """Take in pushes in their order; the only way in which this state changes.
+        """Take in pushes in their order; between snapshots and rounds, the only way to change this.
 
         The result is to the bit what one push after the other would give, but only the last version
         can be seen.

@@ -2,7 +2,8 @@
 
 Pure arithmetic on a few integers: nothing is read, nothing is remembered, and nothing grows with
 the number of rows but the orders past the bound, for which 8 bytes a row are kept. Who trains on a
-batch is `lease`'s to say, and where a row lies is `reader`'s.
+batch is not known here (`cluster.controller.leases`), nor where a row lies
+(`shuffler.dataset.reader`).
 """
 
 from __future__ import annotations
@@ -231,20 +232,20 @@ class Plan:
             rows: int64 [sum(lengths)], batch after batch, ascending within each.
             lengths: int64 [n], rows of each batch.
         """
-        q = self.num_batches
+        p = self.num_batches
         batches = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if batches.size and (batches.min() < 0 or batches.max() >= q):
+        if batches.size and (batches.min() < 0 or batches.max() >= p):
             raise PlanError(
-                f"batches {batches.min()}..{batches.max()} are not all in [0, {q}); "
-                f"an epoch of {self.num_rows} rows has {q} mini-batches of {self.batch_size}"
+                f"batches {batches.min()}..{batches.max()} are not all in [0, {p}); "
+                f"an epoch of {self.num_rows} rows has {p} mini-batches of {self.batch_size}"
             )
         self._check_epoch(epoch)
         if self.strategy != "pairwise":
             return self._ordered(epoch, batches)
         slope = self.slope(epoch)
         groups = np.arange(self.num_groups, dtype=np.int64)
-        firsts = groups * q
-        offsets = (batches[:, None] + (slope * groups) % q) % q
+        firsts = groups * p
+        offsets = (batches[:, None] + (slope * groups) % p) % p
         block = epoch // (self.max_epochs or 1 + epoch)
         rows = self._rekeyed(block, firsts + offsets) if block else firsts + offsets
         exists = rows < self.num_rows
