@@ -171,7 +171,7 @@ def test_a_start_that_never_comes_to_its_end_is_made_again(
 
 @pytest.mark.parametrize(
     ("seed", "times"),
-    [(0, 8), (1, 8), *(pytest.param(s, 50, marks=pytest.mark.soak) for s in (2, 3))],
+    [(0, 8), (1, 8), *(pytest.param(s, 25, marks=pytest.mark.soak) for s in (2, 3))],
 )
 def test_members_hang_for_good_again_and_again_and_each_is_replaced(
     made: Made, seed: int, times: int
