@@ -130,12 +130,17 @@ def put_through(net: LibraryNet, folder: Path, *, export: bool = True) -> dict[s
     answered = Predictor([network]).probabilities(_as_rows(inputs))
     differences = {
         "folded": exporting.difference_of(folded, expected),
-        "predicted": float((answered - _on_pixels(network, inputs).softmax(1)).abs().max()),
+        "predicted": exporting.difference_of(
+            answered.clamp(min=1e-30).log(), _on_pixels(network, inputs).log_softmax(1)
+        ),
     }
     if export:
         differences["onnx"] = _exported(network, inputs, expected, folder / "model.onnx")
-    off = max(differences["folded"], differences.get("onnx", 0.0))
-    differences["allowed"] = exporting.tolerance(network.model.module, inputs, off)
+    off = max(differences.values())
+    module = network.model.module
+    differences["allowed"] = max(
+        exporting.tolerance(module, x, off) for x in (inputs, _rounded(inputs))
+    )
     return differences
 
 
@@ -182,7 +187,11 @@ def _as_rows(inputs: Tensor) -> Any:
 def _on_pixels(network: Network, inputs: Tensor) -> Tensor:
     """What the network that is not folded says of inputs rounded as pixels are."""
     with torch.inference_mode():
-        return main_output(network.model.module((inputs * 255).round() / 255))
+        return main_output(network.model.module(_rounded(inputs)))
+
+
+def _rounded(inputs: Tensor) -> Tensor:
+    return (inputs * 255).round() / 255
 
 
 def _exported(network: Network, inputs: Tensor, expected: Tensor, path: Path) -> float:

@@ -171,12 +171,12 @@ def test_a_start_that_never_comes_to_its_end_is_made_again(
 
 @pytest.mark.parametrize(
     ("seed", "times"),
-    [(0, 8), (1, 8), *(pytest.param(s, 25, marks=pytest.mark.soak) for s in (2, 3))],
+    [(0, 8), (1, 8), *(pytest.param(s, 5, marks=pytest.mark.soak) for s in range(2, 12))],
 )
 def test_members_hang_for_good_again_and_again_and_each_is_replaced(
     made: Made, seed: int, times: int
 ) -> None:
-    policy = {"epochs": 100 * times, "checkpoint_every_s": 20.0}
+    policy = {"epochs": 800, "checkpoint_every_s": 20.0}
     run = made(
         configured(max_restarts=10_000, policy=policy, server={"hot_standby": bool(seed % 2)}),
         num_partitions=3,
@@ -185,13 +185,14 @@ def test_members_hang_for_good_again_and_again_and_each_is_replaced(
     run.train()
     news, hung = "", 0
     while hung < times and run.outcome is None:
+        run.answer_present()  # so that whoever hangs is there, and is not just being started
         if not run.hangs and run.rng.random() < 0.5:
             run.hang()
             hung += 1
-        run.answer_present()
         run.tick(5.0)
         news += run.told()
         assert run.error is None, run.error
     assert hung == times
     told = for_a_day(run)
-    assert (news + told).count("does not answer (nothing for ") >= times
+    # Nobody waits for one that hangs when all is done: it still does at the end.
+    assert (news + told).count("does not answer (nothing for ") >= times - int(run.hangs)
