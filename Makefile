@@ -24,7 +24,7 @@ SHARED_OUT := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 help:
 	@echo 'make demo       train the MNIST net with batch normalization: 10 replicas x 5 steps'
 	@echo 'make test       run every test that this machine can run'
-	@echo 'make test-pure  run the fast tests only (no Ray; less than 10 seconds)'
+	@echo 'make test-pure  run the fast tests only (no Ray; some seconds)'
 	@echo 'make test-soak  run what takes long: more sizes, seeds and faults, every benchmark'
 	@echo 'make test-cluster  launch a cluster of hosts of their own here (root; some minutes)'
 	@echo 'make lint       check style (ruff) and types (mypy)'

@@ -171,12 +171,12 @@ def test_a_start_that_never_comes_to_its_end_is_made_again(
 
 @pytest.mark.parametrize(
     ("seed", "times"),
-    [(0, 8), (1, 8), *(pytest.param(s, 5, marks=pytest.mark.soak) for s in range(2, 12))],
+    [(0, 2), (1, 2), *(pytest.param(s, 5, marks=pytest.mark.soak) for s in range(2, 12))],
 )
 def test_members_hang_for_good_again_and_again_and_each_is_replaced(
     made: Made, seed: int, times: int
 ) -> None:
-    policy = {"epochs": 800, "checkpoint_every_s": 20.0}
+    policy = {"epochs": 160 * times, "checkpoint_every_s": 20.0}
     run = made(
         configured(max_restarts=10_000, policy=policy, server={"hot_standby": bool(seed % 2)}),
         num_partitions=3,
