@@ -26,7 +26,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from downpour.paramserver.errors import BadConfiguration
-from downpour.paramserver.rules.update import Elementwise, State, check_fraction
+from downpour.paramserver.rules.update import (
+    Elementwise,
+    State,
+    check_fraction,
+    copy_weights,
+    root_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +124,7 @@ class AdamW(Adam):
     ) -> None:
         """See `Adam`."""
         num_decayed = len(weights) if self.num_decayed is None else self.num_decayed
-        _copy(weights, out)
+        copy_weights(weights, out)
         if self.weight_decay and num_decayed:
             out[:num_decayed].mul_(1 - batches * rate * self.weight_decay)
         _adam(self, out, gradient, state, rate, out, batches)
@@ -174,9 +180,7 @@ class RMSProp(Elementwise):
         rate *= _per_batch(gradient, batches)
         square = state["mean_square_gradient"]
         square.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
-        # The root needs room: `out` has it, unless that is where the weights still are.
-        free = out.data_ptr() != weights.data_ptr()
-        root = (torch.sqrt(square, out=out) if free else square.sqrt()).add_(self.epsilon)
+        root = root_of(square, self.epsilon, weights, out)
         if not self.momentum:
             torch.addcdiv(weights, gradient, root, value=-rate, out=out)
             return
@@ -200,7 +204,7 @@ def _adam(
     rate *= _per_batch(gradient, batches)
     updates = state[UPDATES]
     updates.add_(1)
-    _copy(weights, out)
+    copy_weights(weights, out)
     torch._fused_adam_(
         [out],
         [gradient],
@@ -225,11 +229,6 @@ def _per_batch(gradient: Tensor, batches: int) -> float:
     root = math.sqrt(batches)
     gradient.div_(root)
     return root
-
-
-def _copy(weights: Tensor, out: Tensor) -> None:
-    if out.data_ptr() != weights.data_ptr():
-        out.copy_(weights)
 
 
 def _check_epsilon(epsilon: float) -> None:

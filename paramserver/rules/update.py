@@ -233,9 +233,7 @@ class Adagrad(Elementwise):
 
         squares = state["squares"]
         squares.addcmul_(gradient, gradient)
-        # The root needs room: `out` has it, unless that is where the weights still are.
-        free = out.data_ptr() != weights.data_ptr()
-        root = (torch.sqrt(squares, out=out) if free else squares.sqrt()).add_(self.epsilon)
+        root = root_of(squares, self.epsilon, weights, out)
         torch.addcdiv(weights, gradient, root, value=-rate, out=out)
 
 
@@ -263,8 +261,7 @@ def _sgd_with_momentum(
             gradient.add_(velocity, alpha=momentum)
         torch.add(weights, gradient if nesterov else velocity, alpha=-rate, out=out)
         return
-    if out.data_ptr() != weights.data_ptr():
-        out.copy_(weights)
+    copy_weights(weights, out)
     torch._fused_sgd_(
         [out],
         [gradient],
@@ -324,6 +321,21 @@ class Regulariser:
         """The second half: add the L2 term once for each of the mini-batches."""
         if self.weight_decay and num_decayed:
             gradient[:num_decayed].add_(weights[:num_decayed], alpha=batches * self.weight_decay)
+
+
+def copy_weights(weights: Tensor, out: Tensor) -> None:
+    """Copy the weights, float32 [n], to `out`, unless that is where they are."""
+    if out.data_ptr() != weights.data_ptr():
+        out.copy_(weights)
+
+
+def root_of(squares: Tensor, epsilon: float, weights: Tensor, out: Tensor) -> Tensor:
+    """Return `sqrt(squares) + epsilon`, float32 [n]; `out` may be left holding it."""
+    import torch
+
+    # The root needs room: `out` has it, unless that is where the weights still are.
+    free = out.data_ptr() != weights.data_ptr()
+    return (torch.sqrt(squares, out=out) if free else squares.sqrt()).add_(epsilon)
 
 
 def check_fraction(name: str, value: float) -> None:
