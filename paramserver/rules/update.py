@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from downpour.paramserver.errors import BadConfiguration
 
@@ -130,6 +130,8 @@ class Momentum(Elementwise):
 
     momentum: float = 0.9
     """Share of the velocity kept at each update, in [0, 1)."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether the step is Nesterov's."""
 
     def __post_init__(self) -> None:
         check_fraction("momentum", self.momentum)
@@ -149,44 +151,21 @@ class Momentum(Elementwise):
         out: Tensor,
         batches: int = 1,
     ) -> None:
-        """One step."""
-        velocity = state["velocity"]
-        _sgd_with_momentum(weights, gradient, velocity, self.momentum, rate, out, nesterov=False)
+        """One step; Nesterov's may leave g + momentum * v in the gradient's buffer."""
+        velocity, nesterov = state["velocity"], self.looks_ahead
+        _sgd_with_momentum(weights, gradient, velocity, self.momentum, rate, out, nesterov=nesterov)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nesterov(Elementwise):
+class Nesterov(Momentum):
     """Nesterov momentum: `v <- momentum * v + g; w <- w - rate * (g + momentum * v)`.
 
     Raises:
         BadConfiguration: The momentum is not in [0, 1).
     """
 
-    momentum: float = 0.9
-    """Share of the velocity kept at each update, in [0, 1)."""
+    looks_ahead: ClassVar[bool] = True
     overwrites_gradient = True
-
-    def __post_init__(self) -> None:
-        check_fraction("momentum", self.momentum)
-
-    def init(self, num_parameters: int) -> dict[str, Tensor]:
-        """The velocity v = 0."""
-        import torch
-
-        return {"velocity": torch.zeros(num_parameters)}
-
-    def update(
-        self,
-        weights: Tensor,
-        gradient: Tensor,
-        state: State,
-        rate: float,
-        out: Tensor,
-        batches: int = 1,
-    ) -> None:
-        """One step; the gradient's buffer may be left holding g + momentum * v."""
-        velocity = state["velocity"]
-        _sgd_with_momentum(weights, gradient, velocity, self.momentum, rate, out, nesterov=True)
 
 
 @dataclass(frozen=True, kw_only=True)
