@@ -131,7 +131,7 @@ def put_through(net: LibraryNet, folder: Path, *, export: bool = True) -> dict[s
     differences = {
         "folded": exporting.difference_of(folded, expected),
         "predicted": exporting.difference_of(
-            answered.clamp(min=1e-30).log(), _on_pixels(network, inputs).log_softmax(1)
+            _logarithms(answered), _logarithms(_on_pixels(network, inputs).softmax(1))
         ),
     }
     if export:
@@ -166,6 +166,7 @@ def _train(spec: ModelSpec, start: Any, inputs: Tensor, targets: Tensor) -> None
         torch.zeros(layout.num_parameters),
         torch.zeros(1, 3, layout.num_features),
     )
+    torch.manual_seed(STEPS)  # for dropout and stochastic depth
     for _ in range(STEPS):
         copy.weights[:] = start.weights.numpy()
         result = copy.step(inputs, targets, box, 0)
@@ -188,6 +189,11 @@ def _on_pixels(network: Network, inputs: Tensor) -> Tensor:
     """What the network that is not folded says of inputs rounded as pixels are."""
     with torch.inference_mode():
         return main_output(network.model.module(_rounded(inputs)))
+
+
+def _logarithms(probabilities: Tensor) -> Tensor:
+    """Of probabilities that float32 has; a network of random weights may be surer than that."""
+    return probabilities.clamp(min=1e-30).log()
 
 
 def _rounded(inputs: Tensor) -> Tensor:
