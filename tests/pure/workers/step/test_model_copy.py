@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from downpour.models.flat import FlatModel
-from downpour.workers.step import model_copy
 from downpour.workers.step.interpreter import CannotInterpret
-from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
+from downpour.workers.step.joining import JoinTrial
+from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext, norm
 from tests.helpers.networks import NAMES, batches, build, mailboxes
 
 
@@ -166,7 +166,7 @@ def test_mini_batches_together_are_the_same_ones_one_after_the_other(
     name: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the same weights: the gradients' sum to rounding, and each mini-batch's own moments."""
-    monkeypatch.setattr(model_copy.JoinTrial, "next", lambda _: True)
+    monkeypatch.setattr(JoinTrial, "next", lambda _: True)
     flat = FlatModel(build(name))
     initial = flat.weights.clone()
     context = StepContext(flat.layout, recorded=recorded, depth=3)
@@ -188,7 +188,7 @@ def test_mini_batches_together_are_the_same_ones_one_after_the_other(
         difference = torch.linalg.vector_norm(box.gradient - expected)
         assert difference <= 1e-3 * torch.linalg.vector_norm(expected)
         assert found.loss == pytest.approx(sum(losses) / 3, rel=1e-4)
-        assert found.gradient_norm == pytest.approx(model_copy.norm(box.gradient))
+        assert found.gradient_norm == pytest.approx(norm(box.gradient))
     assert context.joinable
     assert bool(context.recordings) == recorded
 
@@ -221,13 +221,3 @@ def test_a_model_that_mixes_rows_is_not_joined(caplog: pytest.LogCaptureFixture)
     copy.step(x0, y0, boxes[1], 0)
     copy.step(x1, y1, boxes[1], 1)
     torch.testing.assert_close(boxes[0].gradient, boxes[1].gradient)
-
-
-def test_the_faster_way_is_taken_once_both_have_been_tried() -> None:
-    trial = model_copy.JoinTrial()
-    for _ in range(2 * trial.TRIES):
-        joined = trial.next()
-        assert trial.joined is None
-        trial.add(joined, 2.0 if joined else 1.0)
-    assert trial.joined is False
-    assert not trial.next()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from downpour.models.conversion.convert import convert
 from downpour.models.flat import FlatModel
 from downpour.workers.evaluation.evaluator import population_statistics
+from downpour.workers.step.joining import can_join
 from downpour.workers.step.model_copy import ModelCopy, StepContext
 from tests.helpers.networks import mailboxes
 
@@ -177,7 +178,7 @@ def test_mini_batches_of_a_model_that_draws_for_itself_are_not_joined(
     step, context, model = copies(Random(), recorded=False, depth=2)
     x, targets = torch.cat(rows(2)), torch.arange(12) % 2
     before = torch.get_rng_state()
-    step._can_join(x, targets, 2)
+    assert not can_join(model.module, context.loss, x, targets, 2)
     assert torch.equal(torch.get_rng_state(), before)
     step.step(x, targets, mailboxes(model.layout, 1)[0], 0, together=2)
     assert context.joinable is False

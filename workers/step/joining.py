@@ -1,0 +1,164 @@
+"""Several mini-batches in one pass: their loss, whether a model allows it, and whether it pays.
+
+Before a model's mini-batches are joined, one pass is compared with separate ones. A model that
+mixes the rows of a mini-batch in some other way than batch normalization is not joined.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
+
+from downpour.models.batchnorm import BatchNorm
+from downpour.models.conversion.copies import detached_copy
+from downpour.models.outputs import cross_entropy
+from downpour.models.registry import Loss
+
+log = logging.getLogger(__name__)
+
+ROW_MEANS = frozenset({cross_entropy, functional.cross_entropy})
+"""Losses that are means over rows: over equal mini-batches they are the mean of their losses."""
+TOLERANCE = 1e-7
+"""Largest difference, relative to its norm, of a joined gradient from the separate ones' sum, in
+float64: rounding stays far below, a layer that mixes mini-batches far above."""
+
+
+class JointLoss:
+    """The sum of the losses of k mini-batches whose rows are interleaved.
+
+    Row `i*k + j` of outputs and targets is example i of mini-batch j.
+    """
+
+    def __init__(self, loss: Loss, together: int) -> None:
+        """`loss` gives the mean over one mini-batch."""
+        self._loss = loss
+        self._together = together
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Outputs [m*k, ...], or nested tuples, lists and dicts of such, to a scalar."""
+        k = self._together
+        if self._loss in ROW_MEANS:
+            return k * self._loss(outputs, targets)
+        parts = [self._loss(_rows(outputs, j, k), targets[j::k]) for j in range(k)]
+        return torch.stack(parts).sum()
+
+
+def _rows(values: Any, first: int, step: int) -> Any:
+    """Every `step`-th row of all tensors in nested values, from `first`."""
+    if isinstance(values, Tensor):
+        return values[first::step]
+    if isinstance(values, dict):
+        return type(values)((k, _rows(v, first, step)) for k, v in values.items())
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(_rows(v, first, step) for v in values))
+    if isinstance(values, list | tuple):
+        return type(values)(_rows(v, first, step) for v in values)
+    return values
+
+
+class JoinTrial:
+    """One pass over several mini-batches, or a pass over each: whichever is faster here.
+
+    Small layers gain from a joint pass, whose kernels are larger. Large feature maps may lose: one
+    mini-batch's stay in the processor's cache, several do not.
+    """
+
+    TRIES = 7
+    """Of each way; the last three count, when steps are recorded and memory has been touched."""
+
+    def __init__(self) -> None:
+        self.joined: bool | None = None
+        """The faster way, once it is known."""
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def next(self) -> bool:
+        """Whether the next mini-batches are to be computed in one pass."""
+        if self.joined is not None:
+            return self.joined
+        return len(self._seconds[True]) < self.TRIES
+
+    def add(self, joined: bool, seconds: float) -> None:
+        """Take note of how long that took, in seconds of the thread."""
+        if self.joined is not None:
+            return
+        self._seconds[joined].append(seconds)
+        if len(self._seconds[False]) == self.TRIES:
+            together, separately = (min(self._seconds[way][-3:]) for way in (True, False))
+            self.joined = together <= separately
+
+
+def can_join(
+    module: nn.Module, losses: Callable[[int], Loss], inputs: Tensor, targets: Tensor, together: int
+) -> bool:
+    """Whether one pass over these mini-batches finds what a pass over each does.
+
+    They are compared in float64, where rounding cannot be taken for a difference. Dropout is
+    left out of it: it draws for each row by itself. What else draws may draw for a mini-batch:
+    whether it skips a block, say, and BN with it.
+
+    Args:
+        module: is left as it is.
+        losses: gives the loss of so many mini-batches together.
+        inputs: float32 [m*together, ...]; example i of mini-batch j is row i*together + j.
+        targets: [m*together, ...], likewise.
+        together: mini-batches.
+    """
+    random_state, pythons = torch.get_rng_state(), random.getstate()
+    try:
+        twin = detached_copy(module).double()
+        for dropout in [m for m in twin.modules() if isinstance(m, _DropoutNd)]:
+            dropout.eval()
+        joined = _pass_in_double(twin, losses(together), inputs, targets, together)
+        separate = [
+            _pass_in_double(twin, losses(1), inputs[j::together], targets[j::together], 1)
+            for j in range(together)
+        ]
+    except Exception as error:  # whatever it is, the mini-batches are computed one by one
+        log.warning("mini-batches are not joined: %s: %s", type(error).__name__, error)
+        return False
+    finally:
+        drawn = pythons != random.getstate()
+        drawn = drawn or not torch.equal(random_state, torch.get_rng_state())
+        torch.set_rng_state(random_state)
+        random.setstate(pythons)
+    if drawn:
+        log.warning("mini-batches are not joined: this model draws random numbers of its own")
+        return False
+    gradient = torch.stack([g for g, _ in separate]).sum(0)
+    means = torch.stack([m for _, m in separate])
+    if _close(joined[0], gradient) and _close(joined[1], means.flatten()):
+        return True
+    log.warning("mini-batches are not joined: this model mixes the rows of a mini-batch")
+    return False
+
+
+def _pass_in_double(
+    module: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, together: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient by all trained parameters, and each mini-batch's means."""
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    for layer in norms:
+        layer.unbind(together)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    x = inputs.double() if inputs.is_floating_point() else inputs
+    y = targets.double() if targets.is_floating_point() else targets
+    found = torch.autograd.grad(
+        loss(module(x), y), parameters, allow_unused=True, materialize_grads=True
+    )
+    means = [layer.batch_mean.view(together, -1) for layer in norms]
+    return (
+        torch.cat([g.flatten() for g in found]),
+        torch.cat(means, 1).flatten() if means else torch.zeros(0),
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two float64 tensors differ by rounding alone; not, if they are not finite."""
+    return bool(torch.linalg.vector_norm(a - b) <= TOLERANCE * torch.linalg.vector_norm(b))
