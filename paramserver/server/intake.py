@@ -14,15 +14,9 @@ from torch import Tensor
 from downpour.paramserver.admission.bounded import BoundedPermits
 from downpour.paramserver.admission.permits import Permit, Permits
 from downpour.paramserver.admission.rounds import RoundPermits
+from downpour.paramserver.codec import decode_all, encode
 from downpour.paramserver.errors import MalformedMessage, ServerError
-from downpour.paramserver.messages import (
-    Answer,
-    Outcome,
-    PermitRequest,
-    Push,
-    decode_all,
-    encode,
-)
+from downpour.paramserver.messages import Answer, Outcome, PermitRequest, Push
 from downpour.paramserver.partition.vectors import Arrival
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.server.replies import Replies

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from downpour.paramserver.codec import decode_all
 from downpour.paramserver.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -25,7 +26,7 @@ from downpour.paramserver.errors import (
     NotAuthenticated,
     NotColocated,
 )
-from downpour.paramserver.messages import Push, decode_all
+from downpour.paramserver.messages import Push
 from downpour.paramserver.partition.snapshot import Snapshot
 from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.shared import replication

@@ -17,9 +17,8 @@ import torch
 
 from downpour.paramserver.access import Access
 from downpour.paramserver.client import ParameterClient
-from downpour.paramserver.errors import (
-    ConnectionLost,
-)
+from downpour.paramserver.codec import encode
+from downpour.paramserver.errors import ConnectionLost
 from downpour.paramserver.messages import (
     NONCE_BYTES,
     PROOF_BYTES,
@@ -29,21 +28,13 @@ from downpour.paramserver.messages import (
     PullRequest,
     Weights,
     WireDtype,
-    encode,
 )
 from downpour.paramserver.transport.endpoint import NetworkAddress
-from downpour.paramserver.transport.network.acceptor import (
-    NetworkListen,
-)
-from downpour.paramserver.transport.network.channel import (
-    Channel,
-)
+from downpour.paramserver.transport.network.acceptor import NetworkListen
+from downpour.paramserver.transport.network.channel import Channel
 from downpour.paramserver.transport.network.connect import connect
 from downpour.paramserver.transport.network.frames import frame
-from downpour.paramserver.transport.network.security import (
-    RunCredentials,
-    issue,
-)
+from downpour.paramserver.transport.network.security import RunCredentials, issue
 from tests.helpers.served_partitions import (
     DEADLINE_S,
     KEY,

@@ -15,19 +15,9 @@ import torch
 from torch import Tensor
 
 from downpour.paramserver.client import ParameterClient, PushResult
-from downpour.paramserver.errors import (
-    ConnectionLost,
-)
-from downpour.paramserver.messages import (
-    KEY_BYTES,
-    Hello,
-    Message,
-    Outcome,
-    Push,
-    Welcome,
-    decode,
-    encode,
-)
+from downpour.paramserver.codec import decode, encode
+from downpour.paramserver.errors import ConnectionLost
+from downpour.paramserver.messages import KEY_BYTES, Hello, Message, Outcome, Push, Welcome
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from downpour.paramserver.codec import decode, encode
 from downpour.paramserver.errors import MalformedMessage
-from downpour.paramserver.messages import MAX_MESSAGE, Message, decode, encode
+from downpour.paramserver.messages import MAX_MESSAGE, Message
 from downpour.paramserver.transport.network.channel import Channel
 
 _PREFIX = struct.Struct("<IQ")

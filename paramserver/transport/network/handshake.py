@@ -23,10 +23,8 @@ import struct
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 
-from downpour.paramserver.errors import (
-    MalformedMessage,
-    NotAuthenticated,
-)
+from downpour.paramserver.codec import decode, encode
+from downpour.paramserver.errors import MalformedMessage, NotAuthenticated
 from downpour.paramserver.messages import (
     MAX_BATCHES,
     MAX_MAILBOXES,
@@ -36,8 +34,6 @@ from downpour.paramserver.messages import (
     Challenge,
     Introduction,
     Message,
-    decode,
-    encode,
 )
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.transport.network import security

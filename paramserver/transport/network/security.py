@@ -15,7 +15,8 @@ import os
 import ssl
 from dataclasses import dataclass, field, replace
 
-from downpour.paramserver.messages import Admission, Introduction, encode
+from downpour.paramserver.codec import encode
+from downpour.paramserver.messages import Admission, Introduction
 
 VALID_DAYS = 366
 _PARTITION_NAME, _CLIENT_NAME = "partition.downpour", "client.downpour"

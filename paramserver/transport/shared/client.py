@@ -11,6 +11,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from downpour.paramserver.codec import decode, decode_all, encode, encode_all
 from downpour.paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
@@ -28,19 +29,11 @@ from downpour.paramserver.messages import (
     PermitRequest,
     Push,
     Welcome,
-    decode,
-    decode_all,
-    encode,
-    encode_all,
 )
 from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.link import FloatArray, Pull
 from downpour.paramserver.transport.shared.mailboxes import Mailboxes
-from downpour.paramserver.transport.shared.published import (
-    PAUSE_S,
-    SPINS,
-    WeightsReader,
-)
+from downpour.paramserver.transport.shared.published import PAUSE_S, SPINS, WeightsReader
 from downpour.paramserver.transport.shared.server_side import is_ours, receive_with_fds
 
 USUAL_PUSH, LARGEST_PUSH = 64, 4160

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
+from downpour.paramserver.codec import decode, encode, encode_all
 from downpour.paramserver.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -28,18 +29,13 @@ from downpour.paramserver.messages import (
     Answer,
     Hello,
     Welcome,
-    decode,
-    encode,
-    encode_all,
 )
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.transport.acceptor import Acceptor
 from downpour.paramserver.transport.shared import replication
 from downpour.paramserver.transport.shared.mailboxes import MailboxViews
 from downpour.paramserver.transport.shared.memory import supported
-from downpour.paramserver.transport.shared.published import (
-    PublishedWeights,
-)
+from downpour.paramserver.transport.shared.published import PublishedWeights
 
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SEND_BUFFER_BYTES = 1 << 18

@@ -1,4 +1,4 @@
-"""Messages: there and back, and any other bytes are `MalformedMessage`, never another error."""
+"""Messages as bytes: there and back, and any others are `MalformedMessage`, no other error."""
 
 import math
 import struct
@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from downpour.paramserver.codec import decode, decode_all, encode, encode_all
 from downpour.paramserver.errors import MalformedMessage
 from downpour.paramserver.messages import (
     KEY_BYTES,
@@ -27,10 +28,6 @@ from downpour.paramserver.messages import (
     Weights,
     Welcome,
     WireDtype,
-    decode,
-    decode_all,
-    encode,
-    encode_all,
 )
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -214,12 +211,3 @@ def test_an_outcome_that_there_is_not(outcome: int) -> None:
     data[9] = outcome
     with pytest.raises(MalformedMessage):
         decode(bytes(data))
-
-
-def test_which_outcomes_settle() -> None:
-    assert {o for o in Outcome if not o.settled} == {
-        Outcome.REFUSED_MIXED,
-        Outcome.REFUSED_UNKNOWN,
-        Outcome.REFUSED_STALE,
-        Outcome.REFUSED_QUARANTINE,
-    }

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from downpour.paramserver.client import ParameterClient
+from downpour.paramserver.codec import decode, encode
 from downpour.paramserver.errors import (
     BadConfiguration,
     ConnectionLost,
@@ -31,13 +32,7 @@ from downpour.paramserver.errors import (
     NotAuthenticated,
     NotColocated,
 )
-from downpour.paramserver.messages import (
-    KEY_BYTES,
-    Answer,
-    Outcome,
-    decode,
-    encode,
-)
+from downpour.paramserver.messages import KEY_BYTES, Answer, Outcome
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.server.connections import HANDSHAKE_DEADLINE_S
 from downpour.paramserver.server.server import PUSHES_A_TURN, PartitionServer

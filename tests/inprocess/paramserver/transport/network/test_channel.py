@@ -10,12 +10,8 @@ from collections import Counter, deque
 import pytest
 import torch
 
-from downpour.paramserver.errors import (
-    ConnectionLost,
-)
-from downpour.paramserver.messages import (
-    encode,
-)
+from downpour.paramserver.codec import encode
+from downpour.paramserver.errors import ConnectionLost
 from downpour.paramserver.transport.network import channel as channels
 from downpour.paramserver.transport.network.channel import (
     BLOCK_BYTES,
@@ -23,9 +19,7 @@ from downpour.paramserver.transport.network.channel import (
     PlainChannel,
     SealedChannel,
 )
-from downpour.paramserver.transport.network.security import (
-    RunCredentials,
-)
+from downpour.paramserver.transport.network.security import RunCredentials
 from tests.helpers.networked import PAYLOAD, Networked, hung_up_on, prefix, unharmed
 from tests.helpers.served_partitions import DEADLINE_S, a_push, by_deadline
 

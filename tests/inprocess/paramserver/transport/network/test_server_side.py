@@ -11,17 +11,12 @@ import pytest
 import torch
 
 from downpour.paramserver.access import Access
-from downpour.paramserver.messages import (
-    Outcome,
-    PullRequest,
-    encode,
-)
+from downpour.paramserver.codec import encode
+from downpour.paramserver.messages import Outcome, PullRequest
 from downpour.paramserver.server.connections import STALL_DEADLINE_S
 from downpour.paramserver.transport.network import client as network_client
 from downpour.paramserver.transport.network.frames import frame
-from downpour.paramserver.transport.network.security import (
-    RunCredentials,
-)
+from downpour.paramserver.transport.network.security import RunCredentials
 from downpour.paramserver.transport.network.server_side import NetworkSide
 from downpour.paramserver.transport.shared.published import NUM_BUFFERS
 from tests.helpers.networked import (

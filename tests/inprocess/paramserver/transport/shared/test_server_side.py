@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from downpour.paramserver.client import ParameterClient
-from downpour.paramserver.errors import (
-    BadSnapshot,
-    NotAuthenticated,
-)
+from downpour.paramserver.codec import decode, encode
+from downpour.paramserver.errors import BadSnapshot, NotAuthenticated
 from downpour.paramserver.messages import (
     KEY_BYTES,
     MAX_BATCHES,
@@ -25,8 +23,6 @@ from downpour.paramserver.messages import (
     Hello,
     Outcome,
     Welcome,
-    decode,
-    encode,
 )
 from downpour.paramserver.partition.snapshot import Snapshot
 from downpour.paramserver.server.server import PartitionServer
