@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from downpour.models.registry import Loss
+from downpour.workers.step.precision import Precision, computing_in
 
 
 def differentiate(
@@ -18,13 +19,15 @@ def differentiate(
     parameters: Sequence[Tensor],
     places: Sequence[Tensor],
     gradient: Tensor,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Leave the gradient by each parameter in its place; gives the loss, a scalar.
 
     The places are views of `gradient` [P], which is 0 wherever nothing was found. All are on one
     device, and nothing here waits for it.
     """
-    value = loss(module(inputs), targets)
+    with computing_in(precision, gradient.device.type):
+        value = loss(module(inputs), targets)
     found = torch.autograd.grad(value, parameters, allow_unused=True)
     with torch.no_grad():
         pairs = [

@@ -11,8 +11,8 @@ gradient is their gradients' sum, and each leaves moments of its own. `workers.s
 out whether a model's mini-batches may be joined, and whether that is faster.
 
 After some steps on mini-batches of one shape the step is recorded (`workers.step.recording`). The
-recording runs in its place from then on, if on one mini-batch it gives the same loss, gradient and
-moments to the bit.
+recording runs in its place from then on, as long as it gives the same loss, gradient and moments to
+the bit: on the mini-batch that was recorded, on the next one, and on one of every `CHECK_EVERY`.
 
 Not here: models on a device (`device_model_copy`), and whose turn it is (`workers.replica`).
 """
@@ -37,12 +37,16 @@ from downpour.models.layout import Layout
 from downpour.models.registry import Loss
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.joining import JointLoss, JoinTrial, can_join
+from downpour.workers.step.precision import Precision
 from downpour.workers.step.recording import CannotRecord, Recording, record
 
 log = logging.getLogger(__name__)
 
 RECORD_AFTER = 1
 """Steps of a process on mini-batches of one shape after which the step is recorded."""
+CHECK_EVERY = 1000
+"""Steps of a process by one recording, of which one is compared with the step itself."""
+
 _Shape = tuple[object, ...]
 
 
@@ -86,6 +90,7 @@ class StepContext:
         recorded: bool = True,
         record_after: int = RECORD_AFTER,
         depth: int = 1,
+        precision: Precision = "float32",
     ) -> None:
         """Room for steps of up to `depth` mini-batches together.
 
@@ -95,7 +100,9 @@ class StepContext:
             recorded: whether steps are recorded at all.
             record_after: steps of one shape before it is recorded.
             depth: most mini-batches of a step.
+            precision: that forward and backward passes compute in.
         """
+        self.precision = precision
         self.recordings: dict[_Shape, Recording | None] = {}
         """By the shapes of a step; None where there is no recording to be had."""
         self.joinable: bool | None = None
@@ -111,6 +118,7 @@ class StepContext:
         self._layout = layout
         self._depth = depth
         self._seen: Counter[_Shape] = Counter()
+        self._runs: Counter[_Shape] = Counter()
         self._recorded = recorded
         self._record_after = record_after
 
@@ -155,6 +163,17 @@ class StepContext:
             return False
         self._seen[shape] += 1
         return self._seen[shape] > self._record_after
+
+    def check_due(self, shape: _Shape) -> bool:
+        """Count one more step by this shape's recording; whether it is now time to compare."""
+        if self.recordings.get(shape) is None:
+            return False
+        self._runs[shape] += 1
+        return self._runs[shape] % CHECK_EVERY == 1
+
+    def runs(self, shape: _Shape) -> int:
+        """Steps by this shape's recording since it was last compared."""
+        return min(self._runs[shape] - 1, CHECK_EVERY - 1)
 
 
 class ModelCopy:
@@ -233,6 +252,8 @@ class ModelCopy:
         shape = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, together)
         if context.due(shape):
             self._record(shape, inputs, targets, together)
+        elif context.check_due(shape):
+            self._check(shape, inputs, targets, together)
         target = mailbox if index == 0 else context.spare()
         loss = self._compute(shape, inputs, targets, target, together)
         if target is not mailbox:
@@ -277,6 +298,7 @@ class ModelCopy:
             self._parameters,
             mailbox.views,
             mailbox.gradient,
+            self._context.precision,
         )
 
     def _record(self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
@@ -286,22 +308,55 @@ class ModelCopy:
         random_state = torch.get_rng_state()
         try:
             self._bind(together)
-            recording = record(self._model, context.loss(together), inputs, targets)
+            recording = record(
+                self._model, context.loss(together), inputs, targets, context.precision
+            )
             torch.set_rng_state(random_state)
-            expected = self._outcome(shape, inputs, targets, together)
-            context.recordings[shape] = recording
-            torch.set_rng_state(random_state)
-            if all(map(_same_bits, expected, self._outcome(shape, inputs, targets, together))):
+            if self._agrees(recording, shape, inputs, targets, together):
+                context.recordings[shape] = recording
                 log.info("steps on mini-batches of %s are recorded", list(inputs.shape))
-                return
-            log.warning("a recorded step gives other results: steps are not recorded")
+            else:
+                log.warning("a recorded step gives other results: steps are not recorded")
         except CannotRecord as error:
             log.info("steps are not recorded: %s", error)
         except Exception as error:  # whatever it is, the step itself goes on without
             log.warning("steps are not recorded: %s: %s", type(error).__name__, error)
         finally:
             torch.set_rng_state(random_state)
-        context.recordings[shape] = None
+
+    def _check(self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
+        """Go on without this shape's recording if it no longer does what the step does."""
+        context = self._context
+        recording = context.recordings[shape]
+        assert recording is not None
+        if self._agrees(recording, shape, inputs, targets, together):
+            context.recordings[shape] = recording
+            return
+        log.warning(
+            "a recorded step gives other results on another mini-batch, as if the model decided "
+            "something anew for each: steps are not recorded any more, and %d were since the last "
+            "comparison",
+            context.runs(shape),
+        )
+
+    def _agrees(
+        self, recording: Recording, shape: _Shape, inputs: Tensor, targets: Tensor, together: int
+    ) -> bool:
+        """Whether the recording gives here what the step gives, to the bit.
+
+        No random number is drawn, and the shape is left without a recording.
+        """
+        recordings, random_state = self._context.recordings, torch.get_rng_state()
+        try:
+            recordings[shape] = None
+            expected = self._outcome(shape, inputs, targets, together)
+            recordings[shape] = recording
+            torch.set_rng_state(random_state)
+            found = self._outcome(shape, inputs, targets, together)
+        finally:
+            recordings[shape] = None
+            torch.set_rng_state(random_state)
+        return all(map(_same_bits, expected, found))
 
     def _outcome(
         self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int

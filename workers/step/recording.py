@@ -9,7 +9,7 @@ caller makes sure, see `workers.step.model_copy`), and it leaves the gradient wh
 What depends on the mini-batch's values and not just on its shape cannot be recorded: `record`
 raises `CannotRecord` where it sees that. What it cannot see is Python's own randomness and other
 decisions that a module takes anew for every mini-batch; so models of users are recorded only
-where they ask for it.
+where they ask for it, and a recording is compared with the step again as the run goes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from downpour.models.flat import FlatModel
 from downpour.models.registry import Loss
 from downpour.workers.step.interpreter import CannotInterpret, interpreted
+from downpour.workers.step.precision import Precision, computing_in
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
 
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 _READS_VALUES = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}
+_SHAPED_BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _RANDOM = torch.Tag.nondeterministic_seeded
 # The same kernels behind a thinner Python binding.
 _THINNER: dict[Any, Callable[..., Any]] = {
@@ -142,14 +144,24 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def record(model: FlatModel, loss_function: Loss, inputs: Tensor, targets: Tensor) -> Recording:
+def record(
+    model: FlatModel,
+    loss_function: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    precision: Precision = "float32",
+) -> Recording:
     """Run one step of `model`, in training mode and bound, and give it as a recording.
 
-    Writes the mini-batch's moments, as every step does, and no gradient. Raises `CannotRecord`.
+    Writes the mini-batch's moments, as every step does, and no gradient.
+
+    Raises:
+        CannotRecord: the step does what a recording would not repeat.
     """
     parameters = [p for p in model.parameters if p.requires_grad]
     with _Tape() as tape:
-        loss = loss_function(model.module(inputs), targets)
+        with computing_in(precision):
+            loss = loss_function(model.module(inputs), targets)
         if skipped := model.left_out():
             raise CannotRecord(f"the step leaves out batch normalization '{skipped[0]}'")
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -235,6 +247,8 @@ class _Script:
     def _add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if func in _READS_VALUES:
             raise CannotRecord("the step looks at a value")
+        if not _SHAPED_BY_VALUES.isdisjoint(func.tags) and not _takes_by_number(func, args):
+            raise CannotRecord(f"the shape of what {func} gives depends on values")
         nodes = map_aggregate(args, self._node)
         keywords = map_aggregate(kwargs, self._node)
         if func in _ALIASES:
@@ -305,6 +319,13 @@ class _Script:
                 to.append(place)
         if copied:
             self._graph.call_function(aten._foreach_copy_.default, (to, copied))
+
+
+def _takes_by_number(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this is indexing by integers, whose result has the shape of its indices."""
+    if func is not aten.index.Tensor:
+        return False
+    return all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
 
 
 def _address(tensor: Tensor) -> int:

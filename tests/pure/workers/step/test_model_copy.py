@@ -103,6 +103,22 @@ class Looks(nn.Linear):
         return y * 2 if y.sum().item() > 0 else y
 
 
+class Picks(nn.Linear):
+    """Goes on with as many values as are large: a recording would keep the first number of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + y[(y > 0).nonzero()[:, 0]].mean()
+
+
+class Masks(nn.Linear):
+    """Likewise, by a mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + y[y > 0].mean()
+
+
 class Remembers(nn.Linear):
     """Changes a buffer that outlives the step."""
 
@@ -128,12 +144,82 @@ class Alternates(nn.Linear):
         return super().forward(x) * (1 + next(self.calls) % 2)
 
 
-@pytest.mark.parametrize("module", [Looks(6, 3), Remembers(), Alternates()], ids=type)
+@pytest.mark.parametrize("module", [Looks(6, 3), Picks(6, 3), Masks(6, 3), Remembers(), Alternates()], ids=type)
 def test_what_cannot_be_recorded_goes_on_without(module: nn.Module) -> None:
     slot, context, boxes = make(module, recorded=True)
     for x, y in batches("mnist", (4,) * 5):
         slot.step(x, y, boxes[0], 0)
     assert set(context.recordings.values()) == {None}
+
+
+class Rows(nn.Linear):
+    """Takes rows by number: as many whatever the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[torch.arange(len(x)).flip(0)]
+
+
+def test_rows_that_are_taken_by_number_are_recorded() -> None:
+    slot, context, boxes = make(Rows(6, 3), recorded=True)
+    for x, y in batches("mnist", (4,) * 3):
+        slot.step(x, y, boxes[0], 0)
+    assert None not in context.recordings.values()
+
+
+class Scaled(nn.Linear):
+    """Has a number that somebody may change."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("changed_at", [2, 3, 7])
+def test_a_recording_that_no_longer_does_what_the_step_does_is_given_up(
+    changed_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second step is recorded, so the third and each fifth from there are compared."""
+    monkeypatch.setattr(model_copy, "CHECK_EVERY", 5)
+    module, plain = Scaled(6, 3), Scaled(6, 3)
+    plain.load_state_dict(module.state_dict())
+    slot, context, boxes = make(module, recorded=True)
+    eager, _, others = make(plain, recorded=False)
+    agree = []
+    for i, (x, y) in enumerate(batches("mnist", (4,) * 14)):
+        module.scale = plain.scale = 2.0 if i >= changed_at else 1.0
+        found, expected = slot.step(x, y, boxes[0], 0), eager.step(x, y, others[0], 0)
+        agree.append(found == expected and torch.equal(boxes[0].gradient, others[0].gradient))
+    compared = next(i for i in (2, 7, 12) if i >= changed_at)
+    assert agree == [not changed_at <= i < compared for i in range(14)]
+    assert set(context.recordings.values()) == {None}
+    assert f"{0 if compared == 2 else 4} were since the last comparison" in caplog.text
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_step_in_bfloat16_is_autocasts(recorded: bool) -> None:
+    slot, context, boxes = make(build("mnist-bn"), recorded=recorded, precision="bfloat16")
+    oracle, exact = FlatModel(build("mnist-bn")), FlatModel(build("mnist-bn"))
+    for x, y in batches("mnist-bn", (8,) * 4):
+        result = slot.step(x, y, boxes[0], 0)
+        for flat, cast in ((oracle, True), (exact, False)):
+            flat.zero_gradient()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+                outputs = flat.module(x)
+                loss = functional.cross_entropy(outputs, y)
+            assert (outputs.dtype == torch.bfloat16) == cast
+            assert loss.dtype == torch.float32
+            loss.backward()
+            if cast:
+                assert result.loss == loss.item()
+        gradients = [oracle.gradient, exact.gradient]
+        assert torch.equal(boxes[0].gradient, gradients[0])
+        assert torch.equal(boxes[0].moments[0], oracle.moments)
+        difference = torch.linalg.vector_norm(boxes[0].gradient - gradients[1])
+        assert 0 < difference < 0.05 * torch.linalg.vector_norm(gradients[1])
+        torch.testing.assert_close(boxes[0].moments[0], exact.moments, rtol=0.02, atol=0.02)
+    assert (None in context.recordings.values()) is False
+    assert bool(context.recordings) == recorded
 
 
 def test_a_loss_that_is_not_finite_is_recorded_all_the_same() -> None:
