@@ -163,16 +163,21 @@ class ReplicasActor:
         """What makes model copies that share a context; `mailboxes` is all mailboxes' memory."""
         spec = self._spec
         layout, loss, models = self._models[0].layout, spec.model.build_loss(), self._all_models()
+        precision = spec.steps.precision
         if self._device is None:
             choice = spec.steps.record_steps
             recorded = choice == "on" or (choice == "auto" and spec.model.is_ours)
             depth = spec.steps.batches_per_push
-            context = StepContext(layout, loss=loss, recorded=recorded, depth=depth)
+            context = StepContext(
+                layout, loss=loss, recorded=recorded, depth=depth, precision=precision
+            )
             context.statistics = self._statistics
             return lambda: ModelCopy(next(models), context)
         self._lock = self._device.lock(mailboxes)
         direct = self._lock is not None
-        shared = DeviceStepContext(layout, self._device, loss=loss, direct=direct)
+        shared = DeviceStepContext(
+            layout, self._device, loss=loss, direct=direct, precision=precision
+        )
         shared.statistics = self._statistics
         return lambda: DeviceModelCopy(next(models), shared)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from downpour.workers.spec import ModelSpec
+from downpour.workers.spec import ModelSpec, Precision
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
 
 
@@ -35,8 +35,9 @@ class Recomputer:
         spec: ModelSpec,
         load: Callable[[int, int], tuple[Tensor, Tensor]],
         statistics: Tensor | None = None,
+        precision: Precision = "float32",
     ) -> None:
-        """`load(epoch, batch)` gives inputs and targets of a mini-batch.
+        """Steps in `precision`; `load(epoch, batch)` gives inputs and targets of a mini-batch.
 
         Frozen BN layers normalize with `statistics`, float32 [2, F]; None takes the model's own.
         """
@@ -47,7 +48,7 @@ class Recomputer:
         moments = torch.zeros(1, 3, layout.num_features)
         self._mailbox = Mailbox(0, layout, gradient, moments)
         # Not recorded: a replay trusts as little as it can.
-        context = StepContext(layout, loss=spec.build_loss(), recorded=False)
+        context = StepContext(layout, loss=spec.build_loss(), recorded=False, precision=precision)
         context.statistics = statistics
         self._slot = ModelCopy(model, context)
 

@@ -101,6 +101,7 @@ class ModelSpec:
 Recorded = Literal["auto", "on", "off"]
 InFlight = Literal["auto", "all"]
 DeviceName = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,11 @@ class StepConfig:
     device: DeviceName = field(default="cpu", metadata={"cli": "replica-device"})
     """What replicas compute on: processors, or a GPU for each process of replicas. Steps on a GPU
     are not recorded."""
+
+    precision: Precision = "float32"
+    """What forward and backward passes compute in. `bfloat16`: matrix products and convolutions,
+    under PyTorch's autocast. Weights, gradients, BN's moments and the server are float32 all the
+    same, and scoring is too."""
 
     by_permit: bool = field(default=False, metadata={"cli": False})
     """Whether a step asks for a permit before it pulls, as the staleness policies `bounded`

@@ -92,7 +92,10 @@ def replay_run(
         weights=torch.from_numpy(model.weights),
         statistics=model.statistics,
         recomputer=Recomputer(
-            model_spec(config), loader(config, data.plan), model.initial_statistics()
+            model_spec(config),
+            loader(config, data.plan),
+            model.initial_statistics(),
+            config.replicas.steps.precision,
         ),
         seen=seen,
         taken=taken,

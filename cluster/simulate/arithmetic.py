@@ -124,6 +124,7 @@ class VirtualArithmetic:
             loss=spec.build_loss(),
             recorded=choice == "on" or (choice == "auto" and spec.is_ours),
             depth=self._depth,
+            precision=steps.precision,
         )
         for together in range(2, self._depth + 1):
             # A real replica takes whichever way is faster. A clock must not decide on bits here.

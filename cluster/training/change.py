@@ -91,7 +91,10 @@ def _cut_anew(folder: RunFolder, config: RunConfig, data: Data, partitions: int)
             config=update_config(config, data.plan),
             epochs=config.policy.epochs,
             recomputer=Recomputer(
-                model_spec(config), loader(config, data.plan), model.initial_statistics()
+                model_spec(config),
+                loader(config, data.plan),
+                model.initial_statistics(),
+                config.replicas.steps.precision,
             ),
         )
     return new

@@ -30,6 +30,7 @@ from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.images.decode import Decoder
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.spec import ModelSpec
+from downpour.workers.step.precision import computing_in
 
 TRIAL_BYTES = 2 << 20
 """Most bytes of inputs in the trial; activations take many times that. At least two rows go in."""
@@ -86,7 +87,8 @@ class _Trial:
             batch = self._training_rows(plan.rows(0, index))
             if batch is None:
                 continue
-            loss = self._step(*batch)
+            with computing_in(self._config.replicas.steps.precision):
+                loss = self._step(*batch)
             check_state(self._model.module, batch[0])
             if math.isfinite(loss):
                 return

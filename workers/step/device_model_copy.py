@@ -22,6 +22,7 @@ from downpour.models.conversion.state import has_spectral_norm, settle_spectral_
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
 from downpour.models.registry import Loss
+from downpour.workers.spec import Precision
 from downpour.workers.step.device import Device, Stream
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.model_copy import Mailbox, StepResult, norm, root
@@ -112,9 +113,14 @@ class DeviceStepContext:
         *,
         loss: Loss = functional.cross_entropy,
         direct: bool = True,
+        precision: Precision = "float32",
     ) -> None:
-        """`direct` says that mailboxes are page-locked, so that gradients are copied to them."""
+        """Room for steps in `precision`.
+
+        `direct` says that mailboxes are page-locked, so that gradients are copied to them.
+        """
         self.device = device
+        self.precision = precision
         self.loss = loss.to(device.where) if isinstance(loss, nn.Module) else loss
         self.direct = direct
         self.moments = torch.zeros(3, layout.num_features, device=device.where)
@@ -225,6 +231,7 @@ class DeviceModelCopy:
             self._parameters,
             box.views,
             box.gradient,
+            self._context.precision,
         )
         box.moments[0].copy_(self._context.moments)
         buffers.tail[0].copy_(loss)

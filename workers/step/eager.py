@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from downpour.models.registry import Loss
-from downpour.workers.step.precision import Precision, computing_in
+from downpour.workers.spec import Precision
+from downpour.workers.step.precision import computing_in
 
 
 def differentiate(

@@ -35,9 +35,9 @@ from downpour.models.conversion.state import has_spectral_norm, settle_spectral_
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
 from downpour.models.registry import Loss
+from downpour.workers.spec import Precision
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.joining import JointLoss, JoinTrial, can_join
-from downpour.workers.step.precision import Precision
 from downpour.workers.step.recording import CannotRecord, Recording, record
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ for Deep Learning Training", 2019).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-Precision = Literal["float32", "bfloat16"]
+from downpour.workers.spec import Precision
 
 
 def computing_in(precision: Precision, device: str = "cpu") -> AbstractContextManager[Any]:

@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from downpour.models.flat import FlatModel
 from downpour.models.registry import Loss
+from downpour.workers.spec import Precision
 from downpour.workers.step.interpreter import CannotInterpret, interpreted
-from downpour.workers.step.precision import Precision, computing_in
+from downpour.workers.step.precision import computing_in
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)

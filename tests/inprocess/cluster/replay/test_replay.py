@@ -1,5 +1,6 @@
 """A run is computed again from its record, to the bit, whatever happened to it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from downpour.paramserver.errors import BadRecord
 from downpour.paramserver.messages import Push
 from downpour.paramserver.partition import record
 from downpour.paramserver.partition.state import PartitionState
+from downpour.workers.spec import Precision
 from tests.helpers import tiny
 from tests.helpers.runs import killed_stopped_and_resumed, recorded, replay
 from tests.helpers.thread_backend import ThreadBackend
@@ -25,12 +27,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.dataset(tmp_path_factory.mktemp("data"))
 
 
-def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str, precision: Precision) -> None:
     def kill(backend: ThreadBackend, replica: int, lease: Lease) -> None:
         if lease.id in (5, 11, 17):
             backend.kill_process(replica % 2)
 
-    run = recorded(tmp_path / "run", tiny.config(data, epochs=3))
+    config = tiny.config(data, epochs=3)
+    steps = replace(config.replicas.steps, precision=precision)
+    config = replace(config, replicas=replace(config.replicas, steps=steps))
+    run = recorded(tmp_path / "run", config)
     outcome = run.go(kill)
     run.assert_exactly_once(outcome)
     found = replay(tmp_path / "run")

@@ -144,7 +144,9 @@ class Alternates(nn.Linear):
         return super().forward(x) * (1 + next(self.calls) % 2)
 
 
-@pytest.mark.parametrize("module", [Looks(6, 3), Picks(6, 3), Masks(6, 3), Remembers(), Alternates()], ids=type)
+@pytest.mark.parametrize(
+    "module", [Looks(6, 3), Picks(6, 3), Masks(6, 3), Remembers(), Alternates()], ids=type
+)
 def test_what_cannot_be_recorded_goes_on_without(module: nn.Module) -> None:
     slot, context, boxes = make(module, recorded=True)
     for x, y in batches("mnist", (4,) * 5):
