@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from downpour.models.flat import FlatModel
+from downpour.workers.step import model_copy
 from downpour.workers.step.interpreter import CannotInterpret
 from downpour.workers.step.joining import JoinTrial
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext, norm
