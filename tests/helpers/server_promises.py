@@ -20,6 +20,7 @@ from downpour.paramserver.messages import (
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Regulariser, Rule
+from tests.helpers.close import assert_close
 from tests.helpers.served_partitions import (
     DEADLINE_S,
     KEY,
@@ -115,11 +116,11 @@ def one_replica_with_one_step_in_flight_is_torch_optim(
         for entry in layout.entries:
             ours = weights[entry.start : entry.stop].view(entry.shape)
             theirs_ = by_name[entry.name].detach()
-            torch.testing.assert_close(ours, theirs_, rtol=1e-5, atol=1e-5)
+            assert_close(ours, theirs_, rtol=1e-5, atol=1e-5)
         average = seen[0].clone()  # the moving averages, in the plainest of ways
         for n, moments in enumerate(seen):
             average += (moments - average) * max(0.01, 1 / (n + 1))
-        torch.testing.assert_close(statistics, average, rtol=1e-4, atol=1e-5)
+        assert_close(statistics, average, rtol=1e-4, atol=1e-5)
 
 
 def several_clients_at_once_count_each_mini_batch_once(two: Cluster) -> None:

@@ -24,13 +24,13 @@ from downpour.cluster.controller.state import RunState
 from downpour.paramserver.actor import PartitionReport
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
 from downpour.paramserver.partition.snapshot import SnapshotFile
-from downpour.shuffler.plan.plan import Plan
 from downpour.workers.actor import Evaluation
 from downpour.workers.evaluation.evaluator import Score
 from downpour.workers.replica.replicas import ReplicaFailed, WindowReport
 from tests.helpers import tiny
+from tests.helpers.plans import RememberedPlan
 
-PLAN = Plan(num_rows=43, batch_size=4, seed=5, window_batches=4, past_bound="rekey")
+PLAN = RememberedPlan(num_rows=43, batch_size=4, seed=5, window_batches=4, past_bound="rekey")
 """11 mini-batches, 3 windows."""
 C = TypeVar("C")
 
@@ -64,11 +64,12 @@ class PartitionWorld:
         self.quarantined: tuple[int, ...] = ()
 
     def report(self, has_follower: bool) -> PartitionReport:
-        applied = int((self.flags == APPLIED).sum())
+        by_epoch = (self.flags == APPLIED).sum(axis=1)
+        applied = int(by_epoch.sum())
         return PartitionReport(
             index=self.index,
             version=applied,
-            examples=sum(min(PLAN.num_rows, 4 * int((of == APPLIED).sum())) for of in self.flags),
+            examples=int(np.minimum(PLAN.num_rows, PLAN.batch_size * by_epoch).sum()),
             rate=0.1,
             batches_applied=applied,
             refused=int((self.flags == REFUSED).sum()),

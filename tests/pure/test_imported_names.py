@@ -26,6 +26,15 @@ def top_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from top_statements(part)
 
 
+def targets(node: ast.Assign | ast.AnnAssign | ast.For | ast.With) -> list[ast.expr]:
+    """What a statement assigns to; values, which are larger, are not looked through."""
+    if isinstance(node, ast.Assign):
+        return node.targets
+    if isinstance(node, ast.With):
+        return [item.optional_vars for item in node.items if item.optional_vars is not None]
+    return [node.target]
+
+
 @functools.cache
 def bound_names(file: Path) -> frozenset[str]:
     """The names that a module binds at its top level, branches included."""
@@ -36,8 +45,8 @@ def bound_names(file: Path) -> frozenset[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.update((a.asname or a.name).split(".")[0] for a in node.names)
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.For | ast.With):
-            stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
-            names.update(n.id for n in stored if isinstance(n.ctx, ast.Store))
+            stored = (n for target in targets(node) for n in ast.walk(target))
+            names.update(n.id for n in stored if isinstance(n, ast.Name))
     return frozenset(names)
 
 

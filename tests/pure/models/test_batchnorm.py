@@ -8,6 +8,7 @@ from torch.nn import functional
 from downpour.models import reference
 from downpour.models.batchnorm import BatchNorm, inference_map
 from downpour.models.errors import BatchError, LayoutError, ModelError
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -42,10 +43,10 @@ class TestAlgorithm1:
         with torch.no_grad():
             by_hand, saved = reference.forward(x, layer.weight, layer.bias, EPS)
             dx, dgamma, dbeta = reference.backward(dy, saved)
-        torch.testing.assert_close(y, by_hand)
-        torch.testing.assert_close(x.grad, dx)
-        torch.testing.assert_close(layer.weight.grad, dgamma)
-        torch.testing.assert_close(layer.bias.grad, dbeta)
+        assert_close(y, by_hand)
+        assert_close(x.grad, dx)
+        assert_close(layer.weight.grad, dgamma)
+        assert_close(layer.bias.grad, dbeta)
 
     def test_the_papers_backward_is_autograds_of_its_forward(self, shape: tuple[int, ...]) -> None:
         layer, x, dy = _layer(), _input(shape).requires_grad_(), _input(shape, seed=1)
@@ -53,7 +54,7 @@ class TestAlgorithm1:
         with torch.no_grad():
             by_hand = reference.backward(dy, saved)
         by_autograd = torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)
-        torch.testing.assert_close(by_hand, by_autograd)
+        assert_close(by_hand, by_autograd)
 
     def test_gradcheck_training_and_inference(self, shape: tuple[int, ...]) -> None:
         layer, x = _layer(), _input(shape).requires_grad_()
@@ -76,8 +77,8 @@ class TestAlgorithm1:
     def test_output_is_normalized(self, shape: tuple[int, ...]) -> None:
         layer = BatchNorm(4, eps=1e-12).double()
         rows = _by_feature(layer(_input(shape)))
-        torch.testing.assert_close(rows.mean(1), torch.zeros(4).double(), atol=1e-9, rtol=0)
-        torch.testing.assert_close(rows.var(1, correction=0), torch.ones(4).double())
+        assert_close(rows.mean(1), torch.zeros(4).double(), atol=1e-9, rtol=0)
+        assert_close(rows.var(1, correction=0), torch.ones(4).double())
 
 
 class TestInvariants:
@@ -99,9 +100,9 @@ class TestInvariants:
     def test_scale_of_weights(self, a: float) -> None:
         y, du, dw = self._through(1.0)
         y_a, du_a, dw_a = self._through(a)
-        torch.testing.assert_close(y_a, y)
-        torch.testing.assert_close(du_a, du)
-        torch.testing.assert_close(dw_a, dw / a)
+        assert_close(y_a, y)
+        assert_close(du_a, du)
+        assert_close(dw_a, dw / a)
 
 
 class TestMoments:
@@ -115,8 +116,8 @@ class TestMoments:
         layer(x)
         rows = _by_feature(x)
         assert torch.equal(moments[0, 2:6], torch.full((4,), float(rows.shape[1])))
-        torch.testing.assert_close(moments[1, 2:6], rows.mean(1))
-        torch.testing.assert_close(moments[2, 2:6], rows.var(1, correction=1))
+        assert_close(moments[1, 2:6], rows.mean(1))
+        assert_close(moments[2, 2:6], rows.var(1, correction=1))
         assert moments[:, :2].isnan().all()
         assert moments[:, 6:].isnan().all()
         assert not statistics.any()
@@ -126,8 +127,8 @@ class TestMoments:
         layer(torch.full((6, 4), torch.nan).double())
         assert layer.batch_mean.isnan().all()
         layer(x)
-        torch.testing.assert_close(layer.batch_mean, x.mean(0))
-        torch.testing.assert_close(layer.batch_variance, x.var(0))
+        assert_close(layer.batch_mean, x.mean(0))
+        assert_close(layer.batch_variance, x.var(0))
 
     def test_layers_over_one_buffer_do_not_spoil_each_others_backward(self) -> None:
         moments, statistics = torch.zeros(3, 8), torch.zeros(2, 8)
@@ -151,7 +152,7 @@ class TestMoments:
             )
 
         (expected,) = torch.autograd.grad((once(x) + once(2 * x).square()).sum(), x)
-        torch.testing.assert_close(gradient, expected)
+        assert_close(gradient, expected)
 
     def test_inference_leaves_them_alone(self) -> None:
         layer = _layer().eval()
@@ -172,7 +173,7 @@ class TestAlgorithm2:
             layer.weight, layer.bias, layer.running_mean, layer.running_var, EPS
         )
         expected = scale[:, None] * _by_feature(x) + shift[:, None]
-        torch.testing.assert_close(_by_feature(layer(x)), expected)
+        assert_close(_by_feature(layer(x)), expected)
 
     def test_inference_reads_the_bound_statistics(self) -> None:
         layer, x = BatchNorm(4).eval(), _input((2, 4)).float()
@@ -180,7 +181,7 @@ class TestAlgorithm2:
         layer.bind(moments=torch.zeros(3, 4), statistics=statistics)
         before = layer(x)
         statistics[0] += 1
-        torch.testing.assert_close(layer(x), before - 1 / (1 + layer.eps) ** 0.5)
+        assert_close(layer(x), before - 1 / (1 + layer.eps) ** 0.5)
 
 
 class TestErrors:
@@ -228,11 +229,11 @@ def test_mini_batches_together_are_normalized_each_by_itself(shape: tuple[int, .
     assert rows.grad is not None
     for j, part in enumerate(parts):
         z = alone(part)
-        torch.testing.assert_close(y[j::k], z)
+        assert_close(y[j::k], z)
         (z * weight[j::k]).sum().backward()
-        torch.testing.assert_close(rows.grad[j::k], part.grad)
+        assert_close(rows.grad[j::k], part.grad)
         columns = slice(3 * j, 3 * (j + 1))
         for row, own in enumerate((alone.batch_count, alone.batch_mean, alone.batch_variance)):
-            torch.testing.assert_close(moments[row, columns], own)
-    torch.testing.assert_close(together.weight.grad, alone.weight.grad)
-    torch.testing.assert_close(together.bias.grad, alone.bias.grad)
+            assert_close(moments[row, columns], own)
+    assert_close(together.weight.grad, alone.weight.grad)
+    assert_close(together.bias.grad, alone.bias.grad)

@@ -13,6 +13,7 @@ from downpour.models.batchnorm import BatchNorm
 from downpour.models.conversion.convert import convert
 from downpour.models.conversion.copies import detached_copy
 from downpour.models.fold import ChannelAffine, fold
+from tests.helpers.close import assert_close
 from tests.pure.models.conversion.test_convert import BatchNormAct
 
 
@@ -142,11 +143,11 @@ def test_a_folded_network_is_torchs(name: str) -> None:
     theirs = trained(make())
     folded = fold(convert(copy.deepcopy(theirs)))
     x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(folded(x), theirs(x), rtol=1e-4, atol=1e-4)
+    assert_close(folded(x), theirs(x), rtol=1e-4, atol=1e-4)
     maps = [m for m in folded.modules() if isinstance(m, ChannelAffine)]
     assert len(maps) == left
     plain = fold(convert(copy.deepcopy(theirs)), pairs=False)
-    torch.testing.assert_close(plain(x), theirs(x), rtol=1e-4, atol=1e-4)
+    assert_close(plain(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_older_weight_norm_can_be_copied_and_folded() -> None:
@@ -156,7 +157,7 @@ def test_the_older_weight_norm_can_be_copied_and_folded() -> None:
     x = torch.randn(3, 4, 6, 6)
     expected = net(x)
     assert torch.equal(detached_copy(net)(x), expected)
-    torch.testing.assert_close(fold(net)(x), expected)
+    assert_close(fold(net)(x), expected)
 
 
 def test_a_sequence_keeps_its_length_and_numbers() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from downpour.models.batchnorm import BatchNorm
 from downpour.models.errors import MomentsError
 from downpour.models.moments import Moments, Population
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -40,7 +41,7 @@ def population_of(x: Batch) -> Population:
 
 
 def close(a: Moments, b: Moments) -> None:
-    torch.testing.assert_close((a.count, a.mean, a.m2), (b.count, b.mean, b.m2), atol=1e-6, rtol=0)
+    assert_close((a.count, a.mean, a.m2), (b.count, b.mean, b.m2), atol=1e-6, rtol=0)
 
 
 class TestMoments:
@@ -85,8 +86,8 @@ class TestMoments:
             merged = merged.merge(Moments.from_batch(*buffer))
         mean, variance = merged.compute()
         by_feature = x.double().permute(2, 0, 1, 3, 4).flatten(1)
-        torch.testing.assert_close(mean, by_feature.mean(1), atol=1e-6, rtol=0)
-        torch.testing.assert_close(variance, by_feature.var(1), atol=1e-6, rtol=0)
+        assert_close(mean, by_feature.mean(1), atol=1e-6, rtol=0)
+        assert_close(variance, by_feature.var(1), atol=1e-6, rtol=0)
 
     def test_does_not_alias_its_source(self) -> None:
         mean = torch.ones(FEATURES, dtype=torch.float64)
@@ -121,7 +122,7 @@ class TestPopulation:
     def test_merge_is_associative(self) -> None:
         a, b, c = map(population_of, np.random.default_rng(0).normal(2, 3, (3, 4, FEATURES)))
         left, right = a.merge(b).merge(c), a.merge(b.merge(c))
-        torch.testing.assert_close(left.compute(), right.compute())
+        assert_close(left.compute(), right.compute())
         assert left.num_batches == 3
 
     def test_leaves_out_the_variance_between_means_which_pooling_contains(self) -> None:

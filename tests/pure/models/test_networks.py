@@ -15,6 +15,7 @@ from downpour.models.flat import FlatModel
 from downpour.models.fold import fold, fold_pair
 from downpour.models.layers import ConvBN, LinearBN, NormalizedBlock
 from downpour.models.mlp import MnistNet
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -91,7 +92,7 @@ class TestMnistNet:
         assert torch.equal(last, net.preactivation(x, 2))
         assert net.preactivation(x, 0).shape == net.preactivation(x, -3).shape == (4, 7)
         if batch_norm:
-            torch.testing.assert_close(last.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+            assert_close(last.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
 
     def test_errors(self) -> None:
         net = MnistNet(batch_norm=True, seed=1)
@@ -130,7 +131,7 @@ class TestFold:
         linear, bn, x = nn.Linear(5, 4, bias=bias), BatchNorm(4), _random(3, 5)
         _trained(bn)
         before = linear.weight.clone()
-        torch.testing.assert_close(fold_pair(linear, bn)(x), bn(linear(x)))
+        assert_close(fold_pair(linear, bn)(x), bn(linear(x)))
         assert torch.equal(linear.weight, before)
 
     @pytest.mark.parametrize("bias", [True, False])
@@ -138,20 +139,20 @@ class TestFold:
         conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=bias)
         bn, x = BatchNorm(6), _random(2, 4, 7, 7)
         _trained(bn)
-        torch.testing.assert_close(fold_pair(conv, bn)(x), bn(conv(x)), atol=1e-5, rtol=1e-5)
+        assert_close(fold_pair(conv, bn)(x), bn(conv(x)), atol=1e-5, rtol=1e-5)
 
     def test_is_exact_to_the_rounding_of_its_weights(self) -> None:
         linear, bn, x = nn.Linear(5, 4), BatchNorm(4), _random(50, 5).double()
         _trained(bn)
         got = fold_pair(linear, bn).double()(x)
-        torch.testing.assert_close(got, bn.double()(linear.double()(x)), atol=2e-6, rtol=0)
+        assert_close(got, bn.double()(linear.double()(x)), atol=2e-6, rtol=0)
 
     def test_mnist_net(self) -> None:
         net, x = _trained(MnistNet(batch_norm=True, seed=1)), _random(6, 784)
         folded = fold(net)
         assert not _has_batch_norm(folded)
         assert not folded.training
-        torch.testing.assert_close(folded(x), net(x), atol=1e-5, rtol=1e-5)
+        assert_close(folded(x), net(x), atol=1e-5, rtol=1e-5)
         assert isinstance(folded, MnistNet)
         assert folded.preactivation(x).shape == (6, 100)
 
@@ -169,7 +170,7 @@ class TestFold:
         folded, x = fold(net), _random(3, 2, 6, 6)
         assert not _has_batch_norm(folded)
         assert _has_batch_norm(net)
-        torch.testing.assert_close(folded(x), net(x), atol=1e-5, rtol=1e-5)
+        assert_close(folded(x), net(x), atol=1e-5, rtol=1e-5)
 
     def test_copy_owns_its_memory(self) -> None:
         net = _trained(MnistNet(batch_norm=True, seed=1))
@@ -196,7 +197,7 @@ class TestFold:
         _trained(net)
         folded, x = fold(net), _random(5, 3)
         assert not _has_batch_norm(folded)
-        torch.testing.assert_close(folded(x), net(x), atol=1e-6, rtol=1e-5)
+        assert_close(folded(x), net(x), atol=1e-6, rtol=1e-5)
 
     def test_refuses_a_declared_pair_that_cannot_be(self) -> None:
         block = Residual()

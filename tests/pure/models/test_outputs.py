@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from downpour.models.outputs import MainOutput, OutputsError, cross_entropy, heads, main_output
+from tests.helpers.close import assert_close
 
 MAIN, FIRST, SECOND = (
     torch.randn(5, 3, generator=torch.Generator().manual_seed(i)) for i in b"012"
@@ -48,7 +49,7 @@ def test_the_answer_and_its_auxiliaries(outputs: object, auxiliary: int) -> None
         expected = expected + 0.3 * (
             functional.cross_entropy(FIRST, TARGETS) + functional.cross_entropy(SECOND, TARGETS)
         )
-    torch.testing.assert_close(cross_entropy(outputs, TARGETS), expected)
+    assert_close(cross_entropy(outputs, TARGETS), expected)
 
 
 @pytest.mark.parametrize("outputs", [{"a": MAIN, "b": FIRST}, {}, (), None, "logits"])

@@ -10,6 +10,7 @@ from downpour.models.batchnorm import BatchNorm
 from downpour.models.errors import ModelError
 from downpour.models.flat import FlatModel
 from downpour.workers.freezing import freeze
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -54,7 +55,7 @@ def test_frozen_batch_normalization_stays_in_inference_mode_in_copies_too() -> N
     x = torch.randn(16, 6) * 7 + 3
     body = made[0]
     assert isinstance(body, nn.Sequential)
-    torch.testing.assert_close(body(x), body[0](x).relu(), rtol=1e-4, atol=1e-4)
+    assert_close(body(x), body[0](x).relu(), rtol=1e-4, atol=1e-4)
 
 
 def test_only_whole_layers_of_batch_normalization_are_frozen() -> None:

@@ -18,7 +18,7 @@ STEP_S, APPLY_S = 0.001, 0.0002
 
 @pytest.fixture(
     autouse=True,
-    params=[800, pytest.param(simulated.FEWEST_UPDATES, marks=pytest.mark.soak)],
+    params=[500, pytest.param(simulated.FEWEST_UPDATES, marks=pytest.mark.soak)],
     ids=["short", "whole"],
 )
 def fewest_updates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,8 @@ def test_many_replicas_are_kept_in_one_histogram() -> None:
     assert list(partition.ledger.staleness.dump()) == [0]
 
 
-def test_a_run_that_dies_all_the_time_says_so() -> None:
+def test_a_run_that_dies_all_the_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated, "STUCK_AFTER_S", 100.0)
     faults = Faults(partition_mtbf_s=0.001, restart_s=10.0)
     with pytest.raises(UserError, match="--restart-s"):
         Simulation(inputs(config(1), faults=faults)).forecast()

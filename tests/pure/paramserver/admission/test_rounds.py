@@ -218,7 +218,7 @@ def test_in_whatever_order_messages_come_everything_is_settled_once(
 ) -> None:
     """Three partitions, asked one after the other; deaths; mini-batches that are refused."""
     dropped = 0
-    for seed in range(12):
+    for seed in range(5):
         net = Net(seed, pushes=pushes, slots=slots, partitions=partitions, kills=kills, bad=bad)
         net.run()
         for state in net.states:
@@ -233,7 +233,7 @@ def test_in_whatever_order_messages_come_everything_is_settled_once(
 def test_without_backup_workers_and_deaths_every_partition_has_the_same_rounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for seed in range(10):
+    for seed in range(4):
         net = Net(seed, pushes=3, slots=3, partitions=3, kills=0, bad=False)
         taken: list[list[tuple[int, int]]] = [[], [], []]
         enter = RoundLedger.enter

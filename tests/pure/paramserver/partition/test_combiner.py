@@ -12,6 +12,7 @@ from downpour.paramserver.messages import Outcome
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.rules.statistics import BatchStatistics
 from downpour.paramserver.rules.update import Momentum
+from tests.helpers.close import assert_close
 from tests.helpers.rounds import Bench, F, P, Q, config, moments_of, new_version, push
 
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def test_rounds_are_steps_on_the_mean_over_their_examples() -> None:
         new = torch.empty(P)
         rule.update(weights, mean, velocity, rate, new)
         weights, examples = new, examples + count
-        torch.testing.assert_close(bench.state.current.weights, weights)
+        assert_close(bench.state.current.weights, weights)
         assert bench.state.weights_version == bench.state.version
         weights = bench.state.current.weights.clone()  # so that roundings do not add up
         bench.state.check()

@@ -36,6 +36,7 @@ from tests.helpers.arrivals import (
     events,
     everything,
 )
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -122,7 +123,7 @@ def test_a_push_of_several_mini_batches_is_one_version(bench: Bench) -> None:
     assert torch.equal(bench.state.current.weights, -RATE * event.gradient)
     # Of its moments, all three count: the plain average, as no average has decayed yet.
     expected = event.moments[:, 1:].mean(0)
-    torch.testing.assert_close(bench.state.current.statistics, expected)
+    assert_close(bench.state.current.statistics, expected)
     assert bench.state.vectors.statistics.recent.pooled().count.tolist() == [12.0] * F
 
 

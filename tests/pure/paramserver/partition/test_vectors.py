@@ -18,6 +18,7 @@ from downpour.paramserver.rules.choice import RULES, make_regulariser, make_rule
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from tests.helpers.arrivals import ROUGH, Bench, by_way_of_json
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -84,7 +85,7 @@ def test_what_is_trained_moves_as_ever_and_what_is_frozen_stays(rule: str, num: 
     run(free, 12)
     assert torch.equal(whole(frozen)[T:], start[T:])
     assert not torch.equal(whole(frozen)[:T], start[:T])
-    torch.testing.assert_close(whole(frozen)[:T], whole(free)[:T], rtol=1e-5, atol=1e-6)
+    assert_close(whole(frozen)[:T], whole(free)[:T], rtol=1e-5, atol=1e-6)
     for bench in frozen:
         part = bench.state.partition
         for name, vector in bench.state.vectors.rule_state.items():

@@ -8,6 +8,7 @@ import torch
 
 from downpour.paramserver.rules.adaptive import UPDATES, Adam, AdamW, RMSProp
 from downpour.paramserver.rules.update import Rule
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -27,7 +28,7 @@ def test_a_push_of_k_is_a_step_on_the_mean_at_the_root_of_k_times_the_rate(
         mean = torch.randn(P, generator=generator)
         rule.update(joined, k * mean, state, 0.01, joined, k)
         rule.update(alone, mean, state_alone, 0.01 * math.sqrt(k), alone)
-    torch.testing.assert_close(joined, alone, rtol=1e-4, atol=1e-4)
+    assert_close(joined, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rule", [Adam(), RMSProp()])

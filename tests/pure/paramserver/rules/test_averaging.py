@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from downpour.paramserver.errors import BadConfiguration
 from downpour.paramserver.rules.averaging import AVERAGE, AVERAGE_STATISTICS, Averaging
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -36,7 +37,7 @@ def test_is_torchs_averaged_model_with_the_same_shares() -> None:
             module.weight.copy_(w[None])
         theirs.update_parameters(module)
     expected = theirs.module.weight.detach()[0]
-    torch.testing.assert_close(followed(0.98, path), expected, rtol=1e-5, atol=1e-6)
+    assert_close(followed(0.98, path), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_update_replaces_where_it_started_and_early_on_it_is_the_mean() -> None:

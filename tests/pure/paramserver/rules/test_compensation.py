@@ -19,6 +19,7 @@ from downpour.paramserver.rules.policy import PolicyName, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import SGD, Momentum, Regulariser, Rule
 from downpour.paramserver.transport.shared.published import NUM_BUFFERS, PublishedWeights
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -61,7 +62,7 @@ def test_the_adaptive_variant_by_hand() -> None:
         2 + 2 / (squares[0] + EPSILON) ** 0.5 * 4 * 1,
         4 + 2 / (squares[1] + EPSILON) ** 0.5 * 16 * -1,
     ]
-    torch.testing.assert_close(gradient, torch.tensor(expected))
+    assert_close(gradient, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -74,9 +75,9 @@ def test_a_sum_over_mini_batches_is_so_many_times_their_compensated_mean(
     total, alone, together = 4 * mean, one.init(8), one.init(8)
     one.apply(mean, weights, pulled, alone, ROOM)
     one.apply(total, weights, pulled, together, ROOM, 4)
-    torch.testing.assert_close(total, 4 * mean)
+    assert_close(total, 4 * mean)
     for name, value in alone.items():
-        torch.testing.assert_close(together[name], value)
+        assert_close(together[name], value)
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -91,9 +92,9 @@ def test_long_vectors_are_corrected_as_short_ones_are(
     one.apply(whole, weights, pulled, state, ROOM)
     monkeypatch.setattr("downpour.paramserver.rules.compensation.BLOCK", 96)
     one.apply(cut, weights, pulled, other, ROOM)
-    torch.testing.assert_close(cut, whole)
+    assert_close(cut, whole)
     for name, value in state.items():
-        torch.testing.assert_close(other[name], value)
+        assert_close(other[name], value)
 
 
 def test_a_correction_that_overflows_is_left_out() -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from downpour.paramserver.rules.layerwise import LARS
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -42,7 +43,7 @@ def test_is_the_papers_equation(k: int) -> None:
     expected = oracle(
         list(start.double().split(sizes)), [list(m.double().split(sizes)) for m in means], 0.1, k
     )
-    torch.testing.assert_close(weights.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert_close(weights.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_of_zeros_moves() -> None:

@@ -16,6 +16,7 @@ from downpour.paramserver.rules.statistics import (
     RecentMoments,
     StatisticsRule,
 )
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -251,7 +252,7 @@ def test_a_layers_own_momentum_and_count_are_torchs(momentum: float | None, seen
         layer(x)
         moments = torch.stack([torch.full((3,), 5.0), x.mean(0), x.var(0)])
         statistics.update(held, moments, held)
-    torch.testing.assert_close(held, torch.stack([layer.running_mean, layer.running_var]))
+    assert_close(held, torch.stack([layer.running_mean, layer.running_var]))
 
 
 def test_features_that_some_mini_batches_lack_count_by_themselves() -> None:
@@ -269,7 +270,7 @@ def test_features_that_some_mini_batches_lack_count_by_themselves() -> None:
         else:
             pushed[:, 1] = 0.0
         mixed.update(held, pushed, held)
-    torch.testing.assert_close(held[:, 1:], one)
+    assert_close(held[:, 1:], one)
     assert mixed.num_updates == 12
     meta, arrays = mixed.dump()
     again, further = BatchStatistics(2, rule), held.clone()

@@ -1,4 +1,7 @@
-"""Update rules and schedules: against algebra by hand, and against `torch.optim`."""
+"""Update rules and schedules against algebra by hand.
+
+Against `torch.optim`: `tests/inprocess/paramserver/rules/test_update.py`.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,6 +26,7 @@ from downpour.paramserver.rules.update import (
     Regulariser,
     Rule,
 )
+from tests.helpers.close import assert_close
 
 torch.set_num_threads(1)
 
@@ -90,61 +94,6 @@ class TestByHand:
             assert run(make_rule(name, 0.9), 1.5, [0, 0], 0.5) == [1.5, 1.5]
 
 
-Optimizer = Callable[..., torch.optim.Optimizer]
-TORCH: list[tuple[Rule, Optimizer, dict[str, Any]]] = [
-    (SGD(), torch.optim.SGD, {}),
-    (Momentum(momentum=0.9), torch.optim.SGD, {"momentum": 0.9}),
-    (Momentum(momentum=0.0), torch.optim.SGD, {"momentum": 0.0}),
-    (Nesterov(momentum=0.8), torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
-    (Adagrad(), torch.optim.Adagrad, {}),
-    (
-        Adagrad(epsilon=1e-3, initial_accumulator=0.5),
-        torch.optim.Adagrad,
-        {"eps": 1e-3, "initial_accumulator_value": 0.5},
-    ),
-    (Adam(), torch.optim.Adam, {}),
-    (
-        Adam(beta1=0.8, beta2=0.95, epsilon=1e-3),
-        torch.optim.Adam,
-        {"betas": (0.8, 0.95), "eps": 1e-3},
-    ),
-    (RMSProp(), torch.optim.RMSprop, {}),
-    (
-        RMSProp(momentum=0.9, decay=0.9, epsilon=1.0),
-        torch.optim.RMSprop,
-        {"momentum": 0.9, "alpha": 0.9, "eps": 1.0},
-    ),
-    (AdamW(weight_decay=0.01), torch.optim.AdamW, {}),
-]
-
-
-@pytest.mark.parametrize("num_decayed", [0, 1, 50, P])
-@pytest.mark.parametrize(("rule", "optimizer", "options"), TORCH)
-def test_equals_torch_over_many_steps(
-    rule: Rule, optimizer: Optimizer, options: dict[str, Any], num_decayed: int
-) -> None:
-    generator = torch.Generator().manual_seed(num_decayed)
-    start = torch.randn(P, generator=generator)
-    decayed, rest = (torch.nn.Parameter(p.clone()) for p in start.tensor_split([num_decayed]))
-    reference = optimizer(
-        [{"params": [decayed], "weight_decay": 0.01}, {"params": [rest], "weight_decay": 0}],
-        lr=0.05,
-        **options,
-    )
-    rule = rule.within(num_decayed, ())
-    decay = 0.0 if isinstance(rule, AdamW) else 0.01
-    weights, state, regulariser = start.clone(), rule.init(P), Regulariser(weight_decay=decay)
-    for _ in range(150):
-        gradient = torch.randn(P, generator=generator)
-        decayed.grad, rest.grad = (g.clone() for g in gradient.tensor_split([num_decayed]))
-        reference.step()
-        regulariser.apply(gradient, weights, num_decayed, 1.0)
-        rule.update(weights, gradient, state, 0.05, weights)
-    assert not torch.equal(weights, start)
-    # A fused multiply-add rounds once where two operations round twice: no more than that.
-    torch.testing.assert_close(weights, torch.cat([decayed, rest]).detach(), rtol=1e-5, atol=5e-6)
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_another_buffer_gets_what_the_same_buffer_would(name: str) -> None:
     rule, generator = make_rule(name, 0.9), torch.Generator().manual_seed(1)
@@ -202,7 +151,7 @@ class TestRegulariser:
 
     def test_a_norm_just_above_the_limit_is_brought_down_to_it(self) -> None:
         clipped = self.apply(Regulariser(clip_norm=5), 5.5)
-        torch.testing.assert_close(clipped, torch.tensor([3 * 5 / 5.5, 4 * 5 / 5.5]))
+        assert_close(clipped, torch.tensor([3 * 5 / 5.5, 4 * 5 / 5.5]))
 
     def test_clipping_comes_before_decay(self) -> None:
         clipped = self.apply(Regulariser(clip_norm=2.5, weight_decay=0.5), 5)
@@ -335,4 +284,4 @@ def test_a_push_of_several_mini_batches_decays_and_is_clipped_for_each() -> None
     # The mean of 4 gradients is bounded, not their sum.
     gradient = torch.tensor([6.0, 8.0])
     Regulariser(clip_norm=2.0).clip(gradient, 10.0, batches=4)
-    torch.testing.assert_close(gradient, torch.tensor([4.8, 6.4]))
+    assert_close(gradient, torch.tensor([4.8, 6.4]))

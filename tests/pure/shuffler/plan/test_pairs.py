@@ -7,16 +7,7 @@ import pytest
 
 from downpour.shuffler.plan.pairs import count_pairs
 from downpour.shuffler.plan.plan import Plan
-
-
-def brute_force(plan: Plan, epochs: int) -> tuple[int, int]:
-    met = np.zeros((plan.num_rows, plan.num_rows), dtype=np.int64)
-    for epoch in range(epochs):
-        for index in range(plan.num_batches):
-            rows = plan.rows(epoch, index)
-            met[np.ix_(rows, rows)] += 1
-    np.fill_diagonal(met, 0)
-    return int(met.sum()) // 2, int(np.maximum(met - 1, 0).sum()) // 2
+from tests.helpers.plans import meetings, repeats
 
 
 @pytest.mark.parametrize("strategy", ["pairwise", "random", "within_shard", "buffer", "none"])
@@ -31,7 +22,8 @@ def test_counts_equal_brute_force(strategy):
     )
     steps = []
     found = count_pairs(plan, 9, progress=lambda done, total: steps.append((done, total)))
-    assert (found.meetings, found.repeats) == brute_force(plan, 9)
+    assert found.meetings == int(meetings(plan, 9).sum()) // 2
+    assert found.repeats == repeats(plan, 9)
     assert steps[-1][0] == steps[-1][1] == len(steps)
     assert (found.repeats == 0) == (strategy == "pairwise")
 

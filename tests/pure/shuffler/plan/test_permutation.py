@@ -13,7 +13,7 @@ from downpour.shuffler.errors import PlanError, ShufflerError
 from downpour.shuffler.plan.keys import stream_key
 from downpour.shuffler.plan.permutation import Permutation
 
-AROUND_POWERS = [2**k + d for k in (12, 16) for d in (-1, 0, 1)] + [2**20 + 1]
+AROUND_POWERS = [2**k + d for k in (12, 15) for d in (-1, 0, 1)] + [2**18 + 1]
 
 
 def is_bijection(order: np.ndarray, n: int) -> bool:

@@ -14,6 +14,7 @@ from downpour.workers.step import model_copy
 from downpour.workers.step.interpreter import CannotInterpret
 from downpour.workers.step.joining import JoinTrial
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext, norm
+from tests.helpers.close import assert_close
 from tests.helpers.networks import NAMES, batches, build, mailboxes
 
 
@@ -220,7 +221,7 @@ def test_a_step_in_bfloat16_is_autocasts(recorded: bool) -> None:
         assert torch.equal(boxes[0].moments[0], oracle.moments)
         difference = torch.linalg.vector_norm(boxes[0].gradient - gradients[1])
         assert 0 < difference < 0.05 * torch.linalg.vector_norm(gradients[1])
-        torch.testing.assert_close(boxes[0].moments[0], exact.moments, rtol=0.02, atol=0.02)
+        assert_close(boxes[0].moments[0], exact.moments, rtol=0.02, atol=0.02)
     assert (None in context.recordings.values()) is False
     assert bool(context.recordings) == recorded
 
@@ -273,7 +274,7 @@ def test_mini_batches_together_are_the_same_ones_one_after_the_other(
         for j, (inputs, targets) in enumerate(group):
             losses.append(plain.step(inputs, targets, alone, 0).loss)
             expected += alone.gradient
-            torch.testing.assert_close(box.moments[j], alone.moments[0], rtol=1e-4, atol=1e-5)
+            assert_close(box.moments[j], alone.moments[0], rtol=1e-4, atol=1e-5)
         difference = torch.linalg.vector_norm(box.gradient - expected)
         assert difference <= 1e-3 * torch.linalg.vector_norm(expected)
         assert found.loss == pytest.approx(sum(losses) / 3, rel=1e-4)
@@ -309,4 +310,4 @@ def test_a_model_that_mixes_rows_is_not_joined(caplog: pytest.LogCaptureFixture)
     assert "mixes the rows" in caplog.text
     copy.step(x0, y0, boxes[1], 0)
     copy.step(x1, y1, boxes[1], 1)
-    torch.testing.assert_close(boxes[0].gradient, boxes[1].gradient)
+    assert_close(boxes[0].gradient, boxes[1].gradient)

@@ -15,6 +15,7 @@ from downpour.models.flat import FlatModel
 from downpour.workers.evaluation.evaluator import population_statistics
 from downpour.workers.step.joining import can_join
 from downpour.workers.step.model_copy import ModelCopy, StepContext
+from tests.helpers.close import assert_close
 from tests.helpers.networks import mailboxes
 
 
@@ -87,7 +88,7 @@ def test_each_use_of_a_layer_counts_as_a_mini_batch() -> None:
     x = images(1)[0]
     y = model.module(x)
     assert model.moments[0].tolist() == [6 * 4 * 4 + 6 * 2 * 4] * 4
-    torch.testing.assert_close(model.moments[1:], averages(copy.deepcopy(theirs), [x]))
+    assert_close(model.moments[1:], averages(copy.deepcopy(theirs), [x]))
     found = torch.autograd.grad(y.square().sum(), model.parameters)
     expected = torch.autograd.grad(theirs(x).square().sum(), list(theirs.parameters()))
     by_name = dict(zip([e.name for e in model.layout.entries], found, strict=True))
@@ -99,7 +100,7 @@ def test_algorithm_2_over_a_layer_used_twice_is_torchs() -> None:
     theirs, batches = Twice(), images(7)
     model = FlatModel(convert(copy.deepcopy(theirs)))
     found = population_statistics(model, [(x, x) for x in batches])
-    torch.testing.assert_close(found, averages(theirs, batches), rtol=1e-5, atol=1e-5)
+    assert_close(found, averages(theirs, batches), rtol=1e-5, atol=1e-5)
 
 
 def test_algorithm_2_over_a_layer_that_some_forwards_skip_is_torchs() -> None:
@@ -109,7 +110,7 @@ def test_algorithm_2_over_a_layer_that_some_forwards_skip_is_torchs() -> None:
     torch.manual_seed(9)
     found = population_statistics(model, [(x, x) for x in batches])
     torch.manual_seed(9)
-    torch.testing.assert_close(found, averages(theirs, batches), rtol=1e-5, atol=1e-5)
+    assert_close(found, averages(theirs, batches), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_that_is_always_skipped_keeps_its_statistics() -> None:
@@ -168,8 +169,8 @@ def test_mini_batches_of_a_layer_used_twice_are_joined_and_counted_by_themselves
     assert context.joinable
     for j in range(3):
         step.step(x[j::3].contiguous(), targets[j::3].contiguous(), separate, j)
-    torch.testing.assert_close(joined.moments, separate.moments, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(joined.gradient, separate.gradient, rtol=1e-4, atol=1e-6)
+    assert_close(joined.moments, separate.moments, rtol=1e-5, atol=1e-5)
+    assert_close(joined.gradient, separate.gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_mini_batches_of_a_model_that_draws_for_itself_are_not_joined(
@@ -224,7 +225,7 @@ def test_a_frozen_layer_normalizes_with_its_statistics_in_every_step(
             if gradient is None:
                 continue  # it is frozen, and not pushed
             got = box.gradient[entry.start : entry.stop].view(entry.shape)
-            torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-5)
+            assert_close(got, gradient, rtol=1e-4, atol=1e-5)
         assert result.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
         assert not box.moments[:together, 0, :3].any(), "nothing is pushed of it"
         assert (box.moments[:together, 0, 3:] == 6 / together).all()

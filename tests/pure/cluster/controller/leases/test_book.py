@@ -13,8 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from downpour.cluster.controller.leases.book import LeaseBook
 from downpour.shuffler.errors import LeaseError, PlanError
 from downpour.shuffler.plan.plan import Plan
+from tests.helpers.plans import RememberedPlan
 
-PLAN = Plan(num_rows=43, batch_size=4, seed=5, window_batches=4)  # 11 batches: windows of 4, 4, 3
+PLAN = RememberedPlan(
+    num_rows=43, batch_size=4, seed=5, window_batches=4
+)  # 11 batches: windows of 4, 4, 3
 Q = PLAN.num_batches
 
 

@@ -1,0 +1,34 @@
+"""The table and the record of `bench learning`, and its plot."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from downpour.benchmarks import harness
+from downpour.benchmarks.harness import Settings
+from downpour.benchmarks.learning import benchmark
+from downpour.benchmarks.learning.peers import LIMIT, QUICK, SYSTEM, peers
+from downpour.benchmarks.learning.plot import plot
+from downpour.benchmarks.learning.search import Found
+from tests.helpers.learning_curves import FAST, NEVER, SLOW
+
+
+def test_the_report_has_everybody_at_every_goal(tmp_path: Path) -> None:
+    wanted = {k: p for k, p in peers(2, quick=True).items() if k in (LIMIT, SYSTEM, "ddp")}
+    found = {
+        name: Found(best=QUICK.grid(peer).settings(peer.shapes[0])[0], trials=(), left_out=0)
+        for name, peer in wanted.items()
+    }
+    rounds = [{LIMIT: SLOW, SYSTEM: FAST, "ddp": NEVER}, {LIMIT: SLOW, SYSTEM: FAST, "ddp": NEVER}]
+    report = benchmark.report(wanted, found, rounds, QUICK, {})
+    assert len(report.rows) == 3 * len(QUICK.goals)
+    assert all(len(row) == len(report.columns) for row in report.rows)
+    assert report.result[SYSTEM]["goals"]["0.5"]["ratio_to_plain"] == pytest.approx(3 / 8)
+    assert report.result["ddp"]["goals"]["0.5"]["arrived"] == 0
+    assert report.result["ddp"]["best_accuracy"] == 0.45
+    assert report.rows[-1][4] == "never"
+    assert report.notes[0] == "DDP, 2 ranks never had 50.0% within its time, and 45.00% at best."
+    record = json.loads(json.dumps(harness.record(report, Settings.quickly(), {})))
+    plot(record, tmp_path / "learning.png")
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
