@@ -77,6 +77,15 @@ class Moments:
             m2=torch.where(n > 1, _row(unbiased_variance) * (n - 1), zero),
         )
 
+    @classmethod
+    def of_values(cls, values: Tensor, there: Tensor) -> Self:
+        """Of k values of each feature, `[k, F]`; those that are not `there`, bool, are not read."""
+        x = torch.where(there, _row(values), torch.zeros((), dtype=torch.float64))
+        count = there.sum(0).double()
+        mean = x.sum(0) / count.clamp(min=1)
+        deviations = torch.where(there, x - mean, torch.zeros((), dtype=torch.float64))
+        return cls(count=count, mean=mean, m2=deviations.square().sum(0))
+
     def merge(self, other: "Moments") -> "Moments":
         """Of the values of both, by Chan's formula.
 
@@ -140,18 +149,25 @@ class Population:
         Where the count is 0 the mini-batch says nothing of the feature: a layer was skipped, or it
         is frozen. Raises `MomentsError` where it is 1, since one value has no variance to average.
         """
+        return cls.from_batches(torch.stack([count, mean, unbiased_variance])[None])
+
+    @classmethod
+    def from_batches(cls, moments: Tensor) -> Self:
+        """Of k mini-batches' moments, `[k, 3, F]`; as one after the other, merged."""
+        count, mean, unbiased_variance = _row(moments).unbind(1)
         if bool((count == 1).any()):
             raise MomentsError(
                 "a feature has 1 value in the mini-batch: Algorithm 2 takes mini-batches of 2 or "
                 "more"
             )
-        there = _row(count) > 0
-        zero = torch.zeros((), dtype=torch.float64)
+        there = count > 0
+        seen = there.sum(0).double()
+        zero, least = torch.zeros((), dtype=torch.float64), seen.clamp(min=1)
         return cls(
-            num_batches=1,
-            seen=there.double(),
-            mean=torch.where(there, _row(mean), zero),
-            variance=torch.where(there, _row(unbiased_variance), zero),
+            num_batches=len(moments),
+            seen=seen,
+            mean=torch.where(there, mean, zero).sum(0) / least,
+            variance=torch.where(there, unbiased_variance, zero).sum(0) / least,
         )
 
     def merge(self, other: "Population") -> "Population":

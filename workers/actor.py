@@ -340,17 +340,17 @@ class EvaluatorActor:
     def _score(self) -> tuple[Score, Score | None, int]:
         """The score that counts, that of the server's averages, mini-batches recomputed on."""
         began_s = time.thread_time()
-        moving = self._evaluator.score()
         if self._sample is None:
-            return moving, None, 0
+            return self._evaluator.score(), None, 0
+        moving = self._evaluator.score(keep_answers=False)
         most_s = max(self._most_s, time.thread_time() - began_s)
         try:
             estimate = self._evaluator.recompute(self._sample(), most_s=most_s)
         except MomentsError:  # these weights give nothing that is finite
-            return moving, None, 0
+            return self._evaluator.score(), None, 0
         except (ShufflerError, OSError) as error:
             self._cannot_recompute(error)
-            return moving, None, 0
+            return self._evaluator.score(), None, 0
         return self._evaluator.score(), moving, estimate.num_batches
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ iterable. Ray is not here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from downpour.models.outputs import main_output, tells_classes
 from downpour.models.registry import LOSSES
 from downpour.paramserver import durable
 from downpour.workers.evaluation.answers import Answers
+from downpour.workers.evaluation.joint_moments import JointMoments
 from downpour.workers.spec import ModelSpec
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -64,6 +66,7 @@ class Evaluator:
         """Where to put their BN statistics, float32 [2, F]: mean, unbiased variance."""
         self._model.bind(self.weights, statistics=self.statistics)
         self._model.module.eval()
+        self._joint = JointMoments(self._model)
         self._spectral = has_spectral_norm(self._model.module)
         self._loss = spec.build_loss()
         self._main_only = spec.loss in LOSSES  # auxiliary classifiers are for training
@@ -80,8 +83,11 @@ class Evaluator:
             self.num_batches += 1
             yield batch
 
-    def score(self) -> Score:
-        """Score what is in `weights` and `statistics`, by Algorithm 2's inference."""
+    def score(self, *, keep_answers: bool = True) -> Score:
+        """Score what is in `weights` and `statistics`, by Algorithm 2's inference.
+
+        `answers` are those of this scoring if they are to be kept, and none otherwise.
+        """
         if self._spectral:
             settle_spectral_norm(self._model.module)
         correct = examples = 0
@@ -94,7 +100,8 @@ class Evaluator:
                 of_classes = tells_classes(answer, self._num_classes)
                 if of_classes:
                     correct += int((answer.argmax(1) == targets).sum())
-                    answers.add(inputs, answer, targets)
+                    if keep_answers:
+                        answers.add(inputs, answer, targets)
                 scored = answer if self._main_only else outputs
                 loss += float(self._loss(scored, targets)) * len(targets)
                 examples += len(targets)
@@ -109,7 +116,9 @@ class Evaluator:
     def recompute(self, batches: Batches, *, most_s: float = math.inf) -> PopulationEstimate:
         """Replace `statistics` by Algorithm 2's for `weights`; see `estimate_population`."""
         counted = self._counted(batches)
-        estimate = estimate_population(self._model, counted, precision=PRECISION, most_s=most_s)
+        estimate = estimate_population(
+            self._model, counted, precision=PRECISION, most_s=most_s, joint=self._joint
+        )
         self.statistics.copy_(estimate.statistics)
         return estimate
 
@@ -174,34 +183,37 @@ def estimate_population(
     precision: float = 0.0,
     most_s: float = math.inf,
     clock: Callable[[], float] = time.thread_time,
+    joint: JointMoments | None = None,
 ) -> PopulationEstimate:
     """Algorithm 2's statistics over as many of `batches` as are needed.
 
-    Ends once, after `LEAST_BATCHES`, the estimate has a standard error of at most `precision`, or
-    `most_s` seconds are over. By default these are processor time: what others use of a busy
-    machine does not count. A mini-batch whose moments are not finite is left out, as the server
-    refuses it. A feature that no mini-batch had values of, since its layer is frozen or was always
-    skipped, keeps the model's statistics. The model is left in inference mode, bound as it was.
+    Several go through the network in one pass, by `joint` if it is given: it belongs to `model`,
+    and remembers whether they may. Ends once, after `LEAST_BATCHES`, the estimate has a standard
+    error of at most `precision`, or `most_s` seconds are over; it looks after each pass. By default
+    these are processor time: what others use of a busy machine does not count. A mini-batch whose
+    moments are not finite is left out, as the server refuses it. A feature that no mini-batch had
+    values of, since its layer is frozen or was always skipped, keeps the model's statistics. The
+    model is left in inference mode, bound as it was.
 
     Raises `MomentsError` if there is no mini-batch to average.
     """
     num_features = model.layout.num_features
     population = Population.empty(num_features)
     between = Moments.empty(2 * num_features)
-    zero = torch.zeros(2 * num_features)
-    error = math.inf
+    error, number = math.inf, 0
     began_s = clock()
     model.module.train()
     try:
-        with torch.no_grad():
-            for number, (inputs, _) in enumerate(batches, 1):
-                model.module(inputs)
-                count, mean, variance = model.moments
-                both = torch.cat([mean, variance])
-                if bool(torch.isfinite(both).all()):
-                    population = population.merge(Population.from_batch(count, mean, variance))
-                    there = (count > 0).float().repeat(2)
-                    between = between.merge(Moments.from_batch(there, both, zero))
+        passes = (joint or JointMoments(model)).of(batches)
+        with torch.no_grad(), contextlib.closing(passes):
+            for moments in passes:
+                number += len(moments)
+                finite = moments[torch.isfinite(moments[:, 1:]).flatten(1).all(1)]
+                if len(finite):
+                    population = population.merge(Population.from_batches(finite))
+                    there = (finite[:, 0] > 0).repeat(1, 2)
+                    values = finite[:, 1:].flatten(1)
+                    between = between.merge(Moments.of_values(values, there))
                 if number < LEAST_BATCHES:
                     continue
                 if population.num_batches >= 2:

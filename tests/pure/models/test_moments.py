@@ -70,6 +70,18 @@ class TestMoments:
             assert torch.equal(b.m2, a.m2)
             assert torch.equal(b.count, a.count)
 
+    def test_of_values_are_those_of_mini_batches_of_one(self) -> None:
+        generator = torch.Generator().manual_seed(9)
+        values = torch.rand(6, 3, generator=generator) + 1000
+        there = torch.rand(6, 3, generator=generator) < 0.7
+        there[:, 2] = False
+        zeros = torch.zeros(3)
+        one_by_one = reduce(
+            Moments.merge,
+            (Moments.from_batch(n.float(), x, zeros) for x, n in zip(values, there, strict=True)),
+        )
+        close(Moments.of_values(values, there), one_by_one)
+
     def test_does_not_cancel_far_from_zero(self) -> None:
         """E[x^2] - E[x]^2 has no correct digit left here."""
         x = 1e9 + np.random.default_rng(0).normal(size=(1000, FEATURES))
@@ -136,6 +148,20 @@ class TestPopulation:
         np.testing.assert_allclose(
             pooled * (k * m - 1), average.numpy() * k * (m - 1) + between, rtol=1e-9
         )
+
+    def test_of_several_at_once_are_one_after_the_other(self) -> None:
+        generator = torch.Generator().manual_seed(8)
+        moments = torch.rand(5, 3, 4, generator=generator)
+        moments[:, 0] = torch.tensor([[8, 8, 0, 0], [3, 0, 0, 2], [4, 4, 4, 0], [2] * 4, [9] * 4])
+        one_by_one = reduce(Population.merge, (Population.from_batch(*each) for each in moments))
+        at_once = Population.from_batches(moments)
+        assert at_once.num_batches == one_by_one.num_batches
+        assert torch.equal(at_once.seen, one_by_one.seen)
+        torch.testing.assert_close(at_once.mean, one_by_one.mean)
+        torch.testing.assert_close(at_once.variance, one_by_one.variance)
+        moments[2, 0, 1] = 1
+        with pytest.raises(MomentsError, match="1 value"):
+            Population.from_batches(moments)
 
     def test_errors(self) -> None:
         with pytest.raises(MomentsError, match="merge at least one"):
