@@ -1,21 +1,27 @@
 """Callbacks that hand a run's figures on to programs for tracking experiments.
 
-Each imports its program when it is made, so that one that is missing is told before training.
+Each imports its program when it is made, so that one that is missing is told before training. If
+their program refuses a run at its start, a line says so and nothing more goes there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import settings_of
-from downpour.cluster.errors import UserError
+from downpour.cluster.errors import UserError, one_line
 from downpour.cluster.trainer.callbacks import Callback, CurrentRun
 from downpour.cluster.trainer.result import Result
+
+MOST_PARAMS = 100
+"""MLflow takes so many values in a request."""
 
 
 class WandB(Callback):
@@ -39,15 +45,23 @@ class WandB(Callback):
 
     def on_start(self, run: CurrentRun) -> None:
         """Begin a run of theirs, under the name of ours."""
+        self._run = None
         given = {"name": run.name, "config": values_of(run.config), "dir": str(run.path)}
         self._run = self._wandb.init(**{**given, **self._init})
+        # Not `log(step=...)`: that keeps the newest row back, and in the end it would replace the
+        # result in the summary.
+        self._run.define_metric("updates")
+        self._run.define_metric("*", step_metric="updates")
 
     def on_evaluation(self, run: CurrentRun, metrics: Mapping[str, Any]) -> None:
         """Log the figures against updates."""
-        self._run.log(numbers(metrics), step=int(metrics["updates"]))
+        if self._run is not None:
+            self._run.log(numbers(metrics))
 
     def on_end(self, run: CurrentRun, result: Result | None) -> None:
         """Hand over the result and end their run, as failed if ours is not finished."""
+        if self._run is None:
+            return
         if result is not None:
             self._run.summary.update(numbers(result.metrics))
             if self._log_model:
@@ -73,40 +87,64 @@ class MLflow(Callback):
             log_model: hand over the last weights, too.
 
         Raises:
-            UserError: mlflow is not installed.
+            UserError: mlflow is not installed, or cannot keep runs at `tracking_uri`.
         """
-        self._client_of = _module("mlflow", "mlflow-skinny").MlflowClient
+        mlflow = _module("mlflow", "mlflow-skinny")
+        self._client_of, self._entities = mlflow.MlflowClient, mlflow.entities
         self._experiment, self._tracking_uri = experiment, tracking_uri
         self._log_model = log_model
         self._client: Any = None
-        self._id = ""
+        self._id: str | None = None
+        try:
+            # Not kept: it may hold a database's connection. A new database takes seconds to make,
+            # which a run would wait for.
+            self._client_of(tracking_uri=tracking_uri)
+        except Exception as error:
+            where = "at its default place" if tracking_uri is None else f"at {tracking_uri!r}"
+            remedy = "give another tracking_uri"
+            if importlib.util.find_spec("sqlalchemy") is None:
+                remedy += ", or, for a database, pip install 'downpour[mlflow]'"
+            raise UserError(
+                f"MLflow cannot keep runs {where}: {one_line(error)} Remedy: {remedy}"
+            ) from error
 
     def on_start(self, run: CurrentRun) -> None:
         """Begin a run of theirs, under the name of ours."""
         # The client, not the functions of the module: those keep a current run in a thread.
-        self._client = self._client_of(tracking_uri=self._tracking_uri)
+        self._client, self._id = self._client_of(tracking_uri=self._tracking_uri), None
         name = self._experiment or "Default"
         found = self._client.get_experiment_by_name(name)
         id = found.experiment_id if found is not None else self._client.create_experiment(name)
         self._id = self._client.create_run(id, run_name=run.name).info.run_id
-        for key, value in values_of(run.config).items():
-            self._client.log_param(self._id, key, value)
+        values = [
+            self._entities.Param(key, str(value)) for key, value in values_of(run.config).items()
+        ]
+        for at in range(0, len(values), MOST_PARAMS):
+            self._client.log_batch(self._id, params=values[at : at + MOST_PARAMS])
         self._client.set_tag(self._id, "downpour.run", str(run.path))
 
     def on_evaluation(self, run: CurrentRun, metrics: Mapping[str, Any]) -> None:
         """Log the figures against updates."""
-        for key, value in numbers(metrics).items():
-            self._client.log_metric(self._id, key, value, step=int(metrics["updates"]))
+        self._log(numbers(metrics), int(metrics["updates"]))
 
     def on_end(self, run: CurrentRun, result: Result | None) -> None:
         """Hand over the result and end their run, as failed if ours is not finished."""
+        if self._id is None:
+            return
         if result is not None:
-            for key, value in numbers(result.metrics).items():
-                self._client.log_metric(self._id, f"result.{key}", value)
+            self._log({f"result.{k}": v for k, v in numbers(result.metrics).items()}, 0)
             if self._log_model:
                 self._client.log_artifact(self._id, str(result.last_checkpoint))
         status = "FINISHED" if result is not None else "FAILED"
         self._client.set_terminated(self._id, status=status)
+
+    def _log(self, figures: Mapping[str, float], step: int) -> None:
+        """Log figures in one request, if their run was begun."""
+        if self._id is not None:
+            now_ms = int(time.time() * 1000)
+            metric = self._entities.Metric
+            logged = [metric(key, value, now_ms, step) for key, value in figures.items()]
+            self._client.log_batch(self._id, metrics=logged)
 
 
 class TensorBoard(Callback):

@@ -1,12 +1,14 @@
 """Callbacks for programs that track experiments: what those are told, by fakes of their modules.
 
-Signatures of the fakes are those of wandb 0.31 and mlflow-skinny 3.17.
+A run with the real ones is `tests/ray/test_trackers.py`. Signatures of the fakes are those of wandb
+0.31 and mlflow-skinny 3.17.
 """
 
 from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class FakeWandb:
         self.logged: list[Any] = []
         self.summary: dict[str, float] = {}
         self.ended: int | None = None
+        self.axes: dict[str, str | None] = {}
 
     def init(
         self,
@@ -60,8 +63,11 @@ class FakeWandb:
         self.begun = {"name": name, "config": config, "project": project, "mode": mode}
         return self
 
-    def log(self, data: dict[str, float], step: int) -> None:
-        self.logged.append((step, data))
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, data: dict[str, float]) -> None:
+        self.logged.append(data)
 
     def log_model(self, path: str, name: str) -> None:
         self.logged.append((name, path))
@@ -85,7 +91,8 @@ def test_wandb_gets_configuration_figures_and_result(
     assert fake.begun["config"]["learning_rate"] == 0.1
     assert fake.begun["config"]["argument.batch_norm"] is True
     model = str(tmp_path / "a" / "model.safetensors")
-    assert fake.logged == [(7, {"updates": 7.0, "accuracy": 0.5}), ("a", model)]
+    assert fake.logged == [{"updates": 7.0, "accuracy": 0.5}, ("a", model)]
+    assert fake.axes == {"updates": None, "*": "updates"}
     assert fake.summary == {"accuracy": 0.75, "seed": 3.0}
     assert fake.ended == 0
     assert tell(WandB("mine"), tmp_path / "b", None) == []
@@ -110,12 +117,11 @@ class FakeMlflow:
         assert (experiment_id, run_name) == ("id of mine", "a")
         return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
 
-    def log_param(self, run_id: str, key: str, value: Any) -> None:
-        self.params[key] = value
-
-    def log_metric(self, run_id: str, key: str, value: float, step: int | None = None) -> None:
+    def log_batch(self, run_id: str, metrics: Sequence[Any] = (), params: Any = ()) -> None:
         assert run_id == "r1"
-        self.metrics.append((key, value, step))
+        assert max(len(metrics), len(params)) <= 100
+        self.metrics += [(key, value, step) for key, value, _, step in metrics]
+        self.params |= dict(params)
 
     def set_tag(self, run_id: str, key: str, value: str) -> None: ...
 
@@ -126,19 +132,56 @@ class FakeMlflow:
         self.status = status
 
 
+def module_of(client: Any) -> types.SimpleNamespace:
+    """The module with such a client, and with tuples for its entities."""
+
+    def entity(*values: Any) -> tuple[Any, ...]:
+        return values
+
+    entities = types.SimpleNamespace(Param=entity, Metric=entity)
+    return types.SimpleNamespace(MlflowClient=client, entities=entities)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_mlflow_gets_configuration_figures_and_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     fake = FakeMlflow()
-    module = types.SimpleNamespace(MlflowClient=lambda tracking_uri: fake)
+    module = module_of(lambda tracking_uri: fake)
     monkeypatch.setitem(sys.modules, "mlflow", module)
     run = tmp_path / "a"
     assert tell(MLflow("mine"), run, result_of(run) if finished else None) == []
-    assert fake.params["learning_rate"] == 0.1
+    assert fake.params["learning_rate"] == "0.1"
     assert ("accuracy", 0.5, 7) in fake.metrics
-    assert (("result.accuracy", 0.75, None) in fake.metrics) is finished
+    assert (("result.accuracy", 0.75, 0) in fake.metrics) is finished
     assert fake.status == ("FINISHED" if finished else "FAILED")
+
+
+def test_a_place_that_mlflow_cannot_use_is_a_line_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def client(tracking_uri: str) -> Any:
+        raise ValueError("no such\nscheme.")
+
+    monkeypatch.setitem(sys.modules, "mlflow", module_of(client))
+    with pytest.raises(UserError, match=r"runs at 'x://y': no such scheme\. Remedy: give another"):
+        MLflow("mine", tracking_uri="x://y")
+
+
+def test_a_program_that_refuses_a_run_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> Any:
+        raise OSError("not logged in")
+
+    def lost(*, tracking_uri: str | None) -> Any:
+        return types.SimpleNamespace(get_experiment_by_name=lambda name: refuse())
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    monkeypatch.setitem(sys.modules, "mlflow", module_of(lost))
+    for callback in (WandB("mine"), MLflow("mine")):
+        (said,) = tell(callback, tmp_path / "a", result_of(tmp_path / "a"))
+        assert f"{type(callback).__name__}.on_start raised OSError: not logged in" in said
 
 
 def test_tensorboard_gets_the_figures_of_each_run(tmp_path: Path) -> None:
