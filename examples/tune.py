@@ -16,10 +16,11 @@ from ray.tune.schedulers import ASHAScheduler
 
 import downpour
 
-RATES = (0.1, 3.0, 0.003, 0.3, 0.01, 1.0, 0.03, 0.001)
-"""The recipe's own first, and the others in no order: ASHA judges a trial by those that came before
-it, so rates that grow steadily would each seem the best so far."""
-EPOCHS = 6
+RATES = (0.1, 0.3, 0.03, 1.0, 0.01, 3.0, 0.003, 0.001)
+"""The recipe's own first, then from there outwards. ASHA judges a trial by those that came before
+it: if good rates come early, the others end soon. Rates that grow steadily would each seem the best
+so far."""
+EPOCHS = 8
 
 
 def trainer(**settings: object) -> downpour.Trainer:
@@ -31,14 +32,15 @@ def trainer(**settings: object) -> downpour.Trainer:
 def rates(of: downpour.Trainer, *, asha: bool = True, at_a_time: int = 2) -> tune.ResultGrid:
     """Train with each rate.
 
-    With ASHA the best quarter goes on after one epoch and after four, as its accuracy compares with
-    those that got there before.
+    With ASHA the best third goes on after one epoch and after three, as its accuracy compares with
+    those that got there before. On MNIST it then trains on 30 to 45% of the examples of all eight
+    to the end.
     """
     scheduler = ASHAScheduler(
         time_attr="epoch",
         max_t=of.config.policy.epochs,
         grace_period=1,
-        reduction_factor=4,
+        reduction_factor=3,
         stop_last_trials=False,  # who is at the end writes a result
     )
     tuner = tune.Tuner(

@@ -1,4 +1,4 @@
-"""Eight rates with ASHA find one of the best two, in well below a full grid's steps."""
+"""Eight rates with ASHA find one of the best two, in less than half of a full grid's steps."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ frame = frame.rename(columns={"config/learning_rate": "rate"})
 frame[["rate", "accuracy", "examples"]].to_json(sys.argv[2], orient="records")
 """
 
+NOISE = 0.003
+"""By how much the accuracies of two runs with the same rate may differ."""
+
 
 def search(kind: str, folder: Path) -> list[dict[str, float]]:
     """Each trial's rate, last accuracy, and examples."""
@@ -43,15 +46,15 @@ def search(kind: str, folder: Path) -> list[dict[str, float]]:
     return trials
 
 
-def test_asha_finds_one_of_the_best_two_rates_in_fewer_steps(
-    tmp_path: Path,
-) -> None:
+def test_asha_finds_one_of_the_best_two_rates_in_fewer_steps(tmp_path: Path) -> None:
     grid, asha = search("grid", tmp_path), search("asha", tmp_path)
-    in_order = sorted(grid, key=lambda trial: -trial["accuracy"])
+    of_rate = {trial["rate"]: trial["accuracy"] for trial in grid}
     chosen = max(asha, key=lambda trial: trial["accuracy"])
     steps = [sum(trial["examples"] for trial in trials) for trials in (asha, grid)]
-    figures = f"grid {in_order}, asha {asha}, {steps[0] / steps[1]:.1%} of its examples"
-    assert chosen["rate"] in [trial["rate"] for trial in in_order[:2]], figures
-    assert steps[0] < 0.75 * steps[1], figures  # 0.56 and 0.58 were seen
+    figures = f"grid {of_rate}, asha {asha}, {steps[0] / steps[1]:.1%} of its examples"
+    sys.stdout.write(f"{figures}\n")
+    second = sorted(of_rate.values())[-2]
+    assert of_rate[chosen["rate"]] >= second - NOISE, figures
+    assert steps[0] < 0.5 * steps[1], figures
     for run in (tmp_path / "runs" / "rates-grid").iterdir():
         assert json.loads((run / "result.json").read_text())["exactly_once"] is True
