@@ -84,7 +84,7 @@ class Vectors:
 
         See `PartitionStart.statistics`.
         """
-        self.current.statistics.copy_(torch.from_numpy(statistics[:2]))
+        self.current.statistics.copy_(torch.from_numpy(statistics[:2].copy()))
         self.statistics.begin(statistics[2], statistics[3])
 
     @property
