@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -157,11 +158,14 @@ def test_it_trains_here(
 
 
 NOTEBOOK_S = 60.0
-"""From the kernel's start to the first update."""
+"""From the kernel's start to the first update, on a machine with nothing else to do."""
 
 
 def test_a_notebook_trains_a_network_of_its_own(
-    user: wheel.Environment, home: Path, tmp_path: Path
+    user: wheel.Environment,
+    home: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """The example, cell by cell: its network is in no file, and the second cell uses the result."""
     missing = [n for n in ("nbclient", "ipykernel") if importlib.util.find_spec(n) is None]
@@ -186,7 +190,11 @@ def test_a_notebook_trains_a_network_of_its_own(
     metrics = (run / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in metrics]
     first_at = next(line["time"] for line in lines if line.get("updates"))
-    assert first_at - done["began_at"] < NOTEBOOK_S, "first update, after the kernel's start"
+    took_s = first_at - done["began_at"]
+    # What other processes take of the machine is not the notebook's.
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    record_property("seconds to the first update", took_s)
+    assert took_s < NOTEBOOK_S * busy, f"first update, after the kernel's start; busy {busy:.1f}"
 
 
 def test_it_trains_as_a_job(
