@@ -33,8 +33,8 @@ def rates(of: downpour.Trainer, *, asha: bool = True, at_a_time: int = 2) -> tun
     """Train with each rate.
 
     With ASHA the best third goes on after one epoch and after three, as its accuracy compares with
-    those that got there before. On MNIST it then trains on 30 to 45% of the examples of all eight
-    to the end.
+    those that got there before. With this data it takes about a third of the examples of eight
+    runs to the end.
     """
     scheduler = ASHAScheduler(
         time_attr="epoch",
