@@ -3,14 +3,15 @@
 From the folder that holds this file's folder, with CIFAR-10 and some other pictures as Parquet:
 
     downpour train classifier --model examples.fine_tune:network --data DATA/cifar10 \
-        --image-size 32 --name before
+        --image-size 32 --epochs 3 --learning-rate 0.05 --name before
     downpour train classifier --model examples.fine_tune:network --data DATA/tiny-imagenet-50 \
-        --image-size 32 --name after --init runs/before --init-matching --freeze stem \
-        --learning-rate 0.004 --epochs 10
+        --image-size 32 --train-split validation --eval-split train --epochs 8 \
+        --learning-rate 0.05 --name after --init runs/before --init-matching
 
 The second run takes every tensor of the first run's model but the head, which has another number
-of classes, and says so. The stem is not trained: its weights stay, and its batch normalization
-keeps the statistics of the first data. All other layers learn.
+of classes, and says so. It learns from the smaller split, where what was learned before counts, and
+is scored on the larger one. The rate is one at which the new head learns. `docs/fine_tuning.md` has
+what comes of it.
 """
 
 from collections import OrderedDict
