@@ -20,6 +20,7 @@ from downpour.paramserver.messages import (
     Admission,
     Answer,
     Challenge,
+    Follow,
     Hello,
     Introduction,
     Message,
@@ -48,6 +49,7 @@ class Kind(enum.IntEnum):
     INTRODUCTION = 8
     ADMISSION = 9
     PERMIT_REQUEST = 10
+    FOLLOW = 11
 
 
 _PREFIX = struct.Struct("<4sB")
@@ -59,6 +61,7 @@ _ANSWER = struct.Struct("<4sBIBQ")
 _PULL_REQUEST = struct.Struct("<4sB?")
 _PERMIT_REQUEST = struct.Struct("<4sBI")
 _WEIGHTS = struct.Struct("<4sBQ?")
+_FOLLOW = struct.Struct("<4sBI")
 _CHALLENGE = struct.Struct(f"<4sB{NONCE_BYTES}s")
 _INTRODUCTION = struct.Struct(f"<4sB{PROOF_BYTES}s{NONCE_BYTES}sIQQIIB")
 _ADMISSION = struct.Struct(f"<4sB{PROOF_BYTES}sQQ")
@@ -110,6 +113,8 @@ def encode(message: Message) -> bytes:
             return _PERMIT_REQUEST.pack(MAGIC, Kind.PERMIT_REQUEST, message.mailbox)
         case Weights():
             return _WEIGHTS.pack(MAGIC, Kind.WEIGHTS, message.version, message.statistics)
+        case Follow():
+            return _FOLLOW.pack(MAGIC, Kind.FOLLOW, message.generation)
         case Challenge():
             return _CHALLENGE.pack(MAGIC, Kind.CHALLENGE, message.nonce)
         case Introduction():
@@ -241,6 +246,10 @@ def _decode_weights(data: bytes) -> Weights:
     return Weights(version=version, statistics=_flag(data[-1]))
 
 
+def _decode_follow(data: bytes) -> Follow:
+    return Follow(generation=_FOLLOW.unpack(data)[2])
+
+
 def _decode_challenge(data: bytes) -> Challenge:
     return Challenge(nonce=_CHALLENGE.unpack(data)[2])
 
@@ -268,6 +277,7 @@ def _decode_admission(data: bytes) -> Admission:
 _BETWEEN_MACHINES: dict[int, Callable[[bytes], Message]] = {
     Kind.PULL_REQUEST: _decode_pull_request,
     Kind.WEIGHTS: _decode_weights,
+    Kind.FOLLOW: _decode_follow,
     Kind.CHALLENGE: _decode_challenge,
     Kind.INTRODUCTION: _decode_introduction,
     Kind.ADMISSION: _decode_admission,

@@ -181,6 +181,17 @@ class Admission:
     num_features: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Follow:
+    """Between machines: who connects is no process of replicas, and wants to follow the partition.
+
+    What the two say from then on is `transport.network.replication`'s.
+    """
+
+    generation: int
+    """Counts the partition's followers: of two, the later one replaces the other."""
+
+
 Message = (
     Hello
     | Welcome
@@ -189,6 +200,7 @@ Message = (
     | PullRequest
     | PermitRequest
     | Weights
+    | Follow
     | Challenge
     | Introduction
     | Admission

@@ -15,13 +15,13 @@ from downpour.paramserver.admission.bounded import BoundedPermits
 from downpour.paramserver.admission.permits import Permit, Permits
 from downpour.paramserver.admission.rounds import RoundPermits
 from downpour.paramserver.codec import decode_all, encode
-from downpour.paramserver.errors import MalformedMessage, ServerError
+from downpour.paramserver.errors import MalformedMessage
 from downpour.paramserver.messages import Answer, Outcome, PermitRequest, Push
 from downpour.paramserver.partition.vectors import Arrival
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.server.replies import Replies
 from downpour.paramserver.server.versions import Versions
-from downpour.paramserver.standby.roles import Replication
+from downpour.paramserver.standby.role_changes import Replication
 from downpour.paramserver.transport.network.server_side import NetworkSide
 from downpour.paramserver.transport.shared.server_side import SharedSide
 
@@ -75,6 +75,7 @@ class OpenIntake:
         self._versions = versions
         self._ledger = versions.state.ledger
         self._replication = replication
+        self._replies = replies
 
     def take(self, side: SharedSide, data: bytes) -> None:
         """See `Intake`."""
@@ -86,22 +87,39 @@ class OpenIntake:
             if views is None or box >= len(views.gradients) or count > side.depth:
                 raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
             arrivals.append((push, views.gradients[box], views.moments[box][:count]))
-        versions, replication = self._versions, self._replication
-        replication.role.forward(side.socket.fileno(), self._ledger.version, data)
+        role = self._replication.role
+        if role.defers:
+            role.defer(arrivals, lambda: self._settle(side, arrivals))
+            return
+        role.forward(side.socket.fileno(), self._ledger.version, data)
+        self._settle(side, arrivals)
+
+    def _settle(self, side: SharedSide, arrivals: Sequence[Arrival]) -> None:
+        versions, role = self._versions, self._replication.role
         # Readers wait for what is written over.
         at_once = 1 if versions.in_place else len(arrivals)
-        shared = replication.role.shares_gradients
         answers: list[Answer] = []
         for first in range(0, len(arrivals), at_once):
-            answers += versions.apply_all(arrivals[first : first + at_once], shared=shared)
-        replication.role.answer(side, answers)
+            some = arrivals[first : first + at_once]
+            answers += versions.apply_all(some, shared=role.shares_gradients)
+        role.answer(side, answers)
 
     def take_network(
         self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
     ) -> None:
         """See `Intake`."""
-        shared = self._replication.role.shares_gradients
-        side.answer(*self._versions.apply_all([(push, gradient, moments)], shared=shared))
+        role = self._replication.role
+        if role.defers:
+            # The connection's next push is received where this one lies.
+            arrivals = [(push, gradient.clone(), moments.clone())]
+            role.defer(arrivals, lambda: self._settle_network(side, arrivals))
+            return
+        arrival = (push, gradient, moments)
+        side.answer(*self._versions.apply_all([arrival], shared=role.shares_gradients))
+
+    def _settle_network(self, side: NetworkSide, arrivals: Sequence[Arrival]) -> None:
+        answers = self._versions.apply_all(arrivals, shared=False)
+        self._replies.answer_network(side, answers)
 
     def ask(self, fd: int, mailboxes: Iterable[int]) -> None:
         """See `Intake`."""
@@ -140,6 +158,8 @@ class PermitIntake:
         self._ledger = versions.state.ledger
         self._replication = replication
         self._replies = replies
+        self._deferred = False
+        """Whether a push whose turn it was waits until a second process has it."""
 
     def take(self, side: SharedSide, data: bytes) -> None:
         """See `Intake`."""
@@ -177,39 +197,46 @@ class PermitIntake:
         ledger, permits = self._ledger, self._permits
         answers: dict[int, list[Answer]] = {}
         while True:
-            while (due := permits.next(ledger.version, ledger.weights_version)) is not None:
+            while (
+                not self._deferred
+                and (due := permits.next(ledger.version, ledger.weights_version)) is not None
+            ):
                 fd, box = due.key
                 if isinstance(due, Permit):
                     answer = Answer(mailbox=box, outcome=Outcome.PERMITTED, version=ledger.version)
+                elif self._replication.role.defers:
+                    self._defer(fd, due.push)
+                    continue
                 else:
                     answer = self._apply(fd, due.push)
                 answers.setdefault(fd, []).append(answer)
             if not answers:
                 return
             fd, batch = answers.popitem()
-            self._tell(fd, batch)  # if the connection is gone, others may go on
+            side = self._replies.connections.sides.get(fd)
+            self._tell(side, batch)  # if the connection is gone, others may go on
+
+    def _defer(self, fd: int, pending: PendingPush) -> None:
+        """Apply a push once the second process has it. Whose turn is next depends on that."""
+        self._deferred, side = True, self._replies.connections.sides.get(fd)
+
+        def settle() -> None:
+            self._deferred = False
+            self._tell(side, self._versions.apply_all([pending], shared=False))
+
+        self._replication.role.defer([pending], settle)
 
     def _apply(self, fd: int, pending: PendingPush) -> Answer:
-        replication = self._replication
-        replication.role.forward(fd, self._ledger.version, encode(pending.push))
-        shared = replication.role.shares_gradients
-        (answer,) = self._versions.apply_all([pending], shared=shared)
+        role = self._replication.role
+        role.forward(fd, self._ledger.version, encode(pending.push))
+        (answer,) = self._versions.apply_all([pending], shared=role.shares_gradients)
         return answer
 
-    def _tell(self, fd: int, answers: Sequence[Answer]) -> None:
-        connections = self._replies.connections
-        side = connections.sides.get(fd)
-        if side is None:
-            return
-        try:
-            if isinstance(side, SharedSide):
-                self._replication.role.answer(side, answers)
-                return
-            for answer in answers:
-                side.answer(answer)
-            self._replies.send(side)
-        except (ServerError, OSError) as error:
-            connections.failed(fd, error)
+    def _tell(self, side: SharedSide | NetworkSide | None, answers: Sequence[Answer]) -> None:
+        if isinstance(side, SharedSide):
+            self._replication.role.answer(side, answers)
+        elif side is not None:
+            self._replies.answer_network(side, answers)
 
     def leave(self, fd: int) -> None:
         """See `Intake`: its permits go to others."""

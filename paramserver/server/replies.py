@@ -29,6 +29,17 @@ class Replies:
             except ServerError as error:
                 self.connections.failed(fd, error)
 
+    def answer_network(self, side: NetworkSide, answers: Sequence[Answer]) -> None:
+        """Send answers over the network, if that process is still connected. Raises nothing."""
+        fd = side.socket.fileno()
+        if self.connections.sides.get(fd) is side:
+            try:
+                for answer in answers:
+                    side.answer(answer)
+                self.send(side)
+            except (ServerError, OSError) as error:
+                self.connections.failed(fd, error)
+
     def send(self, side: NetworkSide) -> None:
         """Send the answers and weights that are due over the network, as far as goes now.
 

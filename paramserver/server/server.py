@@ -43,13 +43,16 @@ from downpour.paramserver.server.replies import Replies
 from downpour.paramserver.server.versions import Versions
 from downpour.paramserver.standby.follower_link import FOLLOWER_DEADLINE_S, MailboxSource
 from downpour.paramserver.standby.primary_link import PrimaryLink
-from downpour.paramserver.standby.roles import Follower, Replication
+from downpour.paramserver.standby.remote_primary_link import RemotePrimaryLink
+from downpour.paramserver.standby.role_changes import Replication
+from downpour.paramserver.standby.roles import Follower
 from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.network.acceptor import (
     NetworkAcceptor,
     NetworkListen,
     NoNetwork,
 )
+from downpour.paramserver.transport.network.security import Credentials
 from downpour.paramserver.transport.network.server_side import NetworkSide
 from downpour.paramserver.transport.patience import Patience
 from downpour.paramserver.transport.poller import Poller
@@ -77,6 +80,8 @@ class PartitionServer:
         restore: Snapshot | None = None,
         network: NetworkListen | None = None,
         follow: Endpoint | None = None,
+        generation: int = 1,
+        client_credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
         follower_deadline_s: float = FOLLOWER_DEADLINE_S,
     ) -> None:
@@ -91,7 +96,10 @@ class PartitionServer:
             restore: The state to go on from.
             network: Where to listen for replicas on other machines; nowhere by default. Replicas
                 on this machine come through shared memory.
-            follow: The primary to follow, from its state on, until `promote`.
+            follow: The primary to follow, from its state on, until `promote`: over the network if
+                it listens there, and through shared memory otherwise.
+            generation: Counts the partition's followers, for one that comes over the network.
+            client_credentials: For its connection to the primary.
             clock: Seconds, monotonic.
             follower_deadline_s: How long a follower may take to apply a push before it is given up.
 
@@ -107,10 +115,20 @@ class PartitionServer:
         sides: Sides = {}
         self._versions = Versions(partition, config, sides, weights, statistics)
         self._state = self._versions.state
-        primary: PrimaryLink | None = None
+        primary: PrimaryLink | RemotePrimaryLink | None = None
         try:
             if follow is not None:
-                primary = PrimaryLink(follow, key=key, room=self._state.room())
+                if follow.network is None:
+                    primary = PrimaryLink(follow, key=key, room=self._state.room())
+                else:
+                    primary = RemotePrimaryLink(
+                        follow,
+                        key=key,
+                        credentials=client_credentials,
+                        room=self._state.room(),
+                        generation=generation,
+                        clock=clock,
+                    )
                 restore = primary.take_state()
                 first_update_at: Any = restore.meta.get("first_update_at")
                 self._versions.first_update_at = first_update_at
@@ -158,6 +176,7 @@ class PartitionServer:
             clock=clock,
             deadline_s=follower_deadline_s,
         )
+        self._remote = primary if isinstance(primary, RemotePrimaryLink) else None
         self._intake = make_intake(config.policy, self._versions, self._replication, self._replies)
         if primary is not None:
             self._replication.follow(primary, self._state, self._versions.apply_shared)
@@ -183,7 +202,8 @@ class PartitionServer:
     def start(self) -> PartitionServer:
         """Start serving."""
         self._thread.start()
-        self._network.start()
+        if not isinstance(self._replication.role, Follower):
+            self._network.start()
         return self
 
     def call(self, function: Callable[[PartitionState], T], deadline_s: float = 60.0) -> T:
@@ -215,6 +235,31 @@ class PartitionServer:
         """
         self.call(self._become_primary, deadline_s)
 
+    def let_alone(self, generation: int, deadline_s: float = 60.0) -> None:
+        """Answer without a follower on another machine, which will not be the partition any more.
+
+        Args:
+            generation: Of that follower. Nothing is done if another one has come.
+            deadline_s: How long to wait.
+
+        Raises:
+            DeadlineExceeded: There was no answer before the deadline.
+        """
+        self.call(lambda _: self._replication.let_alone(generation), deadline_s)
+
+    def await_level(self, deadline_s: float) -> bool:
+        """Wait until this follower has all that its primary answers; returns whether it has."""
+        link = self._remote
+        return link is None or link.levelled.wait(deadline_s)
+
+    def await_trouble(self, deadline_s: float | None = None) -> str:
+        """Wait until the primary, on another machine, is gone or silent; returns what is known."""
+        link = self._remote
+        if link is None:
+            return "its primary is on this machine"
+        link.troubled.wait(deadline_s)
+        return link.trouble
+
     @property
     def failure(self) -> BaseException | None:
         """What ended the serving thread, if anything did."""
@@ -224,6 +269,11 @@ class PartitionServer:
     def has_follower(self) -> bool:
         """Whether every push is applied by a second process, too."""
         return self._replication.role.has_follower
+
+    @property
+    def waits_for_word(self) -> int | None:
+        """The follower on another machine whose loss keeps this one from answering; `let_alone`."""
+        return self._replication.waits_for_word
 
     def dropped(self) -> dict[str, int]:
         """Return the connections that we closed, by reason; failed handshakes are among them."""
@@ -292,7 +342,7 @@ class PartitionServer:
         patience, poller, sides = Patience(), self._poller, self._connections.sides
         replication, intake = self._replication, self._intake
         while not self._stopping:
-            for fd, _ in patience.wait(poller.epoll, 1.0):
+            for fd, _ in patience.wait(poller.epoll, replication.role.wait_s):
                 if fd in sides:
                     self._serve(fd)
                 elif fd in poller.handlers:  # or it was dropped in this very turn
@@ -338,6 +388,9 @@ class PartitionServer:
                 self._scratch = torch.empty(self.partition.num_trained)
             moments = side.moments[: len(push.batches)]
             self._intake.take_network(side, push, side.gradient(self._scratch), moments)
+        if side.follow is not None:
+            self._receive_remote_follower(side, side.follow.generation)
+            return
         if side.asks:
             self._intake.ask(side.socket.fileno(), side.asks)
             side.asks.clear()
@@ -372,6 +425,20 @@ class PartitionServer:
 
         self._replication.receive(peer, self._state.room(), join)
 
+    def _receive_remote_follower(self, side: NetworkSide, generation: int) -> None:
+        """As `_receive_follower`, of one that may be on another machine."""
+        peer = self._connections.hand_over(side.socket.fileno())
+        room = self._state.room()
+
+        def join() -> None:
+            self.call(
+                lambda state: self._replication.join_remote(
+                    state, side.channel, generation, room, first_update_at=self.first_update_at
+                )
+            )
+
+        self._replication.receive_remote(room, join, peer.close)
+
     def _sources(self) -> list[MailboxSource]:
         sides = self._connections.sides.values()
         return [_source(s) for s in sides if isinstance(s, SharedSide) and s.views]
@@ -381,6 +448,7 @@ class PartitionServer:
             return
         if state.ledger.record is not None:
             state.ledger.record.promote()
+        self._network.start()
         self._poller.watch(self._listener.socket, self._accept)
 
 

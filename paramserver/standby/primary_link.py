@@ -21,6 +21,7 @@ from downpour.paramserver.codec import decode_all
 from downpour.paramserver.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    Diverged,
     Fenced,
     MalformedMessage,
     NotAuthenticated,
@@ -49,6 +50,8 @@ class ForwardedPush(NamedTuple):
 
 class PrimaryLink:
     """A connection to the primary, from which pushes come."""
+
+    packets_a_turn = PACKETS_A_TURN
 
     def __init__(self, endpoint: Endpoint, *, key: bytes, room: Mapping[str, Tensor]) -> None:
         """Join the partition at `endpoint`; `take_state` gives what to start from.
@@ -129,12 +132,16 @@ class PrimaryLink:
         """For `epoll`: readable when pushes have come."""
         return self.socket.fileno()
 
-    def packet(self) -> tuple[int, list[ForwardedPush]] | None:
-        """Return the primary's version and the pushes that it took then; None if none has come.
+    def packet(self, version: int) -> list[ForwardedPush] | None:
+        """Return the pushes of the next packet; None if none has come.
+
+        Args:
+            version: Ours, with all that was returned before applied.
 
         Raises:
             ConnectionLost: The primary is gone, and everything that it sent was returned.
             MalformedMessage: It says what no primary does.
+            Diverged: It was at another version before the packet.
         """
         while True:
             message = replication.receive(self.socket)
@@ -149,8 +156,11 @@ class PrimaryLink:
                 self._views.pop(message.source, None)
             else:
                 self._taken += 1
-                pushes = list(self._find(self._views[message.source], message.packet))
-                return message.version, pushes
+                if message.version != version:
+                    raise Diverged(
+                        f"the primary is at version {message.version}, its follower at {version}"
+                    )
+                return list(self._find(self._views[message.source], message.packet))
 
     def _find(self, views: MailboxViews, packet: bytes) -> Iterator[ForwardedPush]:
         for push in decode_all(packet):
@@ -163,6 +173,9 @@ class PrimaryLink:
         if self._taken:
             replication.add(self._count, self._taken)
             self._taken = 0
+
+    def check(self) -> None:
+        """Do nothing: the socket tells at once when the primary dies."""
 
     def take_over(self) -> None:
         """Be the one that answers from now on; only packets that are on their way still come.

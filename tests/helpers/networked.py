@@ -23,6 +23,7 @@ from downpour.paramserver.messages import (
     NONCE_BYTES,
     PROOF_BYTES,
     Answer,
+    Follow,
     Introduction,
     Outcome,
     PullRequest,
@@ -183,5 +184,6 @@ LIES = {
     + encode(a_push(1, 2)),
     "more mini-batches than it may": prefix(len(encode(a_push(1, batches=(1, 2)))), PAYLOAD)
     + encode(a_push(1, batches=(1, 2))),
+    "a follower that pushes": bytes_of(*frame(Follow(generation=1))),
     "more pulls than mailboxes": 4 * bytes_of(*frame(PullRequest(statistics=False))),
 }

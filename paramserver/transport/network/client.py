@@ -22,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from downpour.paramserver.codec import decode
 from downpour.paramserver.errors import BadConfiguration, ConnectionLost, MalformedMessage
 from downpour.paramserver.messages import (
     KEY_BYTES,
@@ -78,7 +79,7 @@ class _Pump:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.outbox = Outbox(channel)
-        self._reader = FrameReader(channel, self._destinations)
+        self._reader = FrameReader(channel, self._destinations, decode)
         self._wanted: deque[_Wanted] = deque()
         # If there are two threads, the other one takes from these: both ends of a deque are atomic.
         self.answers: deque[Answer] = deque()

@@ -11,13 +11,13 @@ import struct
 import typing
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from downpour.paramserver.codec import decode, encode
+from downpour.paramserver.codec import encode
 from downpour.paramserver.errors import MalformedMessage
 from downpour.paramserver.messages import MAX_MESSAGE, Message
 from downpour.paramserver.transport.network.channel import Channel
@@ -26,7 +26,7 @@ _PREFIX = struct.Struct("<IQ")
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-Destinations = Callable[[Message], Sequence[memoryview]]
+M = TypeVar("M")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -49,22 +49,38 @@ def frame(message: Message, payload: Sequence[memoryview] = ()) -> list[memoryvi
 
 def head(message: Message, payload_bytes: int) -> memoryview:
     """Return a frame up to its payload, which has to follow."""
-    data = encode(message)
+    return head_of(encode(message), payload_bytes)
+
+
+def head_of(data: bytes, payload_bytes: int) -> memoryview:
+    """As `head`, of a message's bytes."""
     return memoryview(_PREFIX.pack(len(data), payload_bytes) + data)
 
 
-class FrameReader:
+class FrameReader(Generic[M]):
     """Reads frames off a channel, as far as they have come."""
 
-    def __init__(self, channel: Channel, destinations: Destinations) -> None:
-        """`destinations(message)` says where the payload goes; it may refuse the message."""
+    def __init__(
+        self,
+        channel: Channel,
+        destinations: Callable[[M], Sequence[memoryview]],
+        decoded: Callable[[bytes], M],
+    ) -> None:
+        """Nothing has come.
+
+        Args:
+            channel: Where frames come from.
+            destinations: Says where a message's payload goes; it may refuse the message.
+            decoded: The message that some bytes are; it may refuse them.
+        """
         self._channel = channel
         self._destinations = destinations
+        self._decoded = decoded
         self._reading = self._read()
         self.midway = False
         """Whether a frame has come in part."""
 
-    def next(self) -> Message | None:
+    def next(self) -> M | None:
         """Return the next frame's message, its payload in place; None if not all of it has come.
 
         Raises:
@@ -73,7 +89,7 @@ class FrameReader:
         """
         return next(self._reading)
 
-    def _read(self) -> Generator[Message | None, None, None]:
+    def _read(self) -> Generator[M | None, None, None]:
         prefix = memoryview(bytearray(_PREFIX.size))
         buffer = memoryview(bytearray(MAX_MESSAGE))
         while True:
@@ -82,7 +98,7 @@ class FrameReader:
             if not 0 < length <= MAX_MESSAGE:
                 raise MalformedMessage(f"a message of {length} bytes")
             yield from self._fill(buffer[:length])
-            message = decode(bytes(buffer[:length]))
+            message = self._decoded(bytes(buffer[:length]))
             places = self._destinations(message)
             if payload_bytes != sum(map(len, places)):
                 raise MalformedMessage(

@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from downpour.paramserver.codec import decode
 from downpour.paramserver.errors import DeadlineExceeded, MalformedMessage
 from downpour.paramserver.messages import (
     MAX_MAILBOXES,
     Answer,
+    Follow,
     Message,
     PermitRequest,
     PullRequest,
@@ -44,7 +46,8 @@ class NetworkSide:
         about = accepted.introduction
         self.socket = accepted.channel.socket
         self.num_mailboxes, self.depth = about.num_mailboxes, about.depth
-        self._channel = accepted.channel
+        self.channel = accepted.channel
+        """The stream; it goes on with a follower, if the peer is one."""
         size = partition.num_trained if about.num_mailboxes else 0
         self._gradient = torch.empty(size, dtype=TORCH_DTYPES[about.wire])
         self._gradient_bytes = as_bytes(self._gradient)
@@ -54,8 +57,10 @@ class NetworkSide:
         """Of the push that `next` gave last, float32 [depth, 3, F]."""
         self._moments_bytes = as_bytes(self.moments)
         self._set_bytes = 12 * partition.num_features
-        self._reader = FrameReader(self._channel, self._destinations)
-        self._outbox = Outbox(self._channel)
+        self._reader = FrameReader(self.channel, self._destinations, decode)
+        self._outbox = Outbox(self.channel)
+        self.follow: Follow | None = None
+        """Once the peer has said that it wants to follow: it is no process of replicas."""
         self.pulls: list[PullRequest] = []
         """Pulls that are to be answered, in order."""
         self.asks: list[int] = []
@@ -71,7 +76,7 @@ class NetworkSide:
 
     def allow(self) -> None:
         """Let `next` take a slice off the socket."""
-        self._channel.allow(SLICE_BYTES)
+        self.channel.allow(SLICE_BYTES)
 
     def next(self) -> Push | None:
         """Return the next push that has come whole; None if there is none, or it is others' turn.
@@ -85,6 +90,9 @@ class NetworkSide:
                 return message
             if isinstance(message, PullRequest):
                 self.pulls.append(message)
+            elif isinstance(message, Follow):
+                self.follow = message
+                return None
             else:
                 assert isinstance(message, PermitRequest)
                 self.asks.append(message.mailbox)
@@ -105,6 +113,10 @@ class NetworkSide:
         if isinstance(message, PermitRequest):
             if message.mailbox >= self.num_mailboxes or len(self.asks) >= self.num_mailboxes:
                 raise MalformedMessage(f"a permit for mailbox {message.mailbox}")
+            return []
+        if isinstance(message, Follow):
+            if self.num_mailboxes:
+                raise MalformedMessage("a process of replicas that wants to follow")
             return []
         raise MalformedMessage(f"{type(message).__name__} in place of a push")
 
@@ -162,8 +174,8 @@ class NetworkSide:
     def stalled_since(self, now_s: float) -> float:
         """Return since when nothing has moved although something should have."""
         idle = self._outbox.empty and not self._reader.midway
-        if idle or self._channel.moved != self._moved:
-            self._moved, self._moved_s = self._channel.moved, now_s
+        if idle or self.channel.moved != self._moved:
+            self._moved, self._moved_s = self.channel.moved, now_s
         return self._moved_s
 
     def close(self) -> None:

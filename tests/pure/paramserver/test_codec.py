@@ -18,6 +18,7 @@ from downpour.paramserver.messages import (
     Admission,
     Answer,
     Challenge,
+    Follow,
     Hello,
     Introduction,
     Message,
@@ -54,6 +55,7 @@ pushes = st.builds(
 )
 answers = st.builds(Answer, mailbox=U32, outcome=st.sampled_from(Outcome), version=U64)
 pull_requests = st.builds(PullRequest, statistics=st.booleans())
+follows = st.builds(Follow, generation=U32)
 permit_requests = st.builds(PermitRequest, mailbox=U32)
 weights = st.builds(Weights, version=U64, statistics=st.booleans())
 nonces = st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES)
@@ -78,6 +80,7 @@ messages = st.one_of(
     answers,
     pull_requests,
     permit_requests,
+    follows,
     weights,
     challenges,
     introductions,
@@ -102,6 +105,7 @@ EXAMPLES: list[Message] = [
     PullRequest(statistics=True),
     PermitRequest(mailbox=7),
     Weights(version=3, statistics=False),
+    Follow(generation=7),
     Challenge(nonce=b"n" * NONCE_BYTES),
     Introduction(
         proof=b"p" * PROOF_BYTES,

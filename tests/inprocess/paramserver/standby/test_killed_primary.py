@@ -17,6 +17,8 @@ from downpour.paramserver.errors import ConnectionLost
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.server.server import PartitionServer
+from downpour.paramserver.transport.network.acceptor import NetworkListen
+from tests.helpers.networked import RUN
 from tests.helpers.partition_pairs import answered, push_batches
 from tests.helpers.served_partitions import (
     DEADLINE_S,
@@ -36,8 +38,8 @@ BOXES = 8
 STARTED = {"partition": PART, "config": EXACT, "key": KEY}
 
 
-def serve(pipe: Connection) -> None:
-    server = PartitionServer(**STARTED, weights=torch.zeros(P)).start()  # type: ignore[arg-type]
+def serve(pipe: Connection, network: NetworkListen | None) -> None:
+    server = PartitionServer(**STARTED, weights=torch.zeros(P), network=network).start()  # type: ignore[arg-type]
     pipe.send(server.endpoint)
     with contextlib.suppress(EOFError):
         pipe.recv()
@@ -72,16 +74,24 @@ def train_until_killed(
         return told, pushed, max(versions[0], published)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_nothing_answered_or_published_is_lost_with_the_process(seed: int) -> None:
+    """The follower reads the same memory or, with the last seeds, has come over the network."""
     draws = random.Random(seed)
+    network = NetworkListen(credentials=RUN.partitions) if seed >= 12 else None
     ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=serve, args=(theirs,), daemon=True)
+    process = CONTEXT.Process(target=serve, args=(theirs, network), daemon=True)
     process.start()
     endpoint = ours.recv()
-    follower = PartitionServer(**STARTED, follow=endpoint).start()  # type: ignore[arg-type]
+    follower = PartitionServer(
+        **STARTED,  # type: ignore[arg-type]
+        follow=endpoint,
+        client_credentials=RUN.clients,
+        network=network,
+    ).start()
     with contextlib.ExitStack() as closing:
         closing.callback(follower.stop)
+        assert follower.await_level(DEADLINE_S)
         client = ParameterClient(
             [endpoint],
             key=KEY,
