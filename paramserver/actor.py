@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow.fs
 import torch
 
+from downpour.paramserver.errors import DeadlineExceeded
 from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
 from downpour.paramserver.partition.state import PartitionState
@@ -25,6 +26,9 @@ from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.names import NODE
 from downpour.paramserver.transport.network.acceptor import NetworkListen
 from downpour.paramserver.transport.network.security import Credentials
+
+LEVEL_DEADLINE_S = 300.0
+"""How long a follower may take to catch up with its partition, from the state on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class PartitionReport:
     """The version that the actor started from."""
     has_follower: bool = False
     """Whether a second process has all that this one answers."""
+    waits_for_word: int | None = None
+    """The follower on another machine whose loss keeps this one from answering."""
     witness: tuple[int, int] | None = None
     """What the weights say of the mini-batches that went into them, see `Witness.dump`."""
     cpu_s: float = 0.0
@@ -130,12 +136,17 @@ class PartitionActor:
                 last_update_at=server.last_update_at,
                 updates_before=self._updates_before,
                 has_follower=server.has_follower,
+                waits_for_word=server.waits_for_word,
                 witness=state.vectors.witness.dump(),
                 cpu_s=time.thread_time(),  # this is run by the thread that serves
                 **state.ledger.counts(),
             )
 
         return server.call(look)
+
+    def let_alone(self, follower: int) -> None:
+        """Answer without this follower, which is lost and will not be promoted any more."""
+        self._server.let_alone(follower)
 
     def average(self) -> Average:
         """What is to be scored of this partition, if that is not the latest weights."""
@@ -181,10 +192,16 @@ class FollowerActor(PartitionActor):
     """A second process that applies what a partition does, and can take its place."""
 
     def __init__(self, spec: PartitionSpec, start: PartitionStart) -> None:
-        """Follow the partition whose endpoint `start` gives; it is on this machine."""
+        """Follow the partition whose endpoint `start` gives, here or over the network."""
         assert isinstance(start.origin, Endpoint), "a follower starts from its primary"
         server = PartitionServer(
-            partition=spec.partition, config=spec.update, key=start.key, follow=start.origin
+            partition=spec.partition,
+            config=spec.update,
+            key=start.key,
+            network=_listen(spec.listen, start.credentials),
+            follow=start.origin,
+            generation=start.follower,
+            client_credentials=start.client_credentials,
         )
         self._start(server, spec.record)
 
@@ -192,6 +209,20 @@ class FollowerActor(PartitionActor):
         """What Ray's dashboard and log prefixes show, of one that has been promoted, too."""
         partition = self._server.partition
         return f"Follower of partition {partition.index + 1} of {partition.num_partitions}"
+
+    def endpoint(self) -> Endpoint:
+        """The endpoint for replicas, once this has all that the partition answers.
+
+        Raises:
+            DeadlineExceeded: The partition does not say that it waits for this follower.
+        """
+        if not self._server.await_level(LEVEL_DEADLINE_S):
+            raise DeadlineExceeded(f"it has not caught up for {LEVEL_DEADLINE_S:.0f} s")
+        return super().endpoint()
+
+    def watch_primary(self) -> str:
+        """Return, in words, that the partition is gone or silent, once that is so."""
+        return self._server.await_trouble()
 
     def promote(self) -> Endpoint:
         """Become the partition; gives the endpoint for replicas.

@@ -91,8 +91,9 @@ class ServerConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """How replicas reach it."""
     hot_standby: bool = False
-    """Whether each partition has a follower, a second process on the same machine that applies the
-    same pushes and takes its place when it dies, so that no update is lost."""
+    """Whether each partition has a follower, a second process that applies the same pushes and
+    takes its place when it dies, so that no update is lost. In a cluster of several nodes it is on
+    another node."""
 
     def __post_init__(self) -> None:
         if self.partitions is not None and self.partitions < 1:
@@ -106,12 +107,6 @@ class ServerConfig:
             raise ValueError(
                 f"hot standby is on, and staleness policy is {self.policy.staleness_policy}, which "
                 "needs versions from before a follower came: give another, or no hot standby"
-            )
-        if self.hot_standby and self.network.listens_on(1) is not None:
-            raise ValueError(
-                f"hot standby is on, transport is {self.network.transport} and listen "
-                f"{self.network.listen}: a follower reads gradients where replicas left them, in "
-                "memory that all share; give transport shared, or no hot standby"
             )
 
     @property

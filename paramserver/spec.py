@@ -58,6 +58,10 @@ class PartitionStart:
     fresh ones."""
     credentials: Credentials | None = None
     """For connections over the network; None encrypts nothing."""
+    client_credentials: Credentials | None = None
+    """For a follower's own connection to its primary."""
+    follower: int = 1
+    """Counts the partition's followers."""
 
 
 @dataclass(frozen=True, kw_only=True)

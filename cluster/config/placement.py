@@ -148,6 +148,27 @@ def candidates(
     return found
 
 
+def standby_node(
+    config: PlacementConfig, nodes: Sequence[Node], driver: str, primary: str, index: int
+) -> Node:
+    """The node for the follower of partition `index`, which is on the node with the id `primary`.
+
+    Another node for partitions if there is one, or else the driver's, which sees the run's folder,
+    or else any with a processor. Only if there is no other node it is the same one.
+    """
+    try:
+        for_partitions = candidates("partitions", config, nodes, driver)
+    except NoPlace:
+        for_partitions = []
+    ordered = sorted(nodes, key=lambda node: (node.address, node.id))
+    at_driver = [node for node in ordered if node.id == driver]
+    for some in (for_partitions, at_driver, [node for node in ordered if node.cpus >= 1], ordered):
+        others = [node for node in some if node.id != primary]
+        if others:
+            return others[index % len(others)]
+    return ordered[0]
+
+
 def with_gpus(config: PlacementConfig, nodes: Sequence[Node], driver: str) -> list[Node]:
     """The nodes whose GPUs replicas may compute on; `auto` takes all that have one.
 

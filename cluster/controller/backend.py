@@ -64,8 +64,17 @@ class Backend(Protocol):
         weights; done once it can be reached. One that still runs is ended first.
         """
 
-    def start_follower(self, index: int) -> PendingCall:
-        """Start a follower of a partition that is up; done once it has the partition's state."""
+    def start_follower(self, index: int, number: int) -> PendingCall:
+        """Start a follower of a partition that is up; gives its `Endpoint` once it has the state.
+
+        `number` counts the partition's followers.
+        """
+
+    def watch_primary(self, index: int) -> PendingCall:
+        """Gives, in words, that a partition's follower does not hear it; done once that is so."""
+
+    def let_alone(self, index: int, number: int) -> PendingCall:
+        """Have a partition answer without its follower `number`, which will not take its place."""
 
     def stop_follower(self, index: int) -> None:
         """End a partition's follower, if it has one."""

@@ -159,6 +159,8 @@ class Controller:
                 self._start_partition(call)
             case do.Promote() as call:
                 self._expect(call, backend.promote(call.partition))
+            case do.LetAlone() as call:
+                self._expect(call, backend.let_alone(call.partition, call.follower))
             case do.AskReport() as call:
                 self._expect(call, backend.report(call.partition))
             case do.AskFlags() as call:
@@ -166,7 +168,9 @@ class Controller:
             case do.WriteSnapshot() as call:
                 self._expect(call, backend.snapshot(call.partition, call.folder_uri))
             case do.StartFollower() as call:
-                self._expect(call, backend.start_follower(call.partition))
+                self._expect(call, backend.start_follower(call.partition, call.start))
+            case do.WatchPrimary() as call:
+                self._expect(call, backend.watch_primary(call.partition))
             case do.StartProcess() as call:
                 self._expect(call, backend.start_process(call.process))
             case do.ReconnectProcess() as call:

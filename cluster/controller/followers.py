@@ -1,8 +1,14 @@
 """Followers: which partition has one that can take its place, and starting those that are missing.
 
-A follower counts once its partition says that it has it. A partition fences off a follower that it
-goes on without (`paramserver.standby.primary`), so a stale belief here costs a refusal and no
-update.
+A follower counts once its partition says that it has it. On one machine a partition fences off a
+follower that it goes on without, by a token that both share, so a stale belief here costs a refusal
+and no update.
+
+Between machines there is nothing that both share, and this is the token. A partition that has lost
+its follower answers nobody until it has our word (`LetAlone`), and a follower takes over only at
+ours (`Promote`). Of one follower only one of the two is ever given: the word makes the follower one
+that can not take over any more, and after a promotion the partition is another incarnation, so what
+the earlier one reports is not heard any more.
 """
 
 from __future__ import annotations
@@ -12,10 +18,18 @@ from typing import TYPE_CHECKING
 
 from downpour.cluster.controller.failure_policy import Failure
 from downpour.cluster.controller.failures import Failures
-from downpour.cluster.controller.instructions import Instruction, StartFollower, StopFollower, Tell
+from downpour.cluster.controller.instructions import (
+    Instruction,
+    LetAlone,
+    StartFollower,
+    StopFollower,
+    Tell,
+    WatchPrimary,
+)
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
+    from downpour.paramserver.transport.endpoint import Endpoint
 
 REPORTS_TO_FOLLOW = 2
 """Reports without a follower after one has joined: the first may have been on its way before."""
@@ -44,6 +58,10 @@ class Followers:
         self._standing = [first] * num_partitions
         self._starts = [0] * num_partitions
         self._without = [0] * num_partitions
+        self._let_alone = [0] * num_partitions
+        """Of each partition, the follower that it was last let alone by."""
+        self.suspected: dict[int, str] = {}
+        """Partitions that their followers on other machines do not hear any more, and why."""
 
     def can_take_over(self, partition: int) -> bool:
         """Return whether a partition has a follower that is to take its place."""
@@ -57,34 +75,64 @@ class Followers:
                 self._starts[index] += 1
                 self._out.append(StartFollower(partition=index, start=self._starts[index]))
 
-    def started(self, call: StartFollower) -> None:
+    def started(self, call: StartFollower, endpoint: Endpoint | None) -> None:
         """A follower has its partition's state."""
-        if self._is_current(call):
-            index = call.partition
-            self._standing[index], self._without[index] = Standing.FOLLOWS, 0
-            self._out.append(Tell(text=f"partition {index} has a follower"))
+        index = call.partition
+        # It may have been lost, and its partition let alone, before this was heard.
+        if not self._is_current(call) or self._standing[index] is not Standing.STARTING:
+            return
+        self._standing[index], self._without[index] = Standing.FOLLOWS, 0
+        where = ""
+        if endpoint is not None and endpoint.network is not None:
+            where = f" on {endpoint.network.host}"
+            self._out.append(WatchPrimary(partition=index, start=call.start))
+        self._out.append(Tell(text=f"partition {index} has a follower{where}"))
+
+    def suspects(self, call: WatchPrimary, why: str) -> bool:
+        """A follower does not hear its partition any more; return whether that is of interest."""
+        index = call.partition
+        if self._starts[index] != call.start or not self.can_take_over(index):
+            return False
+        self.suspected[index] = why
+        return True
 
     def start_failed(self, call: StartFollower, error: Exception, now: float) -> None:
         """A follower could not join its partition."""
-        if self._is_current(call):
+        if self._is_current(call) and self._standing[call.partition] is Standing.STARTING:
             self._on_lost(call.partition, str(error), now)
 
     def partition_replaced(self, partition: int) -> None:
         """A partition is another process from now on, which nobody follows yet."""
+        self.suspected.pop(partition, None)
         if self._standing[partition] is not Standing.LEFT_OUT:
             self._standing[partition] = Standing.MISSING
             self._starts[partition] += 1  # a follower that was just being started is none of it
 
-    def reported(self, report: PartitionReport, now: float) -> None:
-        """A partition says whether it has a follower."""
+    def reported(self, report: PartitionReport, incarnation: int, now: float) -> None:
+        """A partition, as it is now, says whether it has a follower."""
         index = report.index
         if report.has_follower:
             self._failures.policy.progressed("follower", index)
+        if self.suspected.pop(index, None) is not None and self.can_take_over(index):
+            # It lives: only they do not hear each other.
+            self._out.append(WatchPrimary(partition=index, start=self._starts[index]))
+        if report.waits_for_word is not None:
+            self._give_word(index, incarnation, report.waits_for_word, now)
         if self._standing[index] is not Standing.FOLLOWS:
             return
         self._without[index] = 0 if report.has_follower else self._without[index] + 1
         if self._without[index] == REPORTS_TO_FOLLOW:
             self._on_lost(index, "its partition goes on without it", now)
+
+    def _give_word(self, index: int, incarnation: int, follower: int, now: float) -> None:
+        """A partition has lost a follower: that one will not take over, and it goes on alone."""
+        if self._let_alone[index] == follower:
+            return  # the word is on its way
+        self._let_alone[index] = follower
+        following = self._standing[index] in (Standing.FOLLOWS, Standing.STARTING)
+        if following and self._starts[index] == follower:
+            self._on_lost(index, "its partition has lost it", now)
+        self._out.append(LetAlone(partition=index, incarnation=incarnation, follower=follower))
 
     def _is_current(self, call: StartFollower) -> bool:
         return self._starts[call.partition] == call.start

@@ -41,6 +41,16 @@ class Promote:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LetAlone:
+    """Have a partition answer without a follower that is lost and will never take its place."""
+
+    partition: int
+    incarnation: int
+    follower: int
+    """Which one: the count of its start."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AskReport:
     """Ask a partition where it stands; answered by a `PartitionReport`."""
 
@@ -72,11 +82,22 @@ class WriteSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class StartFollower:
-    """Start a partition's follower; answered once it has the partition's state."""
+    """Start a partition's follower; answered by its `Endpoint` once it has the state."""
 
     partition: int
     start: int
     """Counts the starts for this partition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchPrimary:
+    """Have a follower on another machine look after its partition; answered, in words, once that is
+    gone or silent.
+    """
+
+    partition: int
+    start: int
+    """As for `StartFollower`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +209,11 @@ class PruneCheckpoints:
     """Remove checkpoints that are not to be kept any more."""
 
 
-PartitionCall = StartPartition | Promote | AskReport | AskFlags | WriteSnapshot
+PartitionCall = StartPartition | Promote | LetAlone | AskReport | AskFlags | WriteSnapshot
 Call = (
     PartitionCall
     | StartFollower
+    | WatchPrimary
     | StartProcess
     | ReconnectProcess
     | AskDepartures

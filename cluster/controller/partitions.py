@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
 
 REPORT_EVERY_S = 1.0
+SILENT_S = 1.0
+"""A partition that its follower does not hear, and that has not answered for so long, is lost."""
 TARDY_S = 3.0
 """A partition that has not answered for so long may be what others wait for."""
 
@@ -183,6 +185,15 @@ class Partitions:
         self.inquiries.clear()
         return action == "promote"
 
+    def silent(self, now: float) -> dict[int, str]:
+        """Partitions that neither their followers hear nor a report comes from, and why."""
+        found = {}
+        for index, why in self.followers.suspected.items():
+            asked_s = self.members[index].asked_s
+            if asked_s is not None and now - asked_s >= SILENT_S:
+                found[index] = f"{why}, and no report for {now - asked_s:.1f} s"
+        return found
+
     def all_answer(self, now: float) -> bool:
         """Whether all are up, and none has been asked for a report and not answered for long."""
         return all(p.up and (p.asked_s is None or now - p.asked_s < TARDY_S) for p in self.members)
@@ -214,7 +225,7 @@ class Partitions:
         elif report.version > partition.version:
             self._failures.policy.progressed("partition", partition.index)
         self.note_report(report)
-        self.followers.reported(report, now)
+        self.followers.reported(report, partition.incarnation, now)
 
     def num_pushes_of(self, replicas: Sequence[int]) -> int:
         """Return the pushes of some replicas that the first partition has applied or refused.

@@ -28,6 +28,7 @@ from downpour.cluster.controller.instructions import (
     Evaluate,
     FindLateShufflers,
     Instruction,
+    LetAlone,
     PartitionCall,
     Promote,
     PruneCheckpoints,
@@ -40,6 +41,7 @@ from downpour.cluster.controller.instructions import (
     StartPartition,
     StartProcess,
     Tell,
+    WatchPrimary,
     WindowTrained,
     WriteSnapshot,
 )
@@ -75,11 +77,21 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
             if run.leases.is_live(call.lease):
                 _trained(run, call, value, now)
             # Otherwise its process was lost, and its windows have been dealt with.
-        case StartPartition() | Promote() | AskReport() | AskFlags() | WriteSnapshot() as call:
+        case (
+            StartPartition()
+            | Promote()
+            | LetAlone()
+            | AskReport()
+            | AskFlags()
+            | WriteSnapshot() as call
+        ):
             if run.partitions.is_current(call):
                 _partition_answered(run, call, value, now)
         case StartFollower() as call:
-            run.partitions.followers.started(call)
+            run.partitions.followers.started(call, value)
+        case WatchPrimary() as call:
+            if run.partitions.followers.suspects(call, value):
+                run.partitions.ask_reports_now(now)
         case StartProcess() | ReconnectProcess() as call:
             if not _is_current_process(run, call):
                 return
@@ -130,11 +142,20 @@ def failed(run: RunParts, event: Failed, now: float) -> None:
                 _window_failed(run, call, error, now)
         case WriteSnapshot() as call if isinstance(error, WriteFailed):
             run.checkpoints.failed(call.number, error)
-        case StartPartition() | Promote() | AskReport() | AskFlags() | WriteSnapshot() as call:
+        case (
+            StartPartition()
+            | Promote()
+            | LetAlone()
+            | AskReport()
+            | AskFlags()
+            | WriteSnapshot() as call
+        ):
             if run.partitions.is_current(call):
                 _partition_failed(run, call, error, now)
         case StartFollower() as call:
             run.partitions.followers.start_failed(call, error, now)
+        case WatchPrimary():
+            pass  # the follower is gone: its partition will say so
         case StartProcess() | ReconnectProcess() as call:
             if _is_current_process(run, call):
                 run.processes.start_failed(call.process, error, now)
@@ -315,7 +336,7 @@ def wait_of(given: Instruction) -> Wait | None:
     match given:
         case AskReport(inquiry=None):
             return "report"
-        case AskReport() | AskFlags():
+        case AskReport() | AskFlags() | LetAlone():
             return "answer"
         case WriteSnapshot():
             return "snapshot"
@@ -339,7 +360,7 @@ def end_hung_calls(run: RunParts, now: float) -> None:
             case WriteSnapshot():  # whoever writes answers reports: the disk hangs
                 error = TimeoutError(f"partition {call.partition}'s snapshot hangs: {why}")
                 run.checkpoints.failed(call.number, error)
-            case StartPartition() | Promote() | AskReport() | AskFlags():
+            case StartPartition() | Promote() | LetAlone() | AskReport() | AskFlags():
                 if run.partitions.is_current(call):
                     partition_lost(run, call.partition, "silent", now, detail=why)
             case StartFollower():
@@ -353,6 +374,8 @@ def end_hung_calls(run: RunParts, now: float) -> None:
             case RunWindow():
                 if run.leases.is_live(call.lease):
                     blame(run, (call.replica,), why)
+    for index, why in run.partitions.silent(now).items():
+        partition_lost(run, index, "silent", now, detail=why)
     run.evaluation.look_for_hang(now)
 
 

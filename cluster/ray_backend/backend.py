@@ -24,7 +24,6 @@ from downpour.cluster.controller.backend import (
     PartitionLost,
     PendingCall,
     ProcessLost,
-    RunFailed,
     ShufflerLost,
 )
 from downpour.cluster.controller.leases.book import Lease
@@ -76,11 +75,6 @@ class RayBackend:
         starts now: each takes a processor for a second, to import PyTorch, and training can begin
         with one.
         """
-        if config.server.hot_standby and nodes.several:
-            raise RunFailed(
-                f"--hot-standby with {nodes.count} nodes: a follower shares memory with its "
-                "partition and all replicas; train on a single machine, or give --no-hot-standby"
-            )
         self._config, self._specs, self._nodes = config, specs, nodes
         self._key, self._weights, self._store = key, weights, store
         self._statistics = statistics
@@ -129,18 +123,30 @@ class RayBackend:
         self._arrivals[pending] = index
         return pending
 
-    def start_follower(self, index: int) -> PendingCall:
-        """Start a follower of a partition that is up; done once it has the partition's state."""
+    def start_follower(self, index: int, number: int) -> PendingCall:
+        """Start a follower of a partition that is up; gives its endpoint once it has the state."""
         self.stop_follower(index)
+        origin = self._start_from(self._endpoints[index])
         self._followers[index] = follower = start(
             FollowerActor,
             PARTITION_CALLS,
             self._specs.partitions[index],
-            self._start_from(self._endpoints[index]),
-            scheduling="DEFAULT",
+            dataclasses.replace(
+                origin, client_credentials=self._access.credentials, follower=number
+            ),
+            scheduling=self._nodes.beside(self._partitions[index], index),
         )
         what = f"the follower of partition {index}"
         return self._call(follower.endpoint.remote(), FollowerLost, what)
+
+    def watch_primary(self, index: int) -> PendingCall:
+        """Gives, in words, that a partition's follower does not hear it; done once that is so."""
+        what = f"the follower of partition {index}"
+        return self._call(self._followers[index].watch_primary.remote(), FollowerLost, what)
+
+    def let_alone(self, index: int, number: int) -> PendingCall:
+        """Have a partition answer without its follower `number`, which will not take its place."""
+        return self._partition_call(index, self._partitions[index].let_alone.remote(number))
 
     def stop_follower(self, index: int) -> None:
         """End a partition's follower, if it has one."""

@@ -26,6 +26,7 @@ from downpour.cluster.config.placement import (
     gpu_room,
     num_cpus,
     spread,
+    standby_node,
     with_gpus,
 )
 from downpour.cluster.controller.backend import RunFailed
@@ -91,6 +92,14 @@ class Nodes:
             node = spread(self.on(role), index, by_cpu=role == "replicas")
         except NoPlace:
             return "SPREAD"
+        return NodeAffinitySchedulingStrategy(node.id, soft=False)
+
+    def beside(self, primary: Any, index: int) -> Any:
+        """Ray's scheduling strategy for a follower of partition `index`, an actor that is up."""
+        if not self.several:
+            return "DEFAULT"
+        home = node_of(primary) or self.driver
+        node = standby_node(self._config, staying(), self.driver, home, index)
         return NodeAffinitySchedulingStrategy(node.id, soft=False)
 
     def options(self, role: Role, index: int) -> dict[str, Any]:
@@ -205,8 +214,12 @@ class Nodes:
                 words.append(f"{have} of {count} {what} with {place}")
         return ", ".join(words)
 
-    def check_folder(self, folder: Path) -> None:
+    def check_folder(self, folder: Path, num_followed: int = 0) -> None:
         """Check that every node that writes to the run's folder sees it.
+
+        Args:
+            folder: the run's.
+            num_followed: partitions that have followers.
 
         Raises:
             RunFailed: one does not.
@@ -214,6 +227,10 @@ class Nodes:
         if not self.several:
             return
         nodes = {node.id: node for role in ("partitions", "evaluator") for node in self.on(role)}
+        for index in range(num_followed):
+            home = spread(self.on("partitions"), index, by_cpu=False).id
+            node = standby_node(self._config, staying(), self.driver, home, index)
+            nodes[node.id] = node
         nodes.pop(self.driver, None)
         look: Any = ray.remote(_holds)
         calls = {
@@ -232,6 +249,7 @@ class Nodes:
                 f"{', '.join(blind)} cannot write to the run folder {folder}: give --runs a "
                 "folder that all nodes share (NFS, EFS, Filestore), or keep partitions and "
                 "evaluator beside it with --partitions-on driver --evaluator-on driver"
+                + (" --no-hot-standby" if num_followed else "")
             )
 
 
@@ -240,6 +258,14 @@ def leaving() -> frozenset[str]:
     from ray._private.state import state  # Ray has no public name for it; Ray Train uses this one
 
     return frozenset(state.get_draining_nodes())
+
+
+def node_of(actor: Any) -> str | None:
+    """Id of the node that an actor is on; None if Ray does not know it."""
+    from ray._private.state import actors
+
+    about = actors().get(actor._actor_id.hex())
+    return about["Address"]["NodeID"] if about else None
 
 
 def staying() -> list[Node]:

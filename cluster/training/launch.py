@@ -221,7 +221,7 @@ def _resolve(session: _Session, model: Model, show: Show) -> tuple[RunSpecs, Nod
         config.data.shufflers,
         lambda phase: session.phase(show, phase),
     )
-    nodes.check_folder(folder.path)
+    nodes.check_folder(folder.path, num_partitions if config.server.hot_standby else 0)
     facts = Facts(
         num_rows=plan.num_rows,
         shard_rows=plan.shard_rows,

@@ -49,7 +49,7 @@ class Relay:
                     one, _ = self._listening.accept()
                     other = socket.create_connection((self._to.host, self._to.port))
                     others |= {one: other, other: one}
-                elif not self._cut.is_set():
+                elif not self._cut.is_set() and ready in others:
                     self._pass_on(ready, others)
             if self._cut.is_set():
                 time.sleep(0.02)  # what waits to be read stays there

@@ -22,6 +22,7 @@ from downpour.cluster.config.resolve import Facts, resolve
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import (
     Done,
+    FollowerLost,
     PartitionLost,
     ProcessLost,
     ShufflerLost,
@@ -147,15 +148,27 @@ class ThreadBackend:
 
         return self.pool.submit(run)
 
-    def start_follower(self, index: int) -> Future[Any]:
-        def run() -> None:
+    def start_follower(self, index: int, number: int) -> Future[Any]:
+        def run() -> Any:
             self.stop_follower(index)
-            primary = self.partitions[index].endpoint()
-            follower = FollowerActor(self.specs.partitions[index], self._start_from(primary))
+            start = self._start_from(self.partitions[index].endpoint())
+            clients = self.access.credentials
+            start = replace(start, client_credentials=clients, follower=number)
+            follower = FollowerActor(self.specs.partitions[index], start)
             self.followers[index] = follower
             self.followers_made += 1
+            return follower.endpoint()
 
         return self.pool.submit(run)
+
+    def watch_primary(self, index: int) -> Future[Any]:
+        follower = self.followers[index]
+        if follower is None:  # it has just been ended
+            return self.pool.submit(_lost_follower)
+        return self.pool.submit(follower.watch_primary)
+
+    def let_alone(self, index: int, number: int) -> Future[Any]:
+        return self.pool.submit(self.partitions[index].let_alone, number)
 
     def stop_follower(self, index: int) -> None:
         follower, self.followers[index] = self.followers[index], None
@@ -362,6 +375,10 @@ class ThreadBackend:
         epochs = range(self.config.policy.epochs)
         flags = self.partitions[partition].flags(tuple(epochs))
         return np.stack([flags[e] for e in epochs])
+
+
+def _lost_follower() -> None:
+    raise FollowerLost("killed by the test")
 
 
 class Faults:

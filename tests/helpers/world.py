@@ -19,11 +19,18 @@ from numpy.typing import NDArray
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import PartitionLost, ProcessLost, ShufflerLost
+from downpour.cluster.controller.backend import (
+    FollowerLost,
+    PartitionLost,
+    ProcessLost,
+    ShufflerLost,
+)
 from downpour.cluster.controller.state import RunState
 from downpour.paramserver.actor import PartitionReport
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
+from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.snapshot import SnapshotFile
+from downpour.paramserver.transport.endpoint import Endpoint, NetworkAddress
 from downpour.workers.actor import Evaluation
 from downpour.workers.evaluation.evaluator import Score
 from downpour.workers.replica.replicas import ReplicaFailed, WindowReport
@@ -51,6 +58,10 @@ class Hangs(Exception):
     """Whoever was asked does not answer."""
 
 
+class Later(Exception):
+    """Whoever was asked answers once something else has happened."""
+
+
 class PartitionWorld:
     """What one partition covers, by epoch."""
 
@@ -62,6 +73,17 @@ class PartitionWorld:
         self.alive = False
         self.hangs = False
         self.quarantined: tuple[int, ...] = ()
+        self.latest_follower = 0
+        """The number of the follower that was started last."""
+        self.follower: int | None = None
+        """Of a follower on another machine that it waits for."""
+        self.waits_for_word: int | None = None
+        """Of one that it has lost: it answers nobody."""
+
+    def be_another(self) -> None:
+        """Be another process, which has no follower."""
+        self.alive, self.hangs = True, False
+        self.follower = self.waits_for_word = None
 
     def report(self, has_follower: bool) -> PartitionReport:
         by_epoch = (self.flags == APPLIED).sum(axis=1)
@@ -86,6 +108,7 @@ class PartitionWorld:
             last_update_at=0.0 if applied else None,
             updates_before=0,
             has_follower=has_follower,
+            waits_for_word=self.waits_for_word,
         )
 
 
@@ -99,8 +122,14 @@ class World:
         num_partitions: int = 2,
         processes: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3)),
         seed: int = 0,
+        remote: bool = False,
         **about: Any,
     ) -> None:
+        self.remote = remote
+        """Whether followers are on other machines."""
+        self.words: set[tuple[int, int]] = set()
+        """Followers, as (partition, number), that will not take over, as partitions were told."""
+        self.promoted: set[tuple[int, int]] = set()
         self.config = config or configured()
         self.rng = random.Random(seed)
         self.now = 0.0
@@ -138,10 +167,23 @@ class World:
     def hand_in(self, event: events.Event) -> None:
         for instruction in self.state.handle(event, self.now):
             if isinstance(instruction, do.Call):
+                self._note_standby(instruction)
                 self.pending.append(instruction)
             else:
                 self._note(instruction)
         self.state.check()
+
+    def _note_standby(self, call: do.Call) -> None:
+        """Of one follower, either it takes over or its partition goes on alone, and never both."""
+        match call:
+            case do.StartFollower():
+                self.partitions[call.partition].latest_follower = call.start
+            case do.Promote():
+                follower = self.partitions[call.partition].latest_follower
+                self.promoted.add((call.partition, follower))
+            case do.LetAlone():
+                self.words.add((call.partition, call.follower))
+        assert not self.words & self.promoted
 
     def _note(self, instruction: do.Instruction) -> None:
         self.given.append(instruction)
@@ -196,7 +238,9 @@ class World:
             value = self._done(call)
         except Hangs:
             self.unanswered.append(call)
-        except (PartitionLost, ProcessLost, ShufflerLost) as error:
+        except Later:
+            self.pending.append(call)
+        except (FollowerLost, PartitionLost, ProcessLost, ShufflerLost) as error:
             self.hand_in(events.Failed(call=call, error=error))
         else:
             self.hand_in(events.Answered(call=call, value=value))
@@ -236,8 +280,15 @@ class World:
             case do.StartPartition():
                 self._restart(call)
                 return None
-            case do.Promote() | do.AskReport() | do.AskFlags() | do.WriteSnapshot():
+            case do.Promote() | do.LetAlone() | do.AskReport() | do.AskFlags() | do.WriteSnapshot():
                 return self._asked(call)
+            case do.StartFollower() if self.remote:
+                return self._follow(call)
+            case do.WatchPrimary():
+                partition = self.partitions[call.partition]
+                if partition.alive and not partition.hangs and partition.follower == call.start:
+                    raise Later
+                return "it is silent"
             case do.RunWindow():
                 return self._window(call)
             case do.StartProcess():
@@ -330,7 +381,7 @@ class World:
         if self._is_now(call):
             number = max([0, *self.committed])
             partition.flags = partition.saved[number].copy()
-            partition.alive, partition.hangs = True, False
+            partition.be_another()
             self._kill_unanswered(
                 lambda c: isinstance(c, do.PartitionCall) and c.partition == call.partition,
                 PartitionLost("it was killed"),
@@ -339,16 +390,21 @@ class World:
     def _asked(self, call: do.PartitionCall) -> Any:
         partition = self.partitions[call.partition]
         if isinstance(call, do.Promote):
-            partition.alive, partition.hangs = True, False  # its follower has all of it
+            partition.be_another()  # its follower has all of it
             return None
         if not partition.alive or not self._is_now(call):
             raise PartitionLost(f"partition {call.partition} is dead")
         if partition.hangs or (isinstance(call, do.WriteSnapshot) and self.disk_hangs):
             raise Hangs
         match call:
+            case do.LetAlone():
+                if partition.waits_for_word == call.follower:
+                    partition.waits_for_word = None
+                return None
             case do.AskReport():
                 followers = self.state.partitions.followers
-                return partition.report(followers.can_take_over(call.partition))
+                follows = followers.can_take_over(call.partition)
+                return partition.report(partition.follower is not None if self.remote else follows)
             case do.AskFlags():
                 return {e: partition.flags[e].copy() for e in call.epochs}
             case do.WriteSnapshot():
@@ -357,8 +413,26 @@ class World:
                 name = f"partition-{call.partition}"
                 return SnapshotFile(name=name, num_bytes=1, sha256="", version=version)
 
+    def _follow(self, call: do.StartFollower) -> Endpoint:
+        """A follower on another machine joins; that it comes is a word on an earlier one."""
+        partition = self.partitions[call.partition]
+        if not partition.alive or partition.hangs or call.start != partition.latest_follower:
+            raise FollowerLost("it cannot join")
+        partition.follower, partition.waits_for_word = call.start, None
+        (part,) = split(num_parameters=1, num_features=1, num_decayed=0, num_partitions=1)
+        network = NetworkAddress(host="10.0.0.2", port=1)
+        return Endpoint(partition=part, machine="b", address="", network=network)
+
+    def cut(self, index: int) -> None:
+        """A partition and its follower on another machine do not hear each other any more."""
+        partition = self.partitions[index]
+        if partition.follower is not None:
+            partition.follower, partition.waits_for_word = None, partition.follower
+
     def _window(self, call: do.RunWindow) -> WindowReport:
         lease = call.lease
+        if any(partition.waits_for_word is not None for partition in self.partitions):
+            raise Later
         if self.shufflers_dead:
             raise ShufflerLost("a shuffler is dead")
         process = next(i for i, of in enumerate(self.processes) if call.replica in of)
@@ -453,6 +527,8 @@ class World:
                 case _:
                     for call in self.calls(do.Evaluate)[:1]:
                         self.fail(call, ProcessLost("the evaluator died"))
+        if self.remote and self.rng.random() < deaths:
+            self.cut(self.rng.randrange(len(self.partitions)))
         if self.pending and self.rng.random() < 0.8:
             self.answer(self.rng.choice(self.pending))
         else:

@@ -14,9 +14,9 @@ from downpour.cluster.replay.run import replay_run
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.run.provenance import write_about
 from downpour.cluster.training.inputs import check_data, check_data_unchanged
-from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.partition import record
 from downpour.paramserver.rules.policy import PolicyName, StalenessPolicy
+from downpour.paramserver.transport.names import TransportName
 from tests.helpers import tiny
 from tests.helpers.partition_pairs import freeze
 from tests.helpers.runs import Run
@@ -34,9 +34,11 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
 
 
-def config(data: str, **about: Any) -> RunConfig:
+def config(data: str, transport: TransportName = "auto", **about: Any) -> RunConfig:
     plain = tiny.config(data, **about)
-    return dataclasses.replace(plain, server=dataclasses.replace(plain.server, hot_standby=True))
+    network = dataclasses.replace(plain.server.network, transport=transport)
+    server = dataclasses.replace(plain.server, hot_standby=True, network=network)
+    return dataclasses.replace(plain, server=server)
 
 
 def events(run: Run) -> list[str]:
@@ -62,9 +64,14 @@ class Kills:
             backend.kill_partition(index)
 
 
-def test_a_partition_that_dies_over_and_over_loses_no_update(tmp_path: Path, data: str) -> None:
+@pytest.mark.parametrize("transport", ["auto", "network"])
+def test_a_partition_that_dies_over_and_over_loses_no_update(
+    tmp_path: Path, data: str, transport: TransportName
+) -> None:
     """No checkpoint is ever needed, and the whole of it is computed again from the record."""
-    wanted = config(data, epochs=5, partitions=2, record_pushes=True, checkpoint_every_s=1000)
+    wanted = config(
+        data, transport, epochs=5, partitions=2, record_pushes=True, checkpoint_every_s=1000
+    )
     run = Run(tmp_path / "run", wanted)
     run.backend.record_into(tmp_path / "run" / "record")
     check_data_unchanged(run.folder, check_data(wanted))
@@ -108,13 +115,25 @@ def test_permits_and_rounds_go_on_with_the_follower(
     assert run_again(events(run)) == {"0 mini-batches are run again"}
 
 
+@pytest.mark.parametrize(
+    ("transport", "why"), [("auto", "nothing"), ("network", "its primary has been silent")]
+)
 def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
-    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    data: str,
+    monkeypatch: pytest.MonkeyPatch,
+    transport: TransportName,
+    why: str,
 ) -> None:
-    """It lives on, with every connection that it has, while its follower takes its place."""
-    impatient = Limit(first_s=0.3, least_s=0.3)
+    """It lives on, with every connection that it has, while its follower takes its place.
+
+    A follower that has come over the network notices that it is silent.
+    """
+    impatient = Limit(first_s=0.3, least_s=0.3) if transport == "auto" else LIMITS["report"]
     monkeypatch.setitem(cast(dict[Wait, Limit], LIMITS), "report", impatient)
-    run = Run(tmp_path / "run", config(data, epochs=6, partitions=2, checkpoint_every_s=1000))
+    run = Run(
+        tmp_path / "run", config(data, transport, epochs=6, partitions=2, checkpoint_every_s=1000)
+    )
     thaws: list[Any] = []
 
     def hang(backend: ThreadBackend, replica: int, lease: Lease) -> None:
@@ -127,14 +146,15 @@ def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
     run.assert_exactly_once(outcome)
     assert outcome.restarts["partition"] == 1
     assert run.backend.partition_starts == [1, 1]
-    (told,) = [line for line in events(run) if "partition 1 does not answer (nothing" in line]
+    (told,) = [line for line in events(run) if f"partition 1 does not answer ({why}" in line]
     assert "its follower takes its place" in told
 
 
+@pytest.mark.parametrize("transport", ["auto", "network"])
 def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(
-    tmp_path: Path, data: str
+    tmp_path: Path, data: str, transport: TransportName
 ) -> None:
-    run = Run(tmp_path / "run", config(data, epochs=8, checkpoint_every_s=1000))
+    run = Run(tmp_path / "run", config(data, transport, epochs=8, checkpoint_every_s=1000))
     done: list[str] = []
     thaws: list[Any] = []
 
@@ -156,7 +176,8 @@ def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(
     run.assert_exactly_once(outcome)
     assert done == ["died", "hangs"]
     assert outcome.restarts == {"follower": 2}
-    assert sum("goes on without it" in line for line in events(run)) == 2
+    why = "goes on without it" if transport == "auto" else "has lost it"
+    assert sum(why in line for line in events(run)) == 2
 
 
 def test_where_both_are_gone_it_starts_from_its_checkpoint(tmp_path: Path, data: str) -> None:
@@ -183,6 +204,3 @@ def test_what_a_standby_cannot_do_is_a_line(data: str) -> None:
     policy = StalenessPolicy(staleness_policy="compensate", staleness_bound=100)
     with pytest.raises(ValueError, match="hot standby is on, and staleness policy is compensate"):
         dataclasses.replace(plain.server, policy=policy)
-    network = NetworkConfig(transport="network")
-    with pytest.raises(ValueError, match="hot standby is on, transport is network"):
-        dataclasses.replace(plain.server, network=network)

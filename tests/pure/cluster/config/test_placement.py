@@ -16,6 +16,7 @@ from downpour.cluster.config.placement import (
     disks,
     gpu_room,
     spread,
+    standby_node,
     with_gpus,
 )
 
@@ -85,6 +86,24 @@ def test_processes_are_spread_by_processors_and_others_in_turn() -> None:
     nodes = [BIG, SMALL]
     assert [spread(nodes, i, by_cpu=True).id for i in range(4)] == ["b", "a", "b", "b"]
     assert [spread(nodes, i, by_cpu=False).id for i in range(3)] == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("primary", "nodes", "found"),
+    [
+        ("s", NODES, "hh"),  # no other node is for partitions: beside the driver
+        ("h", (HEAD, SMALL, BIG), "ba"),  # in turn over those that compute
+        ("s", (*NODES, Node(id="t", address="10.0.0.5", labels={"downpour": "partitions"})), "tt"),
+        ("h", (HEAD,), "hh"),  # there is no other
+        ("s", (SERVER, Node(id="x", address="10.0.0.6")), "xx"),
+    ],
+)
+def test_a_follower_is_on_another_node_than_its_partition(
+    primary: str, nodes: tuple[Node, ...], found: str
+) -> None:
+    config = PlacementConfig()
+    ids = [standby_node(config, nodes, "h", primary, index).id for index in range(2)]
+    assert "".join(ids) == found
 
 
 def test_an_autoscaler_is_asked_for_what_is_not_beside_the_driver() -> None:

@@ -9,7 +9,14 @@ from downpour.cluster.controller.backend import FollowerLost
 from downpour.cluster.controller.failure_policy import MAX_IN_A_ROW, FailurePolicy
 from downpour.cluster.controller.failures import Failures
 from downpour.cluster.controller.followers import REPORTS_TO_FOLLOW, Followers
-from downpour.cluster.controller.instructions import Instruction, StartFollower, StopFollower, Tell
+from downpour.cluster.controller.instructions import (
+    Instruction,
+    LetAlone,
+    StartFollower,
+    StopFollower,
+    Tell,
+    WatchPrimary,
+)
 
 
 class Script:
@@ -32,9 +39,11 @@ class Script:
         assert isinstance(call, StartFollower)
         return call
 
-    def report(self, has_follower: bool) -> None:
-        report: Any = SimpleNamespace(index=0, has_follower=has_follower)
-        self.followers.reported(report, 0.0)
+    def report(self, has_follower: bool, waits_for_word: int | None = None) -> None:
+        report: Any = SimpleNamespace(
+            index=0, has_follower=has_follower, waits_for_word=waits_for_word
+        )
+        self.followers.reported(report, 7, 0.0)
 
     @property
     def counts(self) -> bool:
@@ -48,7 +57,7 @@ def test_a_follower_counts_from_its_arrival_until_its_partition_goes_on_without_
     assert script.taken(StartFollower) == []  # one at a time
     script.report(False)
     assert not script.counts
-    script.followers.started(call)
+    script.followers.started(call, None)
     assert script.counts
     for _ in range(REPORTS_TO_FOLLOW - 1):
         script.report(False)  # asked for before it arrived
@@ -67,11 +76,11 @@ def test_a_follower_of_a_partition_that_is_no_more_does_not_count() -> None:
     script = Script()
     late = script.start()
     script.followers.partition_replaced(0)
-    script.followers.started(late)
+    script.followers.started(late, None)
     script.followers.start_failed(late, FollowerLost("too late"), 0.0)
     assert not script.counts
     assert script.out == []
-    script.followers.started(script.start())
+    script.followers.started(script.start(), None)
     assert script.counts
 
 
@@ -91,3 +100,51 @@ def test_followers_that_nobody_wants_are_never_started() -> None:
     script.followers.start_missing()
     script.report(False)
     assert script.out == []
+
+
+ELSEWHERE: Any = SimpleNamespace(network=SimpleNamespace(host="10.0.0.2"))
+
+
+def test_a_partition_that_has_lost_its_follower_elsewhere_has_our_word_once() -> None:
+    """From then on that follower cannot take over, whatever is heard of it later."""
+    script = Script()
+    call = script.start()
+    script.followers.started(call, ELSEWHERE)
+    assert script.taken(Tell)[-1].text == "partition 0 has a follower on 10.0.0.2"
+    (watch,) = script.taken(WatchPrimary)
+    script.report(False, waits_for_word=1)
+    assert not script.counts
+    assert [type(given) for given in script.out] == [StopFollower, Tell, LetAlone]
+    assert script.taken(LetAlone) == [LetAlone(partition=0, incarnation=7, follower=1)]
+    script.report(False, waits_for_word=1)  # it was asked before the word came
+    assert script.taken(LetAlone) == []
+    assert not script.followers.suspects(watch, "it is silent")
+    script.followers.started(call, ELSEWHERE)
+    assert not script.counts
+
+
+def test_a_follower_that_is_lost_before_we_hear_that_it_has_joined_does_not_count() -> None:
+    script = Script()
+    call = script.start()
+    script.report(False, waits_for_word=1)
+    assert len(script.taken(LetAlone)) == 1
+    script.followers.started(call, ELSEWHERE)
+    assert not script.counts
+    script.followers.started(script.start(), ELSEWHERE)
+    assert script.counts
+
+
+def test_a_partition_that_its_follower_does_not_hear_and_that_reports_is_watched_on() -> None:
+    script = Script()
+    script.followers.started(script.start(), ELSEWHERE)
+    (watch,) = script.taken(WatchPrimary)
+    assert script.followers.suspects(watch, "it is silent")
+    assert script.followers.suspected == {0: "it is silent"}
+    script.report(True)
+    assert script.followers.suspected == {}
+    assert script.taken(WatchPrimary) == [watch]
+    assert script.counts
+    script.followers.suspects(watch, "it is silent")
+    script.followers.partition_replaced(0)
+    assert script.followers.suspected == {}
+    assert not script.followers.suspects(watch, "it is silent")

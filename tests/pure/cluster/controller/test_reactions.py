@@ -10,6 +10,7 @@ from downpour.cluster.controller.backend import (
     ShufflerLost,
     WriteFailed,
 )
+from downpour.cluster.controller.partitions import SILENT_S
 from downpour.paramserver.partition.applied_set import REFUSED
 from tests.helpers.world import Made, configured
 
@@ -150,6 +151,25 @@ def test_an_answer_to_a_census_before_a_loss_does_not_count_after_it(made: Made)
     assert run.state.leases.reopening
     run.answer(second[0])
     assert not run.state.leases.reopening
+
+
+def test_a_partition_that_neither_its_follower_nor_we_hear_is_promoted_over(made: Made) -> None:
+    """Without a word of Ray's: it may take minutes until that notices that a machine is gone."""
+    run = made(configured(server={"hot_standby": True}), remote=True)
+    run.train()
+    run.tick(10.0)
+    run.answer_all(do.StartFollower)
+    run.partitions[1].hangs = True
+    watch = next(call for call in run.calls(do.WatchPrimary) if call.partition == 1)
+    run.answer(watch)
+    run.tick()
+    for call in run.calls(do.AskReport):
+        run.answer(call)
+    run.tick(SILENT_S / 2)
+    assert not run.calls(do.Promote)
+    run.tick(SILENT_S)
+    assert [call.partition for call in run.calls(do.Promote)] == [1]
+    assert "partition 1 does not answer (it is silent, and no report for 1." in run.told()
 
 
 def test_a_follower_takes_the_place_of_its_partition(made: Made) -> None:

@@ -51,19 +51,19 @@ def test_an_error_of_the_users_ends_the_run_as_it_is(made: Made) -> None:
     assert run.error is error
 
 
-@pytest.mark.parametrize("hot_standby", [False, True])
+@pytest.mark.parametrize("standby", ["none", "beside", "elsewhere"])
 @pytest.mark.parametrize("seed", seeds(2, 12))
 def test_whatever_dies_and_in_whatever_order_all_is_covered_once(
-    made: Made, seed: int, hot_standby: bool
+    made: Made, seed: int, standby: str
 ) -> None:
     """Answers in any order, members that die at any time, late pushes of processes cut off."""
     config = configured(
         max_restarts=10_000,
         warm_start_epochs=0.5,
         policy={"epochs": 30, "checkpoint_every_s": 3.0},
-        server={"hot_standby": hot_standby},
+        server={"hot_standby": standby != "none"},
     )
-    run = made(config, seed=seed, num_partitions=3)
+    run = made(config, seed=seed, num_partitions=3, remote=standby == "elsewhere")
     run.begin()
     for _ in range(4000):
         if run.outcome is not None or run.error is not None:
@@ -75,3 +75,6 @@ def test_whatever_dies_and_in_whatever_order_all_is_covered_once(
         assert run.outcome is not None
         assert run.outcome.exactly_once
         assert np.all([flags == APPLIED for flags in run.flags()])
+    if standby == "elsewhere":
+        assert run.promoted
+        assert run.words
