@@ -98,7 +98,7 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
             line = follower.next(lambda line: line.get("accuracy") is not None, START_DEADLINE_S)
             follower.rates(line["time"] + SPARES_AFTER_S + settings.warmup_s + BEFORE_S)
             if config.server.hot_standby:
-                _await_follower(folder, child)
+                system.await_follower(folder, child)
             memory = spare_memory_mb(child.process.pid)
             for kind in KINDS:
                 killed_s[kind] = time.time()
@@ -117,14 +117,6 @@ def _deaths(config: RunConfig, settings: Settings) -> dict[str, Any]:
     told = [(round(e["time"] - began_s, 2), e["event"]) for e in events if e["time"] >= began_s]
     lost = points[-1][1] - [line["updates"] for line in metrics if "replicas_alive" in line][-1]
     return {**found, "updates_lost": lost, "spare_memory_mb": memory, "events": told}
-
-
-def _await_follower(folder: RunFolder, child: Child) -> None:
-    path, give_up_s = folder.path / EVENTS, time.monotonic() + START_DEADLINE_S
-    while not (path.exists() and "has a follower" in path.read_text()):
-        if child.process.poll() is not None or time.monotonic() > give_up_s:
-            raise BenchmarkFailed(f"the partition has no follower: see {child.log}")
-        time.sleep(LOOK_EVERY_S)  # how often to look
 
 
 def _kill(child: Child, kind: str) -> None:

@@ -24,6 +24,7 @@ MODULES = {
     "chaos": "downpour.benchmarks.chaos",
     "goodput": "downpour.benchmarks.goodput",
     "recovery": "downpour.benchmarks.recovery",
+    "standby": "downpour.benchmarks.standby",
     "shuffle": "downpour.benchmarks.shuffle",
     "policies": "downpour.benchmarks.policies",
     "serve": "downpour.benchmarks.serve",

@@ -26,7 +26,7 @@ from downpour.cluster.config import recipes
 from downpour.cluster.config.paths import ROOT
 from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.run.folder import METRICS, STATUS, RunFolder
+from downpour.cluster.run.folder import EVENTS, METRICS, STATUS, RunFolder
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.workers.config import ModelConfig
 
@@ -143,6 +143,9 @@ def measure(
                 lambda line: line.get(sign) is not None and line.get("replicas_alive") in everybody,
                 START_DEADLINE_S,
             )
+            if config.server.hot_standby:
+                await_follower(folder, child)
+                warm = {"time": time.time()}
             begin = follower.rates(warm["time"] + settings.warmup_s)
             before = _cpu_by_pid()
             end = follower.rates(begin["time"] + settings.seconds)
@@ -161,6 +164,15 @@ def measure(
                 )
         look(folder)
     return _summary(begin, end, before, after, config.data.batch_size)
+
+
+def await_follower(folder: RunFolder, child: Child) -> None:
+    """Wait until a partition of a run has its follower. Raises `BenchmarkFailed` if none comes."""
+    path, give_up_s = folder.path / EVENTS, time.monotonic() + START_DEADLINE_S
+    while not (path.exists() and "has a follower" in path.read_text()):
+        if child.process.poll() is not None or time.monotonic() > give_up_s:
+            raise BenchmarkFailed(f"the partition has no follower: see {child.log}")
+        time.sleep(LOOK_EVERY_S)  # how often to look
 
 
 def _summary(

@@ -6,7 +6,7 @@ import click
 
 BENCHMARKS = (
     *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
-    *("goodput", "recovery", "shuffle", "policies", "serve", "learning"),
+    *("goodput", "recovery", "standby", "shuffle", "policies", "serve", "learning"),
     "all",
 )
 
