@@ -95,6 +95,7 @@ class PartitionActor:
             statistics=start.statistics,
             restore=restore,
             network=_listen(spec.listen, start.credentials),
+            waits_for_follower=spec.standby_wait,
         )
         self._start(server, spec.record)
 
@@ -199,6 +200,7 @@ class FollowerActor(PartitionActor):
             config=spec.update,
             key=start.key,
             network=_listen(spec.listen, start.credentials),
+            waits_for_follower=spec.standby_wait,
             follow=start.origin,
             generation=start.follower,
             client_credentials=start.client_credentials,

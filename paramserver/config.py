@@ -94,6 +94,9 @@ class ServerConfig:
     """Whether each partition has a follower, a second process that applies the same pushes and
     takes its place when it dies, so that no update is lost. In a cluster of several nodes it is on
     another node."""
+    standby_wait: bool = field(default=True, metadata={"only_with": ("hot_standby", (True,))})
+    """Whether a push is answered only once a follower that it reaches over the network has it.
+    Without, pushes that the follower lacks when the partition is lost are computed again."""
 
     def __post_init__(self) -> None:
         if self.partitions is not None and self.partitions < 1:

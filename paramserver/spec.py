@@ -25,6 +25,8 @@ class PartitionSpec:
     """How a push changes them."""
     listen: str | None = None
     """Address to listen on for replicas on other machines, or `NODE`; None listens nowhere."""
+    standby_wait: bool = True
+    """Whether pushes wait for a follower that has come over the network."""
     record: str | None = None
     """Folder in which every push is recorded; None records nothing."""
 

@@ -122,7 +122,13 @@ def resolve(config: RunConfig, facts: Facts) -> RunSpecs:
         ),
         plan=plan,
         partitions=tuple(
-            PartitionSpec(partition=each, update=update, listen=listen, record=facts.record)
+            PartitionSpec(
+                partition=each,
+                update=update,
+                listen=listen,
+                standby_wait=config.server.standby_wait,
+                record=facts.record,
+            )
             for each in layout
         ),
         processes=tuple(

@@ -84,6 +84,7 @@ class PartitionServer:
         client_credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
         follower_deadline_s: float = FOLLOWER_DEADLINE_S,
+        waits_for_follower: bool = True,
     ) -> None:
         """Start from `weights`, go on from `restore`, or follow the primary at `follow`.
 
@@ -102,6 +103,8 @@ class PartitionServer:
             client_credentials: For its connection to the primary.
             clock: Seconds, monotonic.
             follower_deadline_s: How long a follower may take to apply a push before it is given up.
+            waits_for_follower: Whether a push is applied only once a follower that has come over
+                the network has it.
 
         Raises:
             BadConfiguration: Weights or key are of another length, or the address to listen on is
@@ -175,6 +178,7 @@ class PartitionServer:
             answer=self._replies.answer,
             clock=clock,
             deadline_s=follower_deadline_s,
+            waits=waits_for_follower,
         )
         self._remote = primary if isinstance(primary, RemotePrimaryLink) else None
         self._intake = make_intake(config.policy, self._versions, self._replication, self._replies)

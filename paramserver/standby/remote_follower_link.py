@@ -41,7 +41,7 @@ from downpour.paramserver.transport.network.replication import (
 NEARLY_LEVEL = 16
 """Pushes that the follower may lack when the primary begins to wait for it."""
 BACKLOG_BYTES = 1 << 27
-"""Of copies that are kept for a follower that takes the state in; the primary waits beyond."""
+"""Of copies that are kept for a follower that the primary does not wait for; beyond, it does."""
 
 
 class RemoteFollowerLink:
@@ -68,7 +68,7 @@ class RemoteFollowerLink:
         self.sent = self.received = self.applied = 0
         """Pushes sent, received whole by the follower, and applied here."""
         self._joined = False
-        self._unsent_bytes = 0
+        self._unsent_bytes = self._push_bytes = 0
         self.is_level = False
         """Whether what the follower has not received has to wait."""
 
@@ -80,6 +80,11 @@ class RemoteFollowerLink:
     def all_sent(self) -> bool:
         """Whether nothing waits until the socket is writable."""
         return self._outbox.empty
+
+    @property
+    def is_far_behind(self) -> bool:
+        """Whether the follower lacks more than is kept for it, if pushes do not wait."""
+        return (self.sent - self.received) * self._push_bytes > BACKLOG_BYTES
 
     def hand_over(self, state: Snapshot, large: Sequence[str]) -> None:
         """Queue the state; its tensors are read until all of it has gone.
@@ -104,6 +109,7 @@ class RemoteFollowerLink:
             payload = _payload(push, gradient, moments)
             num_bytes = sum(map(len, payload))
             self._outbox.put([head(push, num_bytes), *filter(len, payload)])
+            self._push_bytes = num_bytes
             self._unsent_bytes += num_bytes
             self.sent += 1
         self.flush()

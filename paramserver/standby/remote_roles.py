@@ -33,9 +33,22 @@ class RemotePrimary(Alone[Peer]):
         state: PartitionState,
         poller: Poller,
         alone: Callable[[str], None],
+        *,
+        waits: bool = True,
     ) -> None:
-        """`alone` ends this role, for the reason that it is given."""
+        """Nothing is sent yet.
+
+        Args:
+            link: To the follower.
+            answer: Sends answers to a replica's process, and raises nothing.
+            state: The partition's.
+            poller: Where the serving thread waits.
+            alone: Ends this role, for the reason that it is given.
+            waits: Whether a push waits until the follower has it. If not, it waits only once the
+                follower is lost, or far behind.
+        """
         super().__init__(answer)
+        self._waits = waits
         self.link = link
         self.lost: str | None = None
         """Why the follower is lost, once it is."""
@@ -67,7 +80,8 @@ class RemotePrimary(Alone[Peer]):
     def defer(self, arrivals: Sequence[Arrival], apply: Callable[[], None]) -> None:
         """See `Role`."""
         link = self.link
-        if link.is_level:
+        waits = self._waits or self._held or self._ended or link.is_far_behind
+        if link.is_level and waits:
             if not self._ended:
                 self._try(lambda: link.forward(arrivals))
             self._held.append((link.sent, len(arrivals), apply))

@@ -43,6 +43,7 @@ class Replication(Generic[Peer]):
         answer: Callable[[Peer, Sequence[Answer]], None],
         clock: Callable[[], float],
         deadline_s: float,
+        waits: bool = True,
     ) -> None:
         """Alone. `answer` sends answers to a replica's process, and raises nothing.
 
@@ -52,10 +53,12 @@ class Replication(Generic[Peer]):
             answer: Sends answers.
             clock: Seconds, monotonic.
             deadline_s: How long a follower may take to apply a push.
+            waits: Whether pushes wait for a follower on another machine, see `RemotePrimary`.
         """
         self.role: Role[Peer] = Alone(answer)
         self._index, self._poller, self._answer = index, poller, answer
         self._clock, self._deadline_s = clock, deadline_s
+        self._waits = waits
         self._fenced: Fenced | None = None
         self._generation = 0
         """Of the latest follower on another machine."""
@@ -221,7 +224,12 @@ class Replication(Generic[Peer]):
         meta |= {"quarantined": sorted(state.ledger.quarantined), **about}
         link.hand_over(Snapshot(partition=state.partition, meta=meta, tensors=tensors), tuple(room))
         primary: RemotePrimary[Peer] = RemotePrimary(
-            link, self._answer, state, self._poller, lambda why: self._go_alone(primary, why)
+            link,
+            self._answer,
+            state,
+            self._poller,
+            lambda why: self._go_alone(primary, why),
+            waits=self._waits,
         )
         self.role = primary
         primary.begin()

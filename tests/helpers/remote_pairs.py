@@ -27,13 +27,15 @@ class Relay:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = NetworkAddress(host="127.0.0.1", port=self._listening.getsockname()[1])
         self._cut = threading.Event()
+        self._lock = threading.Lock()
         self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def cut(self) -> None:
         """Lose everything from now on; neither end is told."""
-        self._cut.set()
+        with self._lock:  # nothing that is sent from now on is passed on
+            self._cut.set()
 
     def close(self) -> None:
         self._ended = True
@@ -49,8 +51,10 @@ class Relay:
                     one, _ = self._listening.accept()
                     other = socket.create_connection((self._to.host, self._to.port))
                     others |= {one: other, other: one}
-                elif not self._cut.is_set() and ready in others:
-                    self._pass_on(ready, others)
+                elif ready in others:
+                    with self._lock:
+                        if not self._cut.is_set():
+                            self._pass_on(ready, others)
             if self._cut.is_set():
                 time.sleep(0.02)  # what waits to be read stays there
         for peer in others:

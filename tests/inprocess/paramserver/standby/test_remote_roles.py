@@ -312,6 +312,34 @@ def test_a_follower_whose_state_is_another_one_ends(pair: RemotePair) -> None:
     assert isinstance(pair.follower.failure, Diverged)
 
 
+def test_without_waiting_pushes_are_answered_until_the_follower_is_known_to_be_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What it lacks when it takes over is pushed again, and applied once."""
+    caplog.set_level(logging.CRITICAL)
+    with contextlib.closing(RemotePair(waits_for_follower=False)) as pair:
+        old, client = pair.primary, pair.client(num_mailboxes=1)
+        work_through(pair, range(3), client)
+        by_deadline(lambda: pair.follower.call(lambda state: state.version) == 3)
+        pair.relay.cut()
+        work_through(pair, range(3, 8), client)
+        be_impatient(pair)
+        by_deadline(lambda: old.waits_for_word == 1)
+        leave(client, 0, 8)
+        push_batches(client, 0, (8,))
+        assert client.collect(0.05) == []
+        pair.fail_over()
+        assert pair.versions() == [3]
+        again = pair.client(num_mailboxes=1)
+        work_through(pair, range(3, 9), again)
+        leave(again, 0, 1)
+        push_batches(again, 0, (1,))
+        assert answered(again) == (Outcome.DUPLICATE,)
+        assert pair.versions() == [9]
+        assert torch.equal(pair.weights(), -0.5 * sum(gradient_of(b) for b in range(9)))  # type: ignore[arg-type]
+        old.stop()
+
+
 @pytest.mark.parametrize("name", ["bounded", "synchronous"])
 @pytest.mark.parametrize("way", WAYS)
 def test_permits_and_rounds_go_on_after_a_promotion(name: str, way: str) -> None:
