@@ -289,7 +289,9 @@ class RemotePrimaryLink:
             self._outbox.flush()
 
     def _beat(self) -> None:
-        if self._clock() - self._beat_s >= BEAT_S or not self._outbox.empty:
+        if not self._outbox.empty:
+            self._outbox.flush()
+        elif self._gone is None and self._clock() - self._beat_s >= BEAT_S:
             self._acknowledge()
 
     def _note_trouble(self, why: str) -> None:
