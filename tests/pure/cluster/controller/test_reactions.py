@@ -159,6 +159,7 @@ def test_a_partition_that_neither_its_follower_nor_we_hear_is_promoted_over(made
     run.train()
     run.tick(10.0)
     run.answer_all(do.StartFollower)
+    run.answer_all(do.AskReport)
     run.partitions[1].hangs = True
     watch = next(call for call in run.calls(do.WatchPrimary) if call.partition == 1)
     run.answer(watch)
