@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -33,6 +34,7 @@ from downpour.shuffler.dataset.manifest import (
 from downpour.shuffler.errors import IngestError
 from downpour.shuffler.ingest.config import IngestConfig
 from downpour.shuffler.ingest.formats.report import Report
+from downpour.shuffler.ingest.formats.rows import why_unread
 from downpour.shuffler.ingest.formats.source import Source, SourceSplit
 from downpour.shuffler.ingest.held_out import hold_out
 from downpour.shuffler.ingest.scatter import Scatter
@@ -73,7 +75,7 @@ def ingest(
         DecodeError: an image that should become binary cannot be decoded.
         DatasetError: a Parquet source is damaged.
     """
-    config, report = config or IngestConfig(), Report()
+    config, report, seen = config or IngestConfig(), Report(), Report()
     try:
         opened = open_source(source, config, report)
         if config.validation_share is not None:
@@ -91,7 +93,7 @@ def ingest(
         with _scratch(filesystem, folder, config.scratch) as scratch:
             entries = {
                 split.name: _ingest_split(
-                    opened, split, filesystem, folder, scratch, config, counter
+                    opened, split, filesystem, folder, scratch, config, counter, seen
                 )
                 for split in splits
             }
@@ -115,6 +117,10 @@ def ingest(
         _remove(filesystem, folder, existed)
         raise
     filesystem.delete_file(f"{folder}/{MARKER_NAME}")
+    if say is not None and seen.lines:
+        for line in seen.lines:
+            say(line.replace("left out", "will not be decoded"))
+        say("training stops at these, or leaves them out with --on-bad-image skip")
     return manifest
 
 
@@ -216,13 +222,15 @@ def _ingest_split(
     scratch: Path,
     config: IngestConfig,
     counter: _Counter,
+    seen: Report,
 ) -> SplitEntry:
-    """Shuffle and write one split."""
+    """Shuffle and write one split; tell `seen` of what is no image by its first bytes."""
     permutation = Permutation(split.num_rows, stream_key(config.seed, "ingest", split.name))
     scatter = Scatter(scratch, permutation, split.num_bytes, config.memory_bytes)
     num_read = 0
     for batch in split.batches():
         _check_labels(batch, len(source.class_names), split.name, num_read)
+        _look_at(batch, source.encoding.column, split.name, num_read, seen)
         scatter.add(batch)
         num_read += len(batch)
         counter.add(len(batch))
@@ -278,6 +286,18 @@ def _check_labels(batch: pa.RecordBatch, num_classes: int, split: str, start: in
             f"row {start + bad} of split {split!r} of the source has label {column[bad].as_py()}, "
             f"not one of the {num_classes or 'unnamed'} classes; correct it or remove the row"
         )
+
+
+def _look_at(batch: pa.RecordBatch, column: str, split: str, start: int, seen: Report) -> None:
+    """Count files that are no images, by their first bytes."""
+    if column != "image":
+        return
+    images = batch.column(column)
+    beginnings = pc.binary_slice(images.field("bytes"), 0, 12).to_pylist()
+    names = images.field("path").to_pylist()
+    for row, (beginning, name) in enumerate(zip(beginnings, names, strict=True), start):
+        if reason := why_unread(beginning or b"", name):
+            seen.leave_out(reason, name or f"row {row} of split {split!r}")
 
 
 def _write(filesystem: fs.FileSystem, path: str, data: bytes) -> None:

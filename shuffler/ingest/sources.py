@@ -23,6 +23,8 @@ from downpour.shuffler.errors import DecodeError, IngestError
 from downpour.shuffler.images.decode import ImageSpec, bits_array, decode, decode_image, pack_bits
 from downpour.shuffler.ingest.config import IngestConfig
 from downpour.shuffler.ingest.formats import cifar, idx, listings, rows, tables, tars
+from downpour.shuffler.ingest.formats import splits as names_of
+from downpour.shuffler.ingest.formats.class_folders import is_folder_of_data
 from downpour.shuffler.ingest.formats.folders import open_folder, split_folders
 from downpour.shuffler.ingest.formats.imagenet import GROUND_TRUTHS
 from downpour.shuffler.ingest.formats.report import Report
@@ -35,16 +37,20 @@ from downpour.shuffler.ingest.formats.source import (
 )
 
 _STREAM_BYTES = 1 << 20
+_MOST_BESIDE = 16
+"""Entries of a folder, such as a README, beside the one that holds the data."""
 _MOST_FOLDERS = 64
 """Folders that are looked into for files, to find out a source's format."""
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
-    "huggingface": (".parquet", ".parquet.gz"),
-    "arrow": (".arrow",),
+    "huggingface": (".parquet", ".parq", ".pq", ".parquet.gz"),
+    "arrow": (".arrow", ".feather"),
     "webdataset": tars.SUFFIXES,
     "list": listings.SUFFIXES,
 }
-"""Ends of the names of the files of each format that is made of files."""
+"""Ends of the names of the files of each format that is made of files, in lower case."""
+
+_PACKED = (".zip", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst")
 
 
 def open_source(
@@ -68,6 +74,8 @@ def open_source(
     if info.type != fs.FileType.Directory:
         raise IngestError(f"source {os.fspath(uri)} is not a folder; give the folder of the data")
     found = _detect(filesystem, folder) if config.format == "auto" else config.format
+    if found == "folder":
+        folder = _unwrapped(filesystem, folder, report)
     threshold, chunk_bytes = config.binary_threshold, config.memory_bytes // 16
     if found == "idx":
         return idx.open_idx(filesystem, folder, threshold, chunk_bytes)
@@ -122,6 +130,19 @@ def _open_files(
     return tables.open_tables(filesystem, folder, there, open_table, chunk_bytes, choice, report)
 
 
+def _unwrapped(filesystem: fs.FileSystem, folder: str, report: Report) -> str:
+    """Return the folder of the splits' folders: the one that is named, or the only one in it."""
+    entries = files.list_folder(filesystem, folder)
+    inside = [e for e in entries if e.type == fs.FileType.Directory if is_folder_of_data(e)]
+    if len(inside) != 1 or names_of.of_folder(inside[0].base_name):
+        return folder
+    there = split_folders(files.list_folder(filesystem, inside[0].path))
+    if "train" not in there.values() or len(entries) > _MOST_BESIDE:
+        return folder
+    report.note(f"the data is taken from {inside[0].base_name}/, which holds {', '.join(there)}")
+    return str(inside[0].path)
+
+
 def _detect(filesystem: fs.FileSystem, folder: str) -> Format:
     entries = files.list_folder(filesystem, folder)
     names = [entry.base_name for entry in entries]
@@ -147,6 +168,15 @@ def _detect(filesystem: fs.FileSystem, folder: str) -> Format:
         return found
     if there or level:
         return "folder"
+    if packed := [name for name in names if name.lower().endswith(_PACKED)]:
+        raise IngestError(
+            f"{folder} holds {packed[0]}, which is packed as a whole; unpack it first"
+        )
+    if any(map(rows.is_image, names)):
+        raise IngestError(
+            f"{folder} holds images that are in no class's folder; lay them out as "
+            "train/<class>/<image>, or write their paths and labels as train.csv"
+        )
     raise IngestError(
         f"{folder} holds no IDX or CIFAR files, no Parquet, Arrow, tar, CSV or JSON lines files, "
         "and no folder train/ of class folders; give a folder that does, or name its format"
@@ -156,7 +186,7 @@ def _detect(filesystem: fs.FileSystem, folder: str) -> Format:
 def _detect_files(names: list[str]) -> Format | None:
     """Return the format that files' names mean, the most telling first."""
     kinds: tuple[Format, ...] = ("huggingface", "arrow", "webdataset", "list")
-    listed = [name for name in names if name not in GROUND_TRUTHS]
+    listed = [name.lower() for name in names if name not in GROUND_TRUTHS]
     return next((kind for kind in kinds if any(n.endswith(SUFFIXES[kind]) for n in listed)), None)
 
 

@@ -112,15 +112,27 @@ def arrow(folder: Path) -> None:
     (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
 
 
-def tars(labels: list[str], suffix: str = "cls") -> Callable[[Path], None]:
+def two_folders(folder: Path) -> None:
+    for name in ("big", "small"):
+        parquet({"image": IMAGES, "label": NUMBERS}, metadata(), splits=("train",))(folder / name)
+
+
+def tars(
+    labels: list[str],
+    suffix: str = "cls",
+    *,
+    ending: str = "tar",
+    mode: Any = "w",
+    prefix: str = "",
+) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         folder.mkdir()
         for split in ("train", "test"):
-            with tarfile.open(folder / f"x-{split}-000000.tar", "w") as archive:
+            with tarfile.open(folder / f"x-{split}-000000.{ending}", mode) as archive:
                 for row, (data, label) in enumerate(zip(FILES, labels, strict=True)):
                     parts = [("png", data), (suffix, label.encode())]
-                    for ending, body in parts:
-                        info = tarfile.TarInfo(f"{row:06d}.{ending}")
+                    for part, body in parts:
+                        info = tarfile.TarInfo(f"{prefix}{row:06d}.{part}")
                         info.size = len(body)
                         archive.addfile(info, io.BytesIO(body))
 
@@ -175,9 +187,29 @@ def _ground_truth(folder: Path) -> None:
     (folder / "val/val_annotations.txt").write_text("v0.png\tn1\t0\t0\t9\t9\n")
 
 
+def _packed(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "train.zip").write_bytes(b"PK\3\4")
+
+
 def _gzipped(folder: Path) -> None:
     folder.mkdir()
     (folder / "train.parquet.gz").write_bytes(b"\x1f\x8b" + bytes(40))
+
+
+def _twins(folder: Path) -> None:
+    (folder / "train/cafe\u0301").mkdir()
+    (folder / "train/cafe\u0301/1.png").write_bytes(FILES[0])
+
+
+def _empty_and_html(folder: Path) -> None:
+    (folder / "train/a/empty.png").write_bytes(b"")
+    (folder / "train/a/page.jpg").write_text("<!doctype html>")
+
+
+def _unlabelled_test(folder: Path) -> None:
+    (folder / "test").mkdir()
+    (folder / "test/1.png").write_bytes(FILES[0])
 
 
 CSV = ["path,label", *(f"pictures/{row}.png,{NAMES[label]}" for row, label in enumerate(LABELS))]
@@ -186,6 +218,7 @@ JSONL = [
     for row, label in enumerate(LABELS)
 ]
 WORDS = [NAMES[label] for label in LABELS]
+SPLIT_CSV = [f"{line},{'train' if n % 3 else 'valid'}" for n, line in enumerate(CSV[1:])]
 SPLITS = {"train": 8, "validation": 8}
 NONE: dict[str, int] = {}
 PLAIN: list[str] = []
@@ -251,6 +284,40 @@ KINDS: dict[str, Kind] = {
         names=PLAIN,
         says="there are 4 classes; 1 of them, such as 0, have no row",
     ),
+    "label ids": Kind(
+        words="labels that are ids, such as 1000000007",
+        make=labelled(pa.array([1_000_000_007 + label for label in LABELS])),
+        rows=NONE,
+        says="only 3 of them occur: these are no class numbers",
+    ),
+    "label bytes": Kind(
+        words="labels as words in bytes",
+        make=labelled(pa.array([word.encode() for word in WORDS])),
+    ),
+    "label twins": Kind(
+        words="labels `Ant` and `ant`",
+        make=labelled(pa.array([word.title() if n < 3 else word for n, word in enumerate(WORDS)])),
+        names=["Ant", "Bee", "Cat", *NAMES],
+        says="classes 'Ant' and 'ant' are two classes",
+    ),
+    "capitals": Kind(
+        words="columns `Image` and `Label`, files `train.PQ`",
+        make=parquet({"Image": IMAGES, "Label": NUMBERS}, name="{split}.PQ"),
+        names=PLAIN,
+    ),
+    "split column": Kind(
+        words="Parquet with a column `split`",
+        make=parquet(
+            {"image": IMAGES, "label": NUMBERS, "split": pa.array(["test"] * ROWS)}, metadata()
+        ),
+        says="column 'split' is not followed",
+    ),
+    "two configurations": Kind(
+        words="a split whose files lie in two folders",
+        make=two_folders,
+        rows={"train": 2 * ROWS},
+        says="split 'train' is of the files of 2 folders, such as big and small",
+    ),
     "large binary": Kind(
         words="images as large binary", make=shown(retyped(pa.large_binary(), pa.large_string()))
     ),
@@ -278,7 +345,7 @@ KINDS: dict[str, Kind] = {
         words="images as a column of paths",
         make=shown(pa.array(["a.png"] * ROWS)),
         rows=NONE,
-        says="has paths in column 'image', not images; write paths and labels as CSV",
+        says="has texts in column 'image', not images; if they are paths, write paths",
     ),
     "pixels": Kind(
         words="images as lists of pixels",
@@ -377,6 +444,39 @@ KINDS: dict[str, Kind] = {
         rows=NONE,
         says="has no label; add 000000.cls",
     ),
+    "webdataset bz2": Kind(
+        words="tars packed with bzip2, labels as `1.0`",
+        make=tars([f"{label}.0" for label in LABELS], ending="tar.bz2", mode="w:bz2"),
+        names=PLAIN,
+    ),
+    "webdataset folders": Kind(
+        words="a tar of class folders",
+        make=tars(["x"] * ROWS, "txt", prefix="cat/"),
+        rows=NONE,
+        says="or unpack it, if its folders are the classes",
+    ),
+    "csv semicolons": Kind(
+        words="CSV with semicolons",
+        make=listing("{split}.csv", [line.replace(",", ";") for line in CSV]),
+    ),
+    "csv splits": Kind(
+        words="CSV with a column `split`",
+        make=listing("labels.csv", ["path,label,split", *SPLIT_CSV]),
+        rows={"train": 16, "validation": 8},
+        says="column 'split' of labels.csv says which split is whose",
+    ),
+    "csv again": Kind(
+        words="CSV that names an image twice",
+        make=listing("{split}.csv", [*CSV, CSV[1]]),
+        rows={"train": ROWS + 1, "test": ROWS + 1},
+        says="1 entries of",
+    ),
+    "csv headless": Kind(
+        words="CSV without a heading",
+        make=listing("{split}.csv", CSV[1:]),
+        rows=NONE,
+        says="or add a heading such as path,label",
+    ),
     "csv": Kind(words="CSV of paths and words", make=listing("{split}.csv", CSV)),
     "jsonl": Kind(
         words="JSON lines of paths and numbers",
@@ -431,6 +531,51 @@ KINDS: dict[str, Kind] = {
         make=folders("train/n1/images", "train/n22/images", extra=_ground_truth),
         rows={"train": 8, "validation": 1},
         names=["n1", "n22"],
+    ),
+    "Train Data": Kind(
+        words="folders `Train Data` and `val_set`",
+        make=folders("Train Data/a", "Train Data/bb", "val_set/a", "val_set/bb"),
+        rows=SPLITS,
+        names=["a", "bb"],
+    ),
+    "wrapped": Kind(
+        words="`dataset/train/<class>/` and no more beside it",
+        make=folders("dataset/train/a", "dataset/train/bb", "dataset/val/a", "dataset/val/bb"),
+        rows=SPLITS,
+        names=["a", "bb"],
+        says="the data is taken from dataset/, which holds train, val",
+    ),
+    "no images": Kind(
+        words="empty files and web pages that are named like images",
+        make=folders("train/a", "train/bb", "val/a", "val/bb", extra=_empty_and_html),
+        rows={"train": 9, "validation": 8},
+        names=["a", "bb"],
+        says="1 files that are no images, though named so (such as 'a/page.jpg')",
+    ),
+    "unlabelled images": Kind(
+        words="a folder `test` of images without classes",
+        make=folders("train/a", "train/bb", extra=_unlabelled_test),
+        rows={"train": 8},
+        names=["a", "bb"],
+        says="has no class folders and no list of labels, and is left out (1 images)",
+    ),
+    "accents": Kind(
+        words="two folders `caf\u00e9` that Unicode writes differently",
+        make=folders("train/caf\u00e9", "train/a", extra=_twins),
+        rows=NONE,
+        says="differ only in how Unicode writes an accent",
+    ),
+    "images alone": Kind(
+        words="images in no folder",
+        make=folders("", extra=lambda f: (f / "notes.txt").write_text("x")),
+        rows=NONE,
+        says="holds images that are in no class's folder",
+    ),
+    "packed": Kind(
+        words="`train.zip`",
+        make=_packed,
+        rows=NONE,
+        says="holds train.zip, which is packed as a whole; unpack it",
     ),
     "nested": Kind(
         words="class folders in folders",

@@ -45,6 +45,12 @@ def run(*arguments: object) -> tuple[int, list[str]]:
     return status, [line for line in told.getvalue().splitlines() if line.strip()]
 
 
+def _check_told(status: int, lines: list[str]) -> None:
+    """Check that a refusal is one line, and the last."""
+    errors = [number for number, line in enumerate(lines) if "error: " in line]
+    assert errors == ([len(lines) - 1] if status else []), lines
+
+
 def outcome(name: str, root: Path, *, ingest_only: bool) -> tuple[str, ...]:
     """Return a kind's cells: what it is, `ingest`, and what the other commands do."""
     kind = KINDS[name]
@@ -61,6 +67,7 @@ def outcome(name: str, root: Path, *, ingest_only: bool) -> tuple[str, ...]:
     ]
     status, lines = run("ingest", source, data, *options)
     shown = kind.says.replace("|", "/")
+    _check_told(status, lines)
     if status:
         return (kind.words, "refused", shown, *(() if ingest_only else ("",)))
     if ingest_only:
@@ -83,11 +90,13 @@ def outcome(name: str, root: Path, *, ingest_only: bool) -> tuple[str, ...]:
     )
     scored = ("--eval-split", next((s for s in splits if s != "train"), "train"))
     status, lines = run(*train, *small, *scored)
+    _check_told(status, lines)
     if status:
         return (kind.words, "taken", shown, "`train`: " + lines[-1].partition("error: ")[2])
     (root / "one.png").write_bytes(FILES[0])
     for more in (("evaluate", root / "runs/a"), ("predict", root / "runs/a", root / "one.png")):
         status, lines = run(*more)
+        _check_told(status, lines)
         if status:
             return (kind.words, "taken", shown, f"`{more[0]}`: {lines[-1]}")
     return (kind.words, "taken", shown, "trains, is scored, predicts")

@@ -65,7 +65,7 @@ def choose(
     candidates: tuple[str, ...] = ()
     if label is None:
         classes = [n for n, f in features.items() if f.get("_type") == "ClassLabel"]
-        known = [name for name in LABEL_COLUMNS if name in schema.names]
+        known = _known(schema, LABEL_COLUMNS)
         candidates = tuple(dict.fromkeys((*known, *(c for c in classes if c in schema.names))))
         label = candidates[0] if candidates else None
     names = features.get(label, {}).get("names") if label else None
@@ -88,10 +88,10 @@ def _named(schema: pa.Schema, name: str | None, where: str, option: str) -> str 
 
 def _image(schema: pa.Schema, features: dict[str, dict[str, Any]], where: str) -> str:
     said = [n for n, f in features.items() if f.get("_type") == "Image" and n in schema.names]
-    named = [name for name in IMAGE_COLUMNS if name in schema.names]
+    named = _known(schema, IMAGE_COLUMNS)
     structs = [field.name for field in schema if _bytes_type(field.type) is not None]
     for candidates in (said, named, structs):
-        preferred = [name for name in IMAGE_COLUMNS if name in candidates] or candidates
+        preferred = [name for name in named if name in candidates] or candidates
         if len(candidates) == 1 or (preferred is not candidates and preferred):
             return preferred[0]
         if candidates:
@@ -103,6 +103,12 @@ def _image(schema: pa.Schema, features: dict[str, dict[str, Any]], where: str) -
         f"{where} has no column of images that is known (it has "
         f"{', '.join(schema.names) or 'none'}); name it with --image-column"
     )
+
+
+def _known(schema: pa.Schema, names: Sequence[str]) -> list[str]:
+    """Return the columns whose names are among `names`, in their order; case does not count."""
+    by_name = {name.lower(): name for name in reversed(schema.names)}
+    return [by_name[name] for name in names if name in by_name]
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -140,8 +146,9 @@ def check_image_type(schema: pa.Schema, columns: Columns, where: str) -> None:
         return
     if types.is_string(kind) or types.is_large_string(kind) or kind == pa.string_view():
         raise IngestError(
-            f"{where} has paths in column {columns.image!r}, not images; write paths and labels as "
-            "CSV beside the images, and ingest that"
+            f"{where} has texts in column {columns.image!r}, not images; if they are paths, write "
+            "paths and labels as CSV beside the images, and ingest that; if they are base64, "
+            "decode them to bytes"
         )
     raise IngestError(
         f"{where} has column {columns.image!r} as {kind}, which holds no image files; save each "
@@ -189,7 +196,8 @@ def is_words(kind: pa.DataType) -> bool:
     """Whether labels of a type are words, which have to be numbered."""
     if types.is_dictionary(kind) or _is_list(kind):
         return is_words(kind.value_type)
-    return bool(types.is_string(kind) or types.is_large_string(kind) or kind == pa.string_view())
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return kind == pa.string_view() or any(test(kind) for test in tests)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -212,7 +220,7 @@ def plain_labels(column: pa.Array, start: int, where: str) -> pa.Array:
     if types.is_null(kind):
         return pa.nulls(len(column), pa.int64())
     if is_words(kind):
-        return column.cast(pa.string())
+        return _words(column, start, where)
     try:
         if types.is_boolean(kind):
             return column.cast(pa.int64())
@@ -226,6 +234,19 @@ def plain_labels(column: pa.Array, start: int, where: str) -> pa.Array:
             "with --label-column"
         ) from error
     return pc.if_else(pc.less(numbers, 0), pa.scalar(None, pa.int64()), numbers)
+
+
+def _words(column: pa.Array, start: int, where: str) -> pa.Array:
+    """Return labels as strings; blanks alone are none."""
+    try:
+        words = column.cast(pa.string())
+    except pa.ArrowException as error:
+        raise IngestError(
+            f"labels of {where} from row {start} on are bytes that are no UTF-8 "
+            f"({one_line(error)}); write them as words, or name another column with --label-column"
+        ) from error
+    blank = pc.equal(pc.utf8_trim_whitespace(words), "")
+    return pc.if_else(blank, pa.scalar(None, pa.string()), words)
 
 
 def _only_values(column: pa.Array, start: int, where: str) -> pa.Array:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
 
 from pyarrow import fs
 
@@ -25,6 +24,12 @@ from downpour.shuffler.dataset.encoding import EncodedImages, schema_for
 from downpour.shuffler.errors import IngestError
 from downpour.shuffler.ingest.formats import rows as rows_of
 from downpour.shuffler.ingest.formats import splits as names_of
+from downpour.shuffler.ingest.formats.class_folders import (
+    NOT_CLASSES,
+    class_folders,
+    image_files,
+    images_of_class,
+)
 from downpour.shuffler.ingest.formats.imagenet import (
     CLASS_LISTS,
     GROUND_TRUTHS,
@@ -33,9 +38,6 @@ from downpour.shuffler.ingest.formats.imagenet import (
 )
 from downpour.shuffler.ingest.formats.report import Report
 from downpour.shuffler.ingest.formats.source import Batches, Source, SourceSplit
-
-_NOT_CLASSES: Final = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
-"""Folders that systems leave beside one's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,12 @@ class _Classes:
     @classmethod
     def of(cls, folders: list[str], names: list[str], *, listed: bool) -> _Classes:
         labels = {_same(folder): label for label, folder in enumerate(folders)}
+        if len(labels) < len(folders):
+            twice = next(f for label, f in enumerate(folders) if labels[_same(f)] != label)
+            raise IngestError(
+                f"there are two classes {twice!r}, whose names differ only in how Unicode writes "
+                "an accent; join their folders"
+            )
         return cls(folders=folders, names=names, listed=listed, labels=labels)
 
 
@@ -123,10 +131,24 @@ def open_folder(
             report.leave_out("images outside of a split's folder", entry.base_name)
     train = next((name for name, split in there.items() if split == "train"), "train")
     classes = _classes(filesystem, folder, train, class_list)
+    if not classes.listed:
+        rows_of.note_twins(classes.names, report)
     found = [
-        _look_at(filesystem, folder, name, split, classes, ground_truth, report)
+        each
         for name, split in there.items()
         if not splits or split in splits
+        if (
+            each := _look_at(
+                filesystem,
+                folder,
+                name,
+                split,
+                classes,
+                ground_truth,
+                report,
+                may_lack_labels=split == "test" and not splits,
+            )
+        )
     ]
     return _source(filesystem, classes, found, chunk_bytes)
 
@@ -147,13 +169,15 @@ def _class_folders(
             "with --validation-share 0.1 (0: none), or lay them out as train/<class>/<image>"
         )
     text, where = _text(filesystem, folder, class_list, CLASS_LISTS)
-    present = _folders(entries)
+    present = class_folders(entries)
     if text is not None:
         classes = _Classes.of(*parse_class_list(text, where, present), listed=True)
     else:
         classes = _Classes.of(present, present, listed=False)
     path, name = folder.rpartition("/")[::2]
+    rows_of.note_twins(classes.names, report)
     found = _look_at(filesystem, path, name, "train", classes, None, report)
+    assert found is not None
     return _source(filesystem, classes, [found], chunk_bytes)
 
 
@@ -181,14 +205,6 @@ def _same(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _folders(entries: list[fs.FileInfo]) -> list[str]:
-    return [
-        entry.base_name
-        for entry in entries
-        if entry.type == fs.FileType.Directory and entry.base_name not in _NOT_CLASSES
-    ]
-
-
 def _classes(
     filesystem: fs.FileSystem, folder: str, train: str, class_list: str | None
 ) -> _Classes:
@@ -196,7 +212,7 @@ def _classes(
     path = f"{folder}/{train}"
     folders: list[str] = []
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        folders = _folders(files.list_folder(filesystem, path))
+        folders = class_folders(files.list_folder(filesystem, path))
     if text is not None:
         return _Classes.of(*parse_class_list(text, where, folders), listed=True)
     if folders:
@@ -214,19 +230,36 @@ def _look_at(
     classes: _Classes,
     ground_truth: str | None,
     report: Report,
-) -> _Found:
-    """Find the images of one split, and count what is left out."""
+    *,
+    may_lack_labels: bool = False,
+) -> _Found | None:
+    """Find the images of one split, and count what is left out.
+
+    None if no labels are found, and it `may_lack_labels`: that is told.
+    """
     path = f"{folder}/{name}"
     children = files.list_folder(filesystem, path, report.leave_out)
-    present = _folders(children)
-    for folder_name in set(_NOT_CLASSES) & {child.base_name for child in children}:
+    present = class_folders(children)
+    for folder_name in set(NOT_CLASSES) & {child.base_name for child in children}:
         report.leave_out("folders of the system's", f"{name}/{folder_name}")
     if present == ["images"] and "images" not in classes.labels:  # as Tiny ImageNet's val/
         path, present = f"{path}/images", []
         children = files.list_folder(filesystem, path, report.leave_out)
     if not present:
-        images = _image_files(children, path, report)
+        images = image_files(children, path, report)
         labels = _labels(filesystem, folder, path, images, classes, ground_truth)
+        if labels is None and may_lack_labels:
+            report.note(
+                f"split {split!r} has no class folders and no list of labels, and is left out "
+                f"({len(images):,} images)"
+            )
+            return None
+        if labels is None:
+            raise IngestError(
+                f"{path} has images without class folders, so their labels are missing; name a "
+                f"ground truth, or put one of {', '.join(GROUND_TRUTHS)} into {folder}, or choose "
+                "other splits"
+            )
         return _found(split, path, {}, labels, images)
     unknown = sorted(each for each in present if _same(each) not in classes.labels)
     if unknown:
@@ -243,7 +276,7 @@ def _look_at(
     folders: dict[str, str] = {}
     num_rows = num_bytes = 0
     for each in present:
-        folders[each], images = _images_of_class(filesystem, path, each, report)
+        folders[each], images = images_of_class(filesystem, path, each, report)
         num_rows += len(images)
         num_bytes += sum(image.size + 64 for image in images)
     absent = set(classes.labels) - {_same(each) for each in present}
@@ -287,8 +320,10 @@ def _labels(
     images: list[fs.FileInfo],
     classes: _Classes,
     ground_truth: str | None,
-) -> dict[str, int]:
-    """Return the labels of the images of a split without class folders, by name."""
+) -> dict[str, int] | None:
+    """Return the labels of the images of a split without class folders, by name; None if no list
+    gives them.
+    """
     if not images:
         raise IngestError(f"{path} holds no class folders and no images; fill it or remove it")
     text, where = _text(filesystem, folder, ground_truth, GROUND_TRUTHS)
@@ -296,11 +331,7 @@ def _labels(
         if text is None:
             text, where = _text(filesystem, place, None, GROUND_TRUTHS)
     if text is None:
-        raise IngestError(
-            f"{path} has images without class folders, so their labels are missing; name a "
-            f"ground truth, or put one of {', '.join(GROUND_TRUTHS)} into {folder}, or choose "
-            "other splits"
-        )
+        return None
     names = [image.base_name for image in images]
     if not classes.listed and text.split() and all(word.isdigit() for word in text.split()):
         raise IngestError(
@@ -326,46 +357,6 @@ def _text(
     if chosen is not None:
         raise IngestError(f"{chosen} does not exist; give the path of the list")
     return None, ""
-
-
-def _images_of_class(
-    filesystem: fs.FileSystem, path: str, name: str, report: Report
-) -> tuple[str, list[fs.FileInfo]]:
-    """Return the images of a class, and the folder that they are in."""
-    where = f"{path}/{name}"
-    entries = files.list_folder(filesystem, where, report.leave_out)
-    inner = _folders(entries)
-    images = _image_files(entries, where, report)
-    if not images and len(inner) == 1:
-        where = f"{where}/{inner[0]}"
-        images = _image_files(files.list_folder(filesystem, where, report.leave_out), where, report)
-        inner = []
-    if not images:
-        holds = f"no image itself, but folders such as {inner[0]!r}" if inner else "no image"
-        raise IngestError(
-            f"{where} holds {holds}; put images into it as <class>/<image> (names end with "
-            f"{', '.join(rows_of.IMAGE_SUFFIXES[:5])} or the like), or remove the class"
-        )
-    for each in inner:
-        deeper = files.list_folder(filesystem, f"{where}/{each}")
-        count = sum(rows_of.is_image(entry.base_name) for entry in deeper)
-        if count:
-            report.leave_out("images deeper in a class folder", f"{name}/{each}", count)
-    return where, images
-
-
-def _image_files(entries: list[fs.FileInfo], path: str, report: Report) -> list[fs.FileInfo]:
-    """Return the image files among entries; tell of other files."""
-    images = []
-    for entry in entries:
-        if entry.type == fs.FileType.Directory:
-            continue
-        shown = f"{files.base_name(path)}/{entry.base_name}"
-        if rows_of.is_image(entry.base_name):
-            images.append(entry)
-        else:
-            report.leave_out(rows_of.kind_of(entry.base_name), shown)
-    return images
 
 
 def _reader(
@@ -398,4 +389,4 @@ def _reader(
 
 
 def _images(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    return _image_files(files.list_folder(filesystem, path), path, Report())
+    return image_files(files.list_folder(filesystem, path), path, Report())

@@ -21,6 +21,12 @@ WORDS: Final = {
 }
 """Words that sources use for splits, in lower case, and our names for them."""
 
+_BESIDE: Final = ("set", "data", "dataset", "split", "images", "imgs", "folder")
+"""Words that folders of splits have beside the split's own."""
+
+COLUMNS: Final = ("split", "set", "subset", "partition", "data set", "data_set", "dataset", "fold")
+"""Names of columns that may say which split a row is of, in lower case."""
+
 _SAY_NOTHING: Final = ("data", "dataset", "part", "shard", "file", "images")
 """Names of files that name no split."""
 
@@ -28,8 +34,14 @@ _NUMBERED: Final = re.compile(r"(?P<split>.+)-\d+-of-\d+(-[0-9a-f]+)?")
 
 
 def of_folder(name: str) -> str | None:
-    """Return the split that a folder's name means, None if it means none."""
-    return WORDS.get(name.lower())
+    """Return the split that a folder's name means, None if it means none.
+
+    `train`, `Train Data` and `val_set` do; `train station` does not.
+    """
+    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", name) if word]
+    meant = [WORDS[word] for word in words if word in WORDS]
+    others = [word for word in words if word not in WORDS and word not in _BESIDE]
+    return meant[0] if len(meant) == 1 and not others else None
 
 
 def of_file(path: str) -> str | None:

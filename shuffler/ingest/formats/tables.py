@@ -26,7 +26,7 @@ from downpour.shuffler.ingest.formats import columns as cols
 from downpour.shuffler.ingest.formats import splits as names_of
 from downpour.shuffler.ingest.formats.columns import Columns
 from downpour.shuffler.ingest.formats.report import Report
-from downpour.shuffler.ingest.formats.rows import note_idle
+from downpour.shuffler.ingest.formats.rows import note_idle, note_twins
 from downpour.shuffler.ingest.formats.source import Batches, Source, SourceSplit, chunk_rows
 
 MAX_DEPTH: Final = 4
@@ -80,7 +80,7 @@ def find(filesystem: fs.FileSystem, folder: str, suffixes: tuple[str, ...]) -> l
         found += [
             entry
             for entry in entries
-            if entry.type == fs.FileType.File and entry.base_name.endswith(suffixes)
+            if entry.type == fs.FileType.File and entry.base_name.lower().endswith(suffixes)
         ]
     return sorted(found, key=lambda entry: str(entry.path))
 
@@ -159,6 +159,7 @@ def open_tables(
             cols.check_image_type(table.schema, what, table.path)
             tables.setdefault(split, []).append((table, what))
     _note_columns(tables, report)
+    _note_folders(folder, chosen, report)
     labelled = {s: t for s, t in tables.items() if _is_labelled(s, t, choice, report)}
     if not labelled:
         raise IngestError(
@@ -185,11 +186,29 @@ def open_tables(
 
 
 def _note_columns(tables: dict[str, list[tuple[Table, Columns]]], report: Report) -> None:
-    for _, what in (part for parts in tables.values() for part in parts):
+    for table, what in (part for parts in tables.values() for part in parts):
         if what.passed_over:
             report.note(
                 f"column {what.label!r} is taken for the label, not {', '.join(what.passed_over)}; "
                 "--label-column says otherwise"
+            )
+        for name in table.schema.names:
+            if name.lower() in names_of.COLUMNS and name not in (what.image, what.label):
+                report.note(
+                    f"column {name!r} is not followed: a row's split is that of its file; write "
+                    "a file for each split if the column says otherwise"
+                )
+
+
+def _note_folders(folder: str, chosen: dict[str, list[fs.FileInfo]], report: Report) -> None:
+    """Tell of a split whose files come from several folders, which may be several datasets."""
+    for split, infos in chosen.items():
+        folders = sorted({info.path.rpartition("/")[0] for info in infos})
+        if len(folders) > 1:
+            told = [path.removeprefix(folder).strip("/") or "." for path in folders[:2]]
+            report.note(
+                f"split {split!r} is of the files of {len(folders)} folders, such as "
+                f"{' and '.join(told)}; --split {split}=PATTERN chooses"
             )
 
 
@@ -248,7 +267,9 @@ def _class_names(tables: dict[str, list[tuple[Table, Columns]]], report: Report)
             "names); ingest them apart"
         )
     if given:
-        return next(iter(given))
+        names = next(iter(given))
+        note_twins(names, report)
+        return names
     kinds = {_kind(table.schema.field(what.label).type) for table, what in every if what.label}
     if len(kinds) > 1:
         raise IngestError(
@@ -263,7 +284,9 @@ def _class_names(tables: dict[str, list[tuple[Table, Columns]]], report: Report)
             labels = cols.plain_labels(batch.column(0), 0, table.path)
             used.update(pc.unique(labels).to_pylist())
     if kinds == {"words"}:
-        return tuple(sorted(map(str, used)))
+        names = tuple(sorted(map(str, used)))
+        note_twins(names, report)
+        return names
     note_idle({int(number) for number in used}, report)
     return ()
 

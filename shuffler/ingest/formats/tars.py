@@ -26,7 +26,7 @@ from downpour.shuffler.ingest.formats.rows import Labels
 from downpour.shuffler.ingest.formats.source import Batches, Source, SourceSplit
 from downpour.shuffler.ingest.formats.tables import Choice, by_split
 
-SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
+SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _LABEL_SUFFIXES: Final = ("cls", "label", "class", "cls.txt", "label.txt")
 _MOST_LABEL_BYTES: Final = 1 << 20
 
@@ -134,9 +134,10 @@ def _split_name(name: str) -> tuple[str, str]:
 def _found(label: str | None, member: tarfile.TarInfo, path: str) -> str:
     if label in (None, "", "-1"):
         key = _split_name(member.name)[0]
+        folders = "; or unpack it, if its folders are the classes" if "/" in key else ""
         raise IngestError(
             f"sample {key!r} of {path} has no label; add {key}.cls, or name the part that holds it "
-            "with --label-column"
+            f"with --label-column{folders}"
         )
     assert label is not None
     return label
@@ -148,14 +149,26 @@ def _label(
     """Return the label that a member holds, None if it holds none."""
     wanted = choice.label_column
     if suffix in ((wanted,) if wanted else _LABEL_SUFFIXES):
-        return _bytes(archive, member).decode().strip()
+        try:
+            return _bytes(archive, member).decode().strip()
+        except UnicodeDecodeError as error:
+            raise _no_label(member) from error
     if suffix == "json" and member.size <= _MOST_LABEL_BYTES:
-        values: Any = json.loads(_bytes(archive, member))
+        try:
+            values: Any = json.loads(_bytes(archive, member))
+        except ValueError as error:
+            raise _no_label(member) from error
         for name in (wanted,) if wanted else LABEL_COLUMNS:
             value = values.get(name) if isinstance(values, dict) else None
             if isinstance(value, str | int) and not isinstance(value, bool):
                 return str(value)
     return None
+
+
+def _no_label(member: tarfile.TarInfo) -> IngestError:
+    return IngestError(
+        f"{member.name} in an archive is no text that holds a label; write a number, a word or JSON"
+    )
 
 
 def _bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
