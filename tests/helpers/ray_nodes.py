@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,13 @@ class RayNodes:
         self._process.stdin.flush()
         found: str = self._read()
         return found
+
+    def kill(self, role: str) -> None:
+        """Kill (kill -9) every process of the nodes of a role, as if they had lost their power."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"kill {role}\n")
+        self._process.stdin.flush()
+        self._read()
 
     def processes(self, title: str) -> set[int]:
         """Processes of actors on these nodes whose title has this in it."""
@@ -108,16 +116,30 @@ def _hold(head: int, nodes: Sequence[dict[str, str]]) -> None:
         "dashboard_port": commands.free_port(),  # another Ray may have the usual one
     }
     cluster = Cluster(initialize_head=True, head_node_args=head_node)
-    for labels in nodes:
-        cluster.add_node(num_cpus=1, labels=labels, object_store_memory=STORE_BYTES)
+    added = [
+        (labels, cluster.add_node(num_cpus=1, labels=labels, object_store_memory=STORE_BYTES))
+        for labels in nodes
+    ]
     _print(cluster.address)
     for line in sys.stdin:
         if not ray.is_initialized():
             ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
         order, _, role = line.strip().partition(" ")
-        _print(_drain(cluster.address, role) if order == "drain" else _roles_of_actors())
+        if order == "kill":
+            killed = [node for labels, node in added if labels.get(ROLE) == role]
+            _print("".join(map(_kill, killed)))
+        else:
+            _print(_drain(cluster.address, role) if order == "drain" else _roles_of_actors())
     ray.shutdown()
     cluster.shutdown()
+
+
+def _kill(node: Any) -> str:
+    pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
+    for pid in {pid for top in pids for pid in (*commands.descendants(top), top)}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return str(node.unique_id)
 
 
 def _drain(address: str, role: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +113,46 @@ def test_a_run_on_labelled_nodes_with_rows_from_two_disks(
     assert "Traceback" not in output
     assert "PRIVATE KEY" not in output
     assert "PRIVATE KEY" not in (run / "config.json").read_text()
+
+
+@pytest.mark.soak
+def test_a_node_with_all_partitions_that_is_killed_costs_no_update(
+    nodes: RayNodes, tmp_path: Path
+) -> None:
+    """Their followers are beside the driver. To be run last: there is no node for partitions then.
+
+    A run without end, stopped once it has gone on; it is the same to the bit when it is replayed.
+    """
+    log, run = tmp_path / "log", tmp_path / "run"
+    process = commands.start(
+        *("train", "mnist-bn", "--runs", tmp_path, "--address", nodes.address, *SMALL),
+        *("--name", "run", "--epochs", "70", "--partitions", "2", "--hot-standby"),
+        *("--record-pushes", "--checkpoint-every-s", "1000", "--no-dashboard"),
+        log=log,
+    )
+    try:
+        commands.wait_for(lambda: told(run, "has a follower on") == 2, "both followers")
+        before = commands.updates(run)
+        commands.wait_for(lambda: commands.updates(run) > before, "updates with followers")
+        where = nodes.roles_of_actors()
+        assert (where["PartitionActor"], where["FollowerActor"]) == (["partitions"], [""])
+        nodes.kill("partitions")
+        commands.wait_for(lambda: told(run, "its follower takes its place") == 2, "both promotions")
+        before = commands.updates(run)
+        commands.wait_for(lambda: commands.updates(run) > before + 50, "updates after that")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(commands.DEADLINE_S) == 143, log.read_text()
+    finally:
+        commands.end(process)
+    assert told(run, "mini-batches are run again") == told(run, 'event": "0 mini-batches are')
+    assert told(run, "starts again from") == 0
+    updates = [m["updates"] for m in commands.metrics(run) if "replicas_alive" in m]
+    assert updates == sorted(updates)
+    replay = tmp_path / "replay"
+    assert commands.run("replay", run, log=replay) == 0, replay.read_text()
+
+
+def told(run: Path, what: str) -> int:
+    """How many lines of `events.jsonl` have this in them."""
+    path = run / "events.jsonl"
+    return sum(what in line for line in path.read_text().splitlines()) if path.exists() else 0

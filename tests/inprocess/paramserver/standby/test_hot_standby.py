@@ -150,7 +150,7 @@ def test_a_primary_that_is_out_of_reach_only_is_fenced_off(
     assert "its follower takes its place" in told
 
 
-@pytest.mark.parametrize("transport", ["auto", "network"])
+@pytest.mark.parametrize("transport", ["auto", pytest.param("network", marks=pytest.mark.soak)])
 def test_followers_that_die_or_hang_are_replaced_and_cost_no_update(
     tmp_path: Path, data: str, transport: TransportName
 ) -> None:
