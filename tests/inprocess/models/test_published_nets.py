@@ -1,6 +1,7 @@
 """Published networks, unchanged: built, trained, scored, predicted with and exported.
 
-The oracle is the network itself, its batch normalization not folded, and onnxruntime.
+The oracle is the network itself, its batch normalization not folded, and onnxruntime. All networks,
+by the real commands, are in `tests/ray/test_published_nets.py`.
 """
 
 from pathlib import Path
@@ -24,14 +25,6 @@ def test_a_published_network_goes_all_the_way(
     net: library_nets.LibraryNet, tmp_path: Path, *, export: bool
 ) -> None:
     check(library_nets.put_through(net, tmp_path, export=export))
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("net", library_nets.ALL, ids=lambda net: f"{net.library}-{net.name}")
-def test_each_published_network_goes_all_the_way(
-    net: library_nets.LibraryNet, tmp_path: Path
-) -> None:
-    check(library_nets.put_through(net, tmp_path))
 
 
 def check(differences: dict[str, float]) -> None:
