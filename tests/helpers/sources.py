@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def text_of(path: Path) -> str:
 @functools.cache
 def parsed(source: str) -> ast.Module:
     """The syntax tree of a source."""
-    return ast.parse(source)
+    gc.disable()  # looking for garbage among so many new nodes takes longer than to parse them
+    try:
+        return ast.parse(source)
+    finally:
+        gc.enable()
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
