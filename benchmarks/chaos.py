@@ -146,13 +146,13 @@ def disturbed(
         log, folder = Path(scratch) / "log", Path(scratch) / "runs" / "a"
         command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
         options = ["--no-dashboard"]
-        driver = _start([*command, "--checkpoint-every-s", "1", *arguments, *options], log)
+        driver = start_driver([*command, "--checkpoint-every-s", "1", *arguments, *options], log)
         family: dict[int, tuple[str, str]] = {}
         try:
-            _until((folder / "metrics.jsonl").exists, driver, log)
+            until((folder / "metrics.jsonl").exists, driver, log)
             while found.faults.total() < faults and driver.poll() is None:
                 time.sleep(rng.uniform(*pause_s))  # the random time of the fault
-                family = _family(driver.pid)
+                family = family_of(driver.pid)
                 kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
                 if kinds:
                     kind = kinds[found.faults.total()]
@@ -163,16 +163,16 @@ def disturbed(
                         continue
                     driver.kill()
                     driver.wait()
-                    _await_end(_ours(family), "a driver that was killed", END_DEADLINE_S)
+                    await_end(ours(family), "a driver that was killed", END_DEADLINE_S)
                     if (folder / RESULT).exists():
                         break  # it had come to its end just before
                     store = CheckpointStore(RunFolder.open(folder).checkpoints_uri)
                     newest = store.latest()[0]
                     found.recomputed += _batches_since(folder, store, newest)
-                    driver = _start(["resume", str(folder), *options], log)
+                    driver = start_driver(["resume", str(folder), *options], log)
                     _until_resumed(newest, driver, log)
                     found.resumed += 1
-                elif not _kill_one(driver.pid, _titles(kind), rng):
+                elif not _kill_one(driver.pid, titles_of(kind), rng):
                     continue
                 found.faults[kind] += 1
                 say(f"chaos: killed {kind}")
@@ -182,8 +182,8 @@ def disturbed(
             driver.kill()
         if status != 0 and not (folder / RESULT).exists():
             raise BenchmarkFailed(f"the run ended with {status}:\n{log.read_text()[-3000:]}")
-        _await_end(_ours(family), "the run", END_DEADLINE_S)
-        _await_end(family, "the run", RAY_END_DEADLINE_S)
+        await_end(ours(family), "the run", END_DEADLINE_S)
+        await_end(family, "the run", RAY_END_DEADLINE_S)
         result = json.loads((folder / RESULT).read_text())
         check_exactly_once(folder, result["epochs"])
         found.accuracy, found.best_accuracy = result["accuracy"], result["best_accuracy"]
@@ -235,7 +235,7 @@ def check_exactly_once(folder: Path, epochs: int) -> None:
             raise BenchmarkFailed(f"{file.name} has applied {meta['examples']} examples")
 
 
-def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def start_driver(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -248,7 +248,7 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _until(ready: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
+def until(ready: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
     give_up_s = time.monotonic() + DEADLINE_S
     while not ready():
         if driver.poll() not in (None, 0) or time.monotonic() > give_up_s:
@@ -263,10 +263,10 @@ def _until_resumed(newest: Any, driver: subprocess.Popen[bytes], log: Path) -> N
         if newest is None
         else f"resuming from checkpoint {newest.number} at {newest.updates:,}"
     )
-    _until(lambda: wanted in re.sub(r"\s+", " ", log.read_text()), driver, log)
+    until(lambda: wanted in re.sub(r"\s+", " ", log.read_text()), driver, log)
 
 
-def _titles(kind: str) -> tuple[str, ...]:
+def titles_of(kind: str) -> tuple[str, ...]:
     return (TITLES[kind], FOLLOWER) if kind == "partition" else (TITLES[kind],)
 
 
@@ -281,28 +281,28 @@ def _kill_one(driver: int, titles: tuple[str, ...], rng: random.Random) -> bool:
     return True
 
 
-def _family(driver: int) -> dict[int, tuple[str, str]]:
+def family_of(driver: int) -> dict[int, tuple[str, str]]:
     """What runs below a driver: by number, when it was started (numbers come again) and what."""
-    found = {p.pid: (_started(p.pid), p.command) for p in descendants(driver).values()}
+    found = {p.pid: (started_at(p.pid), p.command) for p in descendants(driver).values()}
     return {pid: (started, command) for pid, (started, command) in found.items() if started}
 
 
-def _ours(family: dict[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:
+def ours(family: dict[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:
     """Those of a family that are this system's actors, and not Ray's own."""
     titles = (*TITLES.values(), FOLLOWER)
     return {pid: about for pid, about in family.items() if about[1].startswith(titles)}
 
 
-def _await_end(family: dict[int, tuple[str, str]], what: str, deadline_s: float) -> None:
+def await_end(family: dict[int, tuple[str, str]], what: str, deadline_s: float) -> None:
     """Nothing that the run started may outlive it; with its processes end memory and sockets."""
     give_up_s = time.monotonic() + deadline_s
-    while left := [f"{pid} ({c})" for pid, (s, c) in family.items() if _started(pid) == s]:
+    while left := [f"{pid} ({c})" for pid, (s, c) in family.items() if started_at(pid) == s]:
         if time.monotonic() > give_up_s:
             raise BenchmarkFailed(f"{what} left processes behind: {', '.join(left)}")
         time.sleep(LOOK_EVERY_S)
 
 
-def _started(pid: int) -> str:
+def started_at(pid: int) -> str:
     """When a process was started, as the kernel counts; nothing for one that runs no more."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

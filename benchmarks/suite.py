@@ -22,6 +22,7 @@ MODULES = {
     "startup": "downpour.benchmarks.startup",
     "checkpoints": "downpour.benchmarks.checkpoints",
     "chaos": "downpour.benchmarks.chaos",
+    "hangs": "downpour.benchmarks.hangs",
     "goodput": "downpour.benchmarks.goodput",
     "recovery": "downpour.benchmarks.recovery",
     "standby": "downpour.benchmarks.standby",

@@ -6,7 +6,7 @@ import click
 
 BENCHMARKS = (
     *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
-    *("goodput", "recovery", "standby", "shuffle", "policies", "serve", "learning"),
+    *("hangs", "goodput", "recovery", "standby", "shuffle", "policies", "serve", "learning"),
     "all",
 )
 

@@ -11,6 +11,11 @@ from typing import Literal
 
 from downpour.workers.config import ReplicaConfig
 
+HANG_AFTER_S = 30.0
+"""Default of `PolicyConfig.hang_after_s`."""
+LEAST_HANG_AFTER_S = 1.0
+"""Signs of life are looked for once a second."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
@@ -48,6 +53,10 @@ class PolicyConfig:
     """What a refused mini-batch (loss or gradient not finite) does to the run."""
     max_refused: int | None = 1000
     """Refused mini-batches after which the run stops all the same; none for no such bound."""
+    hang_after_s: float = HANG_AFTER_S
+    """Seconds for which a process must show no sign of life, at the least, before it counts as
+    hung; ten times the longest such wait, if that is longer. The limits of all other waits are in
+    proportion."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "keep_checkpoints"):
@@ -71,6 +80,10 @@ class PolicyConfig:
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}: give at least 1 scoring, or none")
+        if not LEAST_HANG_AFTER_S <= self.hang_after_s < math.inf:
+            raise ValueError(
+                f"hang after s is {self.hang_after_s}: give {LEAST_HANG_AFTER_S:g} second or more"
+            )
         for name in ("evaluate_every_s", "checkpoint_every_s"):
             if getattr(self, name) <= 0:
                 value = getattr(self, name)

@@ -178,7 +178,8 @@ class EvaluationSchedule:
         self._asked = False
         if progress != self._progress:
             self._progress = progress
-            self._patience.took("scoring", now - self._alive_s, now)
+            waited_s = now - self._alive_s - LOOK_EVERY_S  # nobody waits between two looks
+            self._patience.took("scoring", max(0.0, waited_s), now)
             self._alive_s, self._late_looks = now, 0
 
     def progress_failed(self) -> None:

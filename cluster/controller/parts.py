@@ -15,7 +15,7 @@ from downpour.cluster.controller.checkpointing import CheckpointSchedule
 from downpour.cluster.controller.evaluation import EvaluationSchedule
 from downpour.cluster.controller.failure_policy import FailurePolicy
 from downpour.cluster.controller.failures import Failures
-from downpour.cluster.controller.hangs.patience import Patience, Watch
+from downpour.cluster.controller.hangs.patience import Patience, Watch, limits
 from downpour.cluster.controller.instructions import Instruction
 from downpour.cluster.controller.leases.coverage import Flags
 from downpour.cluster.controller.leases.manager import LeaseManager
@@ -123,7 +123,7 @@ class RunParts:
             config.policy, resumed.scores if resumed else None
         )
         policy = failure_policy or FailurePolicy(max_restarts=config.replicas.max_restarts)
-        self.patience = patience or Patience()
+        self.patience = patience or Patience(limits(config.policy.hang_after_s))
         self.watch = Watch(self.patience)
         """The calls that are under way."""
         self.failures = Failures(policy, run=run, out=self.out)

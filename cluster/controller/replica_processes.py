@@ -21,7 +21,7 @@ from downpour.cluster.controller.instructions import (
     Tell,
 )
 from downpour.cluster.controller.leases.manager import LeaseManager
-from downpour.cluster.controller.partitions import Partitions
+from downpour.cluster.controller.partitions import REPORT_EVERY_S, Partitions
 from downpour.cluster.errors import user_message
 from downpour.workers.config import ReplicaConfig
 
@@ -295,9 +295,10 @@ class ReplicaProcesses:
         return late
 
     def _seen(self, process: ReplicaProcess, now: float) -> None:
-        """A process gets on."""
+        """A process gets on. One that does at every look has been waited for by nobody."""
         if process.alive_s is not None:
-            self._patience.took("life", now - process.alive_s, now)
+            waited_s = now - process.alive_s - REPORT_EVERY_S
+            self._patience.took("life", max(0.0, waited_s), now)
         process.alive_s, process.late_looks = now, 0
 
     def be_patient(self, now: float) -> None:

@@ -25,6 +25,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.reproduce.local_statistics import LocalStatistics
 from downpour.cluster.reproduce.runs import fitted
 from downpour.cluster.run.folder import RESULT, RunFolder
+from downpour.paramserver import durable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,6 +144,9 @@ def write_shards(
         parts = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     _write(partial, train_split, [rows.take(_indices(part)) for part in parts])
     _write(partial, eval_split, [RowReader(test).take(np.arange(test.num_rows))])
+    for file in partial.iterdir():
+        durable.sync(file)
+    durable.sync(partial)
     partial.rename(folder)
     return folder
 

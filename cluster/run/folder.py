@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
@@ -53,6 +54,8 @@ STOP = ".stop"
 BEST, MODEL, CHECKPOINTS = "best.safetensors", "model.safetensors", "checkpoints"
 INITIAL = "initial.safetensors"
 ANSWERS = "answers.json"
+LOOK_BACK_BYTES = 4096
+"""Read at a time while the last line of a file is looked for."""
 
 
 class RunFolder:
@@ -315,6 +318,31 @@ class RunFolder:
         self._append(EVENTS, {"event": text})
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        line = json.dumps({"time": round(time.time(), 3), **values})
-        with (self.path / name).open("a") as file:
-            file.write(line + "\n")
+        """Add a line to a file of JSON lines, whole or not at all.
+
+        What a process that was killed, or a full disk, has left of a last line is cut off.
+        """
+        line = (json.dumps({"time": round(time.time(), 3), **values}) + "\n").encode()
+        with (self.path / name).open("a+b", buffering=0) as file:
+            end = _end_of_lines(file)
+            file.truncate(end)
+            try:
+                written = file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Return where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - LOOK_BACK_BYTES)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0

@@ -8,12 +8,15 @@ import platform
 from pathlib import Path
 
 from downpour.cluster.run.folder import ABOUT_RECORD
+from downpour.paramserver import durable
 
 
 def write_about(folder: Path, *, threads: int) -> None:
     """Note what the bits of a recorded run depend on besides the record."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ABOUT_RECORD).write_text(json.dumps({"threads": threads, **surroundings()}) + "\n")
+    text = json.dumps({"threads": threads, **surroundings()}) + "\n"
+    with durable.replacing(folder / ABOUT_RECORD) as partial:
+        Path(partial).write_text(text)
 
 
 def surroundings() -> dict[str, str]:

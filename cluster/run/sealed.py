@@ -116,9 +116,11 @@ def _key(*, make: bool) -> bytes:
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
+            durable.sync(fresh)  # what is sealed with a key that is lost is never used again
             with contextlib.suppress(FileExistsError):
                 os.link(fresh, path)  # unlike a rename, it leaves a key that was there first
             fresh.unlink()
+            durable.sync(path.parent)
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(fd, "rb") as file:
             about = os.fstat(fd)

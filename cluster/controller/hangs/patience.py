@@ -13,6 +13,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from downpour.cluster.config.policy import HANG_AFTER_S
+
 Wait = Literal["report", "answer", "snapshot", "window", "life", "scoring", "start", "connection"]
 """What is waited for: a partition's regular report, its answer to an inquiry, its snapshot; a
 window; a sign of life of a process that has windows; progress of a scoring; a start; a member that
@@ -34,24 +36,33 @@ class Limit:
     """So many times the longest that ended well."""
 
 
-LIMITS: Mapping[Wait, Limit] = {
+LIMITS: Mapping[Wait, Limit] = {  # for `--hang-after-s 30`
     "report": Limit(first_s=60.0, least_s=30.0),
     "answer": Limit(first_s=120.0, least_s=60.0),
     "snapshot": Limit(first_s=1800.0, least_s=120.0),
     "window": Limit(first_s=3600.0, least_s=120.0),
-    "life": Limit(first_s=600.0, least_s=30.0),
+    "life": Limit(first_s=600.0, least_s=HANG_AFTER_S),
     "scoring": Limit(first_s=600.0, least_s=60.0),
     "start": Limit(first_s=1800.0, least_s=300.0),
     "connection": Limit(first_s=300.0, least_s=60.0),
 }
 
 
+def limits(hang_after_s: float) -> Mapping[Wait, Limit]:
+    """Return `LIMITS` in proportion to how long a process must be silent, at the least."""
+    ratio = hang_after_s / HANG_AFTER_S
+    return {
+        wait: Limit(first_s=ratio * of.first_s, least_s=ratio * of.least_s, times=of.times)
+        for wait, of in LIMITS.items()
+    }
+
+
 class Patience:
     """What waits have taken in one session of a run, and whether one lasts too long."""
 
-    def __init__(self, limits: Mapping[Wait, Limit] = LIMITS) -> None:
-        """Nothing has been waited for."""
-        self._limits = limits
+    def __init__(self, limits: Mapping[Wait, Limit] | None = None) -> None:
+        """Nothing has been waited for; `LIMITS` if none are given."""
+        self._limits = LIMITS if limits is None else limits
         self._longest: dict[Wait, tuple[float, float]] = {}
         """Of each kind: the longest wait that ended well, and when it ended."""
 

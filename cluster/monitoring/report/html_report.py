@@ -25,6 +25,7 @@ from downpour.cluster.monitoring.report import classes
 from downpour.cluster.monitoring.report.figures import bars, curves, text
 from downpour.cluster.monitoring.texts import cell_text, once_text, percent_text
 from downpour.cluster.run.folder import ANSWERS, DATA, EVENTS, RESULT, RunFolder
+from downpour.paramserver import durable
 
 REPORT = "report.html"
 MOST_SKIPPED = 200
@@ -85,15 +86,19 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     """Write `report.html` in a run's folder, whole or not at all, and return its path.
 
     Raises:
-        ReportError: the folder has no metrics, or a file in it is damaged.
+        ReportError: the folder has no metrics, a file in it is damaged, or it cannot be written.
     """
     folder = RunFolder.open(Path(run_folder))
     metrics = read_metrics(folder.path / METRICS_FILE)
     if not metrics:
         raise ReportError(f"{folder.path / METRICS_FILE} holds no metrics yet; train for longer")
-    unfinished = folder.path / f".{REPORT}.tmp"
-    unfinished.write_text(page(folder, metrics), encoding="utf-8")
-    return unfinished.replace(folder.path / REPORT)
+    path, text = folder.path / REPORT, page(folder, metrics)
+    try:
+        with durable.replacing(path, str(path.with_name(f".{REPORT}.partial"))) as partial:
+            Path(partial).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
 
 
 def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:

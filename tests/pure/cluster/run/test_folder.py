@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from downpour.cluster.config import recipes
 from downpour.cluster.config.options import apply
 from downpour.cluster.errors import UserError
-from downpour.cluster.run.folder import RunFolder
+from downpour.cluster.run.folder import EVENTS, RunFolder
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 
 
@@ -69,3 +72,40 @@ def test_bundled_data_of_another_installation_is_this_ones(tmp_path: Path) -> No
         assert folder.config() == dataclasses.replace(
             config, data=dataclasses.replace(config.data, data=here)
         )
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """As on a disk that is full: a file gets no longer than this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_did_not_fit_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipes.find("mnist-bn"))
+    folder.append_event("first")
+    size = (folder.path / EVENTS).stat().st_size
+    with files_of_at_most(size + 10), pytest.raises(OSError, match=r"No space|too large"):
+        folder.append_event("cut off")
+    assert (folder.path / EVENTS).stat().st_size == size
+    folder.append_event("second")
+    lines = (folder.path / EVENTS).read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["first", "second"]
+
+
+@pytest.mark.parametrize("tail", [b'{"time": 1, "eve', bytes(9000), b"", b'{"a": "\xc3'])
+def test_what_a_death_left_of_a_line_is_cut_off_by_the_next(tmp_path: Path, tail: bytes) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipes.find("mnist-bn"))
+    for whole in (False, True):
+        if whole:
+            folder.append_event("first")
+        with (folder.path / EVENTS).open("ab") as file:
+            file.write(tail)
+        folder.append_event("second")
+        lines = (folder.path / EVENTS).read_text().splitlines()
+        assert json.loads(lines[-1])["event"] == "second"
+        assert all("event" in json.loads(line) for line in lines)

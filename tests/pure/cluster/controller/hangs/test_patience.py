@@ -1,11 +1,15 @@
 """How long a wait may last: from what such waits have taken, by the caller's clock."""
 
+import pytest
+
+from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.controller.hangs.patience import (
     HALF_LIFE_S,
     LIMITS,
     Limit,
     Patience,
     Watch,
+    limits,
 )
 
 LIMIT = {**LIMITS, "report": Limit(first_s=60.0, least_s=30.0, times=10.0)}
@@ -31,6 +35,23 @@ def test_it_is_never_shorter_than_what_a_busy_machine_takes() -> None:
     patience = Patience(LIMIT)
     patience.took("report", 0.001, now=0.0)
     assert patience.limit_s("report", now=0.0) == 30.0
+
+
+def test_all_limits_are_in_proportion_to_the_one_that_is_an_option() -> None:
+    assert limits(PolicyConfig().hang_after_s) == LIMITS
+    short = limits(3.0)
+    assert short.keys() == LIMITS.keys()
+    assert short["life"].least_s == 3.0
+    for wait, limit in short.items():
+        assert limit.first_s == pytest.approx(LIMITS[wait].first_s / 10)
+        assert limit.least_s == pytest.approx(LIMITS[wait].least_s / 10)
+        assert limit.times == LIMITS[wait].times
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, -30.0, float("nan"), float("inf")])
+def test_less_than_a_look_a_second_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="hang after s is .*: give 1 second or more"):
+        PolicyConfig(hang_after_s=seconds)
 
 
 def test_a_long_wait_of_long_ago_counts_for_less() -> None:
