@@ -55,10 +55,11 @@ class PartitionReport:
     connections: int
     connections_closed: dict[str, int]
     """Connections that the partition closed, by reason."""
-    first_update_at: float | None
-    """Unix time of the first update since the actor started."""
-    last_update_at: float | None
-    """Unix time of the latest update since the actor started."""
+    first_update_age_s: float | None
+    """Seconds since the first update since the actor started. No time of day: clocks of machines
+    differ, and are set."""
+    last_update_age_s: float | None
+    """Seconds since the latest update since the actor started."""
     updates_before: int
     """The version that the actor started from."""
     has_follower: bool = False
@@ -133,8 +134,8 @@ class PartitionActor:
                 drift=state.vectors.statistics.drift(state.current.statistics),
                 connections=server.num_connections,
                 connections_closed=server.dropped(),
-                first_update_at=server.first_update_at,
-                last_update_at=server.last_update_at,
+                first_update_age_s=server.first_update_age_s,
+                last_update_age_s=server.last_update_age_s,
                 updates_before=self._updates_before,
                 has_follower=server.has_follower,
                 waits_for_word=server.waits_for_word,

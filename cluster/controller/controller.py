@@ -85,7 +85,6 @@ class Controller:
             processes=backend.processes,
             run=str(folder.path),
             now=clock(),
-            unix_offset_s=time.time() - clock(),
             began_s=began_s,
             resumed=resumed,
             newest_checkpoint=max([0, *store.numbers()]),

@@ -344,6 +344,10 @@ class RunOutcome:
     """Updates at the beginning of this session."""
     all_replicas_s: float | None
     """Seconds of this session until the last process of replicas was ready for the first time."""
+    first_update_s: float | None
+    """Seconds of this session until its first update."""
+    last_update_s: float | None
+    """Seconds of this session until its last update."""
     elapsed_s: float
     """Seconds of training, over all sessions of the run."""
     wall_s: float

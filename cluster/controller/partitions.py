@@ -97,8 +97,10 @@ class Partitions:
         """The newest report of each."""
         self.points: dict[int, tuple[Point, Point]] = {}
         """Of each: where it was at its last report but one, and at its last."""
-        self.first_update_at: float | None = None
-        """Unix time of this session's first update, as far as is known."""
+        self.first_update_s: float | None = None
+        """When this session's first update was, by the run's clock, as far as is known."""
+        self.last_update_s: float | None = None
+        """When its latest update was."""
         self.inquiries: dict[int, Inquiry] = {}
         """Inquiries under way, by number."""
         self.followers = Followers(num_partitions, wanted=hot_standby, failures=failures, out=out)
@@ -224,7 +226,7 @@ class Partitions:
             partition.version = report.version
         elif report.version > partition.version:
             self._failures.policy.progressed("partition", partition.index)
-        self.note_report(report)
+        self.note_report(report, now)
         self.followers.reported(report, partition.incarnation, now)
 
     def num_pushes_of(self, replicas: Sequence[int]) -> int:
@@ -239,7 +241,7 @@ class Partitions:
         refused = sum(report.refusals.get(r, 0) for r in replicas)
         return applied + refused + report.duplicates + report.dropped + report.malformed
 
-    def note_report(self, report: PartitionReport) -> None:
+    def note_report(self, report: PartitionReport, now: float) -> None:
         """Keep a report as the newest of its partition.
 
         Answers may arrive in another order than that in which they were given: one that was given
@@ -256,8 +258,14 @@ class Partitions:
         if report.version > last[0]:
             self.points[report.index] = (last, (report.version, report.examples))
         # A partition that starts again forgets its first update, and all of them may.
-        seen = [at for at in (self.first_update_at, report.first_update_at) if at is not None]
-        self.first_update_at = min(seen, default=None)
+        if report.first_update_age_s is not None:
+            first_s = now - report.first_update_age_s
+            known_s = self.first_update_s
+            self.first_update_s = first_s if known_s is None else min(known_s, first_s)
+        if report.last_update_age_s is not None:
+            last_s = now - report.last_update_age_s
+            known_s = self.last_update_s
+            self.last_update_s = last_s if known_s is None else max(known_s, last_s)
 
     # Inquiries
 

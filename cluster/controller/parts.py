@@ -53,7 +53,6 @@ class RunParts:
         run: str,
         now: float,
         began_s: float | None = None,
-        unix_offset_s: float = 0.0,
         resumed: Checkpoint | None = None,
         newest_checkpoint: int = 0,
         failure_policy: FailurePolicy | None = None,
@@ -71,7 +70,6 @@ class RunParts:
             run: the path of the run's folder, for messages.
             now: seconds by the run's clock.
             began_s: when the session began, by the same clock; now if None.
-            unix_offset_s: Unix time less the run's clock.
             resumed: the checkpoint that the partitions start from, if any.
             newest_checkpoint: the highest number that a checkpoint of the run has had.
             failure_policy: decides about failures; by default with the configured bound.
@@ -82,7 +80,6 @@ class RunParts:
         self.config = config
         self.plan = plan
         self._batches_per_push = step_config(config).batches_per_push
-        self._unix_offset_s = unix_offset_s
         self.resumed = resumed
         self.began_s = now if began_s is None else began_s
         self.out: list[Instruction] = []
@@ -198,10 +195,14 @@ class RunParts:
         """Return the seconds since this session began."""
         return now - self.began_s
 
+    def since_began_s(self, moment_s: float | None) -> float | None:
+        """Return the seconds from the session's begin to a moment, if there was one."""
+        return None if moment_s is None else self.wall_s(moment_s)
+
     def training_s(self, now: float) -> float:
         """Return the seconds since the first update, over all sessions of the run."""
-        first_at, before_s = self.partitions.first_update_at, self.early_stopping.trained_before_s
-        return before_s if first_at is None else before_s + now + self._unix_offset_s - first_at
+        first_s, before_s = self.partitions.first_update_s, self.early_stopping.trained_before_s
+        return before_s if first_s is None else before_s + now - first_s
 
     def scoring(self, evaluation: Evaluation, now: float) -> Scoring:
         """Return what the weights that have just been scored had cost when they were pulled.

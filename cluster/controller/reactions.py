@@ -191,7 +191,7 @@ def _partition_answered(run: RunParts, call: PartitionCall, value: Any, now: flo
         case AskReport(inquiry=int() as number) | AskFlags(inquiry=number):
             inquiry = run.partitions.take_answer(number, call.partition, value)
             if inquiry is not None:
-                _inquiry_answered(run, inquiry)
+                _inquiry_answered(run, inquiry, now)
         case WriteSnapshot():
             files = run.checkpoints.written(call, value, len(run.partitions.members))
             if files is not None:
@@ -229,7 +229,7 @@ def partition_lost(
         run.stage = "training"  # and not finished any more, until the partition has all again
 
 
-def _inquiry_answered(run: RunParts, inquiry: Inquiry) -> None:
+def _inquiry_answered(run: RunParts, inquiry: Inquiry, now: float) -> None:
     answers = inquiry.in_order
     match inquiry.purpose:
         case "probe":  # all partitions are alive: connect again
@@ -245,14 +245,14 @@ def _inquiry_answered(run: RunParts, inquiry: Inquiry) -> None:
         case "first flags":
             run.covered_before = answers
         case "last reports":
-            _last_reports(run, answers)
+            _last_reports(run, answers, now)
         case "last flags":
             _last_flags(run, answers)
 
 
-def _last_reports(run: RunParts, reports: Sequence[PartitionReport]) -> None:
+def _last_reports(run: RunParts, reports: Sequence[PartitionReport], now: float) -> None:
     for report in reports:
-        run.partitions.note_report(report)
+        run.partitions.note_report(report, now)
         _quarantine(run, report)
     run.out.append(AllReported())
     if not run.finished:

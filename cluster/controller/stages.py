@@ -124,7 +124,7 @@ def _look_after(run: RunParts, now: float) -> None:
         run.partitions.followers.start_missing()
     _mend(run)
     if run.stage == "training":
-        has_begun = run.partitions.first_update_at is not None
+        has_begun = run.partitions.first_update_s is not None
         if run.ended is None and has_begun:
             run.evaluation.score_if_due(now)
         run.checkpoints.begin_if_due(now)
@@ -191,7 +191,6 @@ def _verify(run: RunParts, now: float) -> None:
 
 def _outcome(run: RunParts, now: float) -> RunOutcome:
     restarts = run.failures.policy.restarts
-    ready_s = run.all_replicas_s
     return RunOutcome(
         finished=run.finished,
         ended=run.ended or Ended(),
@@ -206,7 +205,9 @@ def _outcome(run: RunParts, now: float) -> RunOutcome:
         quarantined=tuple(sorted(run.quarantined)),
         restarts={part: n for part, n in restarts.items() if n},
         updates_before=run.resumed.updates if run.resumed else 0,
-        all_replicas_s=None if ready_s is None else run.wall_s(ready_s),
+        all_replicas_s=run.since_began_s(run.all_replicas_s),
+        first_update_s=run.since_began_s(run.partitions.first_update_s),
+        last_update_s=run.since_began_s(run.partitions.last_update_s),
         elapsed_s=run.elapsed_s(now),
         wall_s=run.wall_s(now),
         checkpoint=run.checkpoints.last,

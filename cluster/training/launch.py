@@ -56,16 +56,14 @@ class _Session:
     store: CheckpointStore
     resumed: Checkpoint | None
     """What it goes on from."""
-    began_at: float
-    """Unix time."""
     began_s: float
-    """The same by the monotonic clock."""
+    """By the monotonic clock."""
     console: Any
     onlookers: Sequence[Onlooker]
 
     def phase(self, show: Show, phase: str) -> None:
         """Show what is being waited for."""
-        show(Progress(elapsed_s=time.time() - self.began_at, phase=phase))
+        show(Progress(elapsed_s=time.monotonic() - self.began_s, phase=phase))
 
 
 def train(
@@ -100,15 +98,15 @@ def train(
         RunFailed: the run gave up.
     """
     age_s = process_age_s() if age_s is None else age_s
-    began_at, began_s = time.time() - age_s, time.monotonic() - age_s
+    began_s = time.monotonic() - age_s
     _check_device(folder.config(), address)
     _check_step(folder.config(), data, console)
     with folder.locked():
-        session = _open(folder, data, resume, began_at, began_s, console, onlookers)
+        session = _open(folder, data, resume, began_s, console, onlookers)
         with TrainingDisplay(folder.name, console=console) as display:
             outcome, reason = _train_on_ray(session, display.update, address, dashboard)
         if outcome.finished:
-            return conclude(folder, session.config, outcome, began_at, console)
+            return conclude(folder, session.config, outcome, began_s, console)
         return stopped(folder, reason or "stopped", outcome, console)
 
 
@@ -134,7 +132,6 @@ def _open(
     folder: RunFolder,
     data: Data,
     resume: bool,
-    began_at: float,
     began_s: float,
     console: Any,
     onlookers: Sequence[Onlooker],
@@ -155,7 +152,6 @@ def _open(
         num_partitions=num_partitions,
         store=store,
         resumed=_find_checkpoint(folder, store, console) if resume else None,
-        began_at=began_at,
         began_s=began_s,
         console=console,
         onlookers=onlookers,

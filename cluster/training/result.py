@@ -38,10 +38,13 @@ def stopped(folder: RunFolder, reason: str, outcome: RunOutcome, console: Any) -
 
 
 def conclude(
-    folder: RunFolder, config: RunConfig, outcome: RunOutcome, began_at: float, console: Any
+    folder: RunFolder, config: RunConfig, outcome: RunOutcome, began_s: float, console: Any
 ) -> int:
-    """Write what a finished run leaves, and show it; returns the exit status."""
-    result = make_result(folder, config, outcome, began_at)
+    """Write what a finished run leaves, and show it; returns the exit status.
+
+    `began_s` is when the session began, by the monotonic clock.
+    """
+    result = make_result(folder, config, outcome, began_s)
     folder.write_json(RESULT, result)
     accuracy = result["accuracy"]
     folder.write_status({**folder.status(), "state": "finished", "accuracy": accuracy})
@@ -59,15 +62,14 @@ def conclude(
 
 
 def make_result(
-    folder: RunFolder, config: RunConfig, outcome: RunOutcome, began_at: float
+    folder: RunFolder, config: RunConfig, outcome: RunOutcome, began_s: float
 ) -> dict[str, Any]:
     """What came out of a finished run, for `result.json`."""
     reports = outcome.reports
-    first = [r.first_update_at for r in reports if r.first_update_at is not None]
-    last = [r.last_update_at for r in reports if r.last_update_at is not None]
+    first_s, last_s = outcome.first_update_s, outcome.last_update_s
     updates = min(r.version for r in reports)
     session_updates = updates - outcome.updates_before
-    training_s = max(last) - min(first) if first else 0.0
+    training_s = 0.0 if first_s is None or last_s is None else last_s - first_s
     updates_per_s = session_updates / training_s if training_s else 0.0
     examples = min(r.examples for r in reports)
     staleness = merged_staleness(reports)
@@ -99,12 +101,12 @@ def make_result(
         "partitions": len(reports),
         "updates_per_s": round(updates_per_s, 1) if updates_per_s else None,
         "examples_per_s": round(updates_per_s * examples / updates) if updates_per_s else None,
-        "time_to_first_update_s": round(min(first) - began_at, 2) if first else None,
+        "time_to_first_update_s": None if first_s is None else round(first_s, 2),
         "time_to_all_replicas_s": (
             None if outcome.all_replicas_s is None else round(outcome.all_replicas_s, 2)
         ),
         "training_s": round(training_s, 2),
-        "wall_s": round(time.time() - began_at, 2),
+        "wall_s": round(time.monotonic() - began_s, 2),
         "elapsed_s": round(outcome.elapsed_s, 2),
         "staleness": {
             **staleness.summary(),

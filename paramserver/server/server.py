@@ -133,8 +133,9 @@ class PartitionServer:
                         clock=clock,
                     )
                 restore = primary.take_state()
-                first_update_at: Any = restore.meta.get("first_update_at")
-                self._versions.first_update_at = first_update_at
+                age_s: Any = restore.meta.get("first_update_age_s")
+                if age_s is not None:
+                    self._versions.first_update_s = time.monotonic() - age_s
             if restore is not None:
                 self._state.load(restore.meta, restore.tensors)
         except BaseException:
@@ -285,14 +286,14 @@ class PartitionServer:
         return dict(Counter(ours) + Counter(network))  # copies: other threads count meanwhile
 
     @property
-    def first_update_at(self) -> float | None:
-        """Unix time of the first update since `start`; of a follower, since its primary's."""
-        return self._versions.first_update_at
+    def first_update_age_s(self) -> float | None:
+        """Seconds since the first update since `start`; of a follower, since its primary's."""
+        return _age_s(self._versions.first_update_s)
 
     @property
-    def last_update_at(self) -> float | None:
-        """Unix time of the latest update since `start`."""
-        return self._versions.last_update_at
+    def last_update_age_s(self) -> float | None:
+        """Seconds since the latest update since `start`."""
+        return _age_s(self._versions.last_update_s)
 
     @property
     def num_connections(self) -> int:
@@ -423,7 +424,11 @@ class PartitionServer:
         def join(memory: Handover) -> None:
             self.call(
                 lambda state: self._replication.join(
-                    state, peer, memory, self._sources(), first_update_at=self.first_update_at
+                    state,
+                    peer,
+                    memory,
+                    self._sources(),
+                    first_update_age_s=self.first_update_age_s,
                 )
             )
 
@@ -468,6 +473,10 @@ def _check(
         )
     if restore is not None:
         restore.check(partition)
+
+
+def _age_s(since_s: float | None) -> float | None:
+    return None if since_s is None else time.monotonic() - since_s
 
 
 def _source(side: SharedSide) -> MailboxSource:

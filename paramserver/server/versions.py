@@ -61,10 +61,11 @@ class Versions:
         self._ledger = self.state.ledger
         self.in_place = updates_in_place(partition.num_parameters)
         """Whether each version is published before the next push is applied."""
-        self.first_update_at: float | None = None
-        """Unix time of the first update since `open`; of a follower, since its primary's."""
-        self.last_update_at: float | None = None
-        """Unix time of the latest update since `open`."""
+        self.first_update_s: float | None = None
+        """When the first update since `open` was, by the monotonic clock; of a follower, since its
+        primary's."""
+        self.last_update_s: float | None = None
+        """When the latest update since `open` was."""
         self._sides = sides
         self._buffers = [
             (as_bytes(v.weights), as_bytes(v.statistics)) for v in self.published.versions
@@ -96,9 +97,9 @@ class Versions:
             answers.append(Answer(mailbox=push.mailbox, outcome=outcome, version=version))
         if ledger.weights_version > before:
             self.published.commit(ledger.weights_version)
-            self.last_update_at = time.time()
-            if self.first_update_at is None:
-                self.first_update_at = self.last_update_at
+            self.last_update_s = time.monotonic()
+            if self.first_update_s is None:
+                self.first_update_s = self.last_update_s
         return answers
 
     def apply_shared(self, arrivals: Sequence[Arrival]) -> list[Answer]:

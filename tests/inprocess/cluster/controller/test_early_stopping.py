@@ -65,7 +65,7 @@ def test_a_run_ends_at_the_first_scoring_that_reaches_the_accuracy(
     tmp_path: Path, data: str
 ) -> None:
     run = Run(tmp_path / "run", config(data, stop_at_accuracy=0.7))
-    began_at = time.time()
+    began_s = time.monotonic()
     outcome = run.go()
     assert_what_was_trained_was_trained_once(run, outcome)
     assert outcome.ended.by == "accuracy"
@@ -85,7 +85,7 @@ def test_a_run_ends_at_the_first_scoring_that_reaches_the_accuracy(
     best, model = (safetensors.torch.load_file(run.folder.path / name) for name in (BEST, MODEL))
     assert all((best[name] == model[name]).all() for name in best)
 
-    assert conclude(run.folder, run.config, outcome, began_at, Console(file=io.StringIO())) == 0
+    assert conclude(run.folder, run.config, outcome, began_s, Console(file=io.StringIO())) == 0
     result = run.folder.read_json(RESULT)
     assert result["ended_by"] == "accuracy"
     assert "--stop-at-accuracy" in result["ended_because"]

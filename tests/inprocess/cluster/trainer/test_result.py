@@ -46,8 +46,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> downpour.Result:
         runs=folder,
     )
     run = Run(folder / "a", trainer.config)
-    began_at = time.time()
-    conclude(run.folder, run.config, run.go(), began_at, Console(file=io.StringIO()))
+    began_s = time.monotonic()
+    conclude(run.folder, run.config, run.go(), began_s, Console(file=io.StringIO()))
     return downpour.Result.open(folder / "a")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from downpour.cluster.monitoring.display import RESULT_ROWS
 from downpour.cluster.monitoring.plots import read_metrics
 from downpour.cluster.run.folder import METRICS, RESULT, STATUS
-from downpour.cluster.training.result import conclude
+from downpour.cluster.training.result import conclude, make_result
 from tests.helpers import tiny
 from tests.helpers.runs import Run
 
@@ -22,9 +23,9 @@ def test_a_quantity_has_one_name_and_one_value_in_result_status_and_metrics(
 ) -> None:
     data = tiny.dataset(tmp_path / "data")
     run = Run(tmp_path / "run", tiny.config(data, replicas=2, partitions=2))
-    began_at = time.time()
+    began_s = time.monotonic()
     outcome = run.go()
-    assert conclude(run.folder, run.config, outcome, began_at, Console(file=io.StringIO())) == 0
+    assert conclude(run.folder, run.config, outcome, began_s, Console(file=io.StringIO())) == 0
 
     result = run.folder.read_json(RESULT)
     assert {key for key, _, _ in RESULT_ROWS} <= set(result), "a row that no result has"
@@ -39,3 +40,22 @@ def test_a_quantity_has_one_name_and_one_value_in_result_status_and_metrics(
     for key in ("updates", "examples", "duplicates", "refused", "replicas_wanted"):
         assert getattr(shown, key) == status[key]
     assert "duplicates" in capsys.readouterr().out
+
+
+def test_a_clock_that_jumps_by_three_minutes_changes_no_duration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of day differs between machines, and is set while a run lasts."""
+    clock, jumps = time.time, itertools.cycle([0.0, 180.0, -180.0])
+    monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
+    began_s = time.monotonic()
+    data = tiny.dataset(tmp_path / "data")
+    run = Run(tmp_path / "run", tiny.config(data, replicas=2, partitions=2))
+    outcome = run.go()
+    result = make_result(run.folder, run.config, outcome, began_s)
+    took_s = time.monotonic() - began_s
+    assert 0 < result["time_to_first_update_s"] <= took_s
+    assert 0 < result["training_s"] <= result["wall_s"] <= took_s
+    assert result["updates"] / took_s <= result["updates_per_s"]
+    for milestone in result["reached"].values():
+        assert 0 < milestone["training_s"] <= took_s

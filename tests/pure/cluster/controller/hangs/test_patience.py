@@ -50,7 +50,7 @@ def test_all_limits_are_in_proportion_to_the_one_that_is_an_option() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, -30.0, float("nan"), float("inf")])
 def test_less_than_a_look_a_second_is_refused(seconds: float) -> None:
-    with pytest.raises(ValueError, match="hang after s is .*: give 1 second or more"):
+    with pytest.raises(ValueError, match=r"hang after s is .*: give 1 second or more"):
         PolicyConfig(hang_after_s=seconds)
 
 
