@@ -11,10 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.fs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UNKNOWN = (errno.EINVAL, errno.ENOTSUP)
 
@@ -87,3 +92,59 @@ def replacing(path: str | os.PathLike[str], partial: str | None = None) -> Itera
             os.unlink(partial)
         raise
     sync(os.path.dirname(os.path.abspath(path)))
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    partial: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as safetensors, whole or not at all.
+
+    Args:
+        tensors: By name.
+        path: The file.
+        partial: As for `replacing`.
+        metadata: Texts for the file's header.
+
+    Raises:
+        OSError: The file cannot be written. The library says so by an error of its own.
+    """
+    import safetensors
+    import safetensors.torch
+
+    with replacing(path, partial) as there:
+        try:
+            safetensors.torch.save_file(
+                dict(tensors), there, metadata=None if metadata is None else dict(metadata)
+            )
+        except safetensors.SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), os.fspath(path)) from None
+
+
+def append(path: str | os.PathLike[str], data: bytes, *, end: int | None = None) -> None:
+    """Add data to a file, all of it or nothing; does not wait for the disk.
+
+    Args:
+        path: The file; it is made if it is not there.
+        data: What to add.
+        end: Where to. What follows is cut off. The file's end by default.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell() if end is None else end
+        file.truncate(before)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise

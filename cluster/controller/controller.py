@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import Backend, PendingCall
+from downpour.cluster.controller.backend import Backend, Done, PendingCall
 from downpour.cluster.controller.state import RunState
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.cluster.run.folder import ANSWERS, BEST, MODEL, RunFolder
@@ -25,6 +25,8 @@ ASKED = "downpour stop"
 """The reason of a stop that was asked for through the run's folder."""
 TURN_S = 0.25
 """Something may be due after so long, even if no call is answered."""
+STILL_S = 2.0
+"""A turn that takes longer than this is one in which the driver stood still."""
 
 
 class RunListener(Protocol):
@@ -114,12 +116,13 @@ class Controller:
             Exception: an error of the user's that an actor met.
         """
         self._events.append(events.Begin())
+        turn_s = self._clock()
         while True:
             outcome = self._hand_in_all()
             if outcome is not None:
                 return outcome
             self._listener.look(self.state, self._clock())
-            for done in self._backend.wait(list(self._pending), TURN_S):
+            for done in self._wait(turn_s):
                 call = self._pending.pop(done.call)
                 if done.error is None:
                     self._events.append(events.Answered(call=call, value=done.value))
@@ -128,6 +131,15 @@ class Controller:
             if self._stop_requested is not None:
                 self._events.append(events.StopRequested(reason=self._stop_requested))
             self._events.append(events.Tick())
+            turn_s = self._clock()
+
+    def _wait(self, turn_s: float) -> list[Done]:
+        """Wait for answers, at most one turn; `turn_s` is when this turn began."""
+        found = self._backend.wait(list(self._pending), TURN_S)
+        took_s = self._clock() - turn_s
+        if took_s > STILL_S:
+            self._events.appendleft(events.StoodStill(seconds=took_s - TURN_S))
+        return found
 
     def _hand_in_all(self) -> do.RunOutcome | None:
         """Hand all events in, and carry out what comes of them, until nothing more does."""

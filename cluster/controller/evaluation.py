@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 LOOK_EVERY_S = 5.0
 """How often an evaluator that scores is asked how far it is."""
+TRY_AGAIN_S = 10.0
+"""After so long, the run's last weights are scored again if they could not be written."""
+MAX_TRIES = 60
+"""So often, which is ten minutes: somebody may make room."""
 
 
 class EvaluationSchedule:
@@ -68,6 +72,9 @@ class EvaluationSchedule:
         self._next_look_s = now
         self._final_due = False
         """The run's last weights have yet to be scored."""
+        self._final_tries = 0
+        """How often they could not be written."""
+        self._next_final_s = now
         self.ready = False
         """It is connected."""
         self.newest: Evaluation | None = None
@@ -123,7 +130,8 @@ class EvaluationSchedule:
 
     def score_final(self, now: float) -> bool:
         """Go on with scoring the last weights; return whether that has been done."""
-        if self._final_due and self.ready and self._began_s is None:
+        due = self._final_due and now >= self._next_final_s
+        if due and self.ready and self._began_s is None:
             self._score(-math.inf, now, final=True)
         return not self._final_due
 
@@ -138,10 +146,29 @@ class EvaluationSchedule:
             self._final_due = False
         self._out.append(WeightsScored(evaluation=evaluation))
 
-    def score_failed(self, error: Exception, now: float) -> None:
-        """The weights could not be scored, or not be kept."""
+    def score_failed(self, call: Evaluate, error: Exception, now: float) -> None:
+        """The weights could not be scored, or not be kept.
+
+        Raises:
+            GaveUp: The run's last weights cannot be written.
+        """
         self._end_scoring(now)
-        self.failed(error, now)
+        if call.final and isinstance(error, WriteFailed):
+            self._wait_for_room(error, now)
+        else:
+            self.failed(error, now)
+
+    def _wait_for_room(self, error: WriteFailed, now: float) -> None:
+        """The run's last weights were scored, and could not be written: try again later."""
+        self._final_tries += 1
+        self._next_final_s = now + TRY_AGAIN_S
+        what = f"the run's last weights could not be written ({error})"
+        if self._final_tries == MAX_TRIES:
+            raise self._failures.given_up(f"{what}, {MAX_TRIES} times", error)
+        if self._final_tries == 1:
+            minutes = MAX_TRIES * TRY_AGAIN_S / 60
+            text = f"{what}: make room; trying every {TRY_AGAIN_S:.0f} s for {minutes:.0f} minutes"
+            self._out.append(Tell(text=text))
 
     def _score(self, goal: float, now: float, *, final: bool) -> None:
         self._began_s = self._alive_s = now
@@ -181,6 +208,10 @@ class EvaluationSchedule:
             waited_s = now - self._alive_s - LOOK_EVERY_S  # nobody waits between two looks
             self._patience.took("scoring", max(0.0, waited_s), now)
             self._alive_s, self._late_looks = now, 0
+
+    def forgive(self, seconds: float) -> None:
+        """Nobody has looked for progress for so long."""
+        self._alive_s += seconds
 
     def progress_failed(self) -> None:
         """It cannot say so: what it was asked to do will tell why."""

@@ -19,6 +19,13 @@ class Tick:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoodStill:
+    """The driver itself did nothing for a while: it was stopped, or the machine was suspended."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopRequested:
     """Somebody asks for a checkpoint and an end."""
 
@@ -55,4 +62,6 @@ class Failed:
     error: Exception
 
 
-Event = Begin | Tick | StopRequested | EndRequested | ReplicasRequested | Answered | Failed
+Event = (
+    Begin | Tick | StoodStill | StopRequested | EndRequested | ReplicasRequested | Answered | Failed
+)

@@ -60,12 +60,16 @@ class Failures:
         if failure.part in ("replicas", "partition") and self.weak_since_s is None:
             self.weak_since_s = now
         if recovery.action == "give up":
-            hint = f"see the logs, then go on with `downpour resume {self._run}`"
-            raise GaveUp(RunFailed(f"{recovery.reason}: {hint}"), error)
+            raise self.given_up(recovery.reason, error)
         in_full = self.weak_since_s is None
         if failure.part == "follower" and recovery.action == "restart" and in_full:
             self.reserve_soon(now)
         return recovery.action
+
+    def given_up(self, reason: str, cause: Exception | None) -> GaveUp:
+        """Return what ends the run for a reason, with what to do about it."""
+        hint = f"see the logs, then go on with `downpour resume {self._run}`"
+        return GaveUp(RunFailed(f"{reason}: {hint}"), cause)
 
     def all_back(self, now: float) -> None:
         """No member is missing: tell it, if one was."""

@@ -200,6 +200,12 @@ class Partitions:
         """Whether all are up, and none has been asked for a report and not answered for long."""
         return all(p.up and (p.asked_s is None or now - p.asked_s < TARDY_S) for p in self.members)
 
+    def forgive(self, seconds: float) -> None:
+        """Nobody has waited for so long for a report."""
+        for partition in self.members:
+            if partition.asked_s is not None:
+                partition.asked_s += seconds
+
     # Reports
 
     def ask_reports(self, now: float) -> bool:

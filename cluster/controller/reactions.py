@@ -68,6 +68,10 @@ if TYPE_CHECKING:
     from downpour.workers.replica.replicas import WindowReport
 
 
+TOLD_STILL_S = 10.0
+"""People hear of it if the driver stood still for so long."""
+
+
 def answered(run: RunParts, event: Answered, now: float) -> None:
     """A call has been answered."""
     value = event.value
@@ -164,7 +168,7 @@ def failed(run: RunParts, event: Failed, now: float) -> None:
                 run.evaluation.failed(error, now)
         case Evaluate() as call:
             if call.life == run.evaluation.life:
-                run.evaluation.score_failed(error, now)
+                run.evaluation.score_failed(call, error, now)
         case AskProgress() as call:
             if call.life == run.evaluation.life:
                 run.evaluation.progress_failed()
@@ -347,6 +351,17 @@ def wait_of(given: Instruction) -> Wait | None:
         case Promote() | ReconnectProcess() | ReconnectEvaluator():
             return "connection"
     return None
+
+
+def stood_still(run: RunParts, seconds: float) -> None:
+    """The driver did nothing for a while: whoever it waits for is not to blame for that time."""
+    run.watch.forgive(seconds)
+    run.partitions.forgive(seconds)
+    run.processes.forgive(seconds)
+    run.evaluation.forgive(seconds)
+    if seconds >= TOLD_STILL_S:
+        text = f"the driver stood still for {seconds:.0f} s: it was stopped, suspended or kept"
+        run.out.append(Tell(text=f"{text} waiting by a disk; nobody is blamed for that time"))
 
 
 def end_hung_calls(run: RunParts, now: float) -> None:

@@ -301,6 +301,12 @@ class ReplicaProcesses:
             self._patience.took("life", max(0.0, waited_s), now)
         process.alive_s, process.late_looks = now, 0
 
+    def forgive(self, seconds: float) -> None:
+        """Nobody has looked for signs of life for so long."""
+        for process in self.members:
+            if process.alive_s is not None:
+                process.alive_s += seconds
+
     def be_patient(self, now: float) -> None:
         """None of them is to blame for what it waits for: give them time again."""
         for process in self.members:

@@ -16,6 +16,7 @@ from downpour.cluster.controller.events import (
     Event,
     Failed,
     ReplicasRequested,
+    StoodStill,
     StopRequested,
     Tick,
 )
@@ -28,7 +29,7 @@ from downpour.cluster.controller.instructions import (
     Tell,
 )
 from downpour.cluster.controller.parts import RunParts
-from downpour.cluster.controller.reactions import answered, failed, wait_of
+from downpour.cluster.controller.reactions import answered, failed, stood_still, wait_of
 from downpour.cluster.controller.stages import go_on
 
 
@@ -74,6 +75,8 @@ class RunState(RunParts):
             case Failed():
                 self._heard(event.call, now, well=False)
                 failed(self, event, now)
+            case StoodStill():
+                stood_still(self, event.seconds)
             case StopRequested():
                 self.stop_reason = self.stop_reason or event.reason
             case EndRequested():

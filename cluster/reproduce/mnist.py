@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -232,8 +231,12 @@ class _Net:
             "config": dataclasses.asdict(self._config),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
-            safetensors.torch.save_file(tensors, partial, metadata={"about": json.dumps(about)})
+        durable.save_tensors(
+            tensors,
+            path,
+            partial=str(path.with_name(f".{path.name}.partial")),
+            metadata={"about": json.dumps(about)},
+        )
 
     def load(self, path: Path) -> None:
         """Go on from the file that `save` wrote.

@@ -24,14 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.run import RunConfig
@@ -323,26 +322,19 @@ class RunFolder:
         What a process that was killed, or a full disk, has left of a last line is cut off.
         """
         line = (json.dumps({"time": round(time.time(), 3), **values}) + "\n").encode()
-        with (self.path / name).open("a+b", buffering=0) as file:
-            end = _end_of_lines(file)
-            file.truncate(end)
-            try:
-                written = file.write(line)
-                if written != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(end)
-                raise
+        path = self.path / name
+        durable.append(path, line, end=_end_of_lines(path))
 
 
-def _end_of_lines(file: BinaryIO) -> int:
-    """Return where the last whole line of a file ends."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        begin = max(0, end - LOOK_BACK_BYTES)
-        file.seek(begin)
-        newline = file.read(end - begin).rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1
-        end = begin
+def _end_of_lines(path: Path) -> int:
+    """Return where the last whole line of a file ends; 0 if there is none."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - LOOK_BACK_BYTES)
+            file.seek(begin)
+            newline = file.read(end - begin).rfind(b"\n")
+            if newline >= 0:
+                return begin + newline + 1
+            end = begin
     return 0

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -281,12 +280,12 @@ def recalibrate(
     }
     state = model.buffers() | state_dict(model.weights, statistics, model.layout)
     try:
-        with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
-            safetensors.torch.save_file(
-                {name: tensor.clone() for name, tensor in state.items()},
-                partial,
-                metadata={"downpour": json.dumps(about)},
-            )
+        durable.save_tensors(
+            {name: tensor.clone() for name, tensor in state.items()},
+            path,
+            partial=str(path.with_name(f".{path.name}.partial")),
+            metadata={"downpour": json.dumps(about)},
+        )
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     return {"written": str(path), **about}

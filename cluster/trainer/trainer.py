@@ -352,13 +352,11 @@ def _read(setting: Setting, value: Any) -> object:
 
 def _write_initial(folder: RunFolder, state: Mapping[str, Tensor]) -> None:
     """Keep a module's initial weights and BN statistics; its other buffers are in its pickle."""
-    import safetensors.torch
     import torch
 
     kept = {k: v for k, v in state.items() if v.dtype == torch.float32}
     try:
-        with durable.replacing(folder.path / INITIAL) as partial:
-            safetensors.torch.save_file(kept, partial)
+        durable.save_tensors(kept, folder.path / INITIAL)
     except OSError as error:
         folder.discard_if_unused()
         raise UserError(f"{folder.path / INITIAL} cannot be written: {error.strerror}") from None

@@ -59,11 +59,8 @@ def write(folder: RunFolder, state: InitialState) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    import safetensors.torch
-
     try:
-        with durable.replacing(folder.path / INITIAL) as partial:
-            safetensors.torch.save_file(dict(state.tensors), partial)
+        durable.save_tensors(state.tensors, folder.path / INITIAL)
     except OSError as error:
         folder.discard_if_unused()
         raise UserError(f"{folder.path / INITIAL} cannot be written: {error.strerror}") from None

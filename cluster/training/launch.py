@@ -193,6 +193,7 @@ def _train_on_ray(
             meanwhile=lambda: building.append(
                 pool.submit(build_model, session.config, session.folder.initial)
             ),
+            say=lambda line: session.console.print(line, style="yellow", markup=False),
         ) as dashboard_url,
     ):
         if dashboard_url:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.errors import UserError, one_line
 from downpour.cluster.monitoring.display import print_result
-from downpour.cluster.monitoring.plots import plot_run
+from downpour.cluster.monitoring.plots import ReportError, plot_run
 from downpour.cluster.monitoring.report.html_report import write_report
 from downpour.cluster.monitoring.telemetry import merged_staleness
 from downpour.cluster.run.folder import RESULT, RunFolder
@@ -45,13 +46,23 @@ def conclude(
     `began_s` is when the session began, by the monotonic clock.
     """
     result = make_result(folder, config, outcome, began_s)
-    folder.write_json(RESULT, result)
-    accuracy = result["accuracy"]
-    folder.write_status({**folder.status(), "state": "finished", "accuracy": accuracy})
-    plot_run(folder.path)
-    write_report(folder.path)
     if not console.quiet:
         print_result(result, shown_path(folder.path))
+    try:
+        folder.write_json(RESULT, result)
+        accuracy = result["accuracy"]
+        folder.write_status({**folder.status(), "state": "finished", "accuracy": accuracy})
+    except OSError as error:
+        raise UserError(
+            f"{folder.path / RESULT} cannot be written: {error.strerror or error}; make room, then "
+            f"`downpour resume {folder.path}` goes on from the last checkpoint"
+        ) from None
+    try:
+        plot_run(folder.path)
+        write_report(folder.path)
+    except (OSError, ReportError) as error:
+        text = f"no report ({one_line(error)}): `downpour report {folder.path}` makes it"
+        console.print(text, style="yellow", markup=False)
     for line in result["skipped"][:SKIPPED_SHOWN]:
         console.print(f"skipped: {line}", style="yellow")
     more = len(result["skipped"]) - SKIPPED_SHOWN

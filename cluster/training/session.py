@@ -10,6 +10,32 @@ from typing import Any
 
 from downpour.cluster.errors import UserError
 
+SHARED_MEMORY = "/dev/shm"
+
+
+def store_line(free_bytes: int | None, store_bytes: float) -> str | None:
+    """Return what to tell people of where Ray keeps objects; None if it keeps them in memory.
+
+    Args:
+        free_bytes: free in `/dev/shm`; None if there is none.
+        store_bytes: that Ray's object store may take. It lies elsewhere if it may not fit.
+    """
+    if free_bytes is None or free_bytes >= store_bytes:
+        return None
+    return (
+        f"{SHARED_MEMORY} has {free_bytes / 1e6:,.0f} MB free, and Ray's object store may take "
+        f"{store_bytes / 1e6:,.0f} MB: it is in files under /tmp instead, which may be slower; "
+        "give more (in a container: --shm-size)"
+    )
+
+
+def _free_bytes(folder: str) -> int | None:
+    try:
+        about = os.statvfs(folder)
+    except OSError:
+        return None
+    return about.f_frsize * about.f_bavail
+
 
 def ray_address(given: str | None) -> str:
     """The Ray cluster to run on; `local` is one of our own on this machine."""
@@ -36,6 +62,7 @@ def on_ray(
     dashboard: bool,
     environment: Mapping[str, str] | None = None,
     meanwhile: Callable[[], object] = lambda: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Iterator[str]:
     """Connect to a Ray cluster; gives the dashboard's address, or an empty text.
 
@@ -47,6 +74,7 @@ def on_ray(
         dashboard: start Ray's dashboard with a cluster of our own.
         environment: variables for the processes that are started there.
         meanwhile: called once Ray is imported, before it starts.
+        say: is told what people should know of a cluster of our own.
 
     Raises:
         UserError: the cluster cannot be reached, or does not start.
@@ -59,6 +87,7 @@ def on_ray(
     if ray.is_initialized():
         yield ""
         return
+    free_bytes = _free_bytes(SHARED_MEMORY)
     options: dict[str, Any] = {"include_dashboard": dashboard} if address == "local" else {}
     if environment:
         options["runtime_env"] = {"env_vars": dict(environment)}
@@ -76,6 +105,11 @@ def on_ray(
         if type(error) is not Exception:  # Ray raises this if its own processes come up too late
             raise
         raise UserError(f"Ray did not start: {error} Try again on a machine less busy") from None
+    if address == "local":
+        cluster: Any = ray  # this has no types
+        store_bytes = cluster.cluster_resources().get("object_store_memory", 0.0)
+        if (line := store_line(free_bytes, store_bytes)) is not None:
+            say(line)
     try:
         yield context.dashboard_url or ""
     finally:

@@ -139,12 +139,11 @@ class Evaluator:
             "bn_statistics": "recomputed" if num_recomputed else "moving",
             "mini_batches": num_recomputed,
         }
-        with durable.replacing(path) as partial:
-            safetensors.torch.save_file(
-                {name: tensor.clone() for name, tensor in state.items()},
-                partial,
-                metadata={"downpour": json.dumps(about)},
-            )
+        durable.save_tensors(
+            {name: tensor.clone() for name, tensor in state.items()},
+            path,
+            metadata={"downpour": json.dumps(about)},
+        )
 
     def load(self, path: str) -> None:
         """Read what `save` wrote. Raises `ModelError` for a file of another model."""

@@ -112,6 +112,10 @@ class Watch:
         if wait is not None and well:
             self._patience.took(wait, now - began_s, now)
 
+    def forgive(self, seconds: float) -> None:
+        """Nobody has waited for so long: whoever waits stood still."""
+        self._since = {call: (wait, s + seconds) for call, (wait, s) in self._since.items()}
+
     def overdue(self, now: float) -> list[tuple[Hashable, str]]:
         """Return the calls that last too long, each once and with the reason."""
         late = [

@@ -38,6 +38,12 @@ def test_everything_dies_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("downpour.benchmarks.chaos.disturbed", disturbed)
     goodput.run(Settings(repeat=1, only=("hot standby",)), lambda line: None)
     assert asked == [(0, ()), (1000, (*goodput.IN_TURN, "replicas"))]
+    asked.clear()
+    ways = ("hot standby", "hot standby, driver spared")
+    goodput.run(Settings(repeat=1, only=ways), lambda line: None)
+    spared = (*goodput.MEMBERS, *goodput.MEMBERS[:2])
+    every = (*goodput.IN_TURN, "replicas")
+    assert asked == [(0, ()), (1000, every), (1000, spared)], "they share the undisturbed run"
     with pytest.raises(BadSettings, match="give one of"):
         goodput.run(Settings(repeat=1, only=("magic",)), lambda line: None)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
 from downpour.cluster.controller.hangs.patience import LIMITS
 from downpour.paramserver.partition.applied_set import APPLIED
@@ -203,3 +204,37 @@ def test_members_hang_for_good_again_and_again_and_each_is_replaced(
     told = for_a_day(run)
     # Nobody waits for one that hangs when all is done: it still does at the end.
     assert (news + told).count("does not answer (nothing for ") >= times - int(run.hangs)
+
+
+def test_nobody_is_blamed_for_the_time_in_which_the_driver_stood_still(made: Made) -> None:
+    """A machine was suspended for an hour: all calls last longer than any limit."""
+    run = busy(made)
+    for stage in ("training", "scoring"):
+        run.go_on(lambda stage=stage: run.state.stage == stage, turns=5000)  # type: ignore[misc]
+        run.now += 3600.0
+        run.hand_in(events.StoodStill(seconds=3600.0))
+        run.tick()
+        assert "the driver stood still for 3600 s: it was stopped" in run.told()
+        run.tick(1.0)
+        run.answer_present()
+    run.hand_in(events.StoodStill(seconds=5.0))
+    told = for_a_day(run, 1.0)
+    assert "stood still" not in told, "a busy machine is no news"
+    assert "does not answer" not in told
+    assert run.outcome is not None
+    assert run.outcome.restarts == {}
+
+
+def test_what_hangs_after_the_driver_stood_still_is_noticed_all_the_same(made: Made) -> None:
+    run = busy(made)
+    run.partitions[0].hangs = True
+    run.tick(1.0)
+    run.answer_present()
+    run.now += 3600.0
+    run.hand_in(events.StoodStill(seconds=3600.0))
+    began_s = run.now
+    while "partition 0 does not answer" not in run.told():
+        run.answer_present()
+        run.tick(1.0)
+    assert LIMITS["report"].least_s - 5 <= run.now - began_s <= LIMITS["report"].first_s + 5
+    for_a_day(run)

@@ -9,7 +9,8 @@ import pytest
 
 from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import ProcessLost
+from downpour.cluster.controller.backend import ProcessLost, WriteFailed
+from downpour.cluster.controller.evaluation import MAX_TRIES, TRY_AGAIN_S
 from downpour.cluster.controller.hangs.patience import LIMITS
 from downpour.paramserver.partition.applied_set import APPLIED
 from tests.helpers.world import Made, configured
@@ -204,6 +205,37 @@ def test_an_early_end_waits_for_windows_that_were_on_their_way(made: Made) -> No
     run.answer(late)
     run.tick(1.0)
     assert len(run.calls(do.AskFlags)) == 2
+
+
+def test_last_weights_that_do_not_fit_on_the_disk_are_written_once_there_is_room(
+    made: Made,
+) -> None:
+    run = made()
+    run.begin()
+    full = WriteFailed("the evaluator: No space left on device")
+    for _ in range(3):
+        run.go_on(lambda: any(call.final for call in run.calls(do.Evaluate)))
+        (scoring,) = [call for call in run.calls(do.Evaluate) if call.final]
+        run.fail(scoring, full)
+        began_s = run.now
+    assert run.told().count("the run's last weights could not be written (the evaluator: No") == 1
+    run.go_on(lambda: run.outcome is not None)
+    assert run.now >= began_s + TRY_AGAIN_S
+    assert run.outcome is not None
+    assert run.outcome.exactly_once
+    assert run.outcome.restarts == {}, "nobody is to blame"
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_line(made: Made) -> None:
+    run = made()
+    run.begin()
+    while run.error is None:
+        run.go_on(lambda: any(call.final for call in run.calls(do.Evaluate)) or bool(run.error))
+        for call in run.calls(do.Evaluate):
+            run.fail(call, WriteFailed("the evaluator: No space left on device"))
+    assert run.now >= MAX_TRIES * TRY_AGAIN_S / 2
+    assert "the run's last weights could not be written" in str(run.error)
+    assert "go on with `downpour resume runs/a`" in str(run.error)
 
 
 def test_a_partition_that_hangs_at_the_end_is_replaced_and_gets_all_again(made: Made) -> None:

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from downpour.cluster.config.options import apply
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import EVENTS, RunFolder
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
+from tests.helpers.small_files import files_of_at_most
 
 
 def test_a_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -72,17 +70,6 @@ def test_bundled_data_of_another_installation_is_this_ones(tmp_path: Path) -> No
         assert folder.config() == dataclasses.replace(
             config, data=dataclasses.replace(config.data, data=here)
         )
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """As on a disk that is full: a file gets no longer than this."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_line_that_did_not_fit_leaves_nothing_of_itself(tmp_path: Path) -> None:
