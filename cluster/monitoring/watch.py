@@ -16,7 +16,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.display import TrainingDisplay
 from downpour.cluster.monitoring.progress import Progress, plain_line
 from downpour.cluster.run.folder import METRICS, RESULT, RunFolder
-from downpour.cluster.run.liveness import BEAT_S, Pulse
+from downpour.cluster.run.liveness import BEAT_S, SILENT_S, Pulse
 
 EVERY_S = 0.5
 STOP_DEADLINE_S = 180.0
@@ -38,16 +38,28 @@ def watch(
     if once:
         console.print(plain_line(progress(folder)), markup=False, highlight=False, soft_wrap=True)
         return 0
-    pulse = folder.pulse(clock)
+    pulse, told_still = folder.pulse(clock), False
     with TrainingDisplay(folder.name, console=console) as display:
         while True:
             ended = end(folder, pulse)
             display.update(progress(folder))
             if ended:
                 break
+            still = pulse.quiet_s > SILENT_S
+            if still and not told_still:
+                console.print(_still_line(folder, pulse), markup=False, highlight=False)
+            told_still = still
             pause(EVERY_S)
     console.print(f"{folder.name}: {ended}", markup=False, highlight=False)
     return 0
+
+
+def _still_line(folder: RunFolder, pulse: Pulse) -> str:
+    return (
+        f"{folder.name}: nothing has moved for {pulse.quiet_s:.0f} s: {pulse.holder()} is stopped "
+        f"or suspended, or waits for a disk. If it does not come back, end it (kill -9), and "
+        f"`downpour resume {folder.path}` goes on"
+    )
 
 
 def stop(

@@ -125,6 +125,19 @@ class Pulse:
             quiet_s=None if recent else quiet_s,
         )
 
+    @property
+    def quiet_s(self) -> float:
+        """Seconds in which nothing has moved, as far as `life` has looked."""
+        return self._clock() - self._moved_s
+
+    def holder(self) -> str:
+        """The process that holds the folder, in words; "a process" if that is not known."""
+        try:
+            holder = Holder(**json.loads((self._folder / LOCK).read_text()))
+        except (OSError, ValueError, TypeError):
+            return "a process"
+        return f"process {holder.pid} on {holder.host}"
+
     def _look(self) -> tuple[tuple[int, ...] | None, ...]:
         return tuple(_times(self._folder / name) for name in self._files)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,19 @@ def test_a_run_is_asked_to_stop_through_its_folder(folder: RunFolder) -> None:
             stop(
                 folder, wait=True, console=console, pause=lambda _: None, clock=lambda: next(times)
             )
+
+
+def test_a_run_that_is_held_and_does_not_move_is_told_once(folder: RunFolder) -> None:
+    """Its process is stopped: it keeps the lock, and does nothing."""
+    console, times, pauses = Console(record=True, width=300), itertools.count(0, 10), []
+
+    def pause(_: float) -> None:
+        pauses.append(1)
+        if len(pauses) > 20:
+            folder.write_json("result.json", {"accuracy": 0.9})
+
+    with folder.locked():
+        assert watch(folder, once=False, console=console, pause=pause, clock=times.__next__) == 0
+    (line,) = [text for text in console.export_text().splitlines() if "nothing has moved" in text]
+    assert f"process {os.getpid()} on " in line
+    assert f"`downpour resume {folder.path}` goes on" in line
