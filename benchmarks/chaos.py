@@ -44,6 +44,8 @@ END_DEADLINE_S = 15.0
 RAY_END_DEADLINE_S = 120.0
 """Ray's own agents take a minute now and then to see that their raylet is gone."""
 LOOK_EVERY_S = 0.02
+TRY_AGAIN_S = 0.2
+"""After so long, if there was nobody to hit."""
 TITLES = {
     "replicas": "ray::Replicas",
     "partition": "ray::Partition",
@@ -150,8 +152,9 @@ def disturbed(
         family: dict[int, tuple[str, str]] = {}
         try:
             until((folder / "metrics.jsonl").exists, driver, log)
-            while found.faults.total() < faults and driver.poll() is None:
-                time.sleep(rng.uniform(*pause_s))  # the random time of the fault
+            next_s = time.monotonic() + rng.uniform(*pause_s)  # the random time of the fault
+            while found.faults.total() < faults and not _ended(driver, next_s):
+                next_s = time.monotonic() + TRY_AGAIN_S  # unless somebody is hit now
                 family = family_of(driver.pid)
                 kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
                 if kinds:
@@ -176,6 +179,7 @@ def disturbed(
                     continue
                 found.faults[kind] += 1
                 say(f"chaos: killed {kind}")
+                next_s = time.monotonic() + rng.uniform(*pause_s)
             status = driver.wait(deadline_s)
             found.run_s = time.monotonic() - began_s
         finally:
@@ -246,6 +250,15 @@ def start_driver(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]
             stdout=output,
             stderr=output,
         )
+
+
+def _ended(driver: subprocess.Popen[bytes], until_s: float) -> bool:
+    """Wait until a moment, or for the driver's end if that comes before; whether it did."""
+    try:
+        driver.wait(max(0.0, until_s - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def until(ready: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
