@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -22,7 +21,7 @@ from downpour.cluster.controller.instructions import (
     Tell,
 )
 from downpour.cluster.controller.leases.manager import LeaseManager
-from downpour.cluster.controller.partitions import Partitions
+from downpour.cluster.controller.partitions import REPORT_EVERY_S, Partitions
 from downpour.cluster.errors import user_message
 from downpour.workers.config import ReplicaConfig
 
@@ -104,8 +103,6 @@ class ReplicaProcesses:
         self._patience = patience
         self._out = out
         self.members = [ReplicaProcess(index=i, replicas=r) for i, r in enumerate(processes)]
-        self._looked_s = -math.inf
-        """When signs of life were last looked for."""
         self._following: list[ReplicaProcess] = []
         """Those that are started when the first is up."""
         self._of = {r: p for p in self.members for r in p.replicas}
@@ -290,7 +287,6 @@ class ReplicaProcesses:
             process.late_looks += why is not None
             if why is not None and process.late_looks > 1:  # reports have come since the first
                 late.append((process, why))
-        self._looked_s = now
         if not late or not self._partitions.all_answer(now):
             return []
         if len(busy) > 1 and all(process.late_looks for process in busy):
@@ -299,9 +295,10 @@ class ReplicaProcesses:
         return late
 
     def _seen(self, process: ReplicaProcess, now: float) -> None:
-        """A process gets on. It was waited for from its last sign of life to the last look."""
+        """A process gets on. One that does at every look has been waited for by nobody."""
         if process.alive_s is not None:
-            self._patience.took("life", max(0.0, self._looked_s - process.alive_s), now)
+            waited_s = now - process.alive_s - REPORT_EVERY_S
+            self._patience.took("life", max(0.0, waited_s), now)
         process.alive_s, process.late_looks = now, 0
 
     def forgive(self, seconds: float) -> None:

@@ -185,7 +185,7 @@ def test_members_of_every_kind_hang_for_good_and_the_run_ends_by_itself() -> Non
     kinds = ("replicas", "partition", "shuffler", "partition", "replicas", "evaluator")
     found = hangs.hung(
         len(kinds),
-        ["--epochs", "40", "--hot-standby", *SMALL],
+        ["--epochs", "20", "--hot-standby", *SMALL],
         seed=3,
         say=said.append,
         pause_s=(0.2, 1.0),

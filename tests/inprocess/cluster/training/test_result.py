@@ -53,9 +53,9 @@ def test_a_clock_that_jumps_by_three_minutes_changes_no_duration(
     run = Run(tmp_path / "run", tiny.config(data, replicas=2, partitions=2))
     outcome = run.go()
     result = make_result(run.folder, run.config, outcome, began_s)
-    took_s = time.monotonic() - began_s
+    took_s = time.monotonic() - began_s + 0.01  # results are rounded
     assert 0 < result["time_to_first_update_s"] <= took_s
     assert 0 < result["training_s"] <= result["wall_s"] <= took_s
-    assert result["updates"] / took_s <= result["updates_per_s"]
+    assert result["updates"] / took_s <= result["updates_per_s"] + 0.1
     for milestone in result["reached"].values():
         assert 0 < milestone["training_s"] <= took_s
