@@ -442,7 +442,11 @@ class PartitionServer:
         def join() -> None:
             self.call(
                 lambda state: self._replication.join_remote(
-                    state, side.channel, generation, room, first_update_at=self.first_update_at
+                    state,
+                    side.channel,
+                    generation,
+                    room,
+                    first_update_age_s=self.first_update_age_s,
                 )
             )
 
