@@ -8,10 +8,10 @@ process, on one thread, and share the machine with the server.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import re
+import select
 import socket
 import statistics
 import subprocess
@@ -65,12 +65,12 @@ def run(settings: Settings, say: Say) -> Report:
         make_run(net)
         with served(net, Path(folder) / "log") as (port, header):
             say("warming up")
-            asyncio.run(flood(port, header, 16, 100))
+            flood(port, header, 16, 100)
             for number in range(settings.repeat):
                 found = {}
                 for size in sizes:
                     say(f"round {number + 1}: {size} at once")
-                    found[str(size)] = vars(asyncio.run(flood(port, header, size, requests)))
+                    found[str(size)] = vars(flood(port, header, size, requests))
                 rounds.append(found)
     return _report(settings, sizes, requests, rounds)
 
@@ -153,27 +153,54 @@ def served(net: Path, log: Path) -> Iterator[tuple[int, bytes]]:
         process.wait(60)
 
 
-async def flood(port: int, header: bytes, at_once: int, requests: int) -> Flood:
-    """Send so many requests, so many of them at once; the next when one has been answered."""
+@dataclass(kw_only=True, slots=True)
+class _Call:
+    """One request on a connection of its own."""
+
+    connection: socket.socket
+    began_s: float
+    unsent: bytes
+    heard: bytes = b""
+
+    @property
+    def status(self) -> str | None:
+        """Of the answer; None while it is not whole."""
+        head, blank, body = self.heard.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower()) if blank else None
+        if length is None or len(body) < int(length[1]):
+            return None
+        return head.split(b" ", 2)[1].decode()
+
+
+def flood(port: int, header: bytes, at_once: int, requests: int) -> Flood:
+    """Send so many requests, so many of them at once; the next when one has been answered.
+
+    One thread and one epoll object: the client shares its processors with the server.
+    """
     body = _image()
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % header
     request = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     answers: list[tuple[str, float]] = []
+    calls: dict[int, _Call] = {}
     left = requests
-
-    async def client() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
-            began_s = time.monotonic()
-            try:
-                status = await asyncio.wait_for(_ask(port, request), DEADLINE_S)
-            except (OSError, TimeoutError) as error:
-                status = type(error).__name__
-            answers.append((status, time.monotonic() - began_s))
-
     began_s = time.monotonic()
-    await asyncio.gather(*(client() for _ in range(at_once)))
+    with select.epoll() as poll:
+        while left or calls:
+            while left and len(calls) < at_once:
+                left -= 1
+                call = _call(port, request)
+                calls[call.connection.fileno()] = call
+                poll.register(call.connection, select.EPOLLIN | select.EPOLLOUT)
+            ready = poll.poll(DEADLINE_S)
+            late = time.monotonic() - DEADLINE_S
+            found = [(number, _go_on(calls[number], poll)) for number, _ in ready]
+            if not ready:
+                found = [(n, "TimeoutError") for n, call in calls.items() if call.began_s <= late]
+            for number, status in found:
+                if status is not None:
+                    call = calls.pop(number)
+                    call.connection.close()
+                    answers.append((status, time.monotonic() - call.began_s))
     seconds = time.monotonic() - began_s
     good = [took_s for status, took_s in answers if status == "200"]
     return Flood(
@@ -185,18 +212,28 @@ async def flood(port: int, header: bytes, at_once: int, requests: int) -> Flood:
     )
 
 
-async def _ask(port: int, request: bytes) -> str:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+def _call(port: int, request: bytes) -> _Call:
+    connection = socket.socket()
+    connection.setblocking(False)
+    connection.connect_ex(("127.0.0.1", port))
+    return _Call(connection=connection, began_s=time.monotonic(), unsent=request)
+
+
+def _go_on(call: _Call, poll: select.epoll) -> str | None:
+    """Send or hear more; returns the status, or what failed, once there is one."""
     try:
-        writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head.lower())
-        await reader.readexactly(int(length[1]) if length else 0)
-    except asyncio.IncompleteReadError:
-        return "cut short"
-    finally:
-        writer.close()
-    return head.split(b" ", 2)[1].decode()
+        if call.unsent:
+            call.unsent = call.unsent[call.connection.send(call.unsent) :]
+            if not call.unsent:
+                poll.modify(call.connection, select.EPOLLIN)
+            return None
+        more = call.connection.recv(1 << 16)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        return type(error).__name__
+    call.heard += more
+    return call.status or (None if more else "cut short")
 
 
 def _image() -> bytes:

@@ -3,9 +3,9 @@
     POST /predict     an image file as the body, or in a form; JSON with the most probable classes
     GET  /stats       how many images in how many batches so far
 
-Requests that arrive together go through the network together (`classifier`). Callers have to show
-a key (`key`), whatever the address, and wait in a line that is bounded (`gate`, `line`). The
-default address is loopback.
+Requests that arrive together go through the network together (`batches`, `classifier`). Callers
+have to show a key (`key`), whatever the address, and wait in a line that is bounded (`gate`,
+`line`). The default address is loopback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any
 
 from downpour.cluster.errors import UserError
 from downpour.cluster.serving import gate, key
-from downpour.cluster.serving.classifier import RETRY_S, Classifier, Item
+from downpour.cluster.serving.batches import Answer, Asked
+from downpour.cluster.serving.classifier import Classifier, Item
+from downpour.cluster.serving.replicas import APPLICATION, RETRY_S
 from downpour.cluster.serving.settings import MAX_BODY_BYTES, ServeConfig
 
 
@@ -39,9 +41,9 @@ def application(
     @serve.deployment(
         name="classifier",
         num_replicas=config.copies,
-        # The gate lets in as many as the replicas take, so that Serve's router never has to look
-        # for room. A proxy that ran before this deployment has no gate: there Serve sends the rest
-        # away.
+        # The gate sends as many batches as the replicas take, so that Serve's router never has to
+        # look for room. A proxy that ran before this deployment has no gate: there each request
+        # comes by itself, and Serve sends the rest away.
         max_ongoing_requests=4 * config.max_batch,
         max_queued_requests=config.max_waiting,
         backpressure_config={"retry_after_s": RETRY_S},
@@ -54,6 +56,11 @@ def application(
             self._classifier = Classifier(
                 folders, best=best, weights=weights, config=config, digest=digest
             )
+            self._one_at_a_time = asyncio.Lock()
+
+        async def answer_all(self, batch: Sequence[Asked]) -> list[Answer]:
+            async with self._one_at_a_time:
+                return await asyncio.to_thread(self._classifier.answer_all, batch)
 
         @serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.batch_wait_s)
         async def _predict(self, items: list[Item]) -> list[Any]:
@@ -101,6 +108,9 @@ def serving(
             at_once=config.at_once,
             most_waiting=config.max_waiting,
             longest_wait_s=config.longest_wait_s,
+            max_batch=config.max_batch,
+            batch_wait_s=config.batch_wait_s,
+            under_way=2 * config.copies,
         )
     )
     with (
@@ -118,7 +128,7 @@ def serving(
             )
             serve.run(
                 application(runs, best=best, weights=weights, config=config, digest=digest),
-                name="downpour",
+                name=APPLICATION,
                 route_prefix="/",
             )
             yield config.url, header

@@ -1,4 +1,4 @@
-"""What one replica of a server answers: from a request to a status and JSON.
+"""What one replica of a server answers: from requests to statuses and JSON.
 
 Plain Python; `app` makes a Serve deployment of it.
 """
@@ -6,23 +6,25 @@ Plain Python; `app` makes a Serve deployment of it.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.serving import key
+from downpour.cluster.serving.batches import Answer, Asked, refusal
 from downpour.cluster.serving.body import ACCEPTED, Refused, sent_in
-from downpour.cluster.serving.gate import FULL, WAITED
+from downpour.cluster.serving.gate import FULL
+from downpour.cluster.serving.replicas import RETRY_S
 from downpour.cluster.serving.settings import MAX_BODY_BYTES, ServeConfig
 from downpour.shuffler.errors import DecodeError, ImageTooLarge, UnknownFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RETRY_S = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Classifier:
     async def answer(
         self, request: Any, predict_batch: PredictBatch
     ) -> tuple[int, dict[str, Any], Mapping[str, str]]:
-        """Return the status, the JSON and further headers for a request.
+        """Return the status, the JSON and further headers for a request that Serve hands on.
 
         `predict_batch` gets images whose headers have been checked.
         """
@@ -84,9 +86,43 @@ class Classifier:
         except Refused as error:
             return error.status, {"error": str(error)}, error.headers
 
-    async def _answer(self, request: Any, predict_batch: PredictBatch) -> dict[str, Any]:
+    def answer_all(self, batch: Sequence[Asked]) -> list[Answer]:
+        """Return the answers to requests that the gate has let in, each by itself."""
+        now = self._clock()
+        found: dict[int, Answer] = {}
+        items: dict[int, tuple[Item, int]] = {}
+        for place, asked in enumerate(batch):
+            try:
+                query = dict(urllib.parse.parse_qsl(asked.query, keep_blank_values=True))
+                image, top = self._read(query, asked.headers, asked.body)
+                check_image(image)
+                items[place] = Item(image=image, give_up_s=now + asked.left_s), top
+            except Refused as error:
+                found[place] = refusal(error.status, str(error), error.headers)
+        answers = self.predict([item for item, _ in items.values()])
+        for (place, (_, top)), answer in zip(items.items(), answers, strict=True):
+            if isinstance(answer, Refused):
+                found[place] = refusal(answer.status, str(answer), answer.headers)
+            else:
+                body = json.dumps(self._told(answer, top), separators=(",", ":"))
+                found[place] = Answer(status=200, body=body.encode())
+        return [found[place] for place in range(len(batch))]
+
+    def _read(
+        self, query: Mapping[str, str], headers: Mapping[str, str], body: bytes
+    ) -> tuple[bytes, int]:
+        """Return the image that was sent, and how many classes are asked for."""
+        asked = _top(query)
+        sent = sent_in(headers, body)
+        return sent.image, asked or _top(sent.fields) or self._config.top
+
+    def _told(self, found: Tensor, top: int) -> dict[str, Any]:
         from downpour.cluster.serving.prediction import best_of, numbers_of
 
+        told = best_of if self._tells_classes else numbers_of
+        return {"predictions": told(found, self._names, top)}
+
+    async def _answer(self, request: Any, predict_batch: PredictBatch) -> dict[str, Any]:
         began_s = self._clock()
         # Serve's proxy has checked the key already, unless it ran before this deployment.
         if not key.admits(self._digest, request.headers.get("authorization", "")):
@@ -100,17 +136,13 @@ class Classifier:
             raise Refused(405, f"{method} is not for {path}: {what}", {"allow": allowed})
         if path == "/stats":
             return dict(self.stats())
-        asked = _top(request.query_params)
-        sent = sent_in(request.headers, await self._body(request))
-        top = asked or _top(sent.fields) or self._config.top
-        await asyncio.to_thread(check_image, sent.image)
-        waited_s = _seconds(request.headers.get(WAITED.decode()))
-        give_up_s = began_s + self._config.longest_wait_s - waited_s
-        found = await predict_batch(Item(image=sent.image, give_up_s=give_up_s))
+        image, top = self._read(request.query_params, request.headers, await self._body(request))
+        await asyncio.to_thread(check_image, image)
+        give_up_s = began_s + self._config.longest_wait_s
+        found = await predict_batch(Item(image=image, give_up_s=give_up_s))
         if isinstance(found, Refused):
             raise found
-        told = best_of if self._tells_classes else numbers_of
-        return {"predictions": told(found, self._names, top)}
+        return self._told(found, top)
 
     async def _body(self, request: Any) -> bytes:
         data = bytearray()
@@ -195,10 +227,3 @@ def _top(values: Mapping[str, str]) -> int | None:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 10**6):
         raise Refused(400, f"top is {text[:20]!r}: give a number of classes, 1 or more")
     return int(text[:9])
-
-
-def _seconds(text: str | None) -> float:
-    try:
-        return max(0.0, float(text or 0))
-    except ValueError:
-        return 0.0

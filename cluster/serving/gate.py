@@ -4,9 +4,10 @@
     413   for a body that says that it is too large
     503   if the line of requests is too long (`line`), with Retry-After
 
-It is an ASGI middleware, which Serve's proxy loads by the name in an environment variable. A body
-that is refused is read and thrown away, up to a bound: a caller that is still sending it could
-not read the answer otherwise.
+It is an ASGI middleware, which Serve's proxy loads by the name in an environment variable. Images
+whose turn has come go from here to the replicas in batches (`batches`), past Serve's own way of a
+request, which costs several times as much. A body that is refused is read and thrown away, up to a
+bound: a caller that is still sending it could not read the answer otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -21,20 +23,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from downpour.cluster.serving import key
+from downpour.cluster.serving.batches import Answer, Asked, BatchBounds, Batches, Send, refusal
 from downpour.cluster.serving.line import Arrival, Line, LineBounds, SentAway
 
 LOADED_BY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Variable of Ray's processes: the function that gives Serve's HTTP proxy its middlewares."""
 RULES = "DOWNPOUR_SERVE_GATE"
 """Variable of Ray's processes: the gate's rules, as JSON."""
-WAITED = b"x-downpour-waited"
-"""Header for the replica: seconds that a request has waited here. Callers cannot send it."""
+PATH = "/predict"
+TOLD = (b"content-type", b"content-encoding")
+"""Headers that a replica is told."""
 SHORT_BYTES = 32 << 10
 """Most of a body that is not waited for."""
 DRAINED_BYTES = 512 << 20
 DRAINED_S = 10.0
 """Most that is read, and for how long, of a body that is refused."""
 FULL = "too many requests wait already: send this one again in {} s"
+SLOW = "the body has not come within {:g} s: send it again when the connection is faster"
+DEFECT = "this request met a defect of the server, whose log says more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,17 @@ class GateRules:
     at_once: int
     most_waiting: int
     longest_wait_s: float
+    max_batch: int
+    batch_wait_s: float
+    under_way: int
+    """Batches that have been sent and are not answered yet."""
+
+    @property
+    def batches(self) -> BatchBounds:
+        """How requests go together."""
+        return BatchBounds(
+            max_batch=self.max_batch, batch_wait_s=self.batch_wait_s, under_way=self.under_way
+        )
 
     @property
     def bounds(self) -> LineBounds:
@@ -68,17 +85,24 @@ def gate() -> list[Any]:
     """Return the proxy's middlewares. Serve calls this in the proxy's process."""
     from starlette.middleware import Middleware
 
-    return [Middleware(Gate, GateRules(**json.loads(os.environ[RULES])))]
+    from downpour.cluster.serving.replicas import send_to_replicas
+
+    return [Middleware(Gate, GateRules(**json.loads(os.environ[RULES])), send_to_replicas())]
 
 
 class Gate:
     """ASGI middleware that lets in callers with the key, as many as can be answered in time."""
 
     def __init__(
-        self, app: Any, rules: GateRules, clock: Callable[[], float] = time.monotonic
+        self,
+        app: Any,
+        rules: GateRules,
+        send: Send,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`app` is what lies behind it."""
+        """`app` is what lies behind it; `send` has a replica answer images together."""
         self._app, self._rules, self._clock = app, rules, clock
+        self._batches = Batches(send, rules.batches)
         self.line = Line(rules.bounds)
         self._waiting: dict[int, asyncio.Future[None]] = {}
 
@@ -95,7 +119,7 @@ class Gate:
                 challenge = {"www-authenticate": "Bearer"}
                 await refuse(scope, receive, send, 401, key.REFUSED, challenge)
             return
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", PATH):
             await self._in_line(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -114,18 +138,41 @@ class Gate:
             await refuse(scope, receive, send, 503, FULL.format(after), later)
             return
         status = 500
-
-        async def watched(message: Any) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        waited = f"{self._clock() - began_s:.3f}".encode()
-        others = [(name, value) for name, value in scope["headers"] if name.lower() != WAITED]
         try:
-            await self._app({**scope, "headers": [*others, (WAITED, waited)]}, receive, watched)
+            answer = await self._answer(scope, receive, began_s + self._rules.longest_wait_s)
+            status = answer.status
         finally:
             self._leave(answered=status < 500)
+        told = {"content-type": "application/json", "content-length": str(len(answer.body))}
+        pairs = [(n.encode(), v.encode()) for n, v in (told | dict(answer.headers)).items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        await send({"type": "http.response.body", "body": answer.body})
+
+    async def _answer(self, scope: Any, receive: Any, until_s: float) -> Answer:
+        """Have a request answered whose turn has come."""
+        try:
+            async with asyncio.timeout(max(0.0, until_s - self._clock())):
+                body = await _whole(receive, self._rules.most_bytes)
+        except TimeoutError:
+            return refusal(503, SLOW.format(self._rules.longest_wait_s), {"retry-after": "1"})
+        if body is None:
+            sentence = f"the body has more than {self._rules.most_bytes:,} bytes"
+            return refusal(413, sentence, {"connection": "close"})
+        asked = Asked(
+            query=scope.get("query_string", b"").decode("latin-1"),
+            headers={
+                name.lower().decode(): value.decode("latin-1")
+                for name, value in scope["headers"]
+                if name.lower() in TOLD
+            },
+            body=body,
+            left_s=max(0.0, until_s - self._clock()),
+        )
+        try:
+            return await self._batches.answer(asked)
+        except Exception:
+            logging.getLogger(__name__).exception("a batch was not answered")
+            return refusal(500, DEFECT)
 
     async def _wait(self) -> SentAway | None:
         """Wait for one's turn; gives what is said if it does not come in time."""
@@ -159,6 +206,23 @@ class Gate:
                 turn.set_result(None)
                 return
             ticket = self.line.leave(self._clock(), answered=False)  # it has just given up
+
+
+async def _whole(receive: Any, most_bytes: int) -> bytes | None:
+    """Return a request's body; None if it is too large, of which as much again is thrown away."""
+    parts: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b""  # its caller has gone
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > most_bytes:
+            await _drain(receive)
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def refuse(

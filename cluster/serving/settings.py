@@ -29,7 +29,7 @@ class ServeConfig:
     """Longest that a request waits for others to join its batch."""
     copies: int = 1
     """Processes that answer."""
-    max_waiting: int = 1024
+    max_waiting: int = 2048
     """Most requests that wait to be answered; more get a 503."""
     longest_wait_s: float = 5.0
     """Longest that a request waits before it is answered: one that would wait longer gets a 503."""

@@ -1,6 +1,7 @@
 """What the server answers, and what it refuses."""
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from downpour.cluster.serving import inference, key
+from downpour.cluster.serving.batches import Asked
 from downpour.cluster.serving.body import Refused
 from downpour.cluster.serving.classifier import Classifier, Item
 from downpour.cluster.serving.prediction import predict
@@ -153,10 +155,39 @@ def test_a_batch_answers_each_by_itself(classifier: Classifier) -> None:
     assert (damaged.status, waited.status) == (400, 503)
     assert waited.headers["retry-after"] == "1"
     assert classifier.stats()["requests"] == before + 3
-    status, _, headers = _ask(classifier, _post(x_downpour_waited="99"))
-    assert (status, headers["retry-after"]) == (503, "1")
     with pytest.raises(ValueError, match="longest wait"):
         ServeConfig(longest_wait_s=0)
+
+
+def test_a_batch_from_the_gate_is_answered_as_each_alone(classifier: Classifier) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s\r\n--b--'
+    multipart = {"content-type": "multipart/form-data; boundary=b"}
+    kinds: list[tuple[str, dict[str, str], bytes]] = [
+        ("", {}, IMAGE),
+        ("top=1", {}, IMAGE),
+        ("", {}, b"hello"),
+        ("top=x", {}, IMAGE),
+        ("", multipart, form % IMAGE),
+        ("", {"content-type": "application/json"}, b"{}"),
+        ("", {}, IMAGE[:200]),
+    ]
+    batch = [Asked(query=q, headers=h, body=body, left_s=60) for q, h, body in kinds]
+    late = Asked(query="", headers={}, body=IMAGE, left_s=-1)
+    *found, waited = classifier.answer_all([*batch, late])
+    for (query, headers, body), answer in zip(kinds, found, strict=True):
+        named = {name.replace("-", "_"): value for name, value in headers.items()}
+        asked = dict(part.split("=") for part in query.split("&") if part)
+        status, told, more = _ask(classifier, _post(body, query=asked, **named))
+        assert (answer.status, dict(answer.headers)) == (status, dict(more))
+        mine = json.loads(answer.body)
+        assert list(mine) == list(told)
+        for one, other in zip(
+            mine.get("predictions", ()), told.get("predictions", ()), strict=True
+        ):
+            assert one["class"] == other["class"]
+            assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+    assert [answer.status for answer in found] == [200, 200, 415, 400, 200, 415, 400]
+    assert (waited.status, waited.headers["retry-after"]) == (503, "1")
 
 
 def test_refused_settings() -> None:
