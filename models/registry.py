@@ -16,23 +16,13 @@ from torch import nn
 from downpour.models import by_value
 from downpour.models.errors import ModelError, RegistryError
 from downpour.models.lookup import import_named, place_of
-from downpour.models.outputs import cross_entropy
+from downpour.models.losses import LOSSES, Loss
 
 KNOWN = {
     "inception": "downpour.models.inception:Inception",
     "mnist": "downpour.models.mlp:MnistNet",
 }
 """Name -> where its factory is. Imported when asked for."""
-
-
-Loss = Callable[[Any, torch.Tensor], torch.Tensor]
-"""`(outputs, targets) -> loss`: the mean over the mini-batch, a scalar. Outputs are what the
-network gives, mostly a tensor."""
-
-LOSSES: dict[str, Loss] = {
-    "cross_entropy": cross_entropy,
-}
-"""Losses by name."""
 
 CLASSES = "num_classes"
 CHANNELS = ("in_chans", "in_channels", "input_channels")

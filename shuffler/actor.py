@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pyarrow as pa
 
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
-from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import Part, Reading
 from downpour.shuffler.holdings import Ranges
 from downpour.shuffler.spec import ShufflerSpec
@@ -33,12 +33,12 @@ class ShufflerActor:
         self._index = spec.index
         self._plan = spec.plan
         if spec.holding is None:
-            dataset = Dataset.open(spec.data, spec.split)
+            dataset = open_split(spec.data, spec.split, spec.columns)
             share = dataset.share(spec.index, spec.num_shufflers)
             start, stop = (np.array([edge]) for edge in share)
             self._ranges = Ranges(start, stop, start)
         else:
-            dataset = spec.holding.open()
+            dataset = spec.holding.open(spec.columns)
             self._ranges = Ranges.of(spec.holding)
         self._reader = RowReader(
             dataset, num_classes=spec.num_classes, cache_bytes=spec.cache_bytes

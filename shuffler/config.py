@@ -9,6 +9,9 @@ from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.plan.plan import VERSION, PastBound, Strategy
 
+OWN_DATA: Final = "dataset:"
+"""Begins the name of a dataset of the user's own, `dataset:module:function`."""
+
 WINDOW_BYTES: Final = 256 << 20
 """Most bytes of a window's rows, on the average: each replica holds two windows, and Arrow counts
 the bytes of a column in 31 bits. Windows of large images have fewer mini-batches for that."""
@@ -19,11 +22,17 @@ class DataConfig:
     """Where the examples are, and how they are put together into mini-batches."""
 
     data: str = BUNDLED_MNIST
-    """Folder or pyarrow.fs URI with the shards, `<split>-*.parquet`."""
+    """Folder or pyarrow.fs URI with the shards, `<split>-*.parquet`; or `dataset:module:function`,
+    a function of a split's name that returns a `torch.utils.data.Dataset` of your own."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "test"
     """Split to score."""
+    target_column: tuple[str, ...] = ()
+    """Column of the targets in Parquet files, or several with commas between; none is `label`, the
+    class. All other columns of numbers are inputs, unless rows have pictures."""
+    input_columns: tuple[str, ...] = ()
+    """Columns of numbers that make up an input; none is all of them but the targets."""
     batch_size: int = 32
     """Examples in a mini-batch."""
     window_batches: int = 64

@@ -25,12 +25,13 @@ import numpy as np
 
 from downpour.shuffler.ahead import map_ahead
 from downpour.shuffler.config import WINDOW_BYTES
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import DEFAULT_CACHE_BYTES, RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import Delivery
 from downpour.shuffler.errors import PlanError
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import BadImage, Decoder, ImageSpec
+from downpour.shuffler.images.decode import BadImage, Decoder, InputSpec
 from downpour.shuffler.plan.plan import PastBound, Plan, Strategy
 from downpour.shuffler.processors import processors
 
@@ -64,9 +65,9 @@ class _Read:
 class Feed:
     """An iterable of mini-batches that remembers where it stands.
 
-    It yields (inputs, labels): float32 [m, *image.input_shape] in [0, 1] and int64 [m]; without an
-    `image`, the rows as they are kept, as Arrow record batches. With `world_size` several feeds of
-    the same seed share the mini-batches: each rank gets every `world_size`-th.
+    It yields (inputs, targets): float32 [m, *image.input_shape] and, of classes, int64 [m]; without
+    an `image`, the rows as they are kept, as Arrow record batches. With `world_size` several feeds
+    of the same seed share the mini-batches: each rank gets every `world_size`-th.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Feed:
         data: str | os.PathLike[str] | Dataset,
         split: str = "train",
         *,
-        image: ImageSpec | None = None,
+        image: InputSpec | None = None,
         augment: AugmentConfig | None = None,
         batch_size: int = 32,
         epochs: int = 1,
@@ -116,7 +117,7 @@ class Feed:
         """
         if not 0 <= rank < world_size:
             raise PlanError(f"rank={rank} is not in [0, {world_size}); give one of world_size")
-        dataset = data if isinstance(data, Dataset) else Dataset.open(data, split)
+        dataset = data if isinstance(data, Dataset) else open_split(data, split)
         self.dataset = dataset
         """The split."""
         self.plan = Plan(
@@ -137,6 +138,7 @@ class Feed:
         if image is not None:
             self._decoder = Decoder(
                 spec=image,
+                columns=dataset.columns,
                 augment=augment or AugmentConfig(),
                 seed=seed,
                 on_bad_image=on_bad_image,

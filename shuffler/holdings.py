@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from downpour.shuffler.dataset import files
+from downpour.shuffler.dataset.columns import Columns
+from downpour.shuffler.dataset.encoding import PLAIN
 from downpour.shuffler.dataset.manifest import MANIFEST_NAME, ShardEntry, SplitEntry, read_manifest
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset, fingerprint_of
@@ -105,7 +107,7 @@ class Holding:
     firsts: tuple[int, ...]
     """The number, in the whole split, of each one's first row."""
 
-    def open(self) -> Dataset:
+    def open(self, columns: Columns = PLAIN) -> Dataset:
         """Open these shards as a dataset of their own, whose rows count from 0.
 
         Raises:
@@ -113,7 +115,7 @@ class Holding:
         """
         rows = sum(shard.num_rows for shard in self.shards)
         return Dataset.open_part(
-            self.uri, self.split, SplitEntry(num_rows=rows, shards=self.shards)
+            self.uri, self.split, SplitEntry(num_rows=rows, shards=self.shards), columns
         )
 
 
@@ -161,7 +163,9 @@ def survey(uri: str, inventory: Inventory, decoder: Decoder, num_classes: int) -
     held = tuple(shard for shard, is_there in zip(inventory.shards, there, strict=True) if is_there)
     if held:
         firsts = (0,) * len(held)
-        dataset = Holding(uri=uri, split=inventory.split, shards=held, firsts=firsts).open()
+        dataset = Holding(uri=uri, split=inventory.split, shards=held, firsts=firsts).open(
+            decoder.columns
+        )
         reader = RowReader(dataset, num_classes=num_classes)
         try:
             first = np.zeros(1, np.int64)

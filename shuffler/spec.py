@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from downpour.shuffler.dataset.columns import Columns
+from downpour.shuffler.dataset.encoding import PLAIN
 from downpour.shuffler.dataset.reader import DEFAULT_CACHE_BYTES
 from downpour.shuffler.holdings import Holding
 from downpour.shuffler.plan.plan import Plan
@@ -25,6 +27,8 @@ class ShufflerSpec:
     """Which rows a window has."""
     num_classes: int
     """Labels must lie in [0, num_classes)."""
+    columns: Columns = PLAIN
+    """Which columns are the input and the target."""
     cache_bytes: int = DEFAULT_CACHE_BYTES
     """Most bytes of decoded row groups that it keeps in memory."""
     holding: Holding | None = None

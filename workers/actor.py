@@ -6,7 +6,6 @@ Plain classes, which a test can construct; `cluster.ray_backend` makes Ray actor
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import threading
 import time
@@ -46,6 +45,7 @@ from downpour.workers.spec import EvaluatorSpec, ReplicasSpec
 from downpour.workers.step.device import Lock, find_device
 from downpour.workers.step.device_model_copy import DeviceModelCopy, DeviceStepContext
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
+from downpour.workers.tasks import ACCURACY
 
 STOP_DEADLINE_S = 10.0
 ANY_WAY = Access()
@@ -74,8 +74,12 @@ class Evaluation:
 
     @property
     def gap(self) -> float | None:
-        """How much accuracy the server's moving averages cost; None if nothing was recomputed."""
-        return None if self.moving is None else self.score.accuracy - self.moving.accuracy
+        """How much accuracy the server's moving averages cost; None if nothing was recomputed, or
+        the task has no accuracy.
+        """
+        if self.moving is None or self.score.metric != ACCURACY:
+            return None
+        return self.score.accuracy - self.moving.accuracy
 
 
 class ReplicasActor:
@@ -234,7 +238,6 @@ class EvaluatorActor:
         self._sample: TrainingSample | None = None
         self._most_s = 0.0
         self._note: str | None = None
-        self._least_loss = math.inf
         if spec.recompute is not None and self._evaluator.layout.num_features:
             self._most_s = spec.recompute.most_s
             try:
@@ -296,11 +299,13 @@ class EvaluatorActor:
         score, moving, num_recomputed = self._score()
         about: dict[str, Any] = {"versions": versions, "score": score}
         about["num_recomputed"] = num_recomputed
-        if keeping.model_path is not None and score.accuracy >= keeping.goal:
+        if keeping.model_path is not None and score.goodness >= keeping.goal:
             evaluator.save(keeping.model_path, **about)
             if keeping.answers_path is not None and score.of_classes:
                 evaluator.answers.save(keeping.answers_path, self._split.scored_rows.tolist())
-        if keeping.best_path is not None and self._is_best(score, keeping):
+        if keeping.best_path is not None and (
+            keeping.best is None or score.goodness > keeping.best
+        ):
             evaluator.save(keeping.best_path, **about)
         return Evaluation(
             versions=tuple(versions),
@@ -328,14 +333,6 @@ class EvaluatorActor:
         statistics = [a.statistics for a in averages]
         np.concatenate(statistics, axis=1, out=evaluator.statistics.numpy())
         return [a.version for a in averages]
-
-    def _is_best(self, score: Score, keeping: Keeping) -> bool:
-        """Whether no weights did better: by accuracy, or by the loss if there are no classes."""
-        if score.of_classes:
-            return keeping.best is None or score.accuracy > keeping.best
-        is_less = score.loss < self._least_loss
-        self._least_loss = min(self._least_loss, score.loss)
-        return is_less
 
     def _score(self) -> tuple[Score, Score | None, int]:
         """The score that counts, that of the server's averages, mini-batches recomputed on."""

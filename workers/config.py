@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.dataset.columns import Columns
+from downpour.shuffler.dataset.encoding import PLAIN
+from downpour.shuffler.images.decode import ImageSpec, InputSpec
 from downpour.shuffler.images.reading import Orientation, Transparency
 from downpour.workers.spec import StepConfig
+from downpour.workers.tasks import TASKS, Task, TaskName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +25,17 @@ class ModelConfig:
     that returns a `torch.nn.Module`, such as `torchvision.models:resnet18`."""
     arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": "model-arg"})
     """A keyword argument of that function; may be given several times."""
+    task: TaskName | None = None
+    """What the network is for; none is what the data is for: `classification`, or `regression` for
+    targets in columns of numbers. `multilabel` is for rows that have several classes."""
     loss: str = "cross_entropy"
-    """The loss: `cross_entropy`, or `package.module:function` for one that takes the network's
-    outputs and the labels of a mini-batch and returns their mean loss."""
-    image: ImageSpec = field(metadata={"cli": False})
+    """The loss: `cross_entropy`, `mse`, `l1`, `huber` or `bce`, or `package.module:function` for
+    one that takes the network's outputs and the targets of a mini-batch and returns their mean
+    loss. Unless it is given, it is the task's."""
+    image: InputSpec = field(metadata={"cli": False})
     """How a row becomes an input."""
+    columns: Columns = field(default=PLAIN, metadata={"cli": False})
+    """Which columns are the input and the target."""
     carried: Mapping[str, bytes | str] = field(default_factory=dict, metadata={"cli": False})
     """Model and loss, if no other process can import them (`models.by_value`)."""
     init: str | None = None
@@ -67,8 +76,22 @@ class ModelConfig:
             raise ValueError(f"image size is {self.image_size}: give at least 1, or none")
 
     @property
-    def input(self) -> ImageSpec:
-        """The images that the network takes."""
+    def pictures(self) -> ImageSpec:
+        """The images that the network takes, if it takes images."""
+        found = self.input
+        assert isinstance(found, ImageSpec), "rows of numbers are no images"
+        return found
+
+    @property
+    def the_task(self) -> Task:
+        """What the network is for."""
+        return TASKS[self.task or "classification"]
+
+    @property
+    def input(self) -> InputSpec:
+        """The images, or the numbers, that the network takes."""
+        if not isinstance(self.image, ImageSpec):
+            return self.image
         own = {
             "height": self.image_size,
             "width": self.image_size,

@@ -13,10 +13,10 @@ class Keeping:
     best_path: str | None = None
     """Where weights go that beat `best`; none keeps none of them."""
     best: float | None = None
-    """The accuracy to beat; none is beaten by any."""
+    """The figure to beat, turned so that more is better; none is beaten by any."""
     model_path: str | None = None
     """Where weights go that reach `goal`; none keeps none of them."""
     answers_path: str | None = None
     """Where the answers of the weights of `model_path` go; none keeps none of them."""
     goal: float = math.inf
-    """The accuracy to reach; -inf is reached by any."""
+    """The figure to reach, likewise; -inf is reached by any."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.dataset.columns import Columns
+from downpour.shuffler.dataset.encoding import PLAIN
+from downpour.shuffler.images.decode import Decoder, ImageSpec, InputSpec
+from downpour.workers.tasks import TaskName
 
 if TYPE_CHECKING:
     from torch import nn
 
     from downpour.models.by_value import Carried
     from downpour.models.flat import FlatModel
-    from downpour.models.registry import Loss
+    from downpour.models.losses import Loss
 
 
 RGB = 3
@@ -32,10 +36,14 @@ class ModelSpec:
     """A loss that `models.registry` knows, or `package.module:function`."""
     seed: int
     """What the initial weights come from."""
-    image: ImageSpec
-    """How rows become inputs."""
+    image: InputSpec
+    """How rows become inputs: pictures, or numbers."""
     num_classes: int
     """Labels are in [0, num_classes)."""
+    task: TaskName = "classification"
+    """What it is for."""
+    columns: Columns = PLAIN
+    """Which columns are the input and the target."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained, by the names of their parameters (`workers.freezing`)."""
     carried: Carried = field(default_factory=dict)
@@ -51,17 +59,28 @@ class ModelSpec:
         """Whether model and loss are this package's."""
         return ":" not in self.name and ":" not in self.loss
 
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that the network gives for a row: one for each class, or for each of a target."""
+        if self.columns.kind == "label" or self.task == "segmentation":
+            return self.num_classes
+        return self.columns.target_width
+
     def build(self) -> nn.Module:
         """The model with its initial weights.
 
         A factory gets `num_classes`, `image_size` and, unless images are RGB, the channels of its
-        input, as far as it takes them and the arguments lack them.
+        input, as far as it takes them and the arguments lack them. Of a network for numbers the
+        classes are the numbers of a target, and it gets `num_inputs` and `num_outputs` too.
         """
         from downpour.models.by_value import admit
         from downpour.models.registry import CHANNELS, CLASSES, build
 
         admit(self.carried)
-        offered = {CLASSES: self.num_classes}
+        offered = {CLASSES: self.num_outputs, "num_outputs": self.num_outputs}
+        if not isinstance(self.image, ImageSpec):
+            offered["num_inputs"] = math.prod(self.image.input_shape)
+            return build(self.name, self.seed, offered=offered, **self.arguments)
         if self.image.channels != RGB:
             offered |= dict.fromkeys(CHANNELS, self.image.channels)
         if self.image.height == self.image.width:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,8 +18,13 @@ from downpour.cluster.cli.shared import (
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.errors import EXIT_ERROR, PROGRAM, UserError
 from downpour.cluster.serving.settings import ServeConfig
+from downpour.shuffler.errors import DatasetError
 from downpour.shuffler.images.decode import BadImage
 from downpour.shuffler.images.reading import Orientation
+
+if TYPE_CHECKING:
+    from downpour.cluster.serving.inference import Trained
+    from downpour.workers.evaluation.predictor import Predictor
 
 
 @click.command()
@@ -130,6 +135,9 @@ def predict(
 ) -> int:
     """Show the most probable classes of the files IMAGES, by the weights of RUN.
 
+    For a network of numbers, IMAGES are Parquet or CSV files with its input columns, and each row
+    is answered. A regression gives numbers, and multilabel every class above one half.
+
     Files that cannot be read or decoded are named on stderr, and the others are answered. Then the
     exit status is 2.
     """
@@ -138,6 +146,13 @@ def predict(
 
     loaded = inference.load_all((run, *also), best=best, weights=weights, orientation=orientation)
     predictor = Predictor([one.network for one in loaded], crops=int(crops))
+    if loaded[0].network.spec.columns.input_shape:
+        raise UserError(
+            f"{run} is of a network whose inputs come from a dataset of your own: give them to "
+            "downpour.Result.open(RUN).model(), or to a file of `downpour export`"
+        )
+    if loaded[0].network.spec.columns.inputs:
+        return _predict_tables(predictor, loaded[0], images, as_json=as_json)
     answers = []
     status = 0
     for found in prediction.predict_files(predictor, loaded[0].class_names, images, top=top):
@@ -154,6 +169,41 @@ def predict(
     if as_json:
         click.echo(json.dumps(answers))
     return status
+
+
+def _predict_tables(
+    predictor: Predictor, run: Trained, paths: tuple[Path, ...], *, as_json: bool
+) -> int:
+    """Answer each row of some tables; a file that cannot be used is named, and is 2."""
+    from downpour.cluster.serving import tables
+
+    columns = run.network.spec.columns
+    status = 0
+    answers: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            table = tables.read_table(path, columns)
+            found = list(tables.predictions(predictor, columns, run.class_names, table, path))
+        except (UserError, DatasetError) as error:
+            status = EXIT_ERROR
+            _tell(f"error: {error}")
+            if as_json:
+                answers.append({"file": str(path), "error": str(error)})
+            continue
+        for row, answer in enumerate(found):
+            if as_json:
+                answers.append({"file": str(path), "row": row, **answer})
+            else:
+                click.echo(f"{path}, row {row}: {_of_row(answer)}")
+    if as_json:
+        click.echo(json.dumps(answers))
+    return status
+
+
+def _of_row(answer: dict[str, Any]) -> str:
+    if "predictions" in answer:
+        return "  ".join(map(_in_words, answer["predictions"])) or "none"
+    return json.dumps(answer["outputs"])
 
 
 def _in_words(found: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from downpour.cluster.config import classifier, recipes
 from downpour.cluster.config.options import ConfigCommand, apply, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
+from downpour.cluster.monitoring.scores import figure_of, figures_in
 from downpour.cluster.monitoring.texts import cell_text, percent_text
 from downpour.cluster.run.folder import CONFIG, METRICS, RESULT, RunFolder
 
@@ -72,7 +73,11 @@ def status(run: Path | None, runs: Path, as_json: bool) -> None:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for row in rows:
         cells = {column: cell_text(row.get(column)) for column in columns}
-        cells["accuracy"] = percent_text(row.get("accuracy"))
+        figure = figure_of(row)
+        if figure is not None and figure.accuracy is None:
+            cells["accuracy"] = figure.text
+        else:
+            cells["accuracy"] = percent_text(row.get("accuracy"))
         table.add_row(*cells.values())
     Console().print(table)
 
@@ -83,16 +88,17 @@ def run_status(folder: RunFolder, ended: str | None) -> dict[str, Any]:
     status |= folder.status()
     if (folder.path / RESULT).exists():
         result = folder.read_json(RESULT)
-        status |= {"state": "finished", "accuracy": result["accuracy"]}
+        figure = figure_of(result)
+        status |= {"state": "finished"} | ({} if figure is None else {figure.metric: figure.value})
         if "ended_because" in result:
             status["reason"] = result["ended_because"]
     elif ended is None and "state" not in status:
         status["state"] = "starting"
     elif ended is not None and not ended.startswith("stopped"):
         status["state"] = ended
-    if "accuracy" not in status:  # a run from before its status had it
-        scored = [line["accuracy"] for line in folder.read_lines(METRICS) if "accuracy" in line]
-        status |= {"accuracy": scored[-1]} if scored else {}
+    if figure_of(status) is None:  # a run from before its status had it
+        scored = figures_in(list(folder.read_lines(METRICS)))
+        status |= {scored[-1].metric: scored[-1].value} if scored else {}
     return status
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.paramserver.config import ServerConfig
-from downpour.workers.config import ReplicaConfig
+from downpour.workers.config import ModelConfig, ReplicaConfig
+from downpour.workers.tasks import ACCURACY
 
 
 def check(server: ServerConfig, replicas: ReplicaConfig, policy: PolicyConfig) -> None:
@@ -31,6 +32,25 @@ def check(server: ServerConfig, replicas: ReplicaConfig, policy: PolicyConfig) -
         _check_record(server, replicas)
     if steps.device != "cpu":
         _check_device(replicas, policy)
+
+
+def check_goal(model: ModelConfig, policy: PolicyConfig) -> None:
+    """Check that the run ends at a figure that its task has.
+
+    Raises:
+        ValueError: it does not; the text names both and the remedy.
+    """
+    task = model.the_task
+    if policy.stop_at_accuracy is not None and task.metric != ACCURACY:
+        raise ValueError(
+            f"stop at accuracy is {policy.stop_at_accuracy}, and the task {task.name} has no "
+            f"accuracy: give stop at metric, which is of {task.metric}"
+        )
+    if policy.stop_at_metric is not None and model.task == "classification":
+        raise ValueError(
+            f"stop at metric is {policy.stop_at_metric}, and the task is classification: give "
+            "stop at accuracy"
+        )
 
 
 def _check_record(server: ServerConfig, replicas: ReplicaConfig) -> None:

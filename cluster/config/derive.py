@@ -71,6 +71,7 @@ def make_decoder(config: RunConfig) -> Decoder:
     """How training rows become inputs."""
     return Decoder(
         spec=config.model.input,
+        columns=config.model.columns,
         augment=config.data.augment,
         seed=config.policy.seed,
         on_bad_image=config.data.on_bad_image,
@@ -87,6 +88,8 @@ def model_spec(config: RunConfig) -> ModelSpec:
         seed=stream_key(config.policy.seed, "initial weights"),
         image=model.input,
         num_classes=model.num_classes,
+        task=model.the_task.name,
+        columns=model.columns,
         freeze=model.freeze,
         carried=model.carried,
     )

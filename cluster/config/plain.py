@@ -104,7 +104,7 @@ def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
     steps, image = replicas.get("steps", {}), model.get("image", {})
     if "in_flight" not in steps:
         steps = {**steps, "in_flight": "all"}
-    if "orientation" not in image:
+    if "orientation" not in image and "shape" not in image:
         image = {**image, "orientation": "ignore", "transparency": "drop"}
     data = {"plan_version": 1, **plain.get("data", {})}
     return {
@@ -145,6 +145,11 @@ def _value(hint: Any, value: Any) -> Any:
         )
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
         return tuple(value)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is None:
-        return None
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if isinstance(value, Mapping):  # one of several classes: the one that has these fields
+            kinds = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
+            for kind in kinds:
+                if set(value) <= {field.name for field in dataclasses.fields(kind)}:
+                    return from_plain(typing.cast("type[Any]", kind), value)
+        return value
     return value

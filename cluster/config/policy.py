@@ -35,9 +35,12 @@ class PolicyConfig:
     stop_at_accuracy: float | None = None
     """Accuracy@1 in (0, 1] at which the run is finished: at the first scoring that reaches it, with
     the weights that were scored. None trains every epoch."""
+    stop_at_metric: float | None = None
+    """The same for tasks other than classification: the task's figure at which the run is
+    finished."""
     patience: int | None = None
-    """Scorings without a better accuracy after which the run is finished; none trains every
-    epoch."""
+    """Scorings without a better accuracy (or figure of the task) after which the run is finished;
+    none trains every epoch."""
     checkpoint_every_s: float = 10.0
     """Seconds between two checkpoints."""
     checkpoints: str | None = None
@@ -46,7 +49,8 @@ class PolicyConfig:
     keep_checkpoints: int = 3
     """Checkpoints kept; older ones are removed."""
     keep_best_checkpoints: int = 0
-    """Checkpoints kept besides, however old: those with the highest accuracy."""
+    """Checkpoints kept besides, however old: those with the best accuracy, or figure of the
+    task."""
     record_pushes: bool = False
     """Record the order of all pushes, from which `downpour replay` computes the run again."""
     on_refusal: Literal["continue", "stop"] = "continue"
@@ -57,6 +61,11 @@ class PolicyConfig:
     """Seconds for which a process must show no sign of life, at the least, before it counts as
     hung; ten times the longest such wait, if that is longer. The limits of all other waits are in
     proportion."""
+
+    @property
+    def goal(self) -> float | None:
+        """The figure at which the run is finished, if there is one."""
+        return self.stop_at_metric if self.stop_at_accuracy is None else self.stop_at_accuracy
 
     def __post_init__(self) -> None:
         for name in ("epochs", "keep_checkpoints"):
@@ -77,6 +86,11 @@ class PolicyConfig:
             raise ValueError(
                 f"stop at accuracy is {self.stop_at_accuracy}: give a share above 0 and up to 1, "
                 "such as 0.975, or none"
+            )
+        if self.stop_at_accuracy is not None and self.stop_at_metric is not None:
+            raise ValueError(
+                f"stop at accuracy is {self.stop_at_accuracy} and stop at metric "
+                f"{self.stop_at_metric}: give the one that is the task's"
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}: give at least 1 scoring, or none")

@@ -22,7 +22,7 @@ from downpour.cluster.errors import UserError, one_line
 from downpour.models.lookup import import_named
 from downpour.paramserver.config import ServerConfig
 from downpour.paramserver.rules.schedule import Schedule
-from downpour.shuffler.config import DataConfig
+from downpour.shuffler.config import OWN_DATA, DataConfig
 from downpour.shuffler.images.decode import ImageSpec
 from downpour.workers.config import ModelConfig, ReplicaConfig
 from downpour.workers.spec import StepConfig
@@ -205,7 +205,9 @@ def admit(config: RunConfig) -> RunConfig:
         BadConfiguration: the schedule's function cannot be used.
     """
     schedule = config.server.schedule
-    names = (config.model.model, config.model.loss, schedule.function or "")
+    data = config.data.data
+    own_data = data.removeprefix(OWN_DATA) if data.startswith(OWN_DATA) else ""
+    names = (config.model.model, config.model.loss, schedule.function or "", own_data)
     own = [name for name in names if ":" in name]
     for name in own:
         if name.startswith("__main__:"):

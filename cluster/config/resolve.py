@@ -180,6 +180,7 @@ def shuffler_specs(config: RunConfig, plan: Plan) -> tuple[ShufflerSpec, ...]:
             split=config.data.train_split,
             plan=plan,
             num_classes=config.model.num_classes,
+            columns=config.model.columns,
             cache_bytes=config.data.shuffler_cache_mb << 20,
         )
         for index in range(config.data.shufflers)

@@ -43,3 +43,4 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         combinations.check(self.server, self.replicas, self.policy)
+        combinations.check_goal(self.model, self.policy)

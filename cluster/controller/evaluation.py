@@ -21,6 +21,7 @@ from downpour.cluster.controller.instructions import (
 )
 from downpour.cluster.controller.partitions import Partitions
 from downpour.cluster.errors import user_message
+from downpour.workers.tasks import ACCURACY, Figure, goodness
 
 if TYPE_CHECKING:
     from downpour.workers.actor import Evaluation
@@ -40,18 +41,23 @@ class EvaluationSchedule:
         self,
         policy: PolicyConfig,
         *,
+        metric: str = ACCURACY,
         failures: Failures,
         partitions: Partitions,
         patience: Patience,
         out: list[Instruction],
         now: float,
-        best_accuracy: float | None,
+        best: Figure | None,
     ) -> None:
         """The evaluator has not been started. It reads the weights of `partitions`.
 
-        `best_accuracy` is that of earlier sessions.
+        `metric` is the figure that the policy's goal is of.
+
+        `best` is that of earlier sessions.
         """
         self._policy = policy
+        goal = policy.goal
+        self._goal = math.inf if goal is None else goodness(metric, goal)
         self._failures = failures
         self._partitions = partitions
         self._patience = patience
@@ -79,13 +85,13 @@ class EvaluationSchedule:
         """It is connected."""
         self.newest: Evaluation | None = None
         """The newest evaluation."""
-        self.best_accuracy = best_accuracy
-        """The highest accuracy so far."""
+        self.best = best
+        """The best figure so far: the accuracy, or that of the task."""
 
     @property
-    def accuracy(self) -> float | None:
-        """Accuracy of the newest evaluation."""
-        return self.newest.score.accuracy if self.newest else None
+    def figure(self) -> Figure | None:
+        """The figure of the newest evaluation."""
+        return self.newest.score.figure if self.newest else None
 
     @property
     def cut_off(self) -> bool:
@@ -120,8 +126,7 @@ class EvaluationSchedule:
     def score_if_due(self, now: float) -> None:
         """Score the current weights now and then. Those that end the run are its model."""
         if self.ready and now >= self._next_s and self._began_s is None:
-            goal = self._policy.stop_at_accuracy
-            self._score(math.inf if goal is None else goal, now, final=False)
+            self._score(self._goal, now, final=False)
 
     def begin_final(self) -> None:
         """The weights are the run's last: score them, and keep them as its model."""
@@ -141,7 +146,8 @@ class EvaluationSchedule:
         self._shortest_s = min(self._shortest_s, now - began_s)
         self._failures.policy.progressed("evaluator")
         self.newest = evaluation
-        self.best_accuracy = max(self.best_accuracy or 0.0, evaluation.score.accuracy)
+        if evaluation.score.figure.beats(self.best):
+            self.best = evaluation.score.figure
         if call.final:
             self._final_due = False
         self._out.append(WeightsScored(evaluation=evaluation))
@@ -173,7 +179,8 @@ class EvaluationSchedule:
     def _score(self, goal: float, now: float, *, final: bool) -> None:
         self._began_s = self._alive_s = now
         self._late_looks = 0
-        self._out.append(Evaluate(best=self.best_accuracy, goal=goal, final=final, life=self.life))
+        best = None if self.best is None else self.best.goodness
+        self._out.append(Evaluate(best=best, goal=goal, final=final, life=self.life))
 
     def _end_scoring(self, now: float) -> float:
         assert self._began_s is not None, "no scoring is under way"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.run.checkpoint import Checkpoint
 from downpour.cluster.run.early_stopping import Ended
+from downpour.workers.tasks import Figure
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
@@ -328,7 +329,8 @@ class RunOutcome:
     reports: list[PartitionReport]
     """The newest report of each partition, in their order."""
     evaluation: Evaluation | None
-    best_accuracy: float | None
+    best: Figure | None
+    """The best figure of a scoring."""
     exactly_once: bool
     """Every partition covers every mini-batch once: those of all epochs or, if the run ended early,
     those that were trained on."""

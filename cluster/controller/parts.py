@@ -117,7 +117,7 @@ class RunParts:
         self.ended: Ended | None = None
         """Why the run ends early, once it does."""
         self.early_stopping = early_stopping or EarlyStopping(
-            config.policy, resumed.scores if resumed else None
+            config.policy, resumed.scores if resumed else None, config.model.the_task.metric
         )
         policy = failure_policy or FailurePolicy(max_restarts=config.replicas.max_restarts)
         self.patience = patience or Patience(limits(config.policy.hang_after_s))
@@ -154,7 +154,8 @@ class RunParts:
             patience=self.patience,
             out=self.out,
             now=now,
-            best_accuracy=self.early_stopping.best,
+            best=self.early_stopping.best,
+            metric=config.model.the_task.metric,
         )
         self.checkpoints = CheckpointSchedule(
             config.policy, newest=newest_checkpoint, out=self.out, now=now
@@ -217,7 +218,8 @@ class RunParts:
         # The first update may not have been reported yet, but it was before these weights.
         least_s = self.early_stopping.trained_before_s + (LEAST_TRAINING_S if version else 0.0)
         return Scoring(
-            accuracy=evaluation.score.accuracy,
+            value=evaluation.score.value,
+            metric=evaluation.score.metric,
             training_s=round(max(least_s, self.training_s(now) - age_s), 3),
             examples=examples,
             epochs=round(examples / self.plan.num_rows, 4),

@@ -261,8 +261,8 @@ def _last_reports(run: RunParts, reports: Sequence[PartitionReport], now: float)
     run.out.append(AllReported())
     if not run.finished:
         run.stage = "ended"
-    elif run.ended is not None and run.ended.by == "accuracy":
-        run.stage = "verifying"  # the weights that reached the accuracy have been kept
+    elif run.ended is not None and run.ended.by in ("accuracy", "metric"):
+        run.stage = "verifying"  # the weights that reached the goal have been kept
     else:
         run.stage = "scoring"
         run.evaluation.begin_final()
@@ -317,12 +317,14 @@ def _quarantine(run: RunParts, report: PartitionReport) -> None:
 
 
 def _commit(run: RunParts, number: int, files: tuple[SnapshotFile, ...], now: float) -> None:
+    figure = run.evaluation.figure
     checkpoint = Checkpoint(
         number=number,
         updates=slowest(files),
         files=files,
         elapsed_s=run.elapsed_s(now),
-        accuracy=run.evaluation.accuracy,
+        accuracy=None if figure is None else figure.accuracy,
+        goodness=None if figure is None else figure.goodness,
         ramp=run.leases.warm_start.dump(),
         scores=run.early_stopping.dump(run.training_s(now)),
     )

@@ -198,7 +198,7 @@ def _outcome(run: RunParts, now: float) -> RunOutcome:
         unfinished_epochs=run.unfinished_epochs,
         reports=run.partitions.latest_reports,
         evaluation=run.evaluation.newest,
-        best_accuracy=run.evaluation.best_accuracy,
+        best=run.evaluation.best,
         exactly_once=run.exactly_once,
         refused=len(run.refused),
         skipped=run.skipped,

@@ -69,7 +69,7 @@ class TrainingDisplay:
         self._latest: Progress | None = None
         self._printed: Progress | None = None
         self._printed_at = -math.inf
-        self._history: dict[str, list[float]] = {"accuracy": [], "loss": []}
+        self._history: dict[str, list[float]] = {"figure": [], "loss": []}
 
     @property
     def interactive(self) -> bool:
@@ -104,7 +104,7 @@ class TrainingDisplay:
         changed_phase = self._latest is None or progress.phase != self._latest.phase
         self._latest = progress
         self._remember("loss", progress.loss)
-        self._remember("accuracy", progress.accuracy)
+        self._remember("figure", None if progress.figure is None else progress.figure.value)
         interval_s = self._interval_s if self._notebook is None else NOTEBOOK_EVERY_S
         if self._live is None and (changed_phase or self._clock() - self._printed_at >= interval_s):
             self._print(progress)
@@ -176,6 +176,21 @@ RESULT_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("best_accuracy", "best accuracy", percent_text),
     ("accuracy", "last accuracy", percent_text),
     ("moving_accuracy", "by server averages", percent_text),
+    ("best_r2", "best R²", number_text),
+    ("r2", "last R²", number_text),
+    ("moving_r2", "by server averages", number_text),
+    ("rmse", "RMSE", number_text),
+    ("mae", "MAE", number_text),
+    ("best_f1", "best F1", percent_text),
+    ("f1", "last F1", percent_text),
+    ("moving_f1", "by server averages", percent_text),
+    ("macro_f1", "mean F1 of classes", percent_text),
+    ("exact", "rows without a mistake", percent_text),
+    ("best_miou", "best mean IoU", percent_text),
+    ("miou", "last mean IoU", percent_text),
+    ("moving_miou", "by server averages", percent_text),
+    ("pixel_accuracy", "pixels that are right", percent_text),
+    ("best_evaluation_loss", "best evaluation loss", number_text),
     ("bn_gap", "recomputed BN gains", points_text),
     ("evaluation_loss", "evaluation loss", number_text),
     ("epochs", "epochs", cell_text),
@@ -201,7 +216,7 @@ def _result_rows(result: Mapping[str, object]) -> list[tuple[str, str, str]]:
     for key, label, write in RESULT_ROWS:
         value = result.get(key)
         if _is_number(value):
-            style = "bold green" if key == "best_accuracy" else ""
+            style = "bold green" if key.startswith("best_") else ""
             rows.append((label, write(value), style))  # type: ignore[arg-type]
     staleness = result.get("staleness")
     if isinstance(staleness, Mapping):

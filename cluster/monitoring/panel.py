@@ -20,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from downpour.cluster.monitoring.progress import Progress
+from downpour.cluster.monitoring.scores import TITLES
 from downpour.cluster.monitoring.texts import (
     MISSING,
     clock_text,
     number_text,
     of_total,
-    percent_text,
     rate_text,
 )
 
@@ -48,7 +48,7 @@ def training_panel(
 
     Args:
         progress: the state.
-        history: values so far of `accuracy` and `loss`, oldest first.
+        history: values so far of `figure` and `loss`, oldest first.
         title: the run's name.
         width: columns of the terminal.
     """
@@ -65,13 +65,15 @@ def training_panel(
 
     if p.epoch is not None:
         add("epoch", _value(of_total(p.epoch, p.epochs)), _count(p.updates, "updates"))
-    if p.loss is not None or p.accuracy is not None:
-        accuracy = _value(percent_text(p.accuracy), style="bold green")
-        if p.best_accuracy is not None:
-            accuracy.append(f"   best {percent_text(p.best_accuracy)}", style="dim")
-        if p.stop_at_accuracy is not None:
-            accuracy.append(f"   until {percent_text(p.stop_at_accuracy)}", style="dim")
-        add("accuracy", accuracy, _spark(history["accuracy"], "green"))
+    if p.loss is not None or p.figure is not None:
+        text = MISSING if p.figure is None else p.figure.value_text
+        figure = _value(text, style="bold green")
+        if p.best is not None:
+            figure.append(f"   best {p.best.value_text}", style="dim")
+        if p.goal is not None:
+            figure.append(f"   until {p.goal.value_text}", style="dim")
+        title = p.metric if p.figure is None else p.figure.metric
+        add(TITLES[title], figure, _spark(history["figure"], "green"))
         add("loss", _value(number_text(p.loss)), _spark(history["loss"], "yellow"))
     if p.updates_per_s is not None or p.examples_per_s is not None:
         add("rate", _pair(p.updates_per_s, "updates/s", p.examples_per_s, "examples/s"))

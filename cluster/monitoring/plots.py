@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.errors import UserError
+from downpour.cluster.monitoring.scores import TITLES, metric_in
+from downpour.workers.tasks import ACCURACY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,9 +42,9 @@ class ReportError(UserError):
 def plot_run(run_folder: str | os.PathLike[str]) -> Path:
     """Draws a run's training curves and returns the path of the picture.
 
-    There are four panels. Validation accuracy@1, training loss and updates a second are drawn
-    against updates applied. The fourth is the histogram of staleness if there is a `result.json`,
-    and otherwise mean staleness against updates applied.
+    There are four panels. Validation accuracy@1 (or the task's figure), training loss and updates a
+    second are drawn against updates applied. The fourth is the histogram of staleness if there is a
+    `result.json`, and otherwise mean staleness against updates applied.
 
     Raises:
         ReportError: the folder has no metrics, or a file in it is damaged.
@@ -60,7 +62,7 @@ def plot_run(run_folder: str | os.PathLike[str]) -> Path:
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     accuracy, loss, rate, staleness = figure.subplots(2, 2).flat
-    _draw_accuracy(accuracy, metrics)
+    _draw_figure(accuracy, metrics)
     _draw_loss(loss, metrics)
     _draw_curve(rate, metrics, "updates_per_s", _RATE)
     rate.set_title("updates a second", loc="left")
@@ -166,6 +168,16 @@ def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
         weight = decay * weight + (1 - decay)
         means.append(total / weight)
     return means
+
+
+def _draw_figure(axes: Axes, metrics: Metrics) -> None:
+    """Draws accuracy, or the figure that the task has in its place."""
+    metric = metric_in(metrics)
+    if metric == ACCURACY:
+        _draw_accuracy(axes, metrics)
+        return
+    axes.set_title(f"validation {TITLES[metric]}", loc="left")
+    _draw_curve(axes, metrics, metric, _ACCURACY)
 
 
 def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from downpour.cluster.config.run import RunConfig
+from downpour.cluster.monitoring.scores import TITLES
 from downpour.cluster.monitoring.texts import (
     clock_text,
     number_text,
     of_total,
-    percent_text,
     rate_text,
 )
+from downpour.workers.tasks import ACCURACY, Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +54,17 @@ class Progress:
     loss: float | None = None
     """Mean training loss of the latest mini-batches."""
 
-    accuracy: float | None = None
-    """Validation accuracy@1 in [0, 1] of the latest evaluation."""
+    metric: str = ACCURACY
+    """The figure that is expected of the task, before there is one."""
 
-    best_accuracy: float | None = None
-    """The highest validation accuracy@1 so far."""
+    figure: Figure | None = None
+    """Accuracy@1 of the latest evaluation, or what the task has in its place."""
 
-    stop_at_accuracy: float | None = None
-    """The accuracy@1 at which the run is finished, if there is one."""
+    best: Figure | None = None
+    """The best of these so far."""
+
+    goal: Figure | None = None
+    """The one at which the run is finished, if there is one."""
 
     staleness_mean: float | None = None
     """Mean staleness, in versions."""
@@ -100,6 +105,12 @@ class Progress:
         return max(0, self.total_examples - self.examples) / rate
 
 
+def goal_of(config: RunConfig) -> Figure | None:
+    """Returns the figure at which a run is finished, if there is one."""
+    goal = config.policy.goal
+    return None if goal is None else Figure(metric=config.model.the_task.metric, value=goal)
+
+
 def plain_line(progress: Progress) -> str:
     """Returns a state of the run as one line without any control characters."""
     parts = [f"[{clock_text(progress.elapsed_s)}] {progress.phase}"]
@@ -107,12 +118,12 @@ def plain_line(progress: Progress) -> str:
         parts.append(f"epoch {of_total(progress.epoch, progress.epochs)}")
     if progress.fraction is not None:
         parts.append(f"{progress.fraction:.0%}")
-    if progress.accuracy is not None:
-        best = progress.best_accuracy
-        goal = progress.stop_at_accuracy
-        until = "" if goal is None else f", until {percent_text(goal)}"
-        beside = "" if best is None else f" (best {percent_text(best)}{until})"
-        parts.append(f"accuracy {percent_text(progress.accuracy)}{beside}")
+    if progress.figure is not None:
+        best, goal = progress.best, progress.goal
+        until = "" if goal is None else f", until {goal.value_text}"
+        beside = "" if best is None else f" (best {best.value_text}{until})"
+        title = TITLES[progress.figure.metric]
+        parts.append(f"{title} {progress.figure.value_text}{beside}")
     if progress.loss is not None:
         parts.append(f"loss {number_text(progress.loss)}")
     if progress.examples_per_s is not None:

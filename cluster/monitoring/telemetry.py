@@ -27,10 +27,11 @@ from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.monitoring.cpu_usage import CpuTotals
 from downpour.cluster.monitoring.learning import Learning
 from downpour.cluster.monitoring.observation import Observation, Sink
-from downpour.cluster.monitoring.progress import Progress
+from downpour.cluster.monitoring.progress import Progress, goal_of
 from downpour.cluster.run.folder import RunFolder
 from downpour.paramserver.partition.staleness import Histogram
 from downpour.shuffler.plan.plan import Plan
+from downpour.workers.tasks import Figure
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
@@ -127,9 +128,10 @@ class Telemetry:
             updates_per_s=updates_per_s,
             examples_per_s=examples_per_s,
             loss=self._loss,
-            accuracy=run.evaluation.accuracy,
-            best_accuracy=run.evaluation.best_accuracy,
-            stop_at_accuracy=policy.stop_at_accuracy,
+            metric=self._config.model.the_task.metric,
+            figure=run.evaluation.figure,
+            best=run.evaluation.best,
+            goal=goal_of(self._config),
             staleness_mean=self._staleness.get("mean"),
             staleness_p99=self._staleness.get("p99"),
             replicas_alive=run.processes.num_alive(run.replicas_wanted),
@@ -166,9 +168,8 @@ class Telemetry:
         values = self._values(run, now)
         self._write(lambda: self._folder.append_metrics(values))
         status = {"state": run.phase, "time": time.time(), **values}
-        if run.evaluation.accuracy is not None:
-            status["accuracy"] = run.evaluation.accuracy
-            status["best_accuracy"] = run.evaluation.best_accuracy
+        if (figure := run.evaluation.figure) is not None:
+            status |= {figure.metric: figure.value, **_best(run.evaluation.best)}
         self._write(lambda: self._folder.write_status(status))
         restarts = run.failures.policy.restarts
         observation = Observation(
@@ -226,12 +227,13 @@ class Telemetry:
             "elapsed_s": round(run.elapsed_s(now), 3),
             "updates": min(evaluation.versions),
             "epoch": self._epochs_done,
-            "accuracy": evaluation.score.accuracy,
+            **evaluation.score.figures,
             "evaluation_loss": evaluation.score.loss,
         }
         if evaluation.moving is not None:
-            values["moving_accuracy"] = evaluation.moving.accuracy
-            values["bn_gap"] = round(evaluation.gap or 0.0, 6)
+            values[f"moving_{evaluation.moving.metric}"] = evaluation.moving.value
+            if evaluation.gap is not None:
+                values["bn_gap"] = round(evaluation.gap, 6)
         if evaluation.note != self._said:
             self._said = evaluation.note
             if self._said is not None:
@@ -241,7 +243,7 @@ class Telemetry:
             line = self._learning.scored(score.accuracy, score.num_examples, self._epochs_done)
             self._tell_once(line)
         self._write(lambda: self._folder.append_metrics(values))
-        scored = {**values, "best_accuracy": run.evaluation.best_accuracy}
+        scored = {**values, **_best(run.evaluation.best)}
         for sink in self._sinks:
             self._write(functools.partial(sink.evaluated, scored))
 
@@ -270,6 +272,11 @@ class Telemetry:
             round((history[-1][1] - history[0][1]) / seconds, 1),
             round((history[-1][2] - history[0][2]) / seconds, 1),
         )
+
+
+def _best(best: Figure | None) -> dict[str, float]:
+    """Return the best figure under its name."""
+    return {} if best is None else {f"best_{best.metric}": best.value}
 
 
 def merged_staleness(reports: Iterable[PartitionReport]) -> Histogram:

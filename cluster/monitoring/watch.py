@@ -14,9 +14,11 @@ from rich.console import Console
 
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.display import TrainingDisplay
-from downpour.cluster.monitoring.progress import Progress, plain_line
+from downpour.cluster.monitoring.progress import Progress, goal_of, plain_line
+from downpour.cluster.monitoring.scores import best_of, figure_of, figures_in
 from downpour.cluster.run.folder import METRICS, RESULT, RunFolder
 from downpour.cluster.run.liveness import BEAT_S, SILENT_S, Pulse
+from downpour.workers.tasks import ACCURACY
 
 EVERY_S = 0.5
 STOP_DEADLINE_S = 180.0
@@ -111,7 +113,9 @@ def end(folder: RunFolder, pulse: Pulse | None = None) -> str | None:
         result = folder.read_json(RESULT)
         early = result.get("ended_by", "epochs") != "epochs"
         why = f": {result['ended_because']}" if early else ""
-        return f"finished with an accuracy of {result['accuracy']:.2%}{why}"
+        figure = figure_of(result)
+        what = "" if figure is None else f" with {_article(figure.metric)} of {figure.value_text}"
+        return f"finished{what}{why}"
     status = folder.status()
     if status.get("state") == "stopped":
         return f"stopped ({status.get('reason')}): `downpour resume {folder.path}` goes on"
@@ -120,6 +124,10 @@ def end(folder: RunFolder, pulse: Pulse | None = None) -> str | None:
     if not folder.has_trained():
         return f"{NEVER_BEGAN}: `downpour resume {folder.path}` trains it, or remove the folder"
     return f"died: `downpour resume {folder.path}` goes on with it"
+
+
+def _article(metric: str) -> str:
+    return "an accuracy" if metric == ACCURACY else f"{metric.replace('_', ' ')}"
 
 
 def states(
@@ -156,7 +164,7 @@ def progress(folder: RunFolder) -> Progress:
     """Return where a run stands, from the files in its folder."""
     config, status = folder.config(), folder.status()
     lines = _metrics(folder)
-    accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
+    figures = figures_in(lines)
     examples = status.get("examples")
     epochs = config.policy.epochs
     done = status.get("epoch")
@@ -171,9 +179,10 @@ def progress(folder: RunFolder) -> Progress:
         updates_per_s=status.get("updates_per_s"),
         examples_per_s=status.get("examples_per_s"),
         loss=status.get("loss"),
-        accuracy=accuracies[-1] if accuracies else None,
-        best_accuracy=max(accuracies, default=None),
-        stop_at_accuracy=config.policy.stop_at_accuracy,
+        metric=config.model.the_task.metric,
+        figure=figures[-1] if figures else None,
+        best=best_of(figures),
+        goal=goal_of(config),
         staleness_mean=status.get("staleness_mean"),
         staleness_p99=status.get("staleness_p99"),
         replicas_alive=status.get("replicas_alive"),

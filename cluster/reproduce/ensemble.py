@@ -93,8 +93,9 @@ def make_report(
     config = next(iter(runs.values()))
     parts = [
         paragraph(
-            f"{config.data.data}, {config.model.num_classes} classes, {config.model.input.height} "
-            f"pixels, width {config.model.width or 1:g}, {config.policy.epochs} epochs; "
+            f"{config.data.data}, {config.model.num_classes} classes, "
+            f"{config.model.pictures.height} pixels, width {config.model.width or 1:g}, "
+            f"{config.policy.epochs} epochs; "
             f"{found[0]['examples']:,} images. The one network is the member that does best by a "
             "single crop on these images."
         ),

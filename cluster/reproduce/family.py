@@ -194,8 +194,9 @@ def make_report(
     hours = sum(c.seconds for c in (*curves.values(), *(tried or {}).values())) / 3600
     parts = [
         paragraph(
-            f"{config.data.data}, {model.num_classes} classes, {model.input.height} pixels, width "
-            f"{model.width or 1:g}, {config.policy.epochs} epochs, seed {config.policy.seed}; "
+            f"{config.data.data}, {model.num_classes} classes, {model.pictures.height} pixels, "
+            f"width {model.width or 1:g}, {config.policy.epochs} epochs, "
+            f"seed {config.policy.seed}; "
             f"{config.replicas.replicas} replicas with {config.replicas.steps.concurrent_steps} "
             f"steps each, mini-batches of {config.data.batch_size}. {hours:.2f} hours in all."
         ),

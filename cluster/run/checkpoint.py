@@ -41,7 +41,9 @@ class Checkpoint:
     elapsed_s: float
     """Seconds of training behind it, over all sessions of the run."""
     accuracy: float | None = None
-    """Accuracy of the newest evaluation at that time."""
+    """Accuracy of the newest evaluation at that time, if it has one."""
+    goodness: float | None = None
+    """The figure that decides which weights are best, turned so that more is better."""
     ramp: dict[str, Any] | None = None
     """What the guard of the warm start remembers (`cluster.controller.leases.warm_start`), if there
     is one.
@@ -150,7 +152,7 @@ class CheckpointStore:
     def prune(self, keep_last: int, keep_best: int = 0) -> None:
         """Remove old checkpoints; what cannot be removed is left to the next time.
 
-        Of the finished ones, the last `keep_last` and the `keep_best` most accurate ones stay. An
+        Of the finished ones, the last `keep_last` and the `keep_best` best ones stay. An
         unfinished one stays if it is newer than the last finished one.
         """
         numbers = self.numbers()
@@ -159,7 +161,7 @@ class CheckpointStore:
             return
         kept = set(finished[-keep_last:])
         if keep_best and len(finished) > keep_last:
-            scores = {n: self._accuracy(n) for n in finished}
+            scores = {n: self._goodness(n) for n in finished}
             scored = sorted((n for n in finished if scores[n] is not None), reverse=True)
             kept |= set(sorted(scored, key=lambda n: -(scores[n] or 0.0))[:keep_best])
         for number in numbers:
@@ -169,9 +171,10 @@ class CheckpointStore:
     def _folder(self, number: int) -> str:
         return f"{self._base}/{number:06d}"
 
-    def _accuracy(self, number: int) -> float | None:
+    def _goodness(self, number: int) -> float | None:
         try:
-            value = json.loads(self._read(f"{self._folder(number)}/{MANIFEST}")).get("accuracy")
+            kept = json.loads(self._read(f"{self._folder(number)}/{MANIFEST}"))
+            value = kept.get("goodness", kept.get("accuracy"))
         except (OSError, ValueError, AttributeError):
             return None
         return float(value) if isinstance(value, int | float) else None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from downpour.shuffler.config import OWN_DATA
+
 
 def found_again(path: str, run: Path, began_in: str | None) -> str:
     """Return what a path of a run's configuration means here.
@@ -25,7 +27,7 @@ def found_again(path: str, run: Path, began_in: str | None) -> str:
         The path itself if it is absolute or a URI. Otherwise the first of these that exists, and if
         none does, where it was, for the message about what is missing.
     """
-    if "://" in path or Path(path).is_absolute():
+    if "://" in path or path.startswith(OWN_DATA) or Path(path).is_absolute():
         return path
     first = Path(began_in) if began_in else Path.cwd()
     for folder in (first, Path.cwd(), *run.parents):

@@ -98,6 +98,11 @@ def serving(
 
     loaded = inference.load_all(runs, best=best, weights=weights, orientation=config.orientation)
     Predictor([run.network for run in loaded], crops=config.crops)  # refuses bad crops now
+    if loaded[0].network.spec.columns.inputs:
+        raise UserError(
+            f"{runs[0]} takes rows of numbers, and the server answers images: use `downpour "
+            "predict` on a Parquet or CSV file, or `downpour export`"
+        )
     secret = key.read(Path(config.key_file)) if config.key_file else key.make()
     digest = key.digest(key.header(secret))
     _check_port(config)

@@ -117,9 +117,11 @@ class Classifier:
         return sent.image, asked or _top(sent.fields) or self._config.top
 
     def _told(self, found: Tensor, top: int) -> dict[str, Any]:
-        from downpour.cluster.serving.prediction import best_of, numbers_of
+        from downpour.cluster.serving.prediction import best_of, numbers_of, those_there
 
         told = best_of if self._tells_classes else numbers_of
+        if self._predictor.task == "multilabel":
+            told = those_there
         return {"predictions": told(found, self._names, top)}
 
     async def _answer(self, request: Any, predict_batch: PredictBatch) -> dict[str, Any]:

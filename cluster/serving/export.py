@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from downpour.cluster.errors import UserError
 from downpour.cluster.serving import preprocessing_graph
 from downpour.cluster.serving.inference import Trained, recomputed_statistics, rows_of_split
-from downpour.cluster.serving.preprocessing import describe
+from downpour.cluster.serving.preprocessing import describe, describe_input
 from downpour.models.outputs import MainOutput, main_output
 from downpour.paramserver import durable
-from downpour.shuffler.dataset.records import Dataset
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.dataset.own import open_split
+from downpour.shuffler.images.decode import ImageSpec, InputSpec
 from downpour.workers.evaluation.disagreement import disagreement
 from downpour.workers.evaluation.predictor import decode_any_size, rows_of
+from downpour.workers.spec import ModelSpec
 
 Format = Literal["onnx", "torch"]
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
@@ -84,11 +85,8 @@ def export(
     if not output.parent.is_dir():
         raise UserError(f"the folder of {output} does not exist: make it, or give another --output")
     image = run.network.spec.image
-    if with_preprocessing and (format != "onnx" or image.height != image.width):
-        raise UserError(
-            f"--with-preprocessing is for --format onnx and square inputs, and this is {format} of "
-            f"{image.height}x{image.width}: leave it out; the file's metadata say what to do"
-        )
+    if with_preprocessing:
+        _check_preprocessing(image, format)
     apart = None
     if max_disagreement is not None and run.network.model.layout.num_features:
         statistics, _ = recomputed_statistics(run, data=data, split=None, batches=batches)
@@ -110,7 +108,9 @@ def export(
                 f"the exported network's outputs differ by {difference:.2g} of the checkpoint's, "
                 f"more than {allowed:.2g}: the file was not kept"
             )
-        inside = put_before(partial, image) if with_preprocessing else None
+        inside = None
+        if with_preprocessing and isinstance(image, ImageSpec):
+            inside = put_before(partial, image)
         with durable.replacing(output, str(partial)):
             pass  # the file is there, and has been read back
     except OSError as error:
@@ -127,6 +127,18 @@ def export(
         "preprocessing": "before" if inside is None else "inside",
         "largest_preprocessing_difference": inside,
     }
+
+
+def _check_preprocessing(image: InputSpec, format: Format) -> None:
+    if not isinstance(image, ImageSpec):
+        raise UserError(
+            "--with-preprocessing is for pictures, and the inputs are numbers: leave it out"
+        )
+    if format != "onnx" or image.height != image.width:
+        raise UserError(
+            f"--with-preprocessing is for --format onnx and square inputs, and this is {format} of "
+            f"{image.height}x{image.width}: leave it out; the file's metadata say what to do"
+        )
 
 
 def tolerance(module: nn.Module, inputs: Tensor, difference: float) -> float:
@@ -220,9 +232,14 @@ def _examples(run: Trained, data: str | None) -> tuple[Tensor, Tensor]:
     config, network = run.config, run.network
     source = data or config.data.data
     count = config.model.num_classes
-    dataset = Dataset.open(source, config.data.eval_split)
+    dataset = open_split(source, config.data.eval_split, config.model.columns)
     with rows_of_split(dataset, count, rows=CHECKED_ROWS) as rows:
-        decoded = decode_any_size(next(rows), network.spec.image, on_bad_image="skip")
+        decoded = decode_any_size(
+            next(rows),
+            network.spec.image,
+            on_bad_image="skip",
+            columns=network.spec.columns,
+        )
     if not len(decoded.kept):
         raise UserError(f"there is no image to check the export on: {decoded.problems[0]}")
     inputs = torch.from_numpy(decoded.inputs)
@@ -236,7 +253,14 @@ def _write(run: Trained, inputs: Tensor, path: Path, format: Format) -> None:
     with torch.inference_mode():
         if not isinstance(folded(inputs[:2]), Tensor):
             folded = MainOutput(folded).eval()
-    about = {"classes": list(run.class_names), "preprocessing": describe(run.network.spec.image)}
+    spec = run.network.spec
+    about = {
+        "task": spec.task,
+        "classes": list(run.class_names) if _has_classes(spec) else [],
+        "preprocessing": describe_input(spec),
+    }
+    if not _has_classes(spec):
+        about["targets"] = list(spec.columns.targets)
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     # Two examples: a single one would make the batch's length a constant.
     arguments = (inputs[:2].clone(),)
@@ -251,8 +275,8 @@ def _write(run: Trained, inputs: Tensor, path: Path, format: Format) -> None:
             folded,
             arguments,
             dynamo=True,
-            input_names=["images"],
-            output_names=["logits"],
+            input_names=[_input_name(spec)],
+            output_names=["outputs" if spec.task == "regression" else "logits"],
             dynamic_shapes=({0: batch},),
             external_data=False,
             verbose=False,
@@ -263,6 +287,16 @@ def _write(run: Trained, inputs: Tensor, path: Path, format: Format) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def _has_classes(spec: ModelSpec) -> bool:
+    """Whether the network's outputs are of classes."""
+    return spec.columns.kind != "numbers" or spec.task == "segmentation"
+
+
+def _input_name(spec: ModelSpec) -> str:
+    """What the file calls the network's input."""
+    return "images" if isinstance(spec.image, ImageSpec) else "inputs"
+
+
 def _read_back(path: Path, inputs: Tensor, format: Format) -> Tensor:
     """Return the outputs for `inputs` of the network in the file that was written."""
     if format == "torch":
@@ -271,7 +305,8 @@ def _read_back(path: Path, inputs: Tensor, format: Format) -> Tensor:
         with torch.inference_mode():
             outputs: Tensor = program.module()(inputs)
         return outputs
-    (found,) = _session(path.read_bytes()).run(None, {"images": inputs.numpy()})
+    session = _session(path.read_bytes())
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     return torch.from_numpy(found)
 
 

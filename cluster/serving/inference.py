@@ -28,6 +28,7 @@ from downpour.cluster.run.folder import BEST, DATA, MODEL, RunFolder
 from downpour.cluster.serving.classes import check_same_classes
 from downpour.models.layout import state_dict
 from downpour.paramserver import durable
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.images.decode import BadImage
@@ -153,7 +154,7 @@ def evaluate(
     first = runs[0].config
     source, split = data or first.data.data, split or first.data.eval_split
     predictor = Predictor([run.network for run in runs], crops=crops)
-    dataset = Dataset.open(source, split)
+    dataset = open_split(source, split, first.model.columns)
     named = [(str(run.folder.path), run.named_classes) for run in runs]
     check_same_classes([*named, (f"split {split!r} of {source}", dataset.class_names)])
     if data is not None and not (dataset.class_names and named[0][1]):
@@ -172,8 +173,7 @@ def evaluate(
         "weights": runs[0].weights.name,
         "split": split,
         "crops": crops,
-        "accuracy": score.accuracy,
-        "top5_accuracy": score.top5_accuracy,
+        **(score.metrics or {"accuracy": score.accuracy, "top5_accuracy": score.top5_accuracy}),
         "loss": round(score.loss, 6),
         "examples": score.num_examples,
         "images_skipped": len(score.skipped),
@@ -223,7 +223,7 @@ def recomputed_statistics(
     """
     config = run.config
     source, split = data or config.data.data, split or config.data.train_split
-    dataset = Dataset.open(source, split)
+    dataset = open_split(source, split, config.model.columns)
     plan = Plan(
         num_rows=dataset.num_rows, batch_size=config.data.batch_size, seed=config.policy.seed
     )

@@ -86,6 +86,8 @@ def predict(
         return []
     answer = predictor.answer(rows_of(images, names), on_bad_image="skip")
     told = best_of if answer.of_classes else numbers_of
+    if predictor.task == "multilabel":
+        told = those_there
     problems = iter(answer.problems)
     rows = dict(zip(answer.kept.tolist(), answer.probabilities, strict=True))
     return [
@@ -106,6 +108,19 @@ def best_of(probabilities: Tensor, class_names: Sequence[str], top: int) -> list
         {"class": class_names[label], "label": label, "probability": value}
         for value, label in zip(values.tolist(), labels.tolist(), strict=True)
     ]
+
+
+def those_there(
+    probabilities: Tensor, class_names: Sequence[str], top: int
+) -> list[dict[str, Any]]:
+    """Return the classes with a probability above one half, at most `top`, the surest first."""
+    values, labels = probabilities.sort(descending=True)
+    named = len(class_names) == len(values)
+    return [
+        {"class": class_names[label] if named else str(label), "label": label, "probability": value}
+        for value, label in zip(values.tolist(), labels.tolist(), strict=True)
+        if value > 0.5
+    ][:top]
 
 
 def numbers_of(outputs: Tensor, class_names: Sequence[str], top: int) -> list[dict[str, Any]]:

@@ -10,12 +10,31 @@ from typing import Any
 
 from downpour.shuffler.images.crops import single_view
 from downpour.shuffler.images.decode import ImageSpec
+from downpour.workers.spec import ModelSpec
 
 RESIZING = (
     "bilinear with half-pixel centres and without antialiasing; means of areas if both sides "
     "shrink to a half or less; rounded to whole values"
 )
 LUMINANCE = (0.299, 0.587, 0.114)
+
+
+def describe_input(spec: ModelSpec) -> dict[str, Any]:
+    """Return what a network takes, as plain data: pictures (`describe`), or a row's numbers.
+
+    Args:
+        spec: of the network.
+    """
+    if isinstance(spec.image, ImageSpec):
+        return describe(spec.image)
+    columns = spec.columns
+    return {
+        "input_shape": ["batch", *spec.image.input_shape],
+        "dtype": "float32",
+        "columns": list(columns.inputs),
+        "numbers_of_each_column": list(columns.input_widths),
+        "steps": ["the columns' numbers one after the other, in this order, as float32"],
+    }
 
 
 def describe(image: ImageSpec) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.partition.vectors import Version
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
-from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
 
@@ -75,7 +75,7 @@ def _kept_rows(config: RunConfig, plan: Plan) -> Load | None:
     row_bytes = 4 * math.prod(decoder.spec.input_shape)
     if not decoder.augment.changes_nothing or plan.num_rows * row_bytes > KEEP_BYTES:
         return None
-    dataset = Dataset.open(config.data.data, config.data.train_split)
+    dataset = open_split(config.data.data, config.data.train_split, config.model.columns)
     reader = RowReader(dataset, num_classes=config.model.num_classes)
     inputs, labels = [], []
     for start in range(0, plan.num_rows, ROWS_AT_A_TIME):

@@ -26,8 +26,8 @@ class Result:
     path: Path
     """The run's folder."""
     metrics: Mapping[str, Any] = field(repr=False)
-    """What came out: `accuracy`, `best_accuracy`, `evaluation_loss`, `updates`, `examples`,
-    `staleness` and more; all that `result.json` holds."""
+    """What came out: `accuracy` (or the figure that `metric` names), `best_accuracy`,
+    `evaluation_loss`, `updates`, `examples`, `staleness` and more; all that `result.json` holds."""
 
     @classmethod
     def open(cls, path: str | Path) -> Result:
@@ -51,7 +51,16 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy of the last weights, in [0, 1]."""
+        """Accuracy of the last weights, in [0, 1].
+
+        Raises:
+            UserError: the task has another figure; `metrics` has it under its name.
+        """
+        if "accuracy" not in self.metrics:
+            metric = self.metrics["metric"]
+            raise UserError(
+                f"{self.path} has no accuracy: its figure is {metric}, result.metrics[{metric!r}]"
+            )
         return float(self.metrics["accuracy"])
 
     @property

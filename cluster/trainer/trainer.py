@@ -30,8 +30,10 @@ from downpour.cluster.trainer.result import Result
 from downpour.cluster.trainer.scaling import scaling_of
 from downpour.cluster.training import api, carry, inputs
 from downpour.cluster.training.classes import with_classes
+from downpour.cluster.training.tasks import with_task
 from downpour.paramserver import durable
 from downpour.shuffler.config import DataConfig
+from downpour.shuffler.dataset.own import is_own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -282,10 +284,20 @@ class Trainer:
         given = data if isinstance(data, str | os.PathLike) else config.data
         return dataclasses.replace(config, data=_located(given))
 
+    def _given(self, config: RunConfig) -> dict[str, object]:
+        """The settings that the caller has chosen, by name."""
+        given: dict[str, object] = {"data": config.data.data, **self._settings}
+        if isinstance(self._data, DataConfig):
+            given["eval_split"] = config.data.eval_split
+        if self._loss is not None:
+            given["loss"] = config.model.loss
+        return given
+
     def _completed(self, config: RunConfig) -> RunConfig:
         """With what the recipe `classifier` takes from the data."""
+        given = self._given(config)
         if config.recipe != CLASSIFIER:
-            return config
+            return with_task(config, given)
         if self._model is None and not config.model.model:
             raise UserError("there is no network to train: give model=, or config=")
         if self._data is None:
@@ -294,9 +306,6 @@ class Trainer:
         from downpour.models.by_value import admit
 
         admit(config.model.carried)
-        given = {"data": config.data.data, **self._settings}
-        if isinstance(self._data, DataConfig):
-            given["eval_split"] = config.data.eval_split
         console = Console(stderr=True, quiet=not self._progress)
         return complete(config, given, lambda line: console.print(line, markup=False))
 
@@ -304,7 +313,7 @@ class Trainer:
 def _located(data: str | os.PathLike[str]) -> str:
     """The place of a dataset, such that it means the same in another folder."""
     text = os.fspath(data)
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    return text if "://" in text or is_own(text) else str(Path(text).expanduser().absolute())
 
 
 def _checked_settings(settings: Mapping[str, object]) -> dict[str, object]:

@@ -20,13 +20,17 @@ from downpour.cluster.run.folder import CONFIG, RESULT
 from downpour.cluster.trainer.callbacks import CurrentRun
 from downpour.cluster.trainer.result import Result
 
+OF_TASKS = (
+    *("r2", "best_r2", "rmse", "mae", "f1", "best_f1", "macro_f1", "miou", "best_miou"),
+    "best_evaluation_loss",
+)
 REPORTED = (
-    *("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "loss"),
+    *("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "loss", *OF_TASKS),
     *("epoch", "updates", "examples", "learning_rate", "elapsed_s", "updates_per_s"),
 )
 """What a trial reports of an evaluation, if there is such a value."""
 FINAL = (
-    *("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy"),
+    *("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", *OF_TASKS),
     *("updates", "examples", "exactly_once", "ended_by"),
 )
 """What a trial reports of its result."""

@@ -19,6 +19,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.run.folder import RESULT, RunFolder
 from downpour.cluster.training import carry, change, initial, inputs, launch
 from downpour.cluster.training.classes import with_classes
+from downpour.cluster.training.tasks import with_task
 from downpour.workers.spec import DeviceName
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def train(
             If nothing was trained, no folder is left.
         RunStopped: it was stopped; `downpour.resume` goes on with it.
     """
-    chosen = with_classes(_configuration(config), chosen=not isinstance(config, str))
+    told = with_task(_configuration(config), {})
+    chosen = with_classes(told, chosen=not isinstance(config, str))
     data = inputs.check_data(chosen)
     folder = create(chosen, name=name, runs=Path(runs))
     return train_in(folder, data, resume=False, address=address, dashboard=dashboard)

@@ -12,6 +12,7 @@ from downpour.cluster.config.recipes import RECIPES
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.shuffler.dataset.labels import highest_label
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.holdings import Inventory
 
@@ -33,6 +34,8 @@ def with_classes(
         UserError: the data contradicts the number that was chosen, or has a single class.
         DatasetError: the data cannot be read.
     """
+    if config.model.columns.kind != "label":
+        return config
     found, named = _of_data(config, by_label=not chosen)
     wanted = config.model.num_classes
     data = config.data.data
@@ -66,10 +69,11 @@ def _of_data(config: RunConfig, *, by_label: bool) -> tuple[int, str]:
         UserError: the two splits name different classes.
     """
     data = config.data
-    scored = Dataset.open(data.data, data.eval_split)
+    columns = config.model.columns
+    scored = open_split(data.data, data.eval_split, columns)
     train: Dataset | Inventory
     if data.node_folder is None:
-        train = Dataset.open(data.data, data.train_split)
+        train = open_split(data.data, data.train_split, columns)
     else:
         train = Inventory.read(data.data, data.train_split)
     if train.class_names and scored.class_names and train.class_names != scored.class_names:

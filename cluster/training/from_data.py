@@ -20,7 +20,9 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import settings_of
 from downpour.cluster.errors import UserError
 from downpour.cluster.training.classes import with_classes
+from downpour.cluster.training.tasks import with_task
 from downpour.shuffler.dataset.encoding import PackedBits
+from downpour.shuffler.dataset.own import is_own, open_split
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset, split_names
 from downpour.shuffler.errors import DecodeError
@@ -87,6 +89,7 @@ def complete(
         DatasetError: the data cannot be read.
     """
     if config.recipe != recipe.NAME:
+        config = with_task(config, given, say)
         return with_classes(config, chosen="num_classes" in given, say=say)
     if not config.model.model:
         raise UserError(
@@ -98,19 +101,24 @@ def complete(
     recipes.admit(config)
     source = config.data.data
     eval_split = config.data.eval_split
-    if "eval_split" not in given:
+    if "eval_split" not in given and not is_own(source):
         eval_split = _split_to_score(source, config.data.train_split)
-    train = Dataset.open(source, config.data.train_split)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, eval_split=eval_split)
+    )
+    config = with_task(config, given, say)
+    if not isinstance(config.model.image, ImageSpec):
+        return with_classes(config, chosen="num_classes" in given, say=say)
+    train = open_split(source, config.data.train_split, config.model.columns)
     pictures = _look_at(train)
     image = _image(config, pictures, say)
     augment = _augment(config.data.augment, given, pictures, image)
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, eval_split=eval_split, augment=augment)
-    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=augment))
     config = with_classes(config, chosen="num_classes" in given)
     classes = config.model.num_classes
+    counted = "" if config.model.columns.kind == "numbers" else f"{classes} classes; "
     say(
-        f"{classes} classes; pictures of {image.height}x{image.width} in "
+        f"{counted}pictures of {image.height}x{image.width} in "
         f"{'RGB' if image.channels > 1 else 'grey'}, {_varied(augment)}; scored on {eval_split!r}"
     )
     return dataclasses.replace(
@@ -175,7 +183,7 @@ def _image(config: RunConfig, pictures: _Pictures, say: Say) -> ImageSpec:
         if channels == 3:
             say(f"grey pictures are given to {model.model} as RGB, since it takes no channels")
     side = model.image_size or pictures.side or recipe.LARGEST_SIDE
-    return dataclasses.replace(model.image, height=side, width=side, channels=channels)
+    return dataclasses.replace(model.pictures, height=side, width=side, channels=channels)
 
 
 def _augment(

@@ -19,6 +19,8 @@ from downpour.cluster.training.initial import read
 from downpour.paramserver.partition.ranges import Partition, split
 from downpour.shuffler.dataset.encoding import EncodedImages
 from downpour.shuffler.dataset.labels import check_images, check_labels
+from downpour.shuffler.dataset.numbers import check_numbers
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.holdings import Inventory
@@ -97,7 +99,7 @@ class Model:
 
 
 def check_data(config: RunConfig) -> Data:
-    """Open both splits, check all labels, decode a row of each, and lay out the plan.
+    """Open both splits, check all targets, decode a row of each, and lay out the plan.
 
     A small split to score is decoded whole, unless bad images are to be skipped. If training rows
     are on nodes' own disks, only their manifest is read; each node is asked later.
@@ -107,7 +109,11 @@ def check_data(config: RunConfig) -> Data:
         DecodeError: an image cannot be decoded.
         PlanError: the data has too few rows for the run.
     """
-    scorer = Decoder(spec=config.model.input, on_bad_image=config.data.on_bad_image)
+    scorer = Decoder(
+        spec=config.model.input,
+        columns=config.model.columns,
+        on_bad_image=config.data.on_bad_image,
+    )
     scored, notes = _check_split(config, config.data.eval_split, scorer, whole_bytes=CHECKED_BYTES)
     train: Dataset | Inventory
     if config.data.node_folder is None:
@@ -133,9 +139,10 @@ def _check_split(
     config: RunConfig, split_name: str, decoder: Decoder, *, whole_bytes: int = 0
 ) -> tuple[Dataset, tuple[str, ...]]:
     """Open a split, and decode its first row, or all of it if it has at most `whole_bytes`."""
-    dataset = Dataset.open(config.data.data, split_name)
+    dataset = open_split(config.data.data, split_name, config.model.columns)
     num_classes = config.model.num_classes
     check_labels(dataset, num_classes)
+    check_numbers(dataset)
     if decoder.on_bad_image == "stop":
         check_images(dataset)
     small = sum(shard.num_bytes for shard in dataset.shards) <= whole_bytes
@@ -225,7 +232,7 @@ def loader(config: RunConfig, plan: Plan) -> Callable[[int, int], tuple[Tensor, 
     """
     import torch
 
-    dataset = Dataset.open(config.data.data, config.data.train_split)
+    dataset = open_split(config.data.data, config.data.train_split, config.model.columns)
     reader = RowReader(dataset, num_classes=config.model.num_classes)
     decoder = make_decoder(config)
 

@@ -50,8 +50,8 @@ def conclude(
         print_result(result, shown_path(folder.path))
     try:
         folder.write_json(RESULT, result)
-        accuracy = result["accuracy"]
-        folder.write_status({**folder.status(), "state": "finished", "accuracy": accuracy})
+        figure = {result["metric"]: result[result["metric"]]}
+        folder.write_status({**folder.status(), "state": "finished", **figure})
     except OSError as error:
         raise UserError(
             f"{folder.path / RESULT} cannot be written: {error.strerror or error}; make room, then "
@@ -86,14 +86,18 @@ def make_result(
     staleness = merged_staleness(reports)
     evaluation = outcome.evaluation
     assert evaluation is not None
+    best = outcome.best
+    moving = None if evaluation.moving is None else evaluation.moving.value
     return {
         "run": folder.name,
         "recipe": config.recipe,
         "seed": config.policy.seed,
-        "accuracy": evaluation.score.accuracy,
-        "best_accuracy": outcome.best_accuracy,
+        "task": config.model.the_task.name,
+        "metric": evaluation.score.metric,
+        **evaluation.score.figures,
+        **({} if best is None else {f"best_{best.metric}": best.value}),
         "bn_statistics": "moving" if evaluation.moving is None else "recomputed",
-        "moving_accuracy": None if evaluation.moving is None else evaluation.moving.accuracy,
+        f"moving_{evaluation.score.metric}": moving,
         "bn_gap": evaluation.gap,
         "evaluation_loss": evaluation.score.loss,
         "evaluated_examples": evaluation.score.num_examples,

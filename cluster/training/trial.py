@@ -23,11 +23,12 @@ from downpour.cluster.config.derive import make_decoder, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.models.conversion.state import check_state
+from downpour.models.losses import LOSSES
 from downpour.models.outputs import OutputsError, main_output, tells_classes
-from downpour.models.registry import LOSSES, described
+from downpour.models.registry import described
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
-from downpour.shuffler.dataset.records import Dataset
-from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.decode import Decoder, ImageSpec
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.spec import ModelSpec
 from downpour.workers.step.precision import computing_in
@@ -136,7 +137,7 @@ class _Trial:
     def _score(self) -> str | None:
         """Some rows of the split to score, as the evaluator sees them."""
         rows = np.arange(min(self._most_rows, 32), dtype=np.int64)
-        batch = self._rows(self._config.data.eval_split, Decoder(spec=self._spec.image), rows)
+        batch = self._rows(self._config.data.eval_split, self._plain_decoder, rows)
         if batch is None:
             return None
         inputs, targets = batch
@@ -150,25 +151,30 @@ class _Trial:
             except OutputsError as error:
                 raise UserError(f"{spec.name}: {error}") from error
             self._loss_of(answer if spec.loss in LOSSES else outputs, targets, "in inference ")
-        if tells_classes(answer, spec.num_classes):
+        if spec.task != "classification" or tells_classes(answer, spec.num_classes):
             return None
         return (
             f"{spec.name} gives {_shape(answer)} for {len(inputs)} rows, no number for each of "
-            f"{spec.num_classes} classes: accuracy is shown as 0, and the best weights are those "
-            f"with the least loss by {spec.loss}"
+            f"{spec.num_classes} classes: the loss {spec.loss} is shown in place of accuracy, and "
+            "the best weights are those with the least"
         )
+
+    @property
+    def _plain_decoder(self) -> Decoder:
+        """What makes inputs of rows as they are."""
+        return Decoder(spec=self._spec.image, columns=self._spec.columns)
 
     def _training_rows(self, rows: npt.NDArray[np.int64]) -> Batch | None:
         """Rows of the training split; of the other one if these are on other nodes' disks."""
         data, rows = self._config.data, rows[: self._most_rows]
         if data.node_folder is not None:
             here = np.arange(len(rows), dtype=np.int64)
-            return self._rows(data.eval_split, Decoder(spec=self._spec.image), here)
+            return self._rows(data.eval_split, self._plain_decoder, here)
         return self._rows(data.train_split, make_decoder(self._config), rows)
 
     def _rows(self, split: str, decoder: Decoder, rows: npt.NDArray[np.int64]) -> Batch | None:
         """Rows as the network gets them; None if none of them can be decoded."""
-        dataset = Dataset.open(self._config.data.data, split)
+        dataset = open_split(self._config.data.data, split, self._spec.columns)
         rows = rows[rows < dataset.num_rows]
         reader = RowReader(dataset, cache_bytes=0, num_classes=self._spec.num_classes)
         with contextlib.closing(reader):
@@ -189,6 +195,8 @@ class _Trial:
         except Exception as error:
             shape = list(inputs.shape)
             remedy = "give inputs that it takes (--image-size), or another --model-arg"
+            if not isinstance(self._spec.image, ImageSpec):
+                remedy = f"give a network that takes {shape[1:]} for a row, or another --model-arg"
             raise UserError(
                 f"{f'{what} {name}'.strip()} fails on a mini-batch {shape}: {described(error)}: "
                 f"{remedy}"
@@ -203,6 +211,9 @@ class _Trial:
             shape = list(main_output(outputs).shape)
         except OutputsError as error:
             raise UserError(f"{spec.name}: {error}") from error
+        if spec.task != "classification":
+            self._check_numbers(shape, num_rows)
+            return
         if shape == [num_rows, spec.num_classes]:
             return
         if len(shape) == 2 and shape[0] == num_rows:
@@ -216,6 +227,25 @@ class _Trial:
             f"{[num_rows, spec.num_classes]}: give a network that tells {spec.num_classes} classes "
             "apart, or a --loss of your own"
         )
+
+    def _check_numbers(self, shape: list[int], num_rows: int) -> None:
+        """With a loss over numbers, the answer has one for each of the target's."""
+        wanted = self._spec.num_outputs
+        if self._spec.task == "segmentation":
+            expected = [num_rows, wanted, *self._spec.columns.target_shape]
+            if shape != expected:
+                raise UserError(
+                    f"{self._spec.name} gives {shape} for {num_rows} rows, and masks of "
+                    f"{list(self._spec.columns.target_shape)} with {wanted} classes take "
+                    f"{expected}: give another network, --num-classes, or a --loss of your own"
+                )
+            return
+        if math.prod(shape) != num_rows * wanted or shape[:1] != [num_rows]:
+            raise UserError(
+                f"{self._spec.name} gives {shape} for {num_rows} rows, and a target has {wanted} "
+                f"number{'s' * (wanted > 1)}: give --model-arg num_outputs={wanted} or what the "
+                "network calls it, or a --loss of your own"
+            )
 
     def _loss_of(self, outputs: Any, targets: Tensor, when: str = "") -> Tensor:
         name = self._spec.loss

@@ -1,6 +1,6 @@
-"""How a row keeps its image: as an encoded file, or as packed bits.
+"""How a row keeps its input: as an image file, as packed bits, or as numbers.
 
-Two encodings, each known by its Parquet schema:
+Two encodings are of images, each known by its Parquet schema:
 
 * `EncodedImages`, the Hugging Face convention: `image: struct<bytes: binary, path: string>`,
   holding a PNG, JPEG, ... file.
@@ -8,8 +8,11 @@ Two encodings, each known by its Parquet schema:
   eight pixels a byte; the shape and the bit order are JSON in the schema's metadata under
   `downpour`.
 
-Beside either stands `label: int64`; class names are where Hugging Face keeps them, in the schema's
-metadata under `huggingface`. Pixels are `decode`'s, files are `records`'.
+Rows of a table are `Numbers`, which `columns` packs from the columns that are chosen for inputs.
+
+Beside each stands `label: int64`, or the target that `columns` chooses. Class names are where
+Hugging Face keeps them, in the schema's metadata under `huggingface`. Pixels are `decode`'s, files
+are `records`'.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute  # `take` would import it in the middle of the first mini-batch, for 100 ms
 from numpy.typing import NDArray
 
+from downpour.shuffler.dataset.columns import INPUT, Columns
 from downpour.shuffler.errors import DatasetError
 
 METADATA_KEY = b"downpour"
@@ -92,7 +96,32 @@ class PackedBits:
         return {"name": "bits", **asdict(self)}
 
 
-Encoding = EncodedImages | PackedBits
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Each row holds numbers as so many bytes."""
+
+    num_bytes: int
+    """Bytes of a row."""
+
+    @property
+    def column(self) -> str:
+        """Name of the column."""
+        return INPUT
+
+    @property
+    def data_type(self) -> pa.DataType:
+        """Arrow type of the column."""
+        return pa.binary(self.num_bytes)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the encoding as JSON values."""
+        return {"name": "numbers", "num_bytes": self.num_bytes}
+
+
+Encoding = EncodedImages | PackedBits | Numbers
+
+PLAIN = Columns()
+"""A picture and its label."""
 
 
 def encoding_from(description: object, where: str) -> Encoding:
@@ -131,8 +160,10 @@ def label_values(column: pa.Array) -> NDArray[np.int64]:
     return values[column.offset : column.offset + len(column)]
 
 
-def schema_for(encoding: Encoding, class_names: Sequence[str]) -> pa.Schema:
-    """Return the Parquet schema of a dataset."""
+def schema_for(
+    encoding: Encoding, class_names: Sequence[str], columns: Columns = PLAIN
+) -> pa.Schema:
+    """Return the Parquet schema of a dataset, or that of rows whose columns are packed."""
     features: dict[str, Any] = {
         "label": {"names": list(class_names), "_type": "ClassLabel"}
         if class_names
@@ -145,20 +176,36 @@ def schema_for(encoding: Encoding, class_names: Sequence[str]) -> pa.Schema:
         HUGGING_FACE_KEY: json.dumps({"info": {"features": features}}),
     }
     return pa.schema(
-        [(encoding.column, encoding.data_type), ("label", pa.int64())], metadata=metadata
+        [pa.field(encoding.column, encoding.data_type), columns.target_field], metadata=metadata
     )
 
 
-def encoding_of(schema: pa.Schema, where: str) -> Encoding:
+def encoding_of(schema: pa.Schema, where: str, columns: Columns = PLAIN) -> Encoding:
     """Return the encoding of rows of `schema`, checking that every column is as it should be.
 
     Args:
         schema: of a Parquet file or of a record batch.
         where: names the file in messages.
+        columns: of the file, which become input and target.
 
     Raises:
         DatasetError: a column is missing or of a wrong type, or packed bits lack their shape.
     """
+    if columns != PLAIN:
+        columns.check(schema, where)
+    encoding = Numbers(columns.input_bytes) if columns.inputs else image_encoding(schema, where)
+    if columns == PLAIN:
+        _check_column(schema, "label", pa.int64(), where)
+    return encoding
+
+
+def image_encoding(schema: pa.Schema, where: str) -> EncodedImages | PackedBits:
+    """Return the encoding of the images in rows of `schema`, whatever stands beside them.
+
+    Raises:
+        DatasetError: there are none, or their column is of a wrong type.
+    """
+    encoding: Encoding
     if "bits" in schema.names:
         metadata = _json_metadata(schema, METADATA_KEY, where)
         if not metadata:
@@ -175,15 +222,19 @@ def encoding_of(schema: pa.Schema, where: str) -> Encoding:
             "; give Parquet in the Hugging Face image convention, or run ingest on the source"
         )
     _check_column(schema, encoding.column, encoding.data_type, where)
-    _check_column(schema, "label", pa.int64(), where)
+    assert not isinstance(encoding, Numbers), "the schema has images"
     return encoding
 
 
-def class_names_of(schema: pa.Schema, where: str) -> tuple[str, ...]:
-    """Return the class names in the schema's metadata, () where it has none."""
+def class_names_of(schema: pa.Schema, where: str, columns: Columns = PLAIN) -> tuple[str, ...]:
+    """Return the names of the target's classes in the schema's metadata, () where it has none."""
     match _json_metadata(schema, HUGGING_FACE_KEY, where):
-        case {"info": {"features": {"label": {"names": [*names]}}}}:
-            return tuple(str(name) for name in names)
+        case {"info": {"features": {**features}}} if columns.kind != "numbers":
+            match features.get(columns.targets[0]):
+                case {"names": [*names]}:
+                    return tuple(str(name) for name in names)
+                case {"feature": {"names": [*names]}}:
+                    return tuple(str(name) for name in names)
     return ()
 
 

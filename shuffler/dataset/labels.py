@@ -15,11 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from downpour.shuffler.dataset import files
-from downpour.shuffler.dataset.encoding import PackedBits, label_values
+from downpour.shuffler.dataset.encoding import EncodedImages, label_values
 from downpour.shuffler.dataset.records import Dataset, Shard
 from downpour.shuffler.errors import DatasetError
-
-LABEL = "label"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +36,13 @@ class _Group:
 
 
 def highest_label(dataset: Dataset) -> int:
-    """The greatest label of a split; -1 if no row has one.
+    """The greatest label of a split; -1 if no row has one, or targets are no labels.
 
     Raises:
         DatasetError: labels have to be read, and a shard cannot be.
     """
+    if dataset.columns.kind != "label":
+        return -1
     return max((group.highest for group in _groups(dataset)), default=-1)
 
 
@@ -52,9 +52,11 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
     Raises:
         DatasetError: a row has none, or another one; names the row and the shard.
     """
+    if dataset.columns.kind != "label":
+        return
     for group in _groups(dataset):
         if group.missing or group.lowest < 0 or group.highest >= num_classes:
-            labels = _read(dataset, group.shard, group.number)
+            labels = _labels(dataset, group.shard, group.number)
             _check(dataset, labels, group.first_row, num_classes)
 
 
@@ -64,7 +66,7 @@ def check_images(dataset: Dataset) -> None:
     Raises:
         DatasetError: a row has none; names the row and the shard.
     """
-    if isinstance(dataset.encoding, PackedBits):
+    if not isinstance(dataset.encoding, EncodedImages):
         return
     first_row = 0
     for shard in dataset.shards:
@@ -117,16 +119,21 @@ def _groups(dataset: Dataset) -> Iterator[_Group]:
 
 def _range(dataset: Dataset, shard: Shard, number: int) -> tuple[int, int, int]:
     """The least and the greatest label of a row group, and how many rows have none."""
-    kept = _statistics(shard, number, LABEL)
+    kept = _statistics(shard, number, dataset.columns.targets[0])
     if kept is not None and kept.has_min_max and kept.has_null_count:
         return int(kept.min), int(kept.max), int(kept.null_count)
-    column = _read(dataset, shard, number)
+    column = _labels(dataset, shard, number)
     labels = label_values(column.drop_null())
     lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
     return lowest, highest, column.null_count
 
 
-def _read(dataset: Dataset, shard: Shard, number: int, name: str = LABEL) -> pa.Array:
+def _labels(dataset: Dataset, shard: Shard, number: int) -> pa.Array:
+    """The labels of one row group, as int64."""
+    return _read(dataset, shard, number, dataset.columns.targets[0]).cast(pa.int64())
+
+
+def _read(dataset: Dataset, shard: Shard, number: int, name: str) -> pa.Array:
     """One column of one row group."""
     try:
         with (

@@ -13,12 +13,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from downpour.shuffler.dataset.columns import TARGET, from_bytes
 from downpour.shuffler.dataset.encoding import indices, label_values
+from downpour.shuffler.dataset.own import OwnDataset
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.dataset.row_groups import RowGroups
 from downpour.shuffler.errors import DatasetError
 
 DEFAULT_CACHE_BYTES = 1 << 30
+NOT_COUNTED = 255
+"""Class of pixels that do not count."""
 
 
 MOST_BYTES = 2**31 - 1
@@ -99,7 +103,7 @@ class RowReader:
             rows: int64 [n], row numbers in [0, num_rows).
 
         Returns:
-            n rows of the dataset's `schema`: the image column and the label.
+            n rows of the dataset's `schema`: the input's column and the target's.
 
         Raises:
             DatasetError: a row does not exist, a label is out of range or missing, or a shard
@@ -114,6 +118,10 @@ class RowReader:
                 f"rows {wanted.min()}..{wanted.max()} are not all in [0, {num_rows}), the rows of "
                 f"split {self._dataset.split!r} of {self._dataset.uri}; plan for that many rows"
             )
+        if isinstance(self._dataset, OwnDataset):
+            batch = self._dataset.take(wanted)
+            self._check_labels(batch, wanted)
+            return batch
         by_row = np.argsort(wanted, kind="stable")
         ascending = wanted[by_row]
         group_of = np.searchsorted(self._starts, ascending, side="right") - 1
@@ -136,6 +144,8 @@ class RowReader:
         What the cache has no room for is left out, and what cannot be read is told when it is
         taken. A later call replaces what has not begun.
         """
+        if isinstance(self._dataset, OwnDataset):
+            return  # its items are asked for when their turn comes, each once
         groups = [
             np.unique(np.searchsorted(self._starts, rows, side="right") - 1).tolist()
             for rows in windows
@@ -150,7 +160,27 @@ class RowReader:
         """Return ascending `rows` of one row group; only they outlive the call, not the group."""
         return self._groups.get(group).take(indices(rows - self._starts[group]))
 
+    def _check_masks(self, batch: pa.RecordBatch, rows: NDArray[np.int64]) -> None:
+        columns = self._dataset.columns
+        masks = from_bytes(batch.column(TARGET), (columns.target_width,), "int64")
+        bound = self._num_classes or NOT_COUNTED
+        outside = ((masks < 0) | (masks >= bound)) & (masks != NOT_COUNTED)
+        if outside.any():
+            bad = int(np.flatnonzero(outside.any(1))[0])
+            found = masks[bad][outside[bad]][0]
+            row = self._dataset.describe_row(int(rows[bad]))
+            raise DatasetError(
+                f"class {found} out of range: the mask of {row} must have classes in "
+                f"[0, {bound}), or {NOT_COUNTED} for what does not count; "
+                "correct it or the number of classes"
+            )
+
     def _check_labels(self, batch: pa.RecordBatch, rows: NDArray[np.int64]) -> None:
+        columns = self._dataset.columns
+        if columns.target_type == "int64" and columns.kind != "label":
+            self._check_masks(batch, rows)
+        if columns.kind != "label":
+            return
         column = batch.column("label")
         if column.null_count:
             bad = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]

@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from downpour.shuffler.dataset import files
-from downpour.shuffler.dataset.encoding import Encoding, class_names_of, encoding_of, schema_for
+from downpour.shuffler.dataset.columns import Columns
+from downpour.shuffler.dataset.encoding import (
+    PLAIN,
+    Encoding,
+    class_names_of,
+    encoding_of,
+    schema_for,
+)
 from downpour.shuffler.dataset.manifest import Manifest, ShardEntry, SplitEntry, read_manifest
 from downpour.shuffler.errors import DatasetError
 
@@ -82,7 +89,7 @@ class Dataset:
     """Shards in the order of their names."""
 
     encoding: Encoding
-    """How rows keep their images."""
+    """How rows keep their inputs."""
 
     class_names: tuple[str, ...] = field(repr=False)
     """Names of the labels 0, 1, ...; empty where the dataset names none."""
@@ -90,6 +97,9 @@ class Dataset:
     fingerprint: str
     """Changes when the split does: a hash of its shards' names, sizes and rows, and of their
     checksums where a manifest has them. A resumed run compares it."""
+
+    columns: Columns = PLAIN
+    """Which columns are the input and the target."""
 
     @property
     def num_rows(self) -> int:
@@ -108,8 +118,8 @@ class Dataset:
 
     @property
     def schema(self) -> pa.Schema:
-        """Schema of the rows that a reader returns: the image column and the label."""
-        return schema_for(self.encoding, self.class_names)
+        """Schema of the rows that a reader returns: the input's column and the target's."""
+        return schema_for(self.encoding, self.class_names, self.columns)
 
     def shard_of(self, row: int) -> tuple[Shard, int]:
         """Return the shard that holds `row`, and the row's number in it."""
@@ -147,13 +157,19 @@ class Dataset:
 
     @classmethod
     def open(
-        cls, uri: str | os.PathLike[str], split: str, *, verify_checksums: bool | None = None
+        cls,
+        uri: str | os.PathLike[str],
+        split: str,
+        columns: Columns = PLAIN,
+        *,
+        verify_checksums: bool | None = None,
     ) -> Dataset:
         """Open a split and check all that can be checked without reading rows.
 
         Args:
             uri: a folder, or a URI of one on any filesystem of `pyarrow.fs`.
             split: `train`, `test`, `validation`, ...
+            columns: which are the input and the target.
             verify_checksums: read every shard and compare it with the manifest's checksum. None
                 does so where that takes no time, with splits of up to `VERIFIED_BYTES`; pages of
                 larger ones are compared with their own checksums as they are read.
@@ -166,25 +182,26 @@ class Dataset:
         filesystem, folder = files.locate(uri)
         entries = _shards_by_split(filesystem, folder, where)
         manifest = read_manifest(filesystem, folder)
-        chosen = entries.get(split)
-        if not chosen:
-            known = ", ".join(sorted(entries)) or "none"
-            raise DatasetError(
-                f"{where} has no shards of split {split!r} (it has: {known}); choose one of "
-                "those, or run ingest on the source"
-            )
+        chosen = _chosen(entries, split, where)
         check_numbering(chosen, where)
         listed = _listed_split(manifest, split, where)
-        return cls._opened(filesystem, where, split, chosen, listed, verify_checksums)
+        return cls._opened(filesystem, where, split, chosen, listed, verify_checksums, columns)
 
     @classmethod
-    def open_part(cls, uri: str | os.PathLike[str], split: str, listed: SplitEntry) -> Dataset:
+    def open_part(
+        cls,
+        uri: str | os.PathLike[str],
+        split: str,
+        listed: SplitEntry,
+        columns: Columns = PLAIN,
+    ) -> Dataset:
         """Open some of a split's shards, those that a folder has, as a dataset of their own.
 
         Args:
             uri: the folder; other shards there may be, or not be, and it needs no manifest.
             split: their split.
             listed: what the manifest says of these shards.
+            columns: which are the input and the target.
 
         Raises:
             DatasetError: a shard is missing, damaged, or is not what the manifest says.
@@ -193,7 +210,7 @@ class Dataset:
         filesystem, folder = files.locate(uri)
         infos = filesystem.get_file_info([f"{folder}/{shard.name}" for shard in listed.shards])
         chosen = [info for info in infos if info.type == fs.FileType.File]
-        return cls._opened(filesystem, where, split, chosen, listed, None)
+        return cls._opened(filesystem, where, split, chosen, listed, None, columns)
 
     @classmethod
     def _opened(
@@ -204,6 +221,7 @@ class Dataset:
         chosen: list[fs.FileInfo],
         listed: SplitEntry | None,
         verify_checksums: bool | None,
+        columns: Columns,
     ) -> Dataset:
         if listed:
             _check_listing(chosen, listed, where)
@@ -217,7 +235,7 @@ class Dataset:
             _check_checksums(filesystem, shards, listed)
         if sum(shard.num_rows for shard in shards) == 0:
             raise DatasetError(f"split {split!r} of {where} has zero rows; run ingest again")
-        encoding, class_names = _common_schema(shards)
+        encoding, class_names = _common_schema(shards, columns)
         return cls(
             uri=where,
             split=split,
@@ -226,7 +244,42 @@ class Dataset:
             encoding=encoding,
             class_names=class_names,
             fingerprint=_fingerprint(split, shards, listed),
+            columns=columns,
         )
+
+
+def schema_of_split(uri: str | os.PathLike[str], split: str) -> tuple[pa.Schema, str]:
+    """Return the whole schema of a split's first shard, and the shard's path.
+
+    Raises:
+        DatasetError: there is no such split, or its first shard cannot be read.
+    """
+    path, filesystem = shards_of_split(uri, split)[0]
+    shard = _open_shard(filesystem, filesystem.get_file_info(path))
+    return shard.schema, shard.path
+
+
+def shards_of_split(uri: str | os.PathLike[str], split: str) -> list[tuple[str, fs.FileSystem]]:
+    """Return the paths of a split's shards, and the filesystem that each is on.
+
+    Raises:
+        DatasetError: there is no such split.
+    """
+    where = os.fspath(uri)
+    filesystem, folder = files.locate(uri)
+    entries = _shards_by_split(filesystem, folder, where)
+    return [(info.path, filesystem) for info in _chosen(entries, split, where)]
+
+
+def _chosen(entries: dict[str, list[fs.FileInfo]], split: str, where: str) -> list[fs.FileInfo]:
+    chosen = entries.get(split)
+    if not chosen:
+        known = ", ".join(sorted(entries)) or "none"
+        raise DatasetError(
+            f"{where} has no shards of split {split!r} (it has: {known}); choose one of "
+            "those, or run ingest on the source"
+        )
+    return chosen
 
 
 def split_names(uri: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -345,10 +398,13 @@ def _open_shard(filesystem: fs.FileSystem, info: fs.FileInfo) -> Shard:
         ) from error
 
 
-def _common_schema(shards: tuple[Shard, ...]) -> tuple[Encoding, tuple[str, ...]]:
+def _common_schema(shards: tuple[Shard, ...], columns: Columns) -> tuple[Encoding, tuple[str, ...]]:
     """Return the one encoding and the one list of class names of all shards."""
     found = [
-        (encoding_of(shard.schema, shard.path), class_names_of(shard.schema, shard.path))
+        (
+            encoding_of(shard.schema, shard.path, columns),
+            class_names_of(shard.schema, shard.path, columns),
+        )
         for shard in shards
     ]
     for shard, (encoding, class_names) in zip(shards, found, strict=True):

@@ -14,7 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from downpour.shuffler.dataset import columns as packing
 from downpour.shuffler.dataset import files
+from downpour.shuffler.dataset.columns import BadValueError, Columns
+from downpour.shuffler.dataset.encoding import PLAIN, Numbers
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DatasetError
 from downpour.shuffler.processors import processors
@@ -55,6 +58,7 @@ class RowGroups:
         self._dataset = dataset
         self._local = files.is_local(dataset.filesystem)
         self._schema = dataset.schema
+        self._stored = stored_columns(dataset)
         self._shard_starts = dataset.shard_group_starts()
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
@@ -208,10 +212,11 @@ class RowGroups:
                 ) as parquet,
             ):
                 # Row groups are read side by side; threads within one cost more than they gain.
-                table = parquet.read_row_group(
-                    number, columns=self._schema.names, use_threads=False
-                )
-                return conform(table, self._schema)
+                table = parquet.read_row_group(number, columns=self._stored, use_threads=False)
+                return conform(table, self._schema, self._dataset.columns)
+        except BadValueError as error:
+            row = int(self._dataset.row_group_starts()[group]) + error.position
+            raise DatasetError(f"{self._dataset.describe_row(row)}: {error.what}") from None
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(
                 f"row group {number} of {path} cannot be read ({files.one_line(error)}); "
@@ -219,10 +224,28 @@ class RowGroups:
             ) from error
 
 
-def conform(table: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
-    """Return a table of one row group as one batch of `schema`: columns in order, no others."""
+def stored_columns(dataset: Dataset) -> list[str]:
+    """Return the columns of a dataset's files that make up its rows."""
+    columns = dataset.columns
+    encoding = dataset.encoding
+    inputs = columns.inputs if isinstance(encoding, Numbers) else (encoding.column,)
+    return list(dict.fromkeys((*inputs, *columns.targets)))
+
+
+def conform(table: pa.Table, schema: pa.Schema, chosen: Columns = PLAIN) -> pa.RecordBatch:
+    """Return a table of one row group as one batch of `schema`: columns in order, no others.
+
+    Raises:
+        BadValueError: a value of a chosen column is missing, or float32 does not hold it.
+    """
     columns = []
     for target in schema:
+        if target.name == packing.INPUT and chosen.inputs:
+            columns.append(packing.pack(table, chosen.inputs, chosen.input_widths))
+            continue
+        if chosen != PLAIN and target.name == chosen.target_field.name:
+            columns.append(packing.pack_target(table, chosen))
+            continue
         column = table.column(target.name).combine_chunks()
         if column.type != target.type:  # a struct whose fields stand in another order
             fields = [column.field(part.name) for part in target.type]

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from downpour.shuffler.dataset.encoding import PackedBits, encoding_of, label_values
+from downpour.shuffler.dataset.columns import INPUT, LABEL, TARGET, Columns, from_bytes
+from downpour.shuffler.dataset.encoding import PLAIN, PackedBits, image_encoding, label_values
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig, Variations, vary
 from downpour.shuffler.images.bounds import check_views
@@ -118,14 +119,35 @@ class ImageSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """The numbers that a network takes."""
+
+    shape: tuple[int, ...]
+    """Shape of one input."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return self.shape
+
+    @property
+    def of_any_size(self) -> TensorSpec:
+        """The same: numbers are taken as they are."""
+        return self
+
+
+InputSpec = ImageSpec | TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
     """Rows as a network takes them."""
 
-    inputs: NDArray[np.float32]
-    """[m, *spec.input_shape], in [0, 1]."""
+    inputs: NDArray[Any]
+    """[m, *spec.input_shape]; of images, float32 in [0, 1]."""
 
-    labels: NDArray[np.int64]
-    """[m]."""
+    labels: NDArray[Any]
+    """The targets: classes, int64 [m], or numbers, float32 [m, numbers of a target]."""
 
     kept: NDArray[np.int64]
     """Positions of these m among the n rows that were asked for, ascending; all of them but for
@@ -143,8 +165,11 @@ class Decoded:
 class Decoder:
     """How rows become inputs."""
 
-    spec: ImageSpec
-    """The images wanted."""
+    spec: InputSpec
+    """The images, or the numbers, wanted."""
+
+    columns: Columns = PLAIN
+    """What the targets are."""
 
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How they are varied."""
@@ -156,6 +181,10 @@ class Decoder:
     """What an image does that cannot be decoded: `stop` raises, `skip` leaves it out."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.spec, TensorSpec) and not self.augment.changes_nothing:
+            raise DecodeError(
+                "numbers cannot be cropped, mirrored or distorted; leave augmentation out"
+            )
         if self.on_bad_image not in ("stop", "skip"):
             raise DecodeError(
                 f"on_bad_image={self.on_bad_image!r} is unknown; choose 'stop' or 'skip'"
@@ -164,7 +193,7 @@ class Decoder:
     def decode(
         self, batch: pa.RecordBatch, *, epoch: int = 0, rows: NDArray[np.int64] | None = None
     ) -> Decoded:
-        """Return the inputs and the labels of rows.
+        """Return the inputs and the targets of rows.
 
         Args:
             batch: n rows as `reader` returns them, of either encoding.
@@ -174,10 +203,14 @@ class Decoder:
 
         Raises:
             DecodeError: an image cannot be decoded or has another size; it names the row.
-            DatasetError: the batch has no image column or no label.
+            DatasetError: the batch has no image column.
         """
-        encoding = encoding_of(batch.schema, "the record batch")
-        labels = label_values(batch.column("label")).copy()
+        labels = targets_of(batch, self.columns)
+        if isinstance(self.spec, TensorSpec):
+            inputs = from_bytes(batch.column(INPUT), self.spec.shape, self.columns.input_type)
+            whole = np.arange(len(batch), dtype=np.int64)
+            return Decoded(inputs=inputs, labels=labels, kept=whole)
+        encoding = image_encoding(batch.schema, "the record batch")
         if isinstance(encoding, PackedBits):
             if not self.augment.changes_nothing:
                 raise DecodeError(
@@ -197,6 +230,12 @@ class Decoder:
             inputs=inputs.reshape(shape), labels=labels, kept=kept, problems=problems, notes=notes
         )
 
+    @property
+    def _images(self) -> ImageSpec:
+        """The images wanted, where they are images."""
+        assert isinstance(self.spec, ImageSpec), "numbers are no images"
+        return self.spec
+
     def opened(
         self, batch: pa.RecordBatch, rows: NDArray[np.int64] | None
     ) -> tuple[list[ImageFile | None], dict[int, str]]:
@@ -208,7 +247,8 @@ class Decoder:
         """
         from downpour.shuffler.images import pixels
 
-        channels, reading = self.spec.channels, self.spec.reading
+        spec = self._images
+        channels, reading = spec.channels, spec.reading
         problems: dict[int, str] = {}
         files: list[ImageFile | None] = []
         room = _DECODED_BYTES
@@ -243,7 +283,7 @@ class Decoder:
         """Return the images as uint8 [m, c, h, w], which rows they are, problems and notes."""
         from downpour.shuffler.images import pixels
 
-        spec, channels = self.spec, self.spec.channels
+        spec, channels = self._images, self._images.channels
         kept: list[int] = []
         files, problems = self.opened(batch, rows)
         variations = self._variations(files, epoch, rows)
@@ -285,7 +325,7 @@ class Decoder:
         """Return one image, cropped and varied."""
         from downpour.shuffler.images import pixels
 
-        spec = self.spec
+        spec = self._images
         if box is not None:
             image = pixels.crop_file(file, spec.channels, box, spec.height, spec.width)
         elif spec.fit == "crop" or (
@@ -310,8 +350,9 @@ class Decoder:
     def scaled(self, planes: Pixels) -> NDArray[np.float32]:
         """Return pixels uint8 [m, ...] as a network takes them: in [0, 1], or 0 and 1."""
         inputs = np.empty(planes.shape, dtype=np.float32)
-        if self.spec.binary_threshold is not None:
-            np.greater(planes, self.spec.binary_threshold, out=inputs, casting="unsafe")
+        threshold = self._images.binary_threshold
+        if threshold is not None:
+            np.greater(planes, threshold, out=inputs, casting="unsafe")
             return inputs
         # A block at a time stays in the processor's cache; to divide after it is faster than to do
         # both at once.
@@ -321,6 +362,21 @@ class Decoder:
             np.copyto(some, planes[start : start + block])
             np.divide(some, np.float32(255), out=some)
         return inputs
+
+
+def targets_of(batch: pa.RecordBatch, columns: Columns) -> NDArray[Any]:
+    """Return the targets of n rows: classes, int64 [n], or numbers, float32 [n, t].
+
+    Rows to predict for have none: their classes are -1, and their numbers 0.
+    """
+    if columns.kind == "label":
+        if LABEL not in batch.schema.names:
+            return np.full(len(batch), -1, dtype=np.int64)
+        return label_values(batch.column(LABEL)).copy()
+    shape = columns.target_shape or (columns.target_width,)
+    if TARGET not in batch.schema.names:
+        return np.zeros((len(batch), *shape), dtype=columns.target_type)
+    return from_bytes(batch.column(TARGET), shape, columns.target_type)
 
 
 def decode(

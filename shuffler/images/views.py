@@ -9,11 +9,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from downpour.shuffler.dataset.encoding import PackedBits, encoding_of, label_values
+from downpour.shuffler.dataset.columns import Columns
+from downpour.shuffler.dataset.encoding import PLAIN, PackedBits, image_encoding
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.bounds import check_views
 from downpour.shuffler.images.crops import views_of
-from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec, notes_of
+from downpour.shuffler.images.decode import (
+    BadImage,
+    Decoded,
+    Decoder,
+    ImageSpec,
+    notes_of,
+    targets_of,
+)
 from downpour.shuffler.images.rows import undecodable
 
 
@@ -24,6 +32,7 @@ def decode_views(
     *,
     rows: NDArray[np.int64] | None = None,
     on_bad_image: BadImage = "stop",
+    columns: Columns = PLAIN,
 ) -> Decoded:
     """Return several crops of each image, and the labels.
 
@@ -33,6 +42,7 @@ def decode_views(
         crops: 1, 10 or 144; see `crops`.
         rows: int64 [n], the rows' numbers: for messages only.
         on_bad_image: what an image does that cannot be decoded.
+        columns: what the targets are.
 
     Returns:
         The m images that were decoded. Their inputs are float32 [m, crops, *spec.input_shape], in
@@ -42,7 +52,7 @@ def decode_views(
         DecodeError: an image cannot be decoded, `crops` is not one of the three, or the network's
             input is not square; packed bits have no crops.
     """
-    if isinstance(encoding_of(batch.schema, "the record batch"), PackedBits):
+    if isinstance(image_encoding(batch.schema, "the record batch"), PackedBits):
         raise DecodeError("packed bits have no crops; ingest without a binary threshold")
     from downpour.shuffler.images import pixels
 
@@ -76,7 +86,7 @@ def decode_views(
     found = np.array(kept, dtype=np.int64)
     return Decoded(
         inputs=inputs.reshape(len(kept), crops, *spec.input_shape),
-        labels=label_values(batch.column("label"))[found].copy(),
+        labels=targets_of(batch, columns)[found],
         kept=found,
         problems=lines,
         notes=notes,

@@ -1,6 +1,7 @@
 """States of a run to show: one with every number, and one with none."""
 
 from downpour.cluster.monitoring.progress import Progress
+from downpour.workers.tasks import Figure
 
 FULL = Progress(
     elapsed_s=83.2,
@@ -13,8 +14,8 @@ FULL = Progress(
     updates_per_s=1204.3,
     examples_per_s=38_500.0,
     loss=0.08123456,
-    accuracy=0.9781,
-    best_accuracy=0.979,
+    figure=Figure(metric="accuracy", value=0.9781),
+    best=Figure(metric="accuracy", value=0.979),
     staleness_mean=48.91,
     staleness_p99=71.0,
     replicas_alive=9,

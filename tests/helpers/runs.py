@@ -22,7 +22,7 @@ from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.run.provenance import write_about
 from downpour.cluster.training.inputs import check_data, check_data_unchanged
 from downpour.paramserver.partition.applied_set import APPLIED
-from downpour.shuffler.dataset.records import Dataset
+from downpour.shuffler.dataset.own import open_split
 from tests.helpers.thread_backend import ThreadBackend
 
 
@@ -34,7 +34,7 @@ class Run:
         self.folder = RunFolder.open(folder) if resume else RunFolder.create(folder, config)
         self.store = CheckpointStore(self.folder.checkpoints_uri)
         self.resumed = self.store.latest()[0] if resume else None
-        dataset = Dataset.open(config.data.data, config.data.train_split)
+        dataset = open_split(config.data.data, config.data.train_split, config.model.columns)
         self.plan = make_plan(config, dataset.num_rows)
         self.backend = ThreadBackend(config, self.plan, resumed=self.resumed, store=self.store)
         self.shown: list[Progress] = []

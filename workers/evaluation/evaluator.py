@@ -10,8 +10,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import safetensors.torch
 import torch
@@ -20,16 +20,19 @@ from torch import Tensor
 from downpour.models.batchnorm import DEFAULT_EPS
 from downpour.models.conversion.state import has_spectral_norm, settle_spectral_norm
 from downpour.models.flat import FlatModel
+from downpour.models.losses import LOSSES
 from downpour.models.moments import Moments, Population
 from downpour.models.outputs import main_output, tells_classes
-from downpour.models.registry import LOSSES
 from downpour.paramserver import durable
+from downpour.shuffler.images.decode import ImageSpec
 from downpour.workers.evaluation.answers import Answers
 from downpour.workers.evaluation.joint_moments import JointMoments
+from downpour.workers.evaluation.metrics import metrics_of
 from downpour.workers.spec import ModelSpec
+from downpour.workers.tasks import ACCURACY, EVALUATION_LOSS, Figure, goodness
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-"""Inputs [m, ...] and int64 targets [m]."""
+"""Inputs [m, ...], and targets: classes, int64 [m], or what the task has."""
 PRECISION = 0.01
 """The standard error at which an estimate of population statistics is good enough: the root mean
 square, over features, of how far normalized values are expected to be off, in standard deviations.
@@ -50,6 +53,37 @@ class Score:
     num_examples: int
     of_classes: bool = True
     """Whether the network gives a number for each class."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The figures of a task other than classification, the one that decides first."""
+
+    @property
+    def metric(self) -> str:
+        """The name of the figure that decides which weights are best."""
+        if self.metrics:
+            return next(iter(self.metrics))
+        return ACCURACY if self.of_classes else EVALUATION_LOSS
+
+    @property
+    def value(self) -> float:
+        """That figure."""
+        if self.metrics:
+            return self.metrics[self.metric]
+        return self.accuracy if self.of_classes else self.loss
+
+    @property
+    def goodness(self) -> float:
+        """The same, turned so that more is better; -inf if it is not a number."""
+        return goodness(self.metric, self.value)
+
+    @property
+    def figure(self) -> Figure:
+        """The figure that decides, with its name."""
+        return Figure(metric=self.metric, value=self.value)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All figures by their names, the loss aside."""
+        return dict(self.metrics) if self.metrics else {self.metric: self.value}
 
 
 class Evaluator:
@@ -72,7 +106,10 @@ class Evaluator:
         self._main_only = spec.loss in LOSSES  # auxiliary classifiers are for training
         self._num_classes = spec.num_classes
         image = spec.image
-        self._shape = (image.channels, image.height, image.width)
+        self._task = spec.task
+        self._shape = (
+            (image.channels, image.height, image.width) if isinstance(image, ImageSpec) else None
+        )
         self.answers = Answers()
         """Of the latest scoring."""
         self.num_batches = 0
@@ -92,12 +129,16 @@ class Evaluator:
             settle_spectral_norm(self._model.module)
         correct = examples = 0
         answers = Answers(self._shape)
-        loss, of_classes = 0.0, True
+        metrics = metrics_of(self._task)
+        loss, of_classes = 0.0, metrics is None
         with torch.inference_mode():
             for inputs, targets in self._counted(self._batches()):
                 outputs = self._model.module(inputs)
                 answer = main_output(outputs)
-                of_classes = tells_classes(answer, self._num_classes)
+                if metrics is not None:
+                    metrics.add(answer, targets)
+                else:
+                    of_classes = tells_classes(answer, self._num_classes)
                 if of_classes:
                     correct += int((answer.argmax(1) == targets).sum())
                     if keep_answers:
@@ -111,6 +152,7 @@ class Evaluator:
             loss=loss / max(examples, 1),
             num_examples=examples,
             of_classes=of_classes,
+            metrics={} if metrics is None else metrics.compute(),
         )
 
     def recompute(self, batches: Batches, *, most_s: float = math.inf) -> PopulationEstimate:
@@ -133,7 +175,7 @@ class Evaluator:
         state = self._model.state_dict()
         about = {
             "versions": list(versions),
-            "accuracy": score.accuracy,
+            **score.figures,
             "loss": score.loss,
             "num_examples": score.num_examples,
             "bn_statistics": "recomputed" if num_recomputed else "moving",

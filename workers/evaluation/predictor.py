@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 from downpour.models.flat import FlatModel
 from downpour.models.fold import fold
+from downpour.models.losses import LOSSES, Loss
 from downpour.models.outputs import main_output, tells_classes
-from downpour.models.registry import LOSSES, Loss
-from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec
+from downpour.shuffler.dataset.columns import Columns
+from downpour.shuffler.dataset.encoding import PLAIN
+from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec, InputSpec
 from downpour.shuffler.images.views import decode_views
 from downpour.workers.errors import InferenceError
+from downpour.workers.evaluation.metrics import metrics_of
 from downpour.workers.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -114,7 +117,15 @@ class Predictor:
         """
         if not networks:
             raise InferenceError("an ensemble of no networks has no answer: give at least one")
-        counts = {network.spec.num_classes for network in networks}
+        tasks = {network.spec.task for network in networks}
+        if len(tasks) > 1:
+            raise InferenceError(
+                f"the networks are for {' and '.join(sorted(tasks))}: an ensemble's task is one"
+            )
+        self.task = tasks.pop()
+        if crops != 1 and not all(isinstance(n.spec.image, ImageSpec) for n in networks):
+            raise InferenceError(f"crops is {crops}, and rows of numbers have none: give 1")
+        counts = {network.spec.num_outputs for network in networks}
         if len(counts) > 1:
             raise InferenceError(
                 f"the networks tell {sorted(counts)} classes apart: an ensemble's are the same"
@@ -141,7 +152,7 @@ class Predictor:
         `DecodeError` for an image that cannot be decoded, unless those are to be skipped.
         """
         numbers = None if first_row is None else np.arange(first_row, first_row + len(rows))
-        seen: dict[ImageSpec, Decoded] = {}
+        seen: dict[InputSpec, Decoded] = {}
         for network in self._networks:
             image = network.spec.image
             if image not in seen:
@@ -153,7 +164,7 @@ class Predictor:
             assert len(decoded.kept) == len(first.kept), "an image is bad for all networks or none"
             inputs = torch.from_numpy(decoded.inputs)
             views = inputs if self._crops != 1 else inputs[:, None]
-            found.append(_mean_over_views(module, views, self.num_classes))
+            found.append(_mean_over_views(module, views, self.num_classes, self.task))
         if len({(each.of_classes, each.mean.shape) for each in found}) > 1:
             raise InferenceError("the networks answer differently: an ensemble's give the same")
         return Answer(
@@ -169,14 +180,19 @@ class Predictor:
     def _decoded(
         self,
         rows: pa.RecordBatch,
-        image: ImageSpec,
+        image: InputSpec,
         numbers: npt.NDArray[np.int64] | None,
         on_bad_image: BadImage,
     ) -> Decoded:
         """What a network is shown: inputs `[m, ...]`, or `[m, views, ...]` of several crops."""
-        if self._crops != 1:
-            return decode_views(rows, image, self._crops, rows=numbers, on_bad_image=on_bad_image)
-        return decode_any_size(rows, image, numbers=numbers, on_bad_image=on_bad_image)
+        columns = self._networks[0].spec.columns
+        if isinstance(image, ImageSpec) and self._crops != 1:
+            return decode_views(
+                rows, image, self._crops, rows=numbers, on_bad_image=on_bad_image, columns=columns
+            )
+        return decode_any_size(
+            rows, image, numbers=numbers, on_bad_image=on_bad_image, columns=columns
+        )
 
     def score(
         self, batches: Iterable[pa.RecordBatch], *, on_bad_image: BadImage = "stop"
@@ -187,6 +203,7 @@ class Predictor:
         decoded, unless those are to be skipped.
         """
         first_row = count = top1 = top5 = 0
+        metrics = metrics_of(self.task)
         loss, of_classes = 0.0, True
         skipped: list[str] = []
         for rows in batches:
@@ -197,6 +214,9 @@ class Predictor:
             if not len(labels):
                 continue
             of_classes = found.of_classes
+            if metrics is not None:
+                means = found.probabilities
+                metrics.add(means - 0.5 if self.task == "multilabel" else means, labels)
             if of_classes:
                 best = probabilities.topk(min(5, self.num_classes), dim=1).indices
                 hits = best == labels[:, None]
@@ -213,6 +233,7 @@ class Predictor:
             loss=loss / count,
             num_examples=count,
             skipped=tuple(skipped),
+            metrics={} if metrics is None else metrics.compute(),
         )
 
     def _loss(self, found: Answer) -> float:
@@ -222,15 +243,19 @@ class Predictor:
         crops there are only means, as logits if they are of classes: `softmax(log(p))` is p.
         """
         means = found.probabilities
+        if self.task == "multilabel":
+            means = means.logit(eps=1e-7)
         if found.of_classes:
             means = means.clamp(min=1e-30).log()
-        if self._networks[0].spec.loss in LOSSES and found.of_classes:
+        if self._networks[0].spec.loss == "cross_entropy" and found.of_classes:
             return -float(means.gather(1, found.labels[:, None].long()).sum())
         if self._own_loss is None:
             self._own_loss = self._networks[0].spec.build_loss()
         total, start = 0.0, 0
         with torch.inference_mode():
-            for outputs, size in found.parts or ((means, len(means)),):
+            named = self._networks[0].spec.loss in LOSSES  # auxiliary heads are for training
+            for given, size in found.parts or ((means, len(means)),):
+                outputs = main_output(given) if named else given
                 labels = found.labels[start : start + size]
                 total += float(self._own_loss(outputs, labels)) * size
                 start += size
@@ -248,7 +273,7 @@ class Answer:
     parts: tuple[tuple[Any, int], ...]
     """What a single network gave, some rows at a time, and how many; empty of an ensemble."""
     labels: Tensor
-    """The rows' own, int64 `[m]`."""
+    """The rows' own targets: classes, int64 `[m]`, or what the task has."""
     kept: npt.NDArray[np.int64]
     """Positions of the m among the n rows, ascending."""
     problems: tuple[str, ...]
@@ -272,14 +297,17 @@ class EnsembleScore:
     """Rows that were scored."""
     skipped: tuple[str, ...] = ()
     """A line for each row that was not, because its image cannot be decoded."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The figures of a task other than classification."""
 
 
 def decode_any_size(
     rows: pa.RecordBatch,
-    image: ImageSpec,
+    image: InputSpec,
     *,
     numbers: npt.NDArray[np.int64] | None = None,
     on_bad_image: BadImage = "stop",
+    columns: Columns = PLAIN,
 ) -> Decoded:
     """Inputs `[m, ...]` of rows; an image of another size is cut as single crops are.
 
@@ -287,7 +315,8 @@ def decode_any_size(
     cannot be decoded, unless those are to be skipped, and for one of another size if the network's
     input is not square.
     """
-    return Decoder(spec=image.of_any_size, on_bad_image=on_bad_image).decode(rows, rows=numbers)
+    decoder = Decoder(spec=image.of_any_size, columns=columns, on_bad_image=on_bad_image)
+    return decoder.decode(rows, rows=numbers)
 
 
 def rows_of(images: Sequence[bytes], names: Sequence[str] = ()) -> pa.RecordBatch:
@@ -309,15 +338,24 @@ class _Found:
     parts: tuple[tuple[Any, int], ...]
 
 
-def _mean_over_views(module: torch.nn.Module, inputs: Tensor, num_classes: int) -> _Found:
-    """Mean class probabilities, or numbers, of `[n, views, ...]`."""
+def _mean_over_views(
+    module: torch.nn.Module, inputs: Tensor, num_classes: int, task: str
+) -> _Found:
+    """Mean class probabilities, or numbers, of `[n, views, ...]`.
+
+    Of several classes at once, each one's probability is that of its logit.
+    """
     flat = inputs.flatten(0, 1)
     row_bytes = flat[0].nbytes if len(flat) else 1
     step = max(1, FORWARD_BYTES // row_bytes)
     with torch.inference_mode():
         parts = tuple((module(part), len(part)) for part in torch.split(flat, step))
         answers = [main_output(outputs) for outputs, _ in parts]
-        of_classes = all(tells_classes(each, num_classes) for each in answers)
+        of_classes = task == "classification" and all(
+            tells_classes(each, num_classes) for each in answers
+        )
+        if task == "multilabel":
+            answers = [each.sigmoid() for each in answers]
         answer = torch.cat([each.softmax(1) for each in answers] if of_classes else answers)
     mean = answer.unflatten(0, inputs.shape[:2]).mean(1)  # type: ignore[no-untyped-call]
     return _Found(mean=mean, of_classes=of_classes, parts=parts)

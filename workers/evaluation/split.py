@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
-from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.decode import Decoder
 from downpour.workers.evaluation.evaluator import Batches
@@ -38,12 +38,14 @@ class SplitBatches:
             DatasetError: it cannot be opened.
         """
         self._spec = spec
-        self._dataset = Dataset.open(data_uri, split)
+        self._dataset = open_split(data_uri, split, spec.columns)
         self._reader = RowReader(self._dataset, num_classes=spec.num_classes)
         row_bytes = 4 * math.prod(spec.image.input_shape)
         self._rows = max(1, min(EVALUATION_ROWS, EVALUATION_BYTES // row_bytes))
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._decoder = Decoder(spec=spec.image.of_any_size, on_bad_image="skip")
+        self._decoder = Decoder(
+            spec=spec.image.of_any_size, columns=spec.columns, on_bad_image="skip"
+        )
         self._skipped: dict[int, str] = {}
 
     @property

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.plan.keys import stream_key
@@ -45,7 +46,7 @@ class TrainingSample:
             DatasetError: it cannot be opened.
         """
         self._spec = spec
-        self._dataset = Dataset.open(spec.data, spec.split)
+        self._dataset = open_split(spec.data, spec.split, spec.decoder.columns)
         self._rows = drawn_rows(self._dataset, spec)
         self.batch_size = min(spec.batch_size, self._dataset.num_rows)
         """Rows of each mini-batch."""
@@ -69,7 +70,7 @@ class TrainingSample:
             self._encoded = self._read()
 
     def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs `[m, ...]` and int64 targets `[m]` of each mini-batch, m the batch size.
+        """Inputs `[m, ...]` and targets of each mini-batch, m the batch size.
 
         A mini-batch with an image that cannot be decoded is left out.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from downpour.cluster.config.run import RunConfig
 from downpour.cluster.monitoring.learning import PREFIX
 from downpour.cluster.monitoring.plots import (
     METRICS_FILE,
@@ -23,9 +24,11 @@ from downpour.cluster.monitoring.plots import (
 )
 from downpour.cluster.monitoring.report import classes
 from downpour.cluster.monitoring.report.figures import bars, curves, text
+from downpour.cluster.monitoring.scores import TITLES, figure_of, metric_in
 from downpour.cluster.monitoring.texts import cell_text, once_text, percent_text
 from downpour.cluster.run.folder import ANSWERS, DATA, EVENTS, RESULT, RunFolder
 from downpour.paramserver import durable
+from downpour.workers.tasks import ACCURACY, EVALUATION_LOSS, SHARES
 
 REPORT = "report.html"
 MOST_SKIPPED = 200
@@ -50,6 +53,16 @@ _CURVES = (
     _Curve(title="Learning rate", key="learning_rate"),
     _Curve(title="Replicas at work", key="replicas_alive"),
 )
+
+
+def _curves_of(metric: str) -> tuple[_Curve, ...]:
+    """The curves of a task's own figure, and of the loss that goes with it."""
+    loss = _Curve(title="Loss on the evaluation split", key=EVALUATION_LOSS, from_zero=False)
+    if metric == EVALUATION_LOSS:
+        return (loss,)
+    title = f"{TITLES[metric]} on the evaluation split"
+    return (_Curve(title=title, key=metric, percent=metric in SHARES, from_zero=False), loss)
+
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #3b6fb6; --soft: #8a8f98; --rule: #8a8f9840; }
@@ -113,7 +126,9 @@ def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
     news = read_metrics(events) if events.exists() else []
     histogram = (result.get("staleness") or {}).get("histogram") or []
     level = classes.chance(answers, config.model.num_classes)
-    figures = [_figure(curve, metrics, level) for curve in _CURVES]
+    metric = metric_in(metrics)
+    own = () if metric == ACCURACY else _curves_of(metric)
+    figures = [_figure(curve, metrics, level) for curve in (*own, *_CURVES)]
     if histogram:
         pairs = [(float(low), float(count)) for low, count in histogram]
         figures.append(
@@ -132,7 +147,7 @@ def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
         f"<div class=curves>{''.join(figures)}</div>",
         classes.sections(answers, names) if answers else "",
         _skipped(result),
-        _table("Data", _data(config.data, config.model.num_classes, names)),
+        _table("Data", _data(config, names)),
         _table("Result", {k: v for k, v in result.items() if not isinstance(v, dict | list)}),
         _table("Accuracy reached", _reached(result)),
         _table("News", {f"{e.get('time', 0) - began:+.0f} s": e["event"] for e in news}),
@@ -147,13 +162,17 @@ def page(folder: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _data(data: Any, num_classes: int, names: Sequence[str]) -> dict[str, str]:
+def _data(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
     """Where the examples are, and what the classes are called."""
+    data, columns = config.data, config.model.columns
+    numbers = {"targets": ", ".join(columns.targets)}
+    of_numbers = columns.kind == "numbers"
     return {
         "path": data.data,
         "training split": data.train_split,
         "scored split": data.eval_split,
-        "classes": str(num_classes),
+        "task": config.model.the_task.name,
+        **(numbers if of_numbers else {"classes": str(config.model.num_classes)}),
         **({"class names": ", ".join(names)} if names else {}),
     }
 
@@ -177,7 +196,12 @@ def _skipped(result: Mapping[str, Any]) -> str:
 def _tiles(result: Mapping[str, Any], status: Mapping[str, Any]) -> str:
     known = {**status, **result}
     staleness = known.get("staleness") or {"mean": known.get("staleness_mean")}
+    figure = figure_of(known)
+    own = {}
+    if figure is not None and figure.metric != ACCURACY:
+        own[TITLES[figure.metric]] = (figure.value_text, str)
     tiles: dict[str, tuple[Any, Any]] = {
+        **own,
         "accuracy@1": (known.get("accuracy"), percent_text),
         "best accuracy@1": (known.get("best_accuracy"), percent_text),
         "updates": (known.get("updates"), cell_text),

@@ -51,7 +51,7 @@ def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
     if replicas == 1:  # many replicas on 126 updates in all may well not learn
         assert outcome.evaluation.score.accuracy > 0.6  # chance is 0.25
     assert run.shown[-1].examples == 2000
-    assert run.shown[-1].accuracy == outcome.evaluation.score.accuracy
+    assert run.shown[-1].figure.value == outcome.evaluation.score.accuracy
 
 
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov", "adagrad", "adamw", "rmsprop"])

@@ -191,13 +191,13 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path, data: str) -> None:
     assert again.resumed.scores is not None
     before = again.resumed.scores["without_better"]
     assert before >= 20
-    assert again.controller.state.evaluation.best_accuracy == again.resumed.scores["best"]
+    assert again.controller.state.evaluation.best.value == again.resumed.scores["best"]
     metrics = run.folder.path / "metrics.jsonl"
     scored_before = metrics.read_text().count('"accuracy"')
     outcome = again.go()
     assert outcome.ended.by == "patience"
     assert_what_was_trained_was_trained_once(again, outcome)
-    better = outcome.best_accuracy != again.resumed.scores["best"]
+    better = outcome.best.value != again.resumed.scores["best"]
     assert better or metrics.read_text().count('"accuracy"') - scored_before <= 40 - before + 1
 
 

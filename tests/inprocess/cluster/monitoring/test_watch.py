@@ -21,7 +21,9 @@ from tests.helpers.monitoring import VALUES
 def test_a_run_is_watched_until_it_ends(folder: RunFolder) -> None:
     console = Console(record=True, width=200, force_terminal=False)
     seen = progress(folder)
-    assert (seen.accuracy, seen.best_accuracy) == (0.8, 0.9)
+    assert seen.figure is not None
+    assert seen.best is not None
+    assert (seen.figure.value, seen.best.value) == (0.8, 0.9)
     assert seen.total_examples == 3200 * 20 * folder.config().policy.epochs
     with folder.locked():
         assert end(folder) is None

@@ -11,6 +11,7 @@ from downpour.cluster.controller.backend import ProcessLost, RunFailed
 from downpour.cluster.controller.failure_policy import Failure, FailurePolicy, Recovery
 from downpour.cluster.errors import UserError
 from downpour.paramserver.partition.applied_set import APPLIED
+from downpour.workers.tasks import Figure
 from tests.helpers.seeds import seeds
 from tests.helpers.world import Made, configured
 
@@ -24,7 +25,7 @@ def test_a_run_comes_to_its_end(made: Made) -> None:
     assert run.outcome.exactly_once
     assert all((flags == APPLIED).all() for flags in run.flags())
     assert run.outcome.checkpoint == 1
-    assert run.outcome.best_accuracy == 0.5
+    assert run.outcome.best == Figure(metric="accuracy", value=0.5)
     assert run.outcome.all_replicas_s is not None
     assert not run.pending
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from downpour.cluster.monitoring.display import MAX_HISTORY, TrainingDisplay, print_result
 from downpour.cluster.monitoring.progress import plain_line
+from downpour.workers.tasks import Figure
 from tests.helpers.progress import EMPTY, FULL
 
 
@@ -31,6 +32,10 @@ def terminal(width=100, encoding="utf-8"):
 def written(console):
     console.file.flush()
     return console.file.buffer.getvalue().decode(console.file.encoding)
+
+
+def _accuracy(value):
+    return Figure(metric="accuracy", value=value)
 
 
 @pytest.mark.parametrize("width", [5, 100])
@@ -112,12 +117,12 @@ def test_history_is_bounded_and_keeps_the_newest():
     display, _, _ = plain_display()
     with display:
         for i in range(3 * MAX_HISTORY):
-            display.update(dataclasses.replace(FULL, loss=float(i), accuracy=0.5))
+            display.update(dataclasses.replace(FULL, loss=float(i), figure=_accuracy(0.5)))
     losses = display._history["loss"]
     assert len(losses) <= MAX_HISTORY
     assert losses[-1] == 3 * MAX_HISTORY - 1
     assert losses == sorted(losses)
-    assert display._history["accuracy"] == [0.5]
+    assert display._history["figure"] == [0.5]
 
 
 def test_the_result_table():
@@ -181,10 +186,10 @@ def test_a_notebook_gets_a_panel_that_is_drawn_again_in_its_place(monkeypatch):
     with TrainingDisplay("mine", console=console, clock=clock) as display_:
         assert not display_.interactive
         display_.update(FULL)
-        display_.update(dataclasses.replace(FULL, accuracy=0.5))  # too soon to draw
+        display_.update(dataclasses.replace(FULL, figure=_accuracy(0.5)))  # too soon to draw
         clock.now += 1
-        display_.update(dataclasses.replace(FULL, accuracy=0.25))
-        display_.update(dataclasses.replace(FULL, accuracy=0.125))
+        display_.update(dataclasses.replace(FULL, figure=_accuracy(0.25)))
+        display_.update(dataclasses.replace(FULL, figure=_accuracy(0.125)))
     assert [how for how, _ in shown] == ["first", "again", "again"]
     assert "97.81%" in shown[0][1]
     assert "12.50%" in shown[2][1], "the last state stays"

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from downpour.cluster.monitoring.panel import sparkline, training_panel
 from downpour.cluster.monitoring.progress import Progress, plain_line
+from downpour.workers.tasks import Figure
 from tests.helpers.progress import EMPTY, FULL
 
-RISING = {"accuracy": [i / 60 for i in range(60)], "loss": [1 / (i + 1) for i in range(60)]}
+RISING = {"figure": [i / 60 for i in range(60)], "loss": [1 / (i + 1) for i in range(60)]}
 
 
 def rendered(progress, width=100, **kwargs):
@@ -52,7 +53,7 @@ def test_the_panel_shows_every_number():
     ):
         assert part in text
     assert len({len(line) for line in text.splitlines()}) == 1  # the border closes
-    until = dataclasses.replace(FULL, stop_at_accuracy=0.985)
+    until = dataclasses.replace(FULL, goal=Figure(metric="accuracy", value=0.985))
     assert "best 97.90%   until 98.50%" in rendered(until)
 
 

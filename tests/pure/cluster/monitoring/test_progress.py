@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from downpour.cluster.monitoring.progress import plain_line
+from downpour.workers.tasks import Figure
 from tests.helpers.progress import EMPTY, FULL
 
 
@@ -23,5 +24,5 @@ def test_a_plain_line_says_what_matters_and_no_more_than_is_known():
         "38,500 examples/s  staleness 48.9 (p99 71.0)  replicas 9/10  3 refused  ETA 0:09"
     )
     assert plain_line(EMPTY) == "[0:00] starting Ray"
-    until = dataclasses.replace(FULL, stop_at_accuracy=0.985)
+    until = dataclasses.replace(FULL, goal=Figure(metric="accuracy", value=0.985))
     assert "accuracy 97.81% (best 97.90%, until 98.50%)" in plain_line(until)

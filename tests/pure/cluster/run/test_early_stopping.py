@@ -12,7 +12,7 @@ from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring, e
 
 def scoring(accuracy: float, training_s: float = 1.0) -> Scoring:
     return Scoring(
-        accuracy=accuracy, training_s=training_s, examples=round(100 * training_s), epochs=0.5
+        value=accuracy, training_s=training_s, examples=round(100 * training_s), epochs=0.5
     )
 
 
