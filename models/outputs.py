@@ -1,13 +1,13 @@
-"""What networks give: a tensor, or several with auxiliary heads among them.
+"""What networks give: a tensor, or several with auxiliary heads among them; and losses by name.
 
-Here: which tensor is the answer, which ones are auxiliary classifiers, and the default loss over
-them. Not here: losses of the user's own, which get a network's outputs as they are.
+Here: which tensor is the answer, which ones are auxiliary heads, and the losses over them. Not
+here: losses of the user's own, which get a network's outputs as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ MAIN = ("logits", "out", "output", "outputs", "main", "prediction", "predictions
 ONE_AUXILIARY, SEVERAL_AUXILIARY = 0.4, 0.3
 """What an auxiliary classifier's loss is multiplied by: 0.3 for each of GoogLeNet's two (Szegedy et
 al. 2014, section 5); 0.4 for Inception v3's one, as its authors' published code has it."""
+
+
+Loss = Callable[[Any, Tensor], Tensor]
+"""`(outputs, targets) -> loss`: the mean over the mini-batch, a scalar. Outputs are what the
+network gives, mostly a tensor."""
 
 
 class OutputsError(ModelError):
@@ -100,6 +105,76 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
         others = [functional.cross_entropy(each, targets) for each in auxiliary]
         loss = loss + weight * torch.stack(others).sum()
     return loss
+
+
+def aligned(answer: Tensor, targets: Tensor) -> Tensor:
+    """An answer in the shape of the targets: `[m]` for `[m, 1]`, and the like.
+
+    Without it, PyTorch would compare each answer with each target.
+
+    Raises:
+        OutputsError: it has another number of values.
+    """
+    if answer.shape == targets.shape:
+        return answer
+    if answer.numel() != targets.numel() or len(answer) != len(targets):
+        raise OutputsError(
+            f"the network gives {list(answer.shape)}, and the targets are {list(targets.shape)}: "
+            f"give a network with {targets[0].numel()} outputs"
+        )
+    return answer.reshape(targets.shape)
+
+
+def _of_numbers(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        main, auxiliary = heads(outputs)
+        value = function(aligned(main, targets), targets)
+        if auxiliary:
+            weight = ONE_AUXILIARY if len(auxiliary) == 1 else SEVERAL_AUXILIARY
+            others = [function(aligned(each, targets), targets) for each in auxiliary]
+            value = value + weight * torch.stack(others).sum()
+        return value
+
+    return loss
+
+
+IGNORED = 255
+"""Class of pixels that do not count."""
+
+
+def pixel_cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over pixels, in nats, with that of auxiliary heads added at their weight.
+
+    A mini-batch in which no pixel counts has the loss 0.
+
+    Args:
+        outputs: logits [m, classes, ...], or several as `heads` tells them apart.
+        targets: int64 [m, ...], a class for each pixel; `IGNORED` does not count.
+    """
+    main, auxiliary = heads(outputs)
+    count = (targets != IGNORED).sum().clamp(min=1)
+
+    def loss(logits: Tensor) -> Tensor:
+        summed = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return summed / count
+
+    value = loss(main)
+    if auxiliary:
+        weight = ONE_AUXILIARY if len(auxiliary) == 1 else SEVERAL_AUXILIARY
+        value = value + weight * torch.stack([loss(each) for each in auxiliary]).sum()
+    return value
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "mse": _of_numbers(functional.mse_loss),
+    "l1": _of_numbers(functional.l1_loss),
+    "huber": _of_numbers(functional.smooth_l1_loss),
+    "pixel_cross_entropy": pixel_cross_entropy,
+    "bce": _of_numbers(functional.binary_cross_entropy_with_logits),
+}
+"""Losses by name. `mse`, `l1` and `huber` (with delta 1) are means over all numbers of the targets;
+`bce` is binary cross-entropy of logits, a mean over all classes."""
 
 
 class MainOutput(nn.Module):

@@ -16,7 +16,7 @@ from torch import nn
 from downpour.models import by_value
 from downpour.models.errors import ModelError, RegistryError
 from downpour.models.lookup import import_named, place_of
-from downpour.models.losses import LOSSES, Loss
+from downpour.models.outputs import LOSSES, Loss
 
 KNOWN = {
     "inception": "downpour.models.inception:Inception",

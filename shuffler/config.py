@@ -9,9 +9,6 @@ from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.plan.plan import VERSION, PastBound, Strategy
 
-OWN_DATA: Final = "dataset:"
-"""Begins the name of a dataset of the user's own, `dataset:module:function`."""
-
 WINDOW_BYTES: Final = 256 << 20
 """Most bytes of a window's rows, on the average: each replica holds two windows, and Arrow counts
 the bytes of a column in 31 bits. Windows of large images have fewer mini-batches for that."""

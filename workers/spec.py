@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from downpour.models.by_value import Carried
     from downpour.models.flat import FlatModel
-    from downpour.models.losses import Loss
+    from downpour.models.outputs import Loss
 
 
 RGB = 3

@@ -22,7 +22,8 @@ from downpour.cluster.errors import UserError, one_line
 from downpour.models.lookup import import_named
 from downpour.paramserver.config import ServerConfig
 from downpour.paramserver.rules.schedule import Schedule
-from downpour.shuffler.config import OWN_DATA, DataConfig
+from downpour.shuffler.config import DataConfig
+from downpour.shuffler.dataset.names import OWN_DATA
 from downpour.shuffler.images.decode import ImageSpec
 from downpour.workers.config import ModelConfig, ReplicaConfig
 from downpour.workers.spec import StepConfig

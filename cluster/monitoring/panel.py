@@ -72,8 +72,8 @@ def training_panel(
             figure.append(f"   best {p.best.value_text}", style="dim")
         if p.goal is not None:
             figure.append(f"   until {p.goal.value_text}", style="dim")
-        title = p.metric if p.figure is None else p.figure.metric
-        add(TITLES[title], figure, _spark(history["figure"], "green"))
+        name = p.metric if p.figure is None else p.figure.metric
+        add(TITLES[name], figure, _spark(history["figure"], "green"))
         add("loss", _value(number_text(p.loss)), _spark(history["loss"], "yellow"))
     if p.updates_per_s is not None or p.examples_per_s is not None:
         add("rate", _pair(p.updates_per_s, "updates/s", p.examples_per_s, "examples/s"))

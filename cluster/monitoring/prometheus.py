@@ -51,9 +51,6 @@ METRICS: Mapping[str, Metric] = {
     "downpour_accuracy": Metric(kind="gauge", help="Validation accuracy@1 in [0, 1]."),
     "downpour_best_accuracy": Metric(kind="gauge", help="The highest accuracy@1 so far."),
     "downpour_evaluation_loss": Metric(kind="gauge", help="Mean loss of the evaluation split."),
-    "downpour_r2": Metric(kind="gauge", help="Validation R² of a regression."),
-    "downpour_miou": Metric(kind="gauge", help="Validation mean intersection over union."),
-    "downpour_f1": Metric(kind="gauge", help="Validation F1 over several classes a row."),
     "downpour_moving_accuracy": Metric(
         kind="gauge",
         help="Validation accuracy@1 with the server's moving averages of the BN statistics.",
@@ -130,13 +127,6 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-_SCORED = (
-    *("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "bn_gap"),
-    *("r2", "f1", "miou"),
-)
-"""What is told of a scoring, if there is such a value."""
-
-
 class PrometheusSink:
     """Keeps Ray's metrics up to date with what is observed."""
 
@@ -211,7 +201,7 @@ class PrometheusSink:
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
-        for name in _SCORED:
+        for name in ("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "bn_gap"):
             if name in values and math.isfinite(values[name]):
                 self._metric(f"downpour_{name}", values[name])
 

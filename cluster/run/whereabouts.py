@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from downpour.shuffler.config import OWN_DATA
+from downpour.shuffler.dataset.names import OWN_DATA
 
 
 def found_again(path: str, run: Path, began_in: str | None) -> str:

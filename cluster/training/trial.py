@@ -23,8 +23,7 @@ from downpour.cluster.config.derive import make_decoder, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.models.conversion.state import check_state
-from downpour.models.losses import LOSSES
-from downpour.models.outputs import OutputsError, main_output, tells_classes
+from downpour.models.outputs import LOSSES, OutputsError, main_output, tells_classes
 from downpour.models.registry import described
 from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader

@@ -21,7 +21,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from downpour.shuffler.config import OWN_DATA
 from downpour.shuffler.dataset.columns import (
     INPUT,
     LABEL,
@@ -32,6 +31,7 @@ from downpour.shuffler.dataset.columns import (
     as_bytes,
 )
 from downpour.shuffler.dataset.encoding import PLAIN, Numbers
+from downpour.shuffler.dataset.names import OWN_DATA
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DatasetError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.training.inputs import loader
-from downpour.models.losses import LOSSES
+from downpour.models.outputs import LOSSES
 from downpour.shuffler.plan.plan import Plan
 from tests.helpers import tiny
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from downpour.models.batchnorm import DEFAULT_EPS
 from downpour.models.conversion.state import has_spectral_norm, settle_spectral_norm
 from downpour.models.flat import FlatModel
-from downpour.models.losses import LOSSES
 from downpour.models.moments import Moments, Population
-from downpour.models.outputs import main_output, tells_classes
+from downpour.models.outputs import LOSSES, main_output, tells_classes
 from downpour.paramserver import durable
 from downpour.shuffler.images.decode import ImageSpec
 from downpour.workers.evaluation.answers import Answers

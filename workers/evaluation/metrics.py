@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from downpour.models.losses import IGNORED, aligned
+from downpour.models.outputs import IGNORED, aligned
 
 
 class Metrics(Protocol):

@@ -26,8 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from downpour.models.flat import FlatModel
 from downpour.models.fold import fold
-from downpour.models.losses import LOSSES, Loss
-from downpour.models.outputs import main_output, tells_classes
+from downpour.models.outputs import LOSSES, Loss, main_output, tells_classes
 from downpour.shuffler.dataset.columns import Columns
 from downpour.shuffler.dataset.encoding import PLAIN
 from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec, InputSpec

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from downpour.models.losses import Loss
+from downpour.models.outputs import Loss
 from downpour.workers.spec import Precision
 from downpour.workers.step.precision import computing_in
 

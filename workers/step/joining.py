@@ -18,8 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from downpour.models.batchnorm import BatchNorm
 from downpour.models.conversion.copies import detached_copy
-from downpour.models.losses import Loss
-from downpour.models.outputs import cross_entropy
+from downpour.models.outputs import Loss, cross_entropy
 
 log = logging.getLogger(__name__)
 

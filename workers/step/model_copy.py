@@ -34,7 +34,7 @@ from torch.nn import functional
 from downpour.models.conversion.state import has_spectral_norm, settle_spectral_norm
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
-from downpour.models.losses import Loss
+from downpour.models.outputs import Loss
 from downpour.workers.spec import Precision
 from downpour.workers.step.eager import differentiate
 from downpour.workers.step.joining import JointLoss, JoinTrial, can_join

@@ -26,7 +26,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from downpour.models.flat import FlatModel
-from downpour.models.losses import Loss
+from downpour.models.outputs import Loss
 from downpour.workers.spec import Precision
 from downpour.workers.step.interpreter import CannotInterpret, interpreted
 from downpour.workers.step.precision import computing_in

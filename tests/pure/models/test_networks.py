@@ -277,7 +277,7 @@ class TestRegistry:
         assert registry.find_loss("cross_entropy") is outputs.cross_entropy
         users_module.loss = nn.functional.mse_loss  # type: ignore[attr-defined]
         assert registry.find_loss(f"{users_module.__name__}:loss") is nn.functional.mse_loss
-        with pytest.raises(RegistryError, match="no loss 'hinge': use one of cross_entropy"):
+        with pytest.raises(RegistryError, match="no loss 'hinge': use one of bce, cross_entropy,"):
             registry.find_loss("hinge")
 
     def test_a_users_own_gets_the_seed_if_it_asks(self, users_module: types.ModuleType) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring, examples_at
+from downpour.workers.tasks import Figure
 
 
 def scoring(accuracy: float, training_s: float = 1.0) -> Scoring:
@@ -38,7 +39,7 @@ def test_patience_counts_scorings_that_do_not_beat_the_best() -> None:
     stopping = EarlyStopping(PolicyConfig(patience=2))
     found = verdicts(stopping, 0.5, 0.5, 0.6, 0.55, 0.7, 0.6, 0.65)
     assert found == [None, None, None, None, None, None, "patience"]
-    assert stopping.best == 0.7
+    assert stopping.best == Figure(metric="accuracy", value=0.7)
 
 
 def test_a_later_session_goes_on_with_what_an_earlier_one_saw() -> None:
@@ -47,7 +48,8 @@ def test_a_later_session_goes_on_with_what_an_earlier_one_saw() -> None:
     assert verdicts(first, 0.91, 0.8, 0.8) == [None, None, None]
     saved = json.loads(json.dumps(first.dump(training_s=7.5)))
     second = EarlyStopping(policy, saved)
-    assert (second.best, second.trained_before_s, second.reached) == (0.91, 7.5, first.reached)
+    assert second.best == Figure(metric="accuracy", value=0.91)
+    assert (second.trained_before_s, second.reached) == (7.5, first.reached)
     assert verdicts(second, 0.9) == ["patience"]
 
 
