@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +67,6 @@ def rows_of_table(table: pa.Table, columns: Columns, what: str) -> pa.RecordBatc
     except BadValueError as error:
         raise UserError(f"row {error.position} of {what}: {error.what}") from None
     return pa.record_batch({INPUT: packed})
-
-
-def rows_of_json(rows: Sequence[Mapping[str, Any]], columns: Columns) -> pa.RecordBatch:
-    """Return rows that came as JSON objects, as `rows_of_table` does.
-
-    Raises:
-        UserError: a row lacks a column, or a value is no number.
-    """
-    for position, row in enumerate(rows):
-        for name in columns.inputs:
-            if name not in row:
-                raise UserError(f"row {position} has no {name!r}: send {_listed(columns.inputs)}")
-    try:
-        table = pa.table({name: [row[name] for row in rows] for name in columns.inputs})
-    except (pa.ArrowException, OverflowError) as error:
-        raise UserError(f"the rows are no table of numbers: {one_line(error)}") from None
-    for name in columns.inputs:
-        width_of(table.schema, name, "the request")
-    return rows_of_table(table, columns, "the request")
 
 
 def predictions(
