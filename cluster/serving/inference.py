@@ -157,7 +157,8 @@ def evaluate(
     dataset = open_split(source, split, first.model.columns)
     named = [(str(run.folder.path), run.named_classes) for run in runs]
     check_same_classes([*named, (f"split {split!r} of {source}", dataset.class_names)])
-    if data is not None and not (dataset.class_names and named[0][1]):
+    has_classes = predictor.task != "regression"
+    if data is not None and has_classes and not (dataset.class_names and named[0][1]):
         silent = named[0][0] if dataset.class_names else source
         say(f"{silent} does not name its classes: whether they are the same is not known")
     step = max(1, ROWS // crops)

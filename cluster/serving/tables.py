@@ -102,7 +102,3 @@ def _by_name(values: Sequence[float], columns: Columns) -> dict[str, float | lis
         named[name] = values[at] if width == 1 else list(values[at : at + width])
         at += width
     return named
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
