@@ -219,8 +219,8 @@ def image_encoding(schema: pa.Schema, where: str) -> EncodedImages | PackedBits:
     else:
         raise DatasetError(
             f"{where} has no column 'image' or 'bits' (it has {', '.join(schema.names) or 'none'})"
-            "; give Parquet in the Hugging Face image convention, run ingest on the source, or name "
-            "a table's --target-column"
+            "; give Parquet in the Hugging Face image convention, run ingest on the source, or "
+            "name a table's --target-column"
         )
     _check_column(schema, encoding.column, encoding.data_type, where)
     assert not isinstance(encoding, Numbers), "the schema has images"
