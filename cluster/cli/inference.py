@@ -310,7 +310,7 @@ def serve(
     Callers have to show a key: a new one for each deployment, or the one in --key-file. A file
     that is named at the start holds the header to send.
     """
-    from downpour.cluster.serving import app
+    from downpour.cluster.serving.server import app
 
     config = apply(ServeConfig(), given)
     runs = (run, *also)

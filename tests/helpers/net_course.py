@@ -100,7 +100,7 @@ class Course:
         """Begin to deploy a run; gives the header that callers show, and what waits for it."""
         from ray import serve
 
-        from downpour.cluster.serving import app, key
+        from downpour.cluster.serving.server import app, key
         from downpour.cluster.serving.settings import ServeConfig
 
         header = key.header(key.make())

@@ -29,7 +29,7 @@ from downpour.cluster.monitoring.panel import training_panel
 from downpour.cluster.monitoring.progress import plain_line
 from downpour.cluster.monitoring.watch import end, progress
 from downpour.cluster.run.folder import BEST, METRICS, RESULT
-from downpour.cluster.serving import app
+from downpour.cluster.serving.server import app
 from downpour.cluster.serving.settings import ServeConfig
 from downpour.cluster.trainer.plain_model import plain_model
 from downpour.cluster.training import inputs

@@ -22,9 +22,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from downpour.cluster.serving import key
-from downpour.cluster.serving.batches import Answer, Asked, BatchBounds, Batches, Send, refusal
-from downpour.cluster.serving.line import Arrival, Line, LineBounds, SentAway
+from downpour.cluster.serving.server import key
+from downpour.cluster.serving.server.batches import (
+    Answer,
+    Asked,
+    BatchBounds,
+    Batches,
+    Send,
+    refusal,
+)
+from downpour.cluster.serving.server.line import Arrival, Line, LineBounds, SentAway
 
 LOADED_BY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Variable of Ray's processes: the function that gives Serve's HTTP proxy its middlewares."""
@@ -85,7 +92,7 @@ def gate() -> list[Any]:
     """Return the proxy's middlewares. Serve calls this in the proxy's process."""
     from starlette.middleware import Middleware
 
-    from downpour.cluster.serving.replicas import send_to_replicas
+    from downpour.cluster.serving.server.replicas import send_to_replicas
 
     return [Middleware(Gate, GateRules(**json.loads(os.environ[RULES])), send_to_replicas())]
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
-from downpour.cluster.serving.batches import Answer, Asked, Send, refusal
+from downpour.cluster.serving.server.batches import Answer, Asked, Send, refusal
 
 APPLICATION: Final = "downpour"
 """Serve's name for what is deployed."""

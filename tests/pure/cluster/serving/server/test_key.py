@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from downpour.cluster.errors import UserError
-from downpour.cluster.serving import key
+from downpour.cluster.serving.server import key
 
 
 def test_keys_are_long_and_differ() -> None:

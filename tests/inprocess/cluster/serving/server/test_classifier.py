@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from downpour.cluster.serving import inference, key
-from downpour.cluster.serving.batches import Asked
-from downpour.cluster.serving.body import Refused
-from downpour.cluster.serving.classifier import Classifier, Item
+from downpour.cluster.serving import inference
 from downpour.cluster.serving.prediction import predict
+from downpour.cluster.serving.server import key
+from downpour.cluster.serving.server.batches import Asked
+from downpour.cluster.serving.server.body import Refused
+from downpour.cluster.serving.server.classifier import Classifier, Item
 from downpour.cluster.serving.settings import ServeConfig
 from downpour.workers.evaluation.predictor import Predictor
 from tests.helpers.odd_headers import patched
@@ -133,7 +134,7 @@ def test_refusals(
 
 
 def test_a_body_that_is_too_large(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("downpour.cluster.serving.classifier.MAX_BODY_BYTES", 100)
+    monkeypatch.setattr("downpour.cluster.serving.server.classifier.MAX_BODY_BYTES", 100)
     assert _ask(classifier, _post())[0] == 413
 
 

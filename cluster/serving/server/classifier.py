@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from downpour.cluster.serving import key
-from downpour.cluster.serving.batches import Answer, Asked, refusal
-from downpour.cluster.serving.body import ACCEPTED, Refused, sent_in
-from downpour.cluster.serving.gate import FULL
-from downpour.cluster.serving.replicas import RETRY_S
+from downpour.cluster.serving.server import key
+from downpour.cluster.serving.server.batches import Answer, Asked, refusal
+from downpour.cluster.serving.server.body import ACCEPTED, Refused, sent_in
+from downpour.cluster.serving.server.gate import FULL
+from downpour.cluster.serving.server.replicas import RETRY_S
 from downpour.cluster.serving.settings import MAX_BODY_BYTES, ServeConfig
 from downpour.shuffler.errors import DecodeError, ImageTooLarge, UnknownFormat
 

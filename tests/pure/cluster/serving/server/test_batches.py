@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from downpour.cluster.serving import batches
-from downpour.cluster.serving.batches import Answer, Asked, BatchBounds, Batches
+from downpour.cluster.serving.server import batches
+from downpour.cluster.serving.server.batches import Answer, Asked, BatchBounds, Batches
 
 
 def _asked(number: int, size: int = 0) -> Asked:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from downpour.cluster.serving.body import Refused, sent_in
+from downpour.cluster.serving.server.body import Refused, sent_in
 
 IMAGE = bytes(range(256)) + b"\r\n--\r\n\r\n--not it" + bytes(64)
 FORM = "multipart/form-data; boundary=XyZ"

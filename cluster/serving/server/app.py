@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from downpour.cluster.errors import UserError
-from downpour.cluster.serving import gate, key
-from downpour.cluster.serving.batches import Answer, Asked
-from downpour.cluster.serving.classifier import Classifier, Item
-from downpour.cluster.serving.replicas import APPLICATION, RETRY_S
+from downpour.cluster.serving.server import gate, key
+from downpour.cluster.serving.server.batches import Answer, Asked
+from downpour.cluster.serving.server.classifier import Classifier, Item
+from downpour.cluster.serving.server.replicas import APPLICATION, RETRY_S
 from downpour.cluster.serving.settings import MAX_BODY_BYTES, ServeConfig
 
 

@@ -5,8 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from downpour.cluster.serving import gate, key
-from downpour.cluster.serving.batches import Answer, Asked
+from downpour.cluster.serving.server import gate, key
+from downpour.cluster.serving.server.batches import Answer, Asked
 
 RULES = gate.GateRules(
     digest=key.digest(key.header("the key")),

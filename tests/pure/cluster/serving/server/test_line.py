@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downpour.cluster.serving.line import Arrival, Line, LineBounds, SentAway
+from downpour.cluster.serving.server.line import Arrival, Line, LineBounds, SentAway
 
 BOUNDS = LineBounds(at_once=4, most_waiting=6, longest_wait_s=5.0)
 
