@@ -19,7 +19,7 @@ hypothesis.settings.load_profile("few")
 # Files whose tests share something costly: in several processes, one has to run them all.
 SHARING = (
     ("test_train.py", "test_names.py", "test_statistics.py"),
-    ("test_docs.py", "test_imports.py", "test_imported_names.py"),
+    ("test_docs.py", "test_imports.py"),
 )
 # Files whose tests share nothing, and take long: any process may take any of them.
 APART = ("test_resume.py", "test_bench.py", "test_chaos.py")
