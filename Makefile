@@ -18,7 +18,8 @@ TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest
 SHARED_OUT := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 # About half of the fast tests.
-PURE_APART := tests/pure/paramserver tests/pure/shuffler tests/pure/workers
+PURE_APART := tests/pure/paramserver tests/pure/shuffler tests/pure/workers \
+              tests/pure/test_docs.py tests/pure/test_imports.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-pure test-soak test-cluster lint format check bench lock clean
