@@ -29,14 +29,27 @@ class Cluster:
     def __init__(self, bed: Bed, checkout: Path) -> None:
         self.bed = bed
         self.checkout = checkout
+        self.installed = bed.laptop / "installed"
+        """Has Downpour as its installation has it: the package alone."""
+        self.installed.mkdir()
+        (self.installed / "downpour").symlink_to(checkout / "downpour")
         self.environment = bed.environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{PORT}"}
 
-    def run(self, *command: str, timeout_s: float = 300.0, check: bool = True) -> str:
-        """A command of the laptop's user, in the checkout; gives what it printed."""
+    def run(
+        self,
+        *command: str,
+        timeout_s: float = 300.0,
+        check: bool = True,
+        folder: Path | None = None,
+    ) -> str:
+        """A command of the laptop's user, in the checkout or a `folder` of their own.
+
+        Gives what it printed.
+        """
         done = subprocess.run(
             command,
-            cwd=self.checkout,
-            env=self.environment,
+            cwd=folder or self.checkout,
+            env=self.environment | {"PYTHONPATH": str(self.installed)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
