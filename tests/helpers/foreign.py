@@ -295,13 +295,13 @@ KINDS: dict[str, Kind] = {
         make=labelled(pa.array([word.encode() for word in WORDS])),
     ),
     "label twins": Kind(
-        words="labels `Ant` and `ant`",
+        words="labels that differ in a capital",
         make=labelled(pa.array([word.title() if n < 3 else word for n, word in enumerate(WORDS)])),
         names=["Ant", "Bee", "Cat", *NAMES],
         says="classes 'Ant' and 'ant' are two classes",
     ),
     "capitals": Kind(
-        words="columns `Image` and `Label`, files `train.PQ`",
+        words="columns and suffixes in capitals",
         make=parquet({"Image": IMAGES, "Label": NUMBERS}, name="{split}.PQ"),
         names=PLAIN,
     ),
