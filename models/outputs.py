@@ -98,13 +98,17 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return functional.cross_entropy(outputs, targets)
+    return _with_auxiliary(outputs, lambda each: functional.cross_entropy(each, targets))
+
+
+def _with_auxiliary(outputs: Any, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """The answer's loss, with those of auxiliary heads added at their weight."""
     main, auxiliary = heads(outputs)
-    loss = functional.cross_entropy(main, targets)
+    value = loss(main)
     if auxiliary:
         weight = ONE_AUXILIARY if len(auxiliary) == 1 else SEVERAL_AUXILIARY
-        others = [functional.cross_entropy(each, targets) for each in auxiliary]
-        loss = loss + weight * torch.stack(others).sum()
-    return loss
+        value = value + weight * torch.stack([loss(each) for each in auxiliary]).sum()
+    return value
 
 
 def aligned(answer: Tensor, targets: Tensor) -> Tensor:
@@ -127,13 +131,7 @@ def aligned(answer: Tensor, targets: Tensor) -> Tensor:
 
 def _of_numbers(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
     def loss(outputs: Any, targets: Tensor) -> Tensor:
-        main, auxiliary = heads(outputs)
-        value = function(aligned(main, targets), targets)
-        if auxiliary:
-            weight = ONE_AUXILIARY if len(auxiliary) == 1 else SEVERAL_AUXILIARY
-            others = [function(aligned(each, targets), targets) for each in auxiliary]
-            value = value + weight * torch.stack(others).sum()
-        return value
+        return _with_auxiliary(outputs, lambda each: function(aligned(each, targets), targets))
 
     return loss
 
@@ -151,18 +149,13 @@ def pixel_cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
         outputs: logits [m, classes, ...], or several as `heads` tells them apart.
         targets: int64 [m, ...], a class for each pixel; `IGNORED` does not count.
     """
-    main, auxiliary = heads(outputs)
     count = (targets != IGNORED).sum().clamp(min=1)
 
     def loss(logits: Tensor) -> Tensor:
         summed = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         return summed / count
 
-    value = loss(main)
-    if auxiliary:
-        weight = ONE_AUXILIARY if len(auxiliary) == 1 else SEVERAL_AUXILIARY
-        value = value + weight * torch.stack([loss(each) for each in auxiliary]).sum()
-    return value
+    return _with_auxiliary(outputs, loss)
 
 
 LOSSES: dict[str, Loss] = {

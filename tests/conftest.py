@@ -25,7 +25,7 @@ SHARING = (
 APART = ("test_resume.py", "test_bench.py", "test_chaos.py")
 
 # Helpers that assert: a failure is to say with what values.
-pytest.register_assert_rewrite("tests.helpers.runs")
+pytest.register_assert_rewrite("tests.helpers.runs", "tests.helpers.partition_pairs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,15 +5,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from downpour.paramserver.client import ParameterClient
+from downpour.paramserver.errors import ConnectionLost
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.server.server import PartitionServer
 from downpour.paramserver.standby.roles import Primary
-from tests.helpers.served_partitions import DEADLINE_S, EXACT, KEY, Cluster, P, by_deadline, leave
+from tests.helpers.served_partitions import (
+    DEADLINE_S,
+    EXACT,
+    KEY,
+    Cluster,
+    P,
+    by_deadline,
+    gradient_of,
+    leave,
+)
 
 # MKL's square root comes out with half of its digits, once in some hundred times, where two threads
 # call it for the first time at once; primary and follower are processes, but not here.
@@ -159,3 +170,46 @@ def freeze(server: PartitionServer) -> threading.Event:
     threading.Thread(target=lambda: server.call(wait), daemon=True).start()
     assert frozen.wait(DEADLINE_S)
     return thaw
+
+
+def assert_nothing_is_lost(
+    pair: Pair, client: ParameterClient, client_of_follower: Callable[[], ParameterClient]
+) -> None:
+    """Push until the primary dies, as it is bound to, fail over, and push all of it again.
+
+    `client` has eight mailboxes, and `client_of_follower` makes one with a single mailbox.
+    """
+    num = 120
+    todo, in_flight, told = list(range(num)), dict[int, int](), set[int]()
+    weights, versions, seen = np.zeros(P, np.float32), [0], 0
+    try:
+        while True:
+            for box in range(8):
+                if box not in in_flight:
+                    in_flight[box] = todo.pop(0)
+                    leave(client, box, in_flight[box])
+                    push_batches(client, box, (in_flight[box],))
+            for settled in client.wait():
+                assert settled.outcomes == (Outcome.APPLIED,)
+                told.add(in_flight.pop(settled.mailbox))
+            client.pull(weights, versions)
+            assert versions[0] >= seen
+            seen = versions[0]
+    except ConnectionLost:
+        pass
+    assert isinstance(pair.primary.failure, Killed)
+    pair.fail_over()
+    flags = pair.follower.call(lambda state: state.ledger.applied.flags(0))
+    assert flags[sorted(told)].all()  # none that was answered is missing
+    assert pair.versions()[0] >= seen  # and no version that was seen
+    held = int((flags != 0).sum())
+    again = client_of_follower()
+    outcomes = []
+    for batch in range(num):
+        leave(again, 0, batch)
+        push_batches(again, 0, (batch,))
+        outcomes += answered(again)
+    assert outcomes.count(Outcome.DUPLICATE) == held
+    assert outcomes.count(Outcome.APPLIED) == num - held
+    assert pair.versions() == [num]
+    assert torch.equal(pair.weights(), -0.5 * sum(gradient_of(b) for b in range(num)))  # type: ignore[arg-type]

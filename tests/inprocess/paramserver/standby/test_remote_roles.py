@@ -22,8 +22,8 @@ from downpour.paramserver.server.server import PartitionServer
 from downpour.paramserver.standby.remote_primary_link import SILENT_S
 from downpour.paramserver.standby.remote_roles import RemotePrimary
 from tests.helpers.partition_pairs import (
-    Killed,
     answered,
+    assert_nothing_is_lost,
     assert_same,
     push_batches,
     work_through,
@@ -119,42 +119,9 @@ def test_nothing_that_was_answered_or_seen_is_lost_with_the_primarys_machine(
     pair: RemotePair, point: str, count: int, way: str
 ) -> None:
     """With what lay in the buffers of its sockets; the weights are what each push once makes."""
-    num = 120
     lose_host_at(pair, point, count)
     client = pair.client(num_mailboxes=8, **options(pair, way))
-    todo, in_flight, told = list(range(num)), dict[int, int](), set[int]()
-    weights, versions, seen = np.zeros(P, np.float32), [0], 0
-    try:
-        while True:
-            for box in range(8):
-                if box not in in_flight:
-                    in_flight[box] = todo.pop(0)
-                    leave(client, box, in_flight[box])
-                    push_batches(client, box, (in_flight[box],))
-            for settled in client.wait():
-                assert settled.outcomes == (Outcome.APPLIED,)
-                told.add(in_flight.pop(settled.mailbox))
-            client.pull(weights, versions)
-            assert versions[0] >= seen
-            seen = versions[0]
-    except ConnectionLost:
-        pass
-    assert isinstance(pair.primary.failure, Killed)
-    pair.fail_over()
-    flags = pair.follower.call(lambda state: state.ledger.applied.flags(0))
-    assert flags[sorted(told)].all()  # none that was answered is missing
-    assert pair.versions()[0] >= seen  # and no version that was seen
-    held = int((flags != 0).sum())
-    again = pair.client(num_mailboxes=1, **options(pair, way))
-    outcomes = []
-    for batch in range(num):
-        leave(again, 0, batch)
-        push_batches(again, 0, (batch,))
-        outcomes += answered(again)
-    assert outcomes.count(Outcome.DUPLICATE) == held
-    assert outcomes.count(Outcome.APPLIED) == num - held
-    assert pair.versions() == [num]
-    assert torch.equal(pair.weights(), -0.5 * sum(gradient_of(b) for b in range(num)))  # type: ignore[arg-type]
+    assert_nothing_is_lost(pair, client, lambda: pair.client(num_mailboxes=1, **options(pair, way)))
 
 
 def be_impatient(pair: RemotePair) -> None:

@@ -23,9 +23,9 @@ from downpour.paramserver.transport.shared import replication
 from tests.helpers.partition_pairs import (
     POINTS,
     Clock,
-    Killed,
     Pair,
     answered,
+    assert_nothing_is_lost,
     assert_same,
     dumped,
     freeze,
@@ -40,7 +40,6 @@ from tests.helpers.served_partitions import (
     P,
     Q,
     by_deadline,
-    gradient_of,
     leave,
 )
 
@@ -128,42 +127,9 @@ def test_nothing_that_was_answered_or_seen_is_lost_wherever_the_primary_dies(
 ) -> None:
     """Pushes are named and sent again until answered; the weights are what each once makes."""
     caplog.set_level(logging.CRITICAL)
-    num = 120
     kill_at(pair.primary, point, count)
     client = pair.client(num_mailboxes=8, bell_every=bell_every)
-    todo, in_flight, told = list(range(num)), dict[int, int](), set[int]()
-    weights, versions, seen = np.zeros(P, np.float32), [0], 0
-    try:
-        while True:
-            for box in range(8):
-                if box not in in_flight:
-                    in_flight[box] = todo.pop(0)
-                    leave(client, box, in_flight[box])
-                    push_batches(client, box, (in_flight[box],))
-            for settled in client.wait():
-                assert settled.outcomes == (Outcome.APPLIED,)
-                told.add(in_flight.pop(settled.mailbox))
-            client.pull(weights, versions)
-            assert versions[0] >= seen
-            seen = versions[0]
-    except ConnectionLost:
-        pass
-    assert isinstance(pair.primary.failure, Killed)
-    pair.fail_over()
-    flags = pair.follower.call(lambda state: state.ledger.applied.flags(0))
-    assert flags[sorted(told)].all()  # none that was answered is missing
-    assert pair.versions()[0] >= seen  # and no version that was seen
-    held = int((flags != 0).sum())
-    again = pair.client(num_mailboxes=1)
-    outcomes = []
-    for batch in range(num):
-        leave(again, 0, batch)
-        push_batches(again, 0, (batch,))
-        outcomes += answered(again)
-    assert outcomes.count(Outcome.DUPLICATE) == held
-    assert outcomes.count(Outcome.APPLIED) == num - held
-    assert pair.versions() == [num]
-    assert torch.equal(pair.weights(), -0.5 * sum(gradient_of(b) for b in range(num)))  # type: ignore[arg-type]
+    assert_nothing_is_lost(pair, client, lambda: pair.client(num_mailboxes=1))
 
 
 def test_a_follower_that_dies_holds_nobody_up_and_another_may_come(pair: Pair) -> None:
