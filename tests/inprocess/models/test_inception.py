@@ -209,7 +209,7 @@ def test_a_few_steps_lower_the_loss() -> None:
 def test_gradients_grow_towards_the_input_with_relu_and_hardly_with_sigmoids(
     activation: str, least: float, most: float, stem_stride: int
 ) -> None:
-    """What docs/reproduction explains sigmoids' head start in short runs with."""
+    """What docs/reproduction/inception-cifar10 explains sigmoids' head start in short runs with."""
     net = Inception(
         seed=0,
         num_classes=10,
