@@ -22,6 +22,7 @@ from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.server.server import PartitionServer
 from downpour.paramserver.spec import Average, PartitionSpec, PartitionStart, Restore
+from downpour.paramserver.standby.trouble import Trouble
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.names import NODE
 from downpour.paramserver.transport.network.acceptor import NetworkListen
@@ -223,8 +224,8 @@ class FollowerActor(PartitionActor):
             raise DeadlineExceeded(f"it has not caught up for {LEVEL_DEADLINE_S:.0f} s")
         return super().endpoint()
 
-    def watch_primary(self) -> str:
-        """Return, in words, that the partition is gone or silent, once that is so."""
+    def watch_primary(self) -> Trouble | None:
+        """Return what is known of a partition that is gone or silent, once that is so."""
         return self._server.await_trouble()
 
     def promote(self) -> Endpoint:

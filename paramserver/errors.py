@@ -16,6 +16,8 @@
     Fenced                  of a primary and its follower, the other one is the partition
 """
 
+from __future__ import annotations
+
 
 class ServerError(Exception):
     """Base of this package's errors."""
@@ -37,6 +39,16 @@ class NotColocated(ServerError):
 
 class ConnectionLost(ServerError):
     """The partition is gone; pushes without an answer may or may not have been applied."""
+
+    partition: int | None = None
+    """Which one, if a connection to it ended."""
+
+    @classmethod
+    def of(cls, partition: int, why: object) -> ConnectionLost:
+        """Return the error for a connection to this partition that has ended."""
+        error = cls(f"partition {partition}: {why}")
+        error.partition = partition
+        return error
 
 
 class DeadlineExceeded(ServerError):

@@ -34,6 +34,11 @@ class ShufflerLost(Exception):
 class PartitionLost(Exception):
     """A partition died, or cannot be reached."""
 
+    def __init__(self, why: str, *, partition: int | None = None) -> None:
+        """Say why; `partition` is whose side of a connection ended, if that is how it was seen."""
+        super().__init__(why)
+        self.partition = partition
+
 
 class FollowerLost(Exception):
     """A partition's follower died, or could not join it."""

@@ -25,6 +25,8 @@ ASKED = "downpour stop"
 """The reason of a stop that was asked for through the run's folder."""
 TURN_S = 0.25
 """Something may be due after so long, even if no call is answered."""
+HURRY_S = 0.05
+"""The same while it is to be decided whether a partition is lost: everybody waits for that."""
 STILL_S = 2.0
 """A turn that takes longer than this is one in which the driver stood still."""
 
@@ -135,7 +137,8 @@ class Controller:
 
     def _wait(self, turn_s: float) -> list[Done]:
         """Wait for answers, at most one turn; `turn_s` is when this turn began."""
-        found = self._backend.wait(list(self._pending), TURN_S)
+        most_s = HURRY_S if self.state.partitions.followers.suspected else TURN_S
+        found = self._backend.wait(list(self._pending), most_s)
         took_s = self._clock() - turn_s
         if took_s > STILL_S:
             self._events.appendleft(events.StoodStill(seconds=took_s - TURN_S))

@@ -14,6 +14,7 @@ the earlier one reports is not heard any more.
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from downpour.cluster.controller.failure_policy import Failure
@@ -29,10 +30,40 @@ from downpour.cluster.controller.instructions import (
 
 if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
+    from downpour.paramserver.standby.trouble import Kind, Trouble
     from downpour.paramserver.transport.endpoint import Endpoint
 
+LATE_S: dict[Kind, float] = {"closed": 0.3, "unreachable": 0.4, "silent": 1.0}
+"""A partition that its follower does not hear is lost if a report is late by so long. By what the
+follower knows, see `paramserver.standby.trouble`."""
 REPORTS_TO_FOLLOW = 2
 """Reports without a follower after one has joined: the first may have been on its way before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspicion:
+    """A partition that its follower on another machine does not hear any more."""
+
+    trouble: Trouble
+    since_s: float
+    """When we heard of it."""
+
+    def confirmed(self, asked_s: float | None, cut_s: float | None, now: float) -> str | None:
+        """Return why the partition is lost, if something else than its follower says so, too.
+
+        Args:
+            asked_s: when it was asked for a report that has not come, if it was.
+            cut_s: when a process of replicas last lost a connection to it, if one did.
+            now: seconds by the run's clock.
+        """
+        if self.trouble.kind == "closed" and cut_s is not None:
+            return f"{self.trouble}, and replicas lost their connection, too"
+        if asked_s is None:
+            return None
+        late_s = now - max(asked_s, self.since_s)
+        if late_s < LATE_S[self.trouble.kind]:
+            return None
+        return f"{self.trouble}, and no report for {late_s:.1f} s"
 
 
 class Standing(enum.Enum):
@@ -60,8 +91,8 @@ class Followers:
         self._without = [0] * num_partitions
         self._let_alone = [0] * num_partitions
         """Of each partition, the follower that it was last let alone by."""
-        self.suspected: dict[int, str] = {}
-        """Partitions that their followers on other machines do not hear any more, and why."""
+        self.suspected: dict[int, Suspicion] = {}
+        """Partitions that their followers on other machines do not hear any more."""
 
     def can_take_over(self, partition: int) -> bool:
         """Return whether a partition has a follower that is to take its place."""
@@ -88,12 +119,13 @@ class Followers:
             self._out.append(WatchPrimary(partition=index, start=call.start))
         self._out.append(Tell(text=f"partition {index} has a follower{where}"))
 
-    def suspects(self, call: WatchPrimary, why: str) -> bool:
+    def suspects(self, call: WatchPrimary, trouble: Trouble | None, now: float) -> bool:
         """A follower does not hear its partition any more; return whether that is of interest."""
         index = call.partition
-        if self._starts[index] != call.start or not self.can_take_over(index):
+        current = self._starts[index] == call.start and self.can_take_over(index)
+        if trouble is None or not current:
             return False
-        self.suspected[index] = why
+        self.suspected[index] = Suspicion(trouble=trouble, since_s=now)
         return True
 
     def start_failed(self, call: StartFollower, error: Exception, now: float) -> None:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from downpour.paramserver.actor import PartitionReport
 
 REPORT_EVERY_S = 1.0
-SILENT_S = 1.0
-"""A partition that its follower does not hear, and that has not answered for so long, is lost."""
+CUT_S = 2.0
+"""For so long it counts that replicas lost a connection to a partition."""
 TARDY_S = 3.0
 """A partition that has not answered for so long may be what others wait for."""
 
@@ -48,6 +48,8 @@ class PartitionMember:
     """Counts its starts: what an earlier one still has to say is of no interest."""
     asked_s: float | None = None
     """When it was asked for a report that has not come."""
+    cut_s: float | None = None
+    """When a process of replicas last lost a connection to it."""
     version: int | None = None
     """In its first report since it started."""
     settled: int = 0
@@ -148,6 +150,7 @@ class Partitions:
 
     def _renew(self, partition: PartitionMember) -> None:
         partition.up, partition.asked_s, partition.version = False, None, None
+        partition.cut_s = None
         partition.settled = 0
         partition.incarnation += 1
 
@@ -188,13 +191,20 @@ class Partitions:
         return action == "promote"
 
     def silent(self, now: float) -> dict[int, str]:
-        """Partitions that neither their followers hear nor a report comes from, and why."""
+        """Partitions that neither their followers hear nor somebody else, and why."""
         found = {}
-        for index, why in self.followers.suspected.items():
-            asked_s = self.members[index].asked_s
-            if asked_s is not None and now - asked_s >= SILENT_S:
-                found[index] = f"{why}, and no report for {now - asked_s:.1f} s"
+        for index, suspicion in self.followers.suspected.items():
+            member = self.members[index]
+            cut_s = member.cut_s
+            if cut_s is not None and now - cut_s > CUT_S:
+                cut_s = None
+            if (why := suspicion.confirmed(member.asked_s, cut_s, now)) is not None:
+                found[index] = why
         return found
+
+    def cut(self, index: int, now: float) -> None:
+        """A process of replicas has lost a connection to a partition."""
+        self.members[index].cut_s = now
 
     def all_answer(self, now: float) -> bool:
         """Whether all are up, and none has been asked for a report and not answered for long."""

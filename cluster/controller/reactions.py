@@ -94,7 +94,7 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
         case StartFollower() as call:
             run.partitions.followers.started(call, value)
         case WatchPrimary() as call:
-            if run.partitions.followers.suspects(call, value):
+            if run.partitions.followers.suspects(call, value, now):
                 run.partitions.ask_reports_now(now)
         case StartProcess() | ReconnectProcess() as call:
             if not _is_current_process(run, call):

@@ -236,9 +236,11 @@ class ReplicaProcesses:
             self._start(process)
         # Otherwise it is started once all partitions are there again.
 
-    def _on_disconnected(self, process: ReplicaProcess, error: Exception, now: float) -> None:
+    def _on_disconnected(self, process: ReplicaProcess, error: PartitionLost, now: float) -> None:
         """A process has lost a connection. The next reports tell which partition's fault it is."""
         self._drop_windows(process)
+        if error.partition is not None:
+            self._partitions.cut(error.partition, now)
         self._partitions.ask_reports_now(now)
         if self._partitions.all_up:
             failure = self._failure(process, "disconnected", str(error))

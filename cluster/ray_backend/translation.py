@@ -44,7 +44,9 @@ def translated(error: Exception, lost: type[Exception], what: str) -> Exception:
     """
     if isinstance(error, RayTaskError):
         cause = error.cause
-        if isinstance(cause, ConnectionLost | DeadlineExceeded):
+        if isinstance(cause, ConnectionLost):
+            return PartitionLost(str(cause), partition=cause.partition)
+        if isinstance(cause, DeadlineExceeded):
             return PartitionLost(str(cause))
         if isinstance(cause, LOST):
             return lost(f"{what} died")

@@ -46,6 +46,7 @@ from downpour.paramserver.standby.primary_link import PrimaryLink
 from downpour.paramserver.standby.remote_primary_link import RemotePrimaryLink
 from downpour.paramserver.standby.role_changes import Replication
 from downpour.paramserver.standby.roles import Follower
+from downpour.paramserver.standby.trouble import Trouble
 from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.network.acceptor import (
     NetworkAcceptor,
@@ -257,13 +258,17 @@ class PartitionServer:
         link = self._remote
         return link is None or link.levelled.wait(deadline_s)
 
-    def await_trouble(self, deadline_s: float | None = None) -> str:
-        """Wait until the primary, on another machine, is gone or silent; returns what is known."""
+    def await_trouble(self, deadline_s: float | None = None) -> Trouble | None:
+        """Wait until the primary, on another machine, is gone or silent; returns what is known.
+
+        None if it is on this machine, or there has been no trouble before the deadline.
+        """
         link = self._remote
         if link is None:
-            return "its primary is on this machine"
-        link.troubled.wait(deadline_s)
-        return link.trouble
+            return None
+        while (trouble := link.trouble) is None and link.troubled.wait(deadline_s):
+            pass  # it may have spoken again before we looked
+        return trouble
 
     @property
     def failure(self) -> BaseException | None:

@@ -39,9 +39,10 @@ from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.snapshot import Snapshot
 from downpour.paramserver.partition.vectors import Arrival
 from downpour.paramserver.standby.primary_link import JOIN_DEADLINE_S
+from downpour.paramserver.standby.trouble import Kind, Trouble
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.network import frames
-from downpour.paramserver.transport.network.channel import SLICE_BYTES, Channel
+from downpour.paramserver.transport.network.channel import SLICE_BYTES, Channel, unanswered_s
 from downpour.paramserver.transport.network.connect import connect
 from downpour.paramserver.transport.network.frames import FrameReader, Outbox, as_bytes
 from downpour.paramserver.transport.network.replication import (
@@ -59,6 +60,9 @@ from downpour.paramserver.transport.network.security import Credentials
 
 SILENT_S = 1.0
 """After so long without a word the primary may be gone: the controller is told, and decides."""
+UNREACHABLE_S = 0.3
+"""So it is told earlier if for so long the primary's machine has not even acknowledged what it was
+sent. A kernel does that, however busy its processes are."""
 
 
 class RemotePrimaryLink:
@@ -110,8 +114,9 @@ class RemotePrimaryLink:
         self.levelled = threading.Event()
         """Whether the primary waits for us, so that we have all that it has answered since."""
         self.troubled = threading.Event()
-        """Whether the primary is gone or silent."""
-        self.trouble = ""
+        """Whether there is `trouble`."""
+        self.trouble: Trouble | None = None
+        """Whether the primary is gone or silent; written by the serving thread."""
         self._gone: str | None = None
         """Why nothing more comes, if so."""
         self._channel: Channel = connect(
@@ -187,7 +192,7 @@ class RemotePrimaryLink:
             return self._packet(version)
         except ServerError as error:
             self._gone = str(error)
-            self._note_trouble(f"{type(error).__name__}: {error}")
+            self._note_trouble("closed", f"{type(error).__name__}: {error}")
             raise
 
     def _packet(self, version: int) -> list[Arrival] | None:
@@ -247,10 +252,14 @@ class RemotePrimaryLink:
         self._joined = True
         with contextlib.suppress(ConnectionLost):  # `packet` sees it, too
             self._beat()
-        if self._clock() - self._heard_s > SILENT_S:
-            self._note_trouble(f"its primary has been silent for {SILENT_S:g} s")
-        elif self.trouble.startswith("its primary has been silent"):
-            self.trouble = ""
+        quiet_s = self._clock() - self._heard_s
+        if quiet_s > UNREACHABLE_S and unanswered_s(self._channel.socket) > UNREACHABLE_S:
+            why = f"its primary's machine has acknowledged nothing for {UNREACHABLE_S:g} s"
+            self._note_trouble("unreachable", why)
+        elif quiet_s > SILENT_S:
+            self._note_trouble("silent", f"its primary has been silent for {SILENT_S:g} s")
+        elif self.trouble is not None and self.trouble.kind != "closed":
+            self.trouble = None
             self.troubled.clear()
 
     def take_over(self) -> None:
@@ -270,7 +279,7 @@ class RemotePrimaryLink:
                 self._outbox.put([head(TakenOver())])
                 self._outbox.flush()
         self._channel.socket.close()
-        self._note_trouble("the connection is closed")
+        self._note_trouble("closed", "the connection is closed")
 
     def _next(self) -> LinkMessage | None:
         moved = self._channel.moved
@@ -294,8 +303,10 @@ class RemotePrimaryLink:
         elif self._gone is None and self._clock() - self._beat_s >= BEAT_S:
             self._acknowledge()
 
-    def _note_trouble(self, why: str) -> None:
-        self.trouble = self.trouble or why
+    def _note_trouble(self, kind: Kind, why: str) -> None:
+        # One that is silent may be found to be gone; the first reason of a kind is the true one.
+        if self.trouble is None or (kind == "closed" and self.trouble.kind != "closed"):
+            self.trouble = Trouble(kind=kind, why=why)
         self.troubled.set()
 
 

@@ -1,8 +1,10 @@
 """A partition and its follower over the network, and what can happen to what is between them."""
 
 import contextlib
+import ctypes
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,16 @@ from tests.helpers.networked import Networked
 from tests.helpers.partition_pairs import Killed, Pair
 from tests.helpers.served_partitions import DEADLINE_S, KEY
 
+_ATTACH_FILTER = 26
+"""`SO_ATTACH_FILTER` of Linux."""
+
+
+def be_deaf(peer: socket.socket) -> None:
+    """Have the kernel drop each packet that comes for a connection, before it acknowledges it."""
+    nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0 bytes
+    program = struct.pack("HP", 1, ctypes.addressof(nothing))
+    peer.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, program)
+
 
 class Relay:
     """A cable: what goes in at one end comes out at the other, until it is cut."""
@@ -26,16 +38,24 @@ class Relay:
         self._to = to
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = NetworkAddress(host="127.0.0.1", port=self._listening.getsockname()[1])
+        self._others: dict[socket.socket, socket.socket] = {}
         self._cut = threading.Event()
         self._lock = threading.Lock()
         self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def cut(self) -> None:
-        """Lose everything from now on; neither end is told."""
+    def cut(self, *, power: bool = False) -> None:
+        """Lose everything from now on; neither end is told.
+
+        Without `power` it is as if the machine at the other end had none: nothing that is sent is
+        acknowledged any more.
+        """
         with self._lock:  # nothing that is sent from now on is passed on
             self._cut.set()
+            if not power:
+                for peer in self._others:
+                    be_deaf(peer)
 
     def close(self) -> None:
         self._ended = True
@@ -43,7 +63,7 @@ class Relay:
         self._listening.close()
 
     def _run(self) -> None:
-        others: dict[socket.socket, socket.socket] = {}
+        others = self._others
         while not self._ended:
             waiting = [self._listening, *others]
             for ready in select.select(waiting, [], [], 0.02)[0]:
@@ -110,7 +130,7 @@ def lose_host_at(pair: RemotePair, point: str, count: int) -> None:
     def count_down() -> None:
         left[0] -= 1
         if left[0] == 0:
-            pair.relay.cut()
+            pair.relay.cut(power=True)
             raise Killed
 
     def arm(state: PartitionState) -> None:

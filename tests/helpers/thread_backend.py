@@ -340,7 +340,9 @@ class ThreadBackend:
         if error is None:
             return Done(call=future, value=future.result())
         assert isinstance(error, Exception)
-        if isinstance(error, ConnectionLost | DeadlineExceeded):
+        if isinstance(error, ConnectionLost):
+            error = PartitionLost(str(error), partition=error.partition)
+        elif isinstance(error, DeadlineExceeded):
             error = PartitionLost(str(error))
         elif isinstance(error, OSError):
             error = WriteFailed(str(error))

@@ -30,6 +30,7 @@ from downpour.paramserver.actor import PartitionReport
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.partition.snapshot import SnapshotFile
+from downpour.paramserver.standby.trouble import Trouble
 from downpour.paramserver.transport.endpoint import Endpoint, NetworkAddress
 from downpour.workers.actor import Evaluation
 from downpour.workers.evaluation.evaluator import Score
@@ -288,7 +289,7 @@ class World:
                 partition = self.partitions[call.partition]
                 if partition.alive and not partition.hangs and partition.follower == call.start:
                     raise Later
-                return "it is silent"
+                return Trouble(kind="silent", why="it is silent")
             case do.RunWindow():
                 return self._window(call)
             case do.StartProcess():

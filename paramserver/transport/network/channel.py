@@ -18,6 +18,7 @@ import hmac
 import itertools
 import socket
 import struct
+import sys
 from collections import deque
 from typing import Protocol
 
@@ -33,6 +34,8 @@ TAG_BYTES = 16
 """What sealing adds to a block."""
 _BLOCK_OVERHEAD = _LENGTH.size + TAG_BYTES
 _STAGE_BYTES = 2 * (BLOCK_BYTES + _BLOCK_OVERHEAD)
+_TCP_INFO = struct.Struct("<24xI28xI")
+"""Of the kernel's `tcp_info`: segments without acknowledgement, milliseconds since the last one."""
 _GATHER = 8
 _READ_AHEAD_BYTES = 4096
 
@@ -78,6 +81,30 @@ def prepare(peer: socket.socket, dead_after_s: int = 30) -> None:
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, dead_after_s // 6)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * dead_after_s)
+
+
+def unanswered_s(peer: socket.socket) -> float:
+    """Return for how long the other machine has not acknowledged what it was sent.
+
+    Kernels acknowledge, so this says nothing of a process, and does not depend on how busy it is.
+
+    Args:
+        peer: A TCP connection.
+
+    Returns:
+        Seconds since the last acknowledgement; 0.0 if all that was sent has been acknowledged, or
+        the connection or the system cannot tell.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0.0
+    try:
+        about = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    except OSError:
+        return 0.0
+    if len(about) < _TCP_INFO.size:
+        return 0.0
+    unacknowledged, last_ms = _TCP_INFO.unpack(about)
+    return last_ms / 1000 if unacknowledged else 0.0
 
 
 class PlainChannel:

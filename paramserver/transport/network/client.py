@@ -344,7 +344,7 @@ class NetworkConnection:
             self.inbox.append(answer)
 
     def _named(self, error: ConnectionLost) -> ConnectionLost:
-        return ConnectionLost(f"partition {self.partition.index}: {error}")
+        return ConnectionLost.of(self.partition.index, error)
 
     def interrupt(self) -> None:
         """Cut the connection while another thread uses it."""

@@ -207,9 +207,9 @@ class SharedConnection:
             except BlockingIOError:
                 return
             except OSError as error:
-                raise ConnectionLost(f"partition {self.partition.index}: {error}") from None
+                raise ConnectionLost.of(self.partition.index, error) from None
             if not data:
-                raise ConnectionLost(f"partition {self.partition.index} closed the connection")
+                raise ConnectionLost.of(self.partition.index, "it closed the connection")
             for message in decode_all(data):
                 if not isinstance(message, Answer):
                     raise MalformedMessage(f"{type(message).__name__} in place of an answer")

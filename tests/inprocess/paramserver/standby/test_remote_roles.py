@@ -19,8 +19,9 @@ from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Momentum, Nesterov, Regulariser
 from downpour.paramserver.server.server import PartitionServer
-from downpour.paramserver.standby.remote_primary_link import SILENT_S
+from downpour.paramserver.standby.remote_primary_link import SILENT_S, UNREACHABLE_S
 from downpour.paramserver.standby.remote_roles import RemotePrimary
+from downpour.paramserver.standby.trouble import Kind
 from tests.helpers.partition_pairs import (
     answered,
     assert_nothing_is_lost,
@@ -151,7 +152,7 @@ def test_a_primary_that_is_cut_off_answers_and_shows_nothing_until_it_is_told_to
 ) -> None:
     client = pair.client(num_mailboxes=2)
     work_through(pair, range(3), client)
-    pair.relay.cut()
+    pair.relay.cut(power=True)
     be_impatient(pair)
     leave(client, 0, 3)
     push_batches(client, 0, (3,))
@@ -172,17 +173,28 @@ def test_a_primary_that_is_cut_off_answers_and_shows_nothing_until_it_is_told_to
     assert_same(pair.primary, pair.follower)
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("silent", f"its primary has been silent for {SILENT_S:g} s"),
+        (
+            "unreachable",
+            f"its primary's machine has acknowledged nothing for {UNREACHABLE_S:g} s",
+        ),
+    ],
+)
 def test_a_follower_that_is_cut_off_says_so_and_can_take_over_while_the_primary_lives(
-    pair: RemotePair,
+    pair: RemotePair, kind: Kind, why: str
 ) -> None:
     """Nobody tells the old primary: it holds what its follower has not, for good."""
     old, client = pair.primary, pair.client(num_mailboxes=2)
     work_through(pair, range(3), client)
-    pair.relay.cut()
+    pair.relay.cut(power=kind == "silent")
     leave(client, 0, 3)
     push_batches(client, 0, (3,))
     be_impatient(pair)
-    assert f"silent for {SILENT_S:g} s" in pair.follower.await_trouble(DEADLINE_S)
+    trouble = pair.follower.await_trouble(DEADLINE_S)
+    assert (trouble and trouble.kind, str(trouble)) == (kind, why)
     pair.fail_over()
     work_through(pair, range(3, 9), pair.client(num_mailboxes=1))
     by_deadline(lambda: old.waits_for_word == 1)
@@ -236,7 +248,9 @@ def test_of_two_followers_the_later_one_counts(pair: RemotePair) -> None:
     first = pair.follower
     work_through(pair, range(3), client)
     pair.follower = pair.follow()
-    by_deadline(lambda: first.await_trouble(DEADLINE_S) != "")
+    trouble = first.await_trouble(DEADLINE_S)
+    assert trouble is not None
+    assert trouble.kind == "closed"
     work_through(pair, range(3, 6), client)
     assert_same(pair.primary, pair.follower)
     with pytest.raises(ConnectionLost):
@@ -288,7 +302,7 @@ def test_without_waiting_pushes_are_answered_until_the_follower_is_known_to_be_l
         old, client = pair.primary, pair.client(num_mailboxes=1)
         work_through(pair, range(3), client)
         by_deadline(lambda: pair.follower.call(lambda state: state.version) == 3)
-        pair.relay.cut()
+        pair.relay.cut(power=True)
         work_through(pair, range(3, 8), client)
         be_impatient(pair)
         by_deadline(lambda: old.waits_for_word == 1)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from downpour.cluster.controller.backend import FollowerLost
 from downpour.cluster.controller.failure_policy import MAX_IN_A_ROW, FailurePolicy
 from downpour.cluster.controller.failures import Failures
-from downpour.cluster.controller.followers import REPORTS_TO_FOLLOW, Followers
+from downpour.cluster.controller.followers import (
+    LATE_S,
+    REPORTS_TO_FOLLOW,
+    Followers,
+    Suspicion,
+)
 from downpour.cluster.controller.instructions import (
     Instruction,
     LetAlone,
@@ -17,6 +24,7 @@ from downpour.cluster.controller.instructions import (
     Tell,
     WatchPrimary,
 )
+from downpour.paramserver.standby.trouble import Kind, Trouble
 
 
 class Script:
@@ -44,6 +52,9 @@ class Script:
             index=0, has_follower=has_follower, waits_for_word=waits_for_word
         )
         self.followers.reported(report, 7, 0.0)
+
+    def suspect(self, watch: WatchPrimary, kind: Kind, now: float = 0.0) -> bool:
+        return self.followers.suspects(watch, Trouble(kind=kind, why="it is silent"), now)
 
     @property
     def counts(self) -> bool:
@@ -118,7 +129,7 @@ def test_a_partition_that_has_lost_its_follower_elsewhere_has_our_word_once() ->
     assert script.taken(LetAlone) == [LetAlone(partition=0, incarnation=7, follower=1)]
     script.report(False, waits_for_word=1)  # it was asked before the word came
     assert script.taken(LetAlone) == []
-    assert not script.followers.suspects(watch, "it is silent")
+    assert not script.suspect(watch, "silent")
     script.followers.started(call, ELSEWHERE)
     assert not script.counts
 
@@ -138,13 +149,36 @@ def test_a_partition_that_its_follower_does_not_hear_and_that_reports_is_watched
     script = Script()
     script.followers.started(script.start(), ELSEWHERE)
     (watch,) = script.taken(WatchPrimary)
-    assert script.followers.suspects(watch, "it is silent")
-    assert script.followers.suspected == {0: "it is silent"}
+    assert not script.followers.suspects(watch, None, 0.0)
+    assert script.suspect(watch, "silent")
+    assert script.followers.suspected.keys() == {0}
     script.report(True)
     assert script.followers.suspected == {}
     assert script.taken(WatchPrimary) == [watch]
     assert script.counts
-    script.followers.suspects(watch, "it is silent")
+    assert script.suspect(watch, "closed")
     script.followers.partition_replaced(0)
     assert script.followers.suspected == {}
-    assert not script.followers.suspects(watch, "it is silent")
+    assert not script.suspect(watch, "closed")
+
+
+@pytest.mark.parametrize("kind", ["closed", "unreachable", "silent"])
+def test_a_follower_alone_proves_nothing(kind: Kind) -> None:
+    """The wait begins with what is heard later, so a driver that was kept blames nobody."""
+    suspicion = Suspicion(trouble=Trouble(kind=kind, why="it is silent"), since_s=10.0)
+    late_s = LATE_S[kind]
+    assert suspicion.confirmed(None, None, 100.0) is None
+    assert suspicion.confirmed(2.0, None, 10.0 + 0.9 * late_s) is None
+    assert suspicion.confirmed(11.0, None, 11.0 + 0.9 * late_s) is None
+    assert suspicion.confirmed(2.0, None, 10.0 + late_s) is not None
+    assert suspicion.confirmed(11.0, None, 11.0 + late_s) is not None
+
+
+def test_a_partition_whose_connections_to_both_have_ended_is_gone() -> None:
+    """The kernel has closed them with their process; no report has to be late."""
+    closed = Suspicion(trouble=Trouble(kind="closed", why="it is gone"), since_s=10.0)
+    silent = Suspicion(trouble=Trouble(kind="silent", why="it is silent"), since_s=10.0)
+    assert closed.confirmed(10.0, 9.9, 10.0) == (
+        "it is gone, and replicas lost their connection, too"
+    )
+    assert silent.confirmed(10.0, 9.9, 10.0) is None

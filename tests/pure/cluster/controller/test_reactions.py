@@ -10,8 +10,9 @@ from downpour.cluster.controller.backend import (
     ShufflerLost,
     WriteFailed,
 )
-from downpour.cluster.controller.partitions import SILENT_S
+from downpour.cluster.controller.followers import LATE_S
 from downpour.paramserver.partition.applied_set import REFUSED
+from downpour.paramserver.standby.trouble import Trouble
 from tests.helpers.world import Made, configured
 
 
@@ -166,11 +167,31 @@ def test_a_partition_that_neither_its_follower_nor_we_hear_is_promoted_over(made
     run.tick()
     for call in run.calls(do.AskReport):
         run.answer(call)
-    run.tick(SILENT_S / 2)
+    run.tick(LATE_S["silent"] / 2)
     assert not run.calls(do.Promote)
-    run.tick(SILENT_S)
+    run.tick(LATE_S["silent"])
     assert [call.partition for call in run.calls(do.Promote)] == [1]
     assert "partition 1 does not answer (it is silent, and no report for 1." in run.told()
+
+
+def test_a_partition_that_closed_its_connections_is_promoted_over_at_once(made: Made) -> None:
+    """No time passes. A connection that only one of the two lost costs nobody his place."""
+    run = made(configured(server={"hot_standby": True}), remote=True)
+    run.train()
+    run.tick(10.0)
+    run.answer_all(do.StartFollower)
+    run.answer_all(do.AskReport)
+    watch = next(call for call in run.calls(do.WatchPrimary) if call.partition == 1)
+    closed = Trouble(kind="closed", why="it closed the connection")
+    window = run.calls(do.RunWindow)[0]
+    run.fail(window, PartitionLost("partition 1 closed the connection", partition=1))
+    run.tick()
+    assert not run.calls(do.Promote)
+    run.pending.remove(watch)
+    run.hand_in(events.Answered(call=watch, value=closed))
+    run.tick()
+    assert [call.partition for call in run.calls(do.Promote)] == [1]
+    assert "replicas lost their connection, too): its follower takes its place" in run.told()
 
 
 def test_a_follower_takes_the_place_of_its_partition(made: Made) -> None:

@@ -18,9 +18,11 @@ from downpour.paramserver.transport.network.channel import (
     Channel,
     PlainChannel,
     SealedChannel,
+    unanswered_s,
 )
 from downpour.paramserver.transport.network.security import RunCredentials
 from tests.helpers.networked import PAYLOAD, Networked, hung_up_on, prefix, unharmed
+from tests.helpers.remote_pairs import be_deaf
 from tests.helpers.served_partitions import DEADLINE_S, a_push, by_deadline
 
 torch.set_num_threads(1)
@@ -108,3 +110,17 @@ def test_the_channel_is_a_stream_whatever_the_cuts(keys: RunCredentials | None) 
     with pytest.raises(ConnectionLost):
         right.read_into(memoryview(come))
     ends[1].close()
+
+
+def test_a_machine_that_acknowledges_nothing_is_told_from_a_process_that_reads_nothing() -> None:
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        ours = stack.enter_context(socket.create_connection(listening.getsockname()))
+        theirs = stack.enter_context(listening.accept()[0])
+        ours.sendall(b"nobody reads this")
+        by_deadline(lambda: unanswered_s(ours) == 0.0)
+        be_deaf(theirs)
+        ours.sendall(b"and nobody hears this")
+        by_deadline(lambda: unanswered_s(ours) > 0.2)
+        assert unanswered_s(theirs) == 0.0
+    assert unanswered_s(ours) == 0.0
