@@ -112,12 +112,27 @@ address_option = click.option(
     type=click.Choice([*inception_recipes.VARIANTS, *inception_recipes.FAILURES]),
     help="Train and report on this variant and Inception only; may be given several times.",
 )
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Runs of each variant; the two failures have one.",
+)
+@click.option(
+    "--all-in-flight",
+    multiple=True,
+    type=click.Choice(inception_recipes.VARIANTS),
+    help="Train this variant with every step in flight besides; may be given several times.",
+)
 def inception(
     output: Path | None,
     address: str | None,
     search_rates: tuple[float, ...] | None,
     search_epochs: int,
     only: tuple[str, ...],
+    seeds: int,
+    all_in_flight: tuple[str, ...],
     given: dict[str, object],
 ) -> int:
     """Section 4.2: the five variants and the two failures, Figures 2 and 3.
@@ -126,7 +141,8 @@ def inception(
     variants follow in the paper's proportions. All other options are the same for all runs: for
     a small machine, give `--width 0.25 --image-size 32 --epochs 10`.
     """
-    from downpour.cluster.reproduce.family import best_rate, family, make_report, trials
+    from downpour.cluster.reproduce.family import best_rate, family, trials
+    from downpour.cluster.reproduce.family_report import make_report
     from downpour.cluster.reproduce.runs import curve_of, train_all
 
     if search_rates and "learning_rate" in given:
@@ -143,7 +159,7 @@ def inception(
         classes = next(iter(short.values())).model.num_classes
         given = {**given, "learning_rate": best_rate(tried, 1 / classes)}
         console.print(f"Inception's rate is {given['learning_rate']:g}")
-    runs = family(given, only)
+    runs = family(given, only, seeds=seeds, all_in_flight=all_in_flight)
     status = train_all(runs, folder / "runs", address=address, console=console)
     if status:
         return status

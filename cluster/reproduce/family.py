@@ -3,29 +3,24 @@
 The paper chose its rates for Inception on ImageNet. At another scale, the rate with which plain
 Inception learns best is chosen first, by short runs (`trials`). The rates of the other variants are
 derived from it as in the paper: x1, x1, x5, x30, x5.
+
+Here: the runs, and what their curves say. Not here: the page (`family_report`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from downpour.cluster.config import inception_recipes, recipes
 from downpour.cluster.config.options import apply
-from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.reproduce.report import (
-    heading,
-    new_figure,
-    paragraph,
-    picture,
-    save_figure,
-    table,
-    write_report,
-)
-from downpour.cluster.reproduce.runs import Curve, curve_as_data, fitted, with_network
+from downpour.cluster.reproduce.runs import Curve, fitted, with_network
 
 PAPER: dict[str, tuple[float | None, float | None]] = {
     "inception": (31.0e6, 0.722),
@@ -43,7 +38,20 @@ _IN_PROPORTION: dict[str, Callable[[RunConfig], float]] = {
 """Options in which the variants differ by the paper's factors. A user gives Inception's value."""
 
 
-def family(given: Mapping[str, object], only: Sequence[str] = ()) -> dict[str, RunConfig]:
+ALL_IN_FLIGHT = "-all-in-flight"
+"""Ends the name of a variant that is trained with every step in flight besides."""
+_SEED = re.compile(r"-seed-\d+$")
+FLAT = 0.005
+"""Inception has stopped getting better if its gain (`late_gain`) is at most this."""
+
+
+def family(
+    given: Mapping[str, object],
+    only: Sequence[str] = (),
+    *,
+    seeds: int = 1,
+    all_in_flight: Sequence[str] = (),
+) -> dict[str, RunConfig]:
     """Return the five variants and the two failures, with the user's options.
 
     Args:
@@ -51,7 +59,45 @@ def family(given: Mapping[str, object], only: Sequence[str] = ()) -> dict[str, R
             a multiple of them as in the paper. All others are the same for all.
         only: variants to keep besides Inception, which the others are compared with; empty keeps
             all.
+        seeds: runs of each variant, with the seeds from the configuration's own on. The failures
+            have one.
+        all_in_flight: variants to train with every step in flight besides, one run of each.
+
+    Returns:
+        Configurations by the run's name. `variant_of` gives the variant of a name.
     """
+    one = _one_of_each(given, only)
+    runs = dict(one)
+    for number in range(1, seeds):
+        for name, config in one.items():
+            if name not in inception_recipes.FAILURES:
+                runs[f"{name}-seed-{number}"] = _seeded(config, number)
+    for name in all_in_flight:
+        if name not in one:
+            raise UserError(f"--all-in-flight {name}: --only leaves it out; give --only {name} too")
+        runs[name + ALL_IN_FLIGHT] = apply(one[name], {"in_flight": "all"})
+    return runs
+
+
+def variant_of(run: str) -> str:
+    """Return the variant that a run is of, by the run's name."""
+    return _SEED.sub("", run)
+
+
+def by_variant(curves: Mapping[str, Curve]) -> dict[str, list[Curve]]:
+    """Return the curves of each variant, in the order of their seeds."""
+    found: dict[str, list[Curve]] = {}
+    for name, curve in curves.items():
+        found.setdefault(variant_of(name), []).append(curve)
+    return found
+
+
+def _seeded(config: RunConfig, number: int) -> RunConfig:
+    policy = dataclasses.replace(config.policy, seed=config.policy.seed + number)
+    return dataclasses.replace(config, policy=policy)
+
+
+def _one_of_each(given: Mapping[str, object], only: Sequence[str]) -> dict[str, RunConfig]:
     plain = recipes.find("inception")
     runs = {}
     for name in inception_recipes.VARIANTS:
@@ -96,27 +142,72 @@ def best_rate(curves: Mapping[float, Curve], chance: float) -> float:
     return best
 
 
+def late_gain(curve: Curve) -> float | None:
+    """Return the mean accuracy of a run's last quarter less that of the quarter before.
+
+    None if either quarter of the updates has no look.
+    """
+    end = curve.updates[-1] if curve.updates else 0
+    quarters = [
+        [
+            accuracy
+            for updates, accuracy in zip(curve.updates, curve.accuracy, strict=True)
+            if begin * end < updates <= stop * end
+        ]
+        for begin, stop in ((0.5, 0.75), (0.75, 1.0))
+    ]
+    if not all(quarters):
+        return None
+    before, last = (statistics.fmean(quarter) for quarter in quarters)
+    return last - before
+
+
 def figure_3(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
-    """Return the rows: steps to Inception's best accuracy, best accuracy, the paper's values."""
-    goal = curves["inception"].best
-    base = curves["inception"].first_at(goal)
+    """Return the rows: steps to Inception's best accuracy, best accuracy, the paper's values.
+
+    A run is compared with the run of Inception that has its seed: the best accuracy of that is its
+    goal. A row has medians over a variant's runs, and the least and the most of each; a run that
+    never reaches its goal counts as endless.
+    """
+    variants = by_variant(curves)
+    plain = variants["inception"]
+    goals = [curve.best for curve in plain]
+    bases = [_endless(curve.first_at(goal)) for curve, goal in zip(plain, goals, strict=True)]
     rows = []
-    for name, curve in curves.items():
-        steps, (paper_steps, paper_best) = curve.first_at(goal), PAPER.get(name, (None, None))
+    for name, runs in variants.items():
+        steps = [_endless(run.first_at(goal)) for run, goal in zip(runs, goals, strict=False)]
+        shares = [_share(own, base) for own, base in zip(steps, bases, strict=False)]
+        paper_steps, paper_best = PAPER.get(name, (None, None))
+        bests = [run.best for run in runs]
         rows.append(
             {
                 "variant": name,
-                "steps": steps,
-                "share_of_inceptions": steps / base if steps and base else None,
-                "best": curve.best,
-                "final": curve.final,
+                "runs": len(runs),
+                "steps": _ended(statistics.median(steps)),
+                "share_of_inceptions": _ended(statistics.median(shares)),
+                "shares": [_ended(share) for share in shares],
+                "best": statistics.median(bests),
+                "bests": bests,
+                "final": statistics.median(run.final for run in runs),
                 "paper_steps": paper_steps,
                 "paper_share": paper_steps / 31.0e6 if paper_steps else None,
                 "paper_best": paper_best,
-                "failure": curve.failure,
+                "failure": next((run.failure for run in runs if run.failure), None),
             }
         )
     return rows
+
+
+def _endless(steps: int | None) -> float:
+    return math.inf if steps is None else steps
+
+
+def _ended(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _share(steps: float, base: float) -> float:
+    return steps / base if base and math.isfinite(base) else math.inf
 
 
 def findings(rows: list[dict[str, Any]], chance: float) -> list[tuple[str, str, bool]]:
@@ -131,8 +222,10 @@ def findings(rows: list[dict[str, Any]], chance: float) -> list[tuple[str, str, 
         if not learned:
             return "Inception stayed at chance, so its best accuracy is no goal", False
         share = by_name[name]["share_of_inceptions"]
-        told = "never reached it" if share is None else f"{share:.2f} of Inception's steps"
-        return told, share is not None and share <= bound
+        if share is None:
+            return "never reached it", False
+        told = f"{share:.2f} of Inception's steps{_spread(by_name[name]['shares'])}"
+        return told, share <= bound
 
     found = []
     if "bn-baseline" in by_name:
@@ -157,110 +250,11 @@ def findings(rows: list[dict[str, Any]], chance: float) -> list[tuple[str, str, 
     return found
 
 
-def make_report(
-    folder: Path,
-    runs: Mapping[str, RunConfig],
-    curves: Mapping[str, Curve],
-    command: str,
-    *,
-    tried: Mapping[float, Curve] | None = None,
-) -> Path:
-    """Write Figures 2 and 3; return the page's path.
-
-    `tried` has the short runs by which Inception's rate was chosen; it is empty if the rate was
-    given.
-    """
-    rows = figure_3(curves)
-    config = runs["inception"]
-    chance = 1 / config.model.num_classes
-    _figure_2(folder / "figure-2.png", curves)
-    told = findings(rows, chance)
-    cells = [
-        [
-            row["variant"],
-            runs[row["variant"]].server.schedule.learning_rate,
-            row["steps"],
-            row["share_of_inceptions"],
-            f"{row['best']:.2%}",
-            f"{row['final']:.2%}",
-            row["paper_share"],
-            "–" if row["paper_best"] is None else f"{row['paper_best']:.1%}",
-        ]
-        for row in rows
-    ]
-    header = ["", "rate", "steps to Inception's best", "share", "best", "at the end"]
-    header += ["paper: share", "paper: best"]
-    model = config.model
-    hours = sum(c.seconds for c in (*curves.values(), *(tried or {}).values())) / 3600
-    parts = [
-        paragraph(
-            f"{config.data.data}, {model.num_classes} classes, {model.pictures.height} pixels, "
-            f"width {model.width or 1:g}, {config.policy.epochs} epochs, "
-            f"seed {config.policy.seed}; "
-            f"{config.replicas.replicas} replicas with {config.replicas.steps.concurrent_steps} "
-            f"steps each, mini-batches of {config.data.batch_size}. {hours:.2f} hours in all."
-        ),
-        paragraph(
-            "Accuracy was looked at every "
-            f"{max(curve.interval for curve in curves.values()):,} updates or more often; steps "
-            "are those at the first look that shows the accuracy."
-        ),
-        picture("figure-2.png", "Figure 2: accuracy on the evaluation split against updates"),
-        table(header, cells),
-        table(
-            ["the paper found", "here", "agrees"],
-            [[claim, found, "yes" if agrees else "no"] for claim, found, agrees in told],
-        ),
-        *_told_of_rates(tried or {}, runs),
-    ]
-    data = {
-        "figure_3": rows,
-        "findings": [{"paper": c, "here": f, "agrees": a} for c, f, a in told],
-        "hours": hours,
-        "curves": {name: curve_as_data(curve) for name, curve in curves.items()},
-        "tried_rates": {f"{rate:g}": curve_as_data(c) for rate, c in (tried or {}).items()},
-        "configurations": {name: to_plain(run) for name, run in runs.items()},
-    }
-    title = "Section 4.2: Inception and its batch-normalised variants (Figures 2 and 3)"
-    return write_report(folder, title, parts, command=command, data=data)
-
-
-def _told_of_rates(tried: Mapping[float, Curve], runs: Mapping[str, RunConfig]) -> list[str]:
-    """Say how rates and decay were chosen."""
-    schedule = runs["inception"].server.schedule
-    parts = [
-        heading("Rates"),
-        paragraph(
-            f"Inception's rate is {schedule.learning_rate:g} (the paper's, for its network on "
-            f"ImageNet: {inception_recipes.RATE:g}), times {schedule.decay_factor:g} every "
-            f"{schedule.decay_epochs:.3g} epochs; where the paper modifies the training (x5, x30), "
-            "6 times as often. The variants' rates are as many times Inception's as in the "
-            "paper."
-        ),
-    ]
-    if tried:
-        others = [
-            [f"{rate:g}", f"{curve.best:.2%}", curve.updates[-1] if curve.updates else None]
-            for rate, curve in tried.items()
-        ]
-        edge = schedule.learning_rate in (min(tried), max(tried))
-        parts += [
-            paragraph(
-                "It was chosen by short runs of plain Inception, for the highest accuracy"
-                + (": it lies at the edge of what was tried." if edge else ".")
-            ),
-            table(["Inception's rate", "best accuracy", "updates"], others),
-        ]
-    return parts
-
-
-def _figure_2(path: Path, curves: Mapping[str, Curve]) -> None:
-    figure, (axes,) = new_figure(1, width=9, height=5)
-    for name, curve in curves.items():
-        style = "--" if name in inception_recipes.FAILURES else "-"
-        axes.plot(curve.updates, curve.accuracy, style, label=name, linewidth=1.2)
-    axes.axhline(curves["inception"].best, color="#8a8f98", linewidth=0.7)
-    axes.set_xlabel("updates")
-    axes.set_ylabel("accuracy@1")
-    axes.legend(frameon=False)
-    save_figure(figure, path)
+def _spread(values: Sequence[float | None]) -> str:
+    """Say the least and the most, if there are several values."""
+    if len(values) < 2:
+        return ""
+    reached = [value for value in values if value is not None]
+    least = f"{min(reached):.2f}"
+    most = f"{max(reached):.2f}" if len(reached) == len(values) else "never"
+    return f" ({least} to {most})"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,7 @@ def _train_all(
     ray: contextlib.ExitStack,
 ) -> int:
     started = False
+    took_s: list[float] = []
     for number, (name, config) in enumerate(runs.items(), 1):
         path = folder / name
         exists = (path / "config.json").is_file()
@@ -127,8 +129,10 @@ def _train_all(
             )
         if (path / RESULT).exists() or (path / FAILED).exists():
             console.print(f"{name}: finished ({number} of {len(runs)})")
+            took_s.append(curve_of(path).seconds)
             continue
-        console.print(f"{name}: run {number} of {len(runs)}")
+        left = _told_of_time(took_s, len(runs) - number + 1)
+        console.print(f"{name}: run {number} of {len(runs)}{left}")
         data = inputs.check_data(config)
         if not started:
             ray.enter_context(session.on_ray(address=address, dashboard=False))
@@ -153,7 +157,17 @@ def _train_all(
         if status:
             console.print("the same command goes on from there")
             return status
+        took_s.append(curve_of(path).seconds)
     return 0
+
+
+def _told_of_time(took_s: Sequence[float], left: int) -> str:
+    """Say about how long so many runs will take, by the mean of those before."""
+    if not took_s:
+        return ""
+    minutes = max(1, round(statistics.fmean(took_s) * left / 60))
+    about = f"{minutes} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
+    return f", about {about} left"
 
 
 def curve_of(path: Path) -> Curve:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from downpour.cluster.controller.backend import RunFailed
 from downpour.cluster.errors import UserError
-from downpour.cluster.reproduce import ensemble, family
+from downpour.cluster.reproduce import ensemble, family, family_report
 from downpour.cluster.reproduce.runs import Curve, curve_of, train_all
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.training import launch, session
@@ -80,6 +80,57 @@ def test_some_variants_only(data: Path) -> None:
     ]
 
 
+def test_several_seeds_and_every_step_in_flight_besides(data: Path) -> None:
+    given = {"data": str(data), "seed": 5}
+    runs = family.family(given, ["bn-x5", "inception-x5"], seeds=2, all_in_flight=["bn-x5"])
+    assert {name: run.policy.seed for name, run in runs.items()} == {
+        "inception": 5,
+        "bn-x5": 5,
+        "inception-x5": 5,
+        "inception-seed-1": 6,
+        "bn-x5-seed-1": 6,
+        "bn-x5-all-in-flight": 5,
+    }
+    steps = {name: run.replicas.steps.in_flight for name, run in runs.items()}
+    assert steps["bn-x5-all-in-flight"] == "all"
+    assert steps["bn-x5"] == "auto"
+    with pytest.raises(UserError, match="give --only bn-x30 too"):
+        family.family(given, ["bn-x5"], all_in_flight=["bn-x30"])
+
+
+def test_a_run_is_compared_with_inceptions_of_its_seed() -> None:
+    curves = {
+        "inception": _curve((10, 0.3), (100, 0.6)),
+        "bn-x5": _curve((10, 0.6), (100, 0.7)),
+        "inception-seed-1": _curve((50, 0.3), (200, 0.65)),
+        "bn-x5-seed-1": _curve((10, 0.6), (60, 0.7)),
+        "inception-seed-2": _curve((50, 0.3), (100, 0.5)),
+        "bn-x5-seed-2": _curve((10, 0.4)),
+    }
+    rows = {row["variant"]: row for row in family.figure_3(curves)}
+    assert rows["bn-x5"]["shares"] == [0.1, 0.3, None]
+    assert rows["bn-x5"]["share_of_inceptions"] == 0.3
+    assert rows["bn-x5"]["steps"] == 60
+    assert rows["bn-x5"]["best"] == 0.7
+    assert rows["bn-x5"]["bests"] == [0.7, 0.7, 0.4]
+    assert rows["inception"]["shares"] == [1, 1, 1]
+    assert family.findings(list(rows.values()), chance=0.1) == [
+        (
+            "BN-x5 needs a fourteenth of the steps (here: at most a tenth)",
+            "0.30 of Inception's steps (0.10 to never)",
+            False,
+        )
+    ]
+
+
+def test_whether_it_had_stopped_getting_better() -> None:
+    rising = [(i, i / 1000) for i in range(0, 101, 5)]
+    assert family.late_gain(_curve(*rising)) == pytest.approx(0.025)
+    flat = [(i, min(i, 50) / 100) for i in range(0, 101, 5)]
+    assert family.late_gain(_curve(*flat)) == 0
+    assert family.late_gain(_curve((10, 0.1), (100, 0.2))) is None
+
+
 def test_variants_follow_inceptions_rate_decay_and_weight_loss(data: Path) -> None:
     given = {
         "data": str(data),
@@ -129,7 +180,7 @@ def test_the_report(tmp_path: Path, data: Path) -> None:
     assert runs["inception-sigmoid"].model.arguments["activation"] == "sigmoid"
     assert all(run.data.eval_split == "test" for run in runs.values())
     tried = {0.0015: _curve((9, 0.4)), 0.0045: _curve((9, 0.3))}
-    page = family.make_report(
+    page = family_report.make_report(
         tmp_path / "report", runs, CURVES, "downpour reproduce inception", tried=tried
     )
     assert "never reached it" not in page.read_text()
@@ -138,6 +189,24 @@ def test_the_report(tmp_path: Path, data: Path) -> None:
     assert len(made["figure_3"]) == 7
     assert made["tried_rates"]["0.0045"]["accuracy"] == [0.3]
     assert (tmp_path / "report" / "figure-2.png").is_file()
+
+
+def test_the_report_of_several_seeds(tmp_path: Path, data: Path) -> None:
+    given = {"data": str(data), "width": 0.0625, "image_size": 28}
+    runs = family.family(given, ["bn-x5"], seeds=2, all_in_flight=["bn-x5"])
+    rising = [(i, i / 1000) for i in range(0, 101, 5)]
+    flat = [(i, min(i, 50) / 100) for i in range(0, 101, 5)]
+    curves = {name: _curve(*flat) for name in runs}
+    page = family_report.make_report(tmp_path, runs, curves, "downpour reproduce inception")
+    text = page.read_text()
+    assert "Inception had stopped getting better." in text
+    assert "medians over up to 2 runs" in text
+    assert "1.00 (1.00 to 1.00)" in text
+    curves["inception-seed-1"] = _curve(*rising)
+    text = family_report.make_report(tmp_path, runs, curves, "…").read_text()
+    assert "was still getting better in 1 of 2 runs" in text
+    made = json.loads((tmp_path / "data.json").read_text())
+    assert set(made["curves"]) == set(runs)
 
 
 def test_runs_are_begun_gone_on_with_or_left_alone(
