@@ -196,7 +196,14 @@ class BatchNorm(nn.Module):
         """
         return self._normalize(x, self.training)
 
-    def _normalize(self, x: Tensor, by_batch: bool) -> Tensor:
+    def _normalize(
+        self,
+        x: Tensor,
+        by_batch: bool,
+        weights: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> Tensor:
+        """`weights` are gamma and beta if they are not the layer's own."""
+        weight, bias = weights or (self.weight, self.bias)
         if x.ndim < 2 or x.shape[1] != self.num_features:
             c = self.num_features
             raise BatchError(
@@ -205,10 +212,8 @@ class BatchNorm(nn.Module):
             )
         if not by_batch:
             return functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+                x, self.running_mean, self.running_var, weight, bias, eps=self.eps
             )
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
         shape = x.shape
         if self.together > 1:
             x = x.reshape(shape[0] // self.together, -1, *shape[2:])

@@ -5,8 +5,8 @@ and its batch normalization layers, at buffers of the caller's choice, shared me
 Not here: the description of where things lie and checkpoints by name (`layout`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class _Place:
     owner: nn.Module
     local_name: str
     name: str
+    others: tuple[tuple[nn.Module, str], ...] = ()
+    """Further slots that hold the same parameter, if it is tied: owners and local names."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -66,13 +68,21 @@ class _Place:
         return parameter
 
 
-def _places(module: nn.Module) -> Iterator[_Place]:
-    """Every slot that holds a parameter, those that share one included."""
-    for path, owner in module.named_modules(remove_duplicate=False):
+def _places(module: nn.Module) -> list[_Place]:
+    """Every parameter by the first slot that holds it."""
+    found: dict[int, _Place] = {}
+    for path, owner in module.named_modules():
         for local_name, parameter in owner._parameters.items():
-            if parameter is not None:
+            if parameter is None:
+                continue
+            first = found.get(id(parameter))
+            if first is None:
                 name = f"{path}.{local_name}" if path else local_name
-                yield _Place(owner=owner, local_name=local_name, name=name)
+                found[id(parameter)] = _Place(owner=owner, local_name=local_name, name=name)
+            else:
+                others = (*first.others, (owner, local_name))
+                found[id(parameter)] = replace(first, others=others)
+    return list(found.values())
 
 
 def _check_parameters(places: list[_Place]) -> None:
@@ -83,17 +93,13 @@ def _check_parameters(places: list[_Place]) -> None:
             raise LayoutError(
                 f"parameter '{place.name}' has no shape yet: give the layer its input size"
             )
-        # Apart from one object under two names, two objects over the same memory are tied too.
-        keys = [id(parameter)]
         if parameter.numel() and not parameter.is_meta:
-            keys.append(parameter.data_ptr())
-        for key in keys:
-            if key in seen:
+            first = seen.setdefault(parameter.data_ptr(), place.name)
+            if first != place.name:
                 raise LayoutError(
-                    f"parameters '{seen[key]}' and '{place.name}' are tied: "
-                    "give each layer weights of its own"
+                    f"parameters '{first}' and '{place.name}' are two over the same memory: make "
+                    "them one, as in `b.weight = a.weight`, or give each memory of its own"
                 )
-        seen.update((key, place.name) for key in keys)
         if parameter.dtype != torch.float32:
             raise LayoutError(
                 f"parameter '{place.name}' is {parameter.dtype}: make the model float32"
@@ -149,7 +155,7 @@ def _layout(ordered: list[tuple[_Place, bool]], norms: list[tuple[str, BatchNorm
 def _analyse(
     module: nn.Module, decay: DecayPredicate
 ) -> tuple[Layout, list[_Place], list[BatchNorm]]:
-    places = list(_places(module))
+    places = _places(module)
     if not places:
         raise LayoutError(f"{type(module).__name__} has no parameters: there is nothing to train")
     _check_parameters(places)
@@ -184,8 +190,12 @@ class FlatModel:
     to None are not for it; `check` finds out. One thread at a time: a slot with concurrent steps
     beside it needs a `FlatModel` of its own.
 
-    Raises `LayoutError` for a model without parameters, tied parameters (names both), a
-    parameter that is not float32, and PyTorch's own normalization layers with running averages.
+    A parameter that several layers share (tied weights, or a layer under two names) is one entry,
+    under the first of its names.
+
+    Raises `LayoutError` for a model without parameters, two parameters over the same memory (names
+    both), a parameter that is not float32, and PyTorch's own normalization layers with running
+    averages.
     """
 
     module: nn.Module
@@ -389,7 +399,8 @@ def _point(place: _Place, entry: ParameterEntry, weights: Tensor, gradient: Tens
     if parameter.is_meta:
         # A meta tensor cannot become a real one in place. `.data`: see `BatchNorm.bind`.
         parameter = nn.Parameter(view.data, requires_grad=parameter.requires_grad)
-        place.owner._parameters[place.local_name] = parameter
+        for owner, local_name in ((place.owner, place.local_name), *place.others):
+            owner._parameters[local_name] = parameter
     else:
         # An old gradient must go first: it may be on another device than the new data.
         parameter.grad = None

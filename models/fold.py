@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from downpour.models.batchnorm import BatchNorm, inference_map
-from downpour.models.conversion.convert import TracedBatchNorm
+from downpour.models.conversion.convert import InterceptedBatchNorm, TracedBatchNorm
 from downpour.models.conversion.copies import detached_copy
 from downpour.models.errors import FoldError
 from downpour.models.layers import ActivationBatchNorm, NormalizedBlock
@@ -90,9 +90,9 @@ class Affine(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[m, C, ...]`, mapped."""
-        return x * self.scale + self.shift
+        return input * self.scale + self.shift
 
 
 class ChannelAffine(Affine):
@@ -101,10 +101,10 @@ class ChannelAffine(Affine):
     Inputs are `[m, C]`, or `[m, C, ...]` of any number of dimensions.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[m, C, ...]`, mapped."""
-        shape = (-1, *(1 for _ in x.shape[2:]))
-        return x * self.scale.view(shape) + self.shift.view(shape)
+    def forward(self, input: Tensor) -> Tensor:
+        """`[m, C, ...]`, mapped; the argument is called as PyTorch's layers call it."""
+        shape = (-1, *(1 for _ in input.shape[2:]))
+        return input * self.scale.view(shape) + self.shift.view(shape)
 
 
 def fold(model: nn.Module, *, pairs: bool = True) -> nn.Module:
@@ -116,7 +116,8 @@ def fold(model: nn.Module, *, pairs: bool = True) -> nn.Module:
     be traced is traced part by part. An `nn.Identity` takes the BN layer's place.
 
     Any other BN layer becomes its linear map: `ChannelAffine`, or `Affine` for BN by activation
-    (`layers.ActivationBatchNorm`), since a convolution is the same at every place.
+    (`layers.ActivationBatchNorm`), since a convolution is the same at every place. One with hooks,
+    or whose own forward cannot be traced, stays as it is, in inference mode.
 
     With `pairs=False`, pairs are not looked for: only those that blocks declare are folded.
 
@@ -134,8 +135,8 @@ def fold(model: nn.Module, *, pairs: bool = True) -> nn.Module:
             _fold_block(path, module)
     if pairs and any(isinstance(module, BatchNorm) for module in folded.modules()):
         _fold_traced(folded)
-    for path, module in list(folded.named_modules()):
-        if isinstance(module, BatchNorm) and not _is_done(module):
+    for path, module in list(folded.named_modules(remove_duplicate=False)):
+        if isinstance(module, BatchNorm) and not _stays(module):
             scale, shift = _map_of(module)
             rest = ChannelAffine(scale.float(), shift.float())
             folded = _normalized_by(folded, path, module, rest)
@@ -158,8 +159,17 @@ def _normalized_by(model: nn.Module, path: str, bn: BatchNorm, by: nn.Module) ->
     return model
 
 
-def _is_done(bn: BatchNorm) -> bool:
-    return isinstance(bn, TracedBatchNorm) and bn.is_replaced
+def _stays(bn: BatchNorm) -> bool:
+    """Whether a BN layer is no linear map alone, or is none any more."""
+    if isinstance(bn, TracedBatchNorm) and bn.is_replaced:
+        return True
+    return isinstance(bn, InterceptedBatchNorm) or (
+        not isinstance(bn, TracedBatchNorm) and _has_hooks(bn)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _fold_block(path: str, block: NormalizedBlock) -> None:
@@ -213,12 +223,11 @@ def _fold_traced(model: nn.Module) -> None:
 
 def _fits(layer: nn.Module, bn: nn.Module) -> bool:
     """Whether two layers, one after the other, are a pair."""
-    hooks = any(
-        hooks
-        for module in (layer, bn)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    )
-    if not isinstance(bn, BatchNorm) or type(layer) not in LINEAR or hooks:
+    if not isinstance(bn, BatchNorm) or type(layer) not in LINEAR:
+        return False
+    if isinstance(bn, InterceptedBatchNorm) or _has_hooks(layer) or _has_hooks(bn):
+        return False
+    if isinstance(bn, TracedBatchNorm) and not bn.begins_so:
         return False
     assert isinstance(layer, nn.Linear | _ConvNd)
     num_outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

@@ -35,8 +35,9 @@ class OutputsError(ModelError):
 def main_output(outputs: Any) -> Tensor:
     """The answer in what a network gives.
 
-    A tensor is itself. Of a tuple or list (named or not) it is the first tensor; of a mapping or a
-    dataclass the one called as in `MAIN`, or else the only one.
+    A tensor is itself. Of a tuple or list (named or not) it is the first tensor, or the answer in
+    the first item if that is a tuple, a list or a mapping. Of a mapping or a dataclass it is the
+    one called as in `MAIN`, or else the only one.
 
     Raises:
         OutputsError: there is none.
@@ -67,6 +68,9 @@ def heads(outputs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         main = named.pop(key)
         return main, _alike(main, named.values())
     if isinstance(outputs, list | tuple):
+        if outputs and isinstance(outputs[0], list | tuple | Mapping):
+            main, auxiliary = heads(outputs[0])
+            return main, auxiliary + _alike(main, [v for v in outputs[1:] if isinstance(v, Tensor)])
         tensors = [v for v in outputs if isinstance(v, Tensor)]
         if tensors:
             return tensors[0], _alike(tensors[0], tensors[1:])

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from downpour.models import by_value
+from downpour.models.conversion.randomness import seeded
 from downpour.models.errors import ModelError, RegistryError
 from downpour.models.lookup import import_named, place_of
 from downpour.models.outputs import LOSSES, Loss
@@ -48,9 +48,9 @@ def build(
     callable that returns an `nn.Module`. It gets `kwargs`; `seed` if it names an argument so; and
     of `offered` what it names and `kwargs` lacks. A factory that takes any keyword gets
     `num_classes` besides, and one of timm's `in_chans`, if those are offered. If it then refuses
-    the number of classes it is called without. PyTorch's global CPU generator is seeded around the
-    call and then put back, so that a factory which relies on PyTorch's default initialization
-    repeats as well.
+    the number of classes it is called without. The global generators of PyTorch, NumPy and Python
+    are seeded around the call and then put back, so that a factory which relies on PyTorch's
+    default initialization repeats as well.
 
     Raises `RegistryError` for an unknown name (lists the known ones), arguments that the factory
     does not take, a factory that fails (names it and its error) or does not return a module;
@@ -64,10 +64,9 @@ def build(
     for attempt in _attempts(name, signature, offered or {}, kwargs):
         arguments = seeds | attempt
         _check_arguments(name, signature, arguments)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             try:
-                model = factory(**arguments)
+                model = _called(factory, signature, arguments)
             except ModelError:
                 raise
             except Exception as error:
@@ -187,9 +186,30 @@ def _signature(name: str, factory: Callable[..., object]) -> inspect.Signature:
         ) from error
 
 
+def _called(
+    factory: Callable[..., object], signature: inspect.Signature, arguments: dict[str, Any]
+) -> object:
+    """What a factory returns; those of its arguments that have no keyword go by place."""
+    by_place, by_name = _split(signature, arguments)
+    return factory(*by_place, **by_name)
+
+
+def _split(
+    signature: inspect.Signature, arguments: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    by_place: list[Any] = []
+    by_name = dict(arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is not parameter.POSITIONAL_ONLY or parameter.name not in by_name:
+            break
+        by_place.append(by_name.pop(parameter.name))
+    return by_place, by_name
+
+
 def _check_arguments(name: str, signature: inspect.Signature, arguments: dict[str, Any]) -> None:
+    by_place, by_name = _split(signature, arguments)
     try:
-        signature.bind(**arguments)
+        signature.bind(*by_place, **by_name)
     except TypeError as error:
         known = ", ".join(p for p in signature.parameters if p != "seed") or "none"
         raise RegistryError(f"model '{name}': {error}: its arguments are {known}") from error

@@ -108,7 +108,8 @@ class ModelSpec:
             from downpour.models.conversion.convert import convert
 
             module = convert(self.build(), self.image.input_shape, seed=self.seed)
-            return FlatModel(freeze(module, self.freeze))
+            # A `train` of the user's may say which parameters are trained.
+            return FlatModel(freeze(module.train(), self.freeze))
         if device == "meta":
             from downpour.models.shapes_only import shapes_only
 

@@ -41,7 +41,10 @@ def plain_model(config: RunConfig, weights: Path) -> nn.Module:
         for name, layer in ours.items():
             module.set_submodule(name, _plain(layer, ranks.get(name, 4)))
     missing, unknown = module.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith(".num_batches_tracked")]
+    missing, unknown = (
+        [name for name in names if not name.endswith(".num_batches_tracked")]
+        for names in (missing, unknown)
+    )
     if missing or unknown:
         raise UserError(
             f"the weights {weights} lack {missing or 'nothing'} and have {unknown or 'nothing'} "

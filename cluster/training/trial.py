@@ -22,7 +22,7 @@ from torch import Tensor
 from downpour.cluster.config.derive import make_decoder, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.models.conversion.state import check_state
+from downpour.models.conversion.history import check_state
 from downpour.models.outputs import LOSSES, OutputsError, main_output, tells_classes
 from downpour.models.registry import described
 from downpour.shuffler.dataset.own import open_split
@@ -30,6 +30,7 @@ from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.images.decode import Decoder, ImageSpec
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.spec import ModelSpec
+from downpour.workers.step.eager import gradients
 from downpour.workers.step.precision import computing_in
 
 TRIAL_BYTES = 2 << 20
@@ -48,7 +49,8 @@ def check_step(config: RunConfig, plan: Plan) -> str | None:
         plan: of its mini-batches.
 
     Returns:
-        A line to tell if the network's outputs are no classes; None if they are.
+        Lines to tell, if the network's outputs are no classes or it counts its forwards; else
+        None.
 
     Raises:
         UserError: the network or the loss does not do on these data what a run needs.
@@ -74,24 +76,27 @@ class _Trial:
 
     def run(self) -> str | None:
         """Raise the first error there is; give what is to be told."""
+        lines: list[str | None] = []
         if self._plan.batch_size > 1:
-            self._train()
+            lines.append(self._train())
         self._check_smallest()
         if self._plan.batch_size == 1:
-            self._train()
-        return self._score()
+            lines.append(self._train())
+        lines.append(self._score())
+        return "\n".join(filter(None, lines)) or None
 
-    def _train(self) -> None:
+    def _train(self) -> str | None:
         plan = self._plan
         for index in range(min(TRIES, plan.num_batches)):
             batch = self._training_rows(plan.rows(0, index))
             if batch is None:
                 continue
+            # First, since a step may leave something in the network.
+            line = check_state(self._model.module, batch[0])
             with computing_in(self._config.replicas.steps.precision):
                 loss = self._step(*batch)
-            check_state(self._model.module, batch[0])
             if math.isfinite(loss):
-                return
+                return line
         raise UserError(
             f"the loss of {self._spec.name} is {loss} on the first mini-batches, with its initial "
             f"weights: look at these and at the loss {self._spec.loss}"
@@ -110,7 +115,7 @@ class _Trial:
             )
         parameters = [p for p in self._model.parameters if p.requires_grad]
         with self._blamed("the gradient of", self._spec.name, inputs):
-            torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients(loss, parameters)
         return float(loss.detach())
 
     def _check_smallest(self) -> None:

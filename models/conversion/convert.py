@@ -5,14 +5,15 @@ subclass of both its own and `BatchNorm`. So code of the user's that asks `isins
 nn.BatchNorm2d)`, such as a `train` that freezes batch normalization, goes on as before.
 
 A subclass with a `forward` of its own (timm's normalization with activation) is traced, and its
-call of `batch_norm` replaced; all else that it does, it still does. Not here: the normalization.
+call of `batch_norm` replaced; all else that it does, it still does. One that cannot be traced has
+the call intercepted each time. Not here: the normalization.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from downpour.models.batchnorm import BatchNorm
 from downpour.models.errors import ModelError
@@ -32,6 +34,11 @@ PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 """What only normalizes. With one process, SyncBatchNorm is BN."""
 NORMALIZATION = "normalization"
 """The child that stands for a layer's normalization in inference."""
+OF_NORMALIZATION = {
+    *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+    *("batch_count", "batch_mean", "batch_variance"),
+}
+"""Parameters and buffers of a layer that nothing reads once a child normalizes."""
 
 
 class ConvertedBatchNorm(BatchNorm):
@@ -39,16 +46,22 @@ class ConvertedBatchNorm(BatchNorm):
 
     own_momentum = True
 
+    def forward(self, input: Tensor) -> Tensor:
+        """As `BatchNorm`, with PyTorch's name for the argument."""
+        return self._normalize(input, self.training)
+
 
 class TracedBatchNorm(ConvertedBatchNorm):
     """A layer of a subclass of PyTorch's that does more than normalize."""
 
     traced: dict[bool, Forward]
     """Its forward, in training (True) and in inference, which calls `normalized`."""
+    begins_so: bool
+    """Whether it does nothing with its input but normalize it, so that a layer before may do so."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """What the layer's own class does, the normalization by `BatchNorm`."""
-        return self.traced[self.training](self, x, self)
+        return self.traced[self.training](self, input, self)
 
     def normalized(self, x: Tensor, by_batch: bool) -> Tensor:
         """`[m, C, ...]`, normalized by the mini-batch, or by the population's statistics."""
@@ -65,8 +78,24 @@ class TracedBatchNorm(ConvertedBatchNorm):
     def replace(self, by: nn.Module) -> None:
         """Have a child of this layer normalize from now on; the layer's statistics go."""
         for tensors in (self._parameters, self._buffers):
-            tensors.update(dict.fromkeys(tensors))
+            tensors.update(dict.fromkeys(OF_NORMALIZATION & tensors.keys()))
         self.add_module(NORMALIZATION, by)
+
+
+class InterceptedBatchNorm(ConvertedBatchNorm):
+    """A layer of a subclass of PyTorch's whose forward is run as it is, and cannot be traced.
+
+    Its call of `batch_norm` with the layer's statistics is `BatchNorm`'s, whatever weights it is
+    given. It is never folded.
+    """
+
+    original: Any
+    """Its class, as the user wrote it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer's own class does, the normalization by `BatchNorm`."""
+        with _Interception(self):
+            return self.original.forward(self, *args, **kwargs)
 
 
 def convert(model: nn.Module, inputs: Sequence[int] | None = None, *, seed: int = 0) -> nn.Module:
@@ -137,9 +166,15 @@ def _convert(name: str, layer: _BatchNorm) -> None:
     if kind.forward in PLAIN_FORWARDS:
         ours.__class__ = _converted_class(kind, ConvertedBatchNorm)
     else:
-        traced = {training: _traced(name, layer, training) for training in (True, False)}
-        ours.__class__ = _converted_class(kind, TracedBatchNorm)
-        ours.__dict__["traced"] = traced
+        try:
+            graphs = {training: _graph_of(layer, training) for training in (True, False)}
+        except _CannotTrace:
+            ours.__class__ = _converted_class(kind, InterceptedBatchNorm)
+            ours.__dict__["original"] = kind
+        else:
+            ours.__class__ = _converted_class(kind, TracedBatchNorm)
+            ours.__dict__["begins_so"] = _begins_so(graphs[False])
+            ours.__dict__["traced"] = {k: _replaced(layer, graph) for k, graph in graphs.items()}
     if ours.num_batches_tracked is None:
         ours.num_batches_tracked = torch.tensor(0, device=layer.running_mean.device)
     ours._add_moments()
@@ -158,10 +193,16 @@ class _NormalizingTracer(fx.Tracer):
         return True
 
 
-def _traced(name: str, layer: _BatchNorm, training: bool) -> Forward:
-    """The layer's own forward, its normalization replaced."""
-    kind = type(layer).__name__
-    remedy = "use nn.BatchNorm2d, and what else it does as a layer after it"
+class _CannotTrace(Exception):
+    """A forward is not a normalization and what else it does, one after the other."""
+
+
+def _graph_of(layer: _BatchNorm, training: bool) -> fx.Graph:
+    """The layer's own forward, which calls `batch_norm` once.
+
+    Raises:
+        _CannotTrace: it decides anew each time, or does not normalize with its own weights.
+    """
     seen = copy.copy(layer)
     seen.training = training
     # Tracing runs what does not depend on the input: the layer counts its mini-batches.
@@ -170,28 +211,37 @@ def _traced(name: str, layer: _BatchNorm, training: bool) -> Forward:
     try:
         graph = _NormalizingTracer().trace(seen)
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ModelError(
-            f"layer '{name}' is a {kind}, whose forward cannot be followed ({told}): {remedy}"
-        ) from error
-    calls = [n for n in graph.nodes if n.op == "call_function" and n.target in _OWN]
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    by_batch = _by_batch(calls[0]) if calls else None
+        raise _CannotTrace from error
+    calls, inputs = _calls_and_inputs(graph)
     fits = len(calls) == len(inputs) == 1 and _takes_its_own(calls[0])
-    if not fits or by_batch not in {training, False}:
-        raise ModelError(
-            f"layer '{name}' is a {kind}, whose forward does not call batch_norm once with its own "
-            f"weights and statistics: {remedy}"
-        )
-    with graph.inserting_after(inputs[0]):
+    if not fits or _by_batch(calls[0]) not in {training, False}:
+        raise _CannotTrace
+    return graph
+
+
+def _calls_and_inputs(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    calls = [n for n in graph.nodes if n.op == "call_function" and n.target in _OWN]
+    return calls, [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _begins_so(graph: fx.Graph) -> bool:
+    (call,), (given,) = _calls_and_inputs(graph)
+    others = given.users.keys() - {call}
+    return call.args[0] is given and all(node.target in (getattr, "dim", "size") for node in others)
+
+
+def _replaced(layer: _BatchNorm, graph: fx.Graph) -> Forward:
+    """The forward of a graph, its normalization by `TracedBatchNorm`."""
+    (call,), (given,) = _calls_and_inputs(graph)
+    with graph.inserting_after(given):
         itself = graph.placeholder("layer")
-    with graph.inserting_before(calls[0]):
-        ours = graph.call_function(_normalized, (itself, calls[0].args[0], by_batch))
-    calls[0].replace_all_uses_with(ours)
-    graph.erase_node(calls[0])
+    with graph.inserting_before(call):
+        ours = graph.call_function(_normalized, (itself, call.args[0], _by_batch(call)))
+    call.replace_all_uses_with(ours)
+    graph.erase_node(call)
     for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
         graph.erase_node(node)
-    function: Forward = type(fx.GraphModule(seen, graph)).forward
+    function: Forward = type(fx.GraphModule(layer, graph)).forward
     return function
 
 
@@ -203,15 +253,44 @@ def _normalized(layer: TracedBatchNorm, x: Tensor, by_batch: bool) -> Tensor:
     return layer.normalized(x, by_batch)
 
 
+class _Interception(TorchFunctionMode):
+    """While a layer's own forward runs: `batch_norm` with its statistics is `BatchNorm`'s."""
+
+    def __init__(self, layer: InterceptedBatchNorm) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _OWN:
+            return func(*args, **kwargs)
+        given = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
+        if not all(given.get(name) is getattr(self._layer, name) for name in _STATISTICS):
+            return func(*args, **kwargs)
+        weights = (given.get("weight"), given.get("bias"))
+        return self._layer._normalize(given["input"], bool(given.get("training")), weights)
+
+
 _OWN = {
     functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias"),
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var"),
 }
 """Functions that normalize, with their first arguments, which a layer's attributes are called as
 well."""
+_ARGUMENTS = {
+    functional.batch_norm: (*_OWN[functional.batch_norm], "training"),
+    torch.batch_norm: (*_OWN[torch.batch_norm], "training"),
+}
+_STATISTICS = ("running_mean", "running_var")
 
 
-def _by_batch(call: fx.Node) -> object:
+def _by_batch(call: fx.Node) -> Any:
     """The argument `training` of a call of `batch_norm`; a frozen layer gives False for ever."""
     return call.args[5] if len(call.args) > 5 else call.kwargs.get("training", False)
 

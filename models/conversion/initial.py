@@ -63,5 +63,7 @@ def _seen(layer: BatchNorm) -> float:
     if layer.own_momentum and layer.momentum == 0:
         return math.inf  # they never change
     count = int(layer.num_batches_tracked)
+    if layer.own_momentum and layer.momentum is None:
+        return count  # PyTorch's plain average knows of no others
     fresh = bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())
     return count if count or fresh else math.inf

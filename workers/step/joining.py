@@ -7,7 +7,6 @@ mixes the rows of a mini-batch in some other way than batch normalization is not
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from downpour.models.batchnorm import BatchNorm
 from downpour.models.conversion.copies import detached_copy
+from downpour.models.conversion.randomness import RandomState
 from downpour.models.outputs import Loss, cross_entropy
+from downpour.workers.step.eager import gradients
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def can_join(
         targets: [m*together, ...], likewise.
         together: mini-batches.
     """
-    random_state, pythons = torch.get_rng_state(), random.getstate()
+    before = RandomState.now()
     try:
         twin = detached_copy(module).double()
         for dropout in [m for m in twin.modules() if isinstance(m, _DropoutNd)]:
@@ -123,10 +124,8 @@ def can_join(
         log.warning("mini-batches are not joined: %s: %s", type(error).__name__, error)
         return False
     finally:
-        drawn = pythons != random.getstate()
-        drawn = drawn or not torch.equal(random_state, torch.get_rng_state())
-        torch.set_rng_state(random_state)
-        random.setstate(pythons)
+        drawn = not before.is_now()
+        before.restore()
     if drawn:
         log.warning("mini-batches are not joined: this model draws random numbers of its own")
         return False
@@ -148,12 +147,15 @@ def _pass_in_double(
     parameters = [p for p in module.parameters() if p.requires_grad]
     x = inputs.double() if inputs.is_floating_point() else inputs
     y = targets.double() if targets.is_floating_point() else targets
-    found = torch.autograd.grad(
-        loss(module(x), y), parameters, allow_unused=True, materialize_grads=True
-    )
+    found = gradients(loss(module(x), y), parameters)
     means = [layer.batch_mean.view(together, -1) for layer in norms]
     return (
-        torch.cat([g.flatten() for g in found]),
+        torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for p, g in zip(parameters, found, strict=True)
+            ]
+        ),
         torch.cat(means, 1).flatten() if means else torch.zeros(0),
     )
 

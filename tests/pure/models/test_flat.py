@@ -239,22 +239,52 @@ class TestBinding:
             flat.check()
 
 
-class TestRefusals:
-    def test_tied_parameters(self) -> None:
+class TestShared:
+    """A parameter that several layers have is one, and its gradient the sum over its uses."""
+
+    def test_tied_weights(self) -> None:
         a, b = nn.Linear(3, 3), nn.Linear(3, 3)
         b.weight = a.weight
-        with pytest.raises(LayoutError, match=r"'0.weight' and '1.weight' are tied"):
-            FlatModel(nn.Sequential(a, b))
+        self.check(nn.Sequential(a, nn.ReLU(), b), ["0.weight", "0.bias", "2.bias"])
 
-    def test_a_layer_used_twice(self) -> None:
-        a = nn.Linear(3, 3)
-        with pytest.raises(LayoutError, match=r"'0.weight' and '1.weight' are tied"):
-            FlatModel(nn.Sequential(a, a))
+    def test_a_layer_under_two_names(self) -> None:
+        a, bn = nn.Linear(3, 3), BatchNorm(3)
+        net = nn.Sequential(a, bn, nn.ReLU(), a, bn)
+        self.check(net, ["0.weight", "0.bias", "1.weight", "1.bias"])
 
+    def test_on_the_meta_device(self) -> None:
+        with torch.device("meta"):
+            a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+            b.weight = a.weight
+            flat = FlatModel(nn.Sequential(a, b))
+        flat.bind(torch.arange(flat.layout.num_parameters, dtype=torch.float32))
+        assert b.weight is a.weight
+        assert torch.equal(a.weight.flatten(), torch.arange(9.0))
+
+    def check(self, net: nn.Module, names: list[str]) -> None:
+        theirs = copy.deepcopy(net)
+        flat = FlatModel(net).another()
+        flat.bind(FlatModel(net).weights, torch.zeros(flat.layout.num_parameters))
+        assert [entry.name for entry in flat.layout.entries] == names
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+        for module in (theirs, flat.module):
+            module(x).square().sum().backward()
+        for entry in flat.layout.entries:
+            found = flat.gradient[entry.start : entry.stop]  # type: ignore[index]
+            wanted = theirs.get_parameter(entry.name).grad
+            assert torch.allclose(found, wanted.flatten(), rtol=1e-5)  # type: ignore[union-attr]
+        state = flat.state_dict()
+        theirs.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+        weights, statistics = flat.split(state)
+        assert torch.equal(weights, flat.weights)
+        assert torch.equal(statistics, flat.statistics)
+
+
+class TestRefusals:
     def test_parameters_over_the_same_memory(self) -> None:
         a, b = nn.Linear(3, 3), nn.Linear(3, 3)
         b.weight = nn.Parameter(a.weight.data)
-        with pytest.raises(LayoutError, match=r"'0.weight' and '1.weight' are tied"):
+        with pytest.raises(LayoutError, match=r"'0.weight' and '1.weight' are two over the same"):
             layout_of(nn.Sequential(a, b))
 
     def test_another_dtype(self) -> None:

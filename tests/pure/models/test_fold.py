@@ -165,3 +165,31 @@ def test_a_sequence_keeps_its_length_and_numbers() -> None:
     folded = fold(net)
     assert isinstance(folded, nn.Sequential)
     assert [type(m) for m in folded] == [nn.Conv2d, nn.Identity, nn.ReLU]
+
+
+def test_a_layer_with_hooks_stays_with_them() -> None:
+    bn = BatchNorm(4)
+    bn.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3 + 1,))
+    net = trained(nn.Sequential(nn.Conv2d(4, 4, 1), bn))
+    x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+    assert_close(fold(net)(x), net(x))
+
+
+def test_a_layer_is_called_by_keyword_as_pytorchs_is() -> None:
+    net = convert(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4))).eval()
+    x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+    bn = net.get_submodule("1")
+    assert_close(fold(net).get_submodule("1")(input=x), bn(input=x))
+
+
+class Scaled(nn.BatchNorm2d):
+    """Does something before it normalizes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * 2) + input
+
+
+def test_a_layer_that_does_more_with_its_input_is_folded_into_none_before() -> None:
+    net = trained(nn.Sequential(nn.Conv2d(4, 4, 1), Scaled(4)))
+    x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+    assert_close(fold(convert(copy.deepcopy(net)))(x), net(x), rtol=1e-4, atol=1e-4)

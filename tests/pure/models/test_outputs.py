@@ -34,6 +34,8 @@ CASES = [
     ({"features": torch.zeros(5, 8), "logits": MAIN}, 0),
     ({"anything": MAIN, "loss": None}, 0),
     (Answer(hidden=torch.zeros(5, 8), logits=MAIN), 0),
+    (((MAIN, torch.zeros(5, 8)), FIRST), 1),
+    (({"logits": MAIN, "aux": FIRST}, torch.zeros(5, 8)), 1),
 ]
 
 

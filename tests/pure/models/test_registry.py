@@ -1,13 +1,17 @@
 """What a factory is given: what it names, and what published nets take without naming it."""
 
+import random
 import sys
 import types
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from downpour.models import registry
+from downpour.models.conversion.randomness import RandomState
 from downpour.models.errors import RegistryError
 
 OFFERED = {"num_classes": 7, "image_size": 32, "in_chans": 1, "in_channels": 1}
@@ -94,3 +98,27 @@ def test_a_library_that_is_missing_is_named_with_how_to_install_it(
 def test_what_tells_no_arguments_is_refused() -> None:
     with pytest.raises(RegistryError, match="does not tell its arguments"):
         registry.build("builtins:dict", 0)
+
+
+def test_whatever_generator_a_factory_draws_from_it_repeats(name_of: Callable[..., str]) -> None:
+    def drawn() -> nn.Module:
+        numpys = np.random.rand()  # noqa: NPY002
+        return Told(numbers=(random.random(), numpys, float(torch.rand(()))))
+
+    name = name_of(drawn)
+    before = RandomState.now()
+    first = given_to(name)
+    assert before.is_now()
+    random.random()
+    assert not before.is_now()
+    np.random.rand()  # noqa: NPY002
+    assert given_to(name) == first
+    before.restore()
+    assert before.is_now()
+
+
+def test_an_argument_without_a_keyword_goes_by_place(name_of: Callable[..., str]) -> None:
+    def placed(num_classes: int, /, *, image_size: int) -> nn.Module:
+        return Told(num_classes=num_classes, image_size=image_size)
+
+    assert given_to(name_of(placed)) == {"num_classes": 7, "image_size": 32}

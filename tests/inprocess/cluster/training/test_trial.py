@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import downpour
-from downpour.cluster.config.derive import make_plan
+from downpour.cluster.config.derive import make_plan, model_spec
 from downpour.cluster.errors import UserError
 from downpour.cluster.training import api
 from downpour.cluster.training.inputs import check_data
@@ -131,6 +131,57 @@ def config(data: str, model: str, *, loss: str = "", batch: int = 4, **arguments
 def attempt(data: str, model: str, **options: Any) -> None:
     chosen = config(data, model, **options)
     check_step(chosen, make_plan(chosen, 21))
+
+
+class TrainFreezes(nn.Module):
+    """Says in its `train` what is trained, as detection networks do."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.bn, self.map = nn.BatchNorm2d(3), nn.Linear(PIXELS, classes)
+
+    def train(self, mode: bool = True) -> TrainFreezes:
+        super().train(mode)
+        self.bn.eval().requires_grad_(False)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.map(self.bn(x).flatten(1))
+        return out
+
+
+def train_freezes(num_classes: int) -> nn.Module:
+    return TrainFreezes(num_classes)
+
+
+class Counting(nn.Module):
+    """Counts its forwards."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.map, self.calls = nn.Linear(PIXELS, classes), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.map(x.flatten(1))
+        return out
+
+
+def counting(num_classes: int) -> nn.Module:
+    return Counting(num_classes)
+
+
+def test_what_train_freezes_is_frozen_from_the_start(data: str) -> None:
+    attempt(data, "train_freezes")
+    layout = model_spec(config(data, "train_freezes")).build_flat().layout
+    assert [e.name for e in layout.entries if not e.trained] == ["bn.weight", "bn.bias"]
+
+
+def test_a_network_that_counts_its_forwards_is_told_of(data: str) -> None:
+    chosen = config(data, "counting")
+    line = check_step(chosen, make_plan(chosen, 21))
+    assert line is not None
+    assert line.startswith("'calls' of the network changes with each forward")
 
 
 @pytest.mark.parametrize(

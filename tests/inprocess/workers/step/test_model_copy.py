@@ -1,5 +1,6 @@
 """A step leaves what autograd finds, recorded or not, to the bit."""
 
+import copy
 import itertools
 import random
 from collections.abc import Callable
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from downpour.models.flat import FlatModel
+from downpour.models.flat import FlatModel, layout_of
+from downpour.models.layers import LinearBN
 from downpour.workers.step import model_copy
 from downpour.workers.step.interpreter import CannotInterpret
 from downpour.workers.step.joining import JoinTrial
@@ -302,12 +305,50 @@ def test_a_model_that_mixes_rows_is_not_joined(caplog: pytest.LogCaptureFixture)
     flat = FlatModel(Mixing())
     initial = flat.weights.clone()
     context = StepContext(flat.layout, loss=squares, recorded=False, depth=2)
-    copy, boxes = ModelCopy(flat, context), mailboxes(flat.layout, 2)
-    copy.weights[:] = initial.numpy()
+    slot, boxes = ModelCopy(flat, context), mailboxes(flat.layout, 2)
+    slot.weights[:] = initial.numpy()
     (x0, y0), (x1, y1) = batches("mnist-bn", (4, 4))
-    copy.step(interleave([x0, x1]), interleave([y0, y1]), boxes[0], 0, 2)
+    slot.step(interleave([x0, x1]), interleave([y0, y1]), boxes[0], 0, 2)
     assert context.joinable is False
     assert "mixes the rows" in caplog.text
-    copy.step(x0, y0, boxes[1], 0)
-    copy.step(x1, y1, boxes[1], 1)
+    slot.step(x0, y0, boxes[1], 0)
+    slot.step(x1, y1, boxes[1], 1)
     assert_close(boxes[0].gradient, boxes[1].gradient)
+
+
+class Checkpointed(nn.Module):
+    """Computes a part of it again in the backward pass, by either kind of checkpointing."""
+
+    def __init__(self, *, reentrant: bool, whole: bool) -> None:
+        super().__init__()
+        self.first, self.out = LinearBN(6, 5), nn.Linear(5, 3)
+        self.reentrant, self.whole = reentrant, whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        def part(x: Tensor) -> Tensor:
+            y: Tensor = self.first(x)
+            return self.out(y) if self.whole else y
+
+        x = x.clone().requires_grad_()
+        y: Tensor = checkpoint(part, x, use_reentrant=self.reentrant)
+        return y if self.whole else self.out(y)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_step_is_the_same(reentrant: bool, whole: bool) -> None:
+    torch.manual_seed(3)
+    module = Checkpointed(reentrant=reentrant, whole=whole)
+    theirs = copy.deepcopy(module)
+    slot, _, (box, _) = make(module, recorded=False)
+    for x, y in batches("mnist-bn", (4, 4)):
+        result = slot.step(x, y, box, 0)
+        theirs.zero_grad()
+        loss = functional.cross_entropy(theirs(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert_close(torch.tensor(result.loss), loss.detach())
+        entries = layout_of(theirs).entries
+        wanted = [theirs.get_parameter(entry.name).grad for entry in entries]
+        assert_close(box.gradient, torch.cat([g.flatten() for g in wanted if g is not None]))
+        mean = theirs.get_submodule("first.bn").batch_mean
+        assert_close(box.moments[0, 1], mean)  # type: ignore[arg-type]

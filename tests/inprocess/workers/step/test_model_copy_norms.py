@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,10 +55,14 @@ class Skips(nn.Module):
 
 
 class Random(Skips):
-    """Decides by PyTorch's random numbers, as stochastic depth does."""
+    """Decides by random numbers, as stochastic depth does."""
+
+    def __init__(self, draw: Callable[[], float] = lambda: float(torch.rand(()))) -> None:
+        super().__init__()
+        self.draw = draw
 
     def forward(self, x: Tensor) -> Tensor:
-        self.skipping = self.training and bool(torch.rand(()) < 0.5)
+        self.skipping = self.training and self.draw() < 0.5
         return super().forward(x)
 
 
@@ -173,10 +179,18 @@ def test_mini_batches_of_a_layer_used_twice_are_joined_and_counted_by_themselves
     assert_close(joined.gradient, separate.gradient, rtol=1e-4, atol=1e-6)
 
 
+DRAWS: dict[str, Callable[[], float]] = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: float(np.random.rand()),  # noqa: NPY002
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("generator", DRAWS)
 def test_mini_batches_of_a_model_that_draws_for_itself_are_not_joined(
-    caplog: pytest.LogCaptureFixture,
+    generator: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    step, context, model = copies(Random(), recorded=False, depth=2)
+    step, context, model = copies(Random(DRAWS[generator]), recorded=False, depth=2)
     x, targets = torch.cat(rows(2)), torch.arange(12) % 2
     before = torch.get_rng_state()
     assert not can_join(model.module, context.loss, x, targets, 2)

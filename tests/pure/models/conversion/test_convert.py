@@ -86,6 +86,37 @@ class Decides(nn.BatchNorm2d):
         return super().forward(input) if input.sum() > 0 else input
 
 
+class ShiftedGamma(nn.BatchNorm2d):
+    """Normalizes with other weights than its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        gamma = 1 + self.weight
+        return functional.batch_norm(
+            input, self.running_mean, self.running_var, gamma, self.bias, self.training,
+            self.momentum or 0.0, self.eps,
+        )  # fmt: skip
+
+
+class WithResidual(nn.BatchNorm2d):
+    """May take a second input."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(input=input)
+        return y if residual is None else y + residual
+
+
+class Gained(nn.BatchNorm2d):
+    """Has a parameter and a buffer besides."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.gain = nn.Parameter(torch.ones(()))
+        self.register_buffer("temperature", torch.tensor(2.0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input / self.temperature) * self.gain
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "rows": (lambda: nn.BatchNorm1d(3), (6, 3)),
     "sequences": (lambda: nn.BatchNorm1d(3, eps=1e-2), (6, 3, 5)),
@@ -100,7 +131,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a user's": (lambda: BatchNormReLU(3), (6, 3, 4, 5)),
     "noisy": (lambda: NoisySyncBatchNorm(3), (6, 3, 4, 5)),
     "frozen": (lambda: AlwaysFrozen(3), (6, 3, 4, 5)),
+    "by hand": (lambda: ByHand(3, affine=False), (6, 3, 4, 5)),
+    "decides": (lambda: Decides(3), (6, 3, 4, 5)),
+    "other gamma": (lambda: ShiftedGamma(3), (6, 3, 4, 5)),
+    "a second input": (lambda: WithResidual(3), (6, 3, 4, 5)),
+    "more parameters": (lambda: Gained(3), (6, 3, 4, 5)),
 }
+
+
+WITHOUT_MOMENTS = ("without statistics", "frozen", "by hand")
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -134,7 +173,7 @@ def test_a_converted_layer_is_torchs_to_the_bit(name: str) -> None:
     assert isinstance(ours, type(theirs)), "code that looks for PyTorch's class finds it"
 
 
-@pytest.mark.parametrize("name", [n for n in LAYERS if n not in ("without statistics", "frozen")])
+@pytest.mark.parametrize("name", [n for n in LAYERS if n not in WITHOUT_MOMENTS])
 def test_its_moments_are_what_torch_averages_and_inference_is_torchs(name: str) -> None:
     theirs, ours, x = pair(name)
     theirs.momentum = 1.0  # type: ignore[assignment]
@@ -161,8 +200,6 @@ def test_a_layer_that_its_forward_freezes_has_no_moments() -> None:
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (ByHand(3), "'1' is a ByHand, whose forward does not call batch_norm once"),
-        (Decides(3), "'1' is a Decides, whose forward cannot be followed"),
         (nn.LazyBatchNorm2d(), "'1' has no size yet: use BatchNorm2d"),
         (nn.BatchNorm2d(3).double(), "'1' keeps torch.float64 statistics"),
     ],
@@ -170,6 +207,14 @@ def test_a_layer_that_its_forward_freezes_has_no_moments() -> None:
 def test_what_cannot_be_converted_is_refused_by_name(layer: nn.Module, why: str) -> None:
     with pytest.raises(ModelError, match=why):
         convert(nn.Sequential(nn.ReLU(), layer))
+
+
+def test_a_layer_that_cannot_be_traced_takes_a_second_input_and_keeps_its_place() -> None:
+    theirs, ours, x = pair("a second input")
+    assert torch.equal(ours(x, residual=x), theirs(x, residual=x))
+    ours.load_state_dict(theirs.state_dict())
+    folded = fold(nn.Sequential(ours))
+    assert_close(folded.get_submodule("0")(x, x), theirs.eval()(x, x))
 
 
 def test_a_compiled_layer_is_refused_by_name() -> None:
