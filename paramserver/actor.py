@@ -219,6 +219,7 @@ class FollowerActor(PartitionActor):
 
         Raises:
             DeadlineExceeded: The partition does not say that it waits for this follower.
+            ConnectionLost: It is gone, or this follower has failed.
         """
         if not self._server.await_level(LEVEL_DEADLINE_S):
             raise DeadlineExceeded(f"it has not caught up for {LEVEL_DEADLINE_S:.0f} s")

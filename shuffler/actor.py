@@ -49,8 +49,8 @@ class ShufflerActor:
         """What Ray's dashboard and log prefixes show."""
         return f"Shuffler {self._index}"
 
-    def ready(self) -> int:
-        """Answers, with the process id, once the actor is up."""
+    def ready(self, *others: object) -> int:
+        """Answers, with the process id, once the actor is up, and `others` have been answered."""
         return os.getpid()
 
     def deliver(self, epoch: int, batches: tuple[int, ...]) -> Part:

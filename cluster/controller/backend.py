@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import Checkpoint
@@ -99,8 +100,16 @@ class Backend(Protocol):
     def stop_process(self, index: int) -> None:
         """End a process of replicas that has no windows, for good or until it is started again."""
 
-    def departing(self) -> tuple[int, ...]:
-        """The processes of replicas on nodes that are to leave, by what is known of them."""
+    def departing(self) -> Departing:
+        """The members on nodes that are to leave, by what is known of them."""
+
+    def move_shufflers(self) -> PendingCall:
+        """Start shufflers in place of those on nodes that are to leave; gives their number once
+        they deliver. The others finish what they were asked for.
+
+        Raises:
+            RunFailed: no other node has their rows.
+        """
 
     def reconnect_process(self, index: int) -> PendingCall:
         """Have a process that runs drop its windows and connect to the partitions anew."""

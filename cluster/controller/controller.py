@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller import events
 from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import Backend, Done, PendingCall
+from downpour.cluster.controller.backend import Backend, Done, PendingCall, RunFailed
 from downpour.cluster.controller.state import RunState
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.cluster.run.folder import ANSWERS, BEST, MODEL, RunFolder
@@ -197,6 +197,11 @@ class Controller:
                 self._events.append(events.Answered(call=call, value=self._find_late(call)))
             case do.ReplaceShufflers() as call:
                 self._events.append(events.Answered(call=call, value=backend.replace_shufflers()))
+            case do.MoveShufflers() as call:
+                try:
+                    self._expect(call, backend.move_shufflers())
+                except RunFailed as error:
+                    self._events.append(events.Failed(call=call, error=error))
             case do.StartEvaluator() as call:
                 self._expect(call, backend.start_evaluator())
             case do.ReconnectEvaluator() as call:

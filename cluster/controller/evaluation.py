@@ -68,7 +68,7 @@ class EvaluationSchedule:
         self._began_s: float | None = None
         """When the scoring under way began."""
         self.life = 0
-        """How often it has hung."""
+        """How often it has hung or moved."""
         self._progress = 0
         self._alive_s = now
         """When the scoring under way was last seen to get on."""
@@ -76,6 +76,8 @@ class EvaluationSchedule:
         self._asked = False
         """It has been asked how far it is, and has not answered."""
         self._next_look_s = now
+        self._leaving = False
+        """Its node is to leave."""
         self._final_due = False
         """The run's last weights have yet to be scored."""
         self._final_tries = 0
@@ -92,6 +94,11 @@ class EvaluationSchedule:
     def figure(self) -> Figure | None:
         """The figure of the newest evaluation."""
         return self.newest.score.figure if self.newest else None
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether it is being started, or connected again."""
+        return self._started and not self._runs
 
     @property
     def cut_off(self) -> bool:
@@ -125,7 +132,8 @@ class EvaluationSchedule:
 
     def score_if_due(self, now: float) -> None:
         """Score the current weights now and then. Those that end the run are its model."""
-        if self.ready and now >= self._next_s and self._began_s is None:
+        due = now >= self._next_s and self._began_s is None
+        if self.ready and due and not self._leaving:
             self._score(self._goal, now, final=False)
 
     def begin_final(self) -> None:
@@ -187,6 +195,28 @@ class EvaluationSchedule:
         began_s, self._began_s = self._began_s, None
         self._next_s = next_evaluation_s(self._policy, began_s, now, self._shortest_s)
         return began_s
+
+    # Departures
+
+    def depart(self, departing: bool) -> None:
+        """Note whether its node is to leave."""
+        self._leaving = departing
+
+    def move(self, now: float, *, over: bool) -> None:
+        """Start it elsewhere if its node is to leave, once it has scored what it scores.
+
+        If the time for that is `over`, the other scores the weights from the beginning.
+        """
+        if not self._leaving or not self._runs or (self._began_s is not None and not over):
+            return
+        self._leaving = False
+        self.life += 1
+        self._asked = False
+        if self._began_s is not None:
+            self._end_scoring(now)
+            self._next_s = now
+        self._out.append(Tell(text="the evaluator moves: its node is to leave"))
+        self._connect(StartEvaluator(life=self.life))
 
     # Hangs
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 LATE_S: dict[Kind, float] = {"closed": 0.3, "unreachable": 0.4, "silent": 1.0}
 """A partition that its follower does not hear is lost if a report is late by so long. By what the
 follower knows, see `paramserver.standby.trouble`."""
+SUCCESSORS = 3
+"""Followers that are tried for a partition whose node is to leave."""
 REPORTS_TO_FOLLOW = 2
 """Reports without a follower after one has joined: the first may have been on its way before."""
 
@@ -89,6 +91,8 @@ class Followers:
         self._standing = [first] * num_partitions
         self._starts = [0] * num_partitions
         self._without = [0] * num_partitions
+        self._successors: dict[int, int] = {}
+        """Partitions that have a follower only to move, and how many of those were lost."""
         self._let_alone = [0] * num_partitions
         """Of each partition, the follower that it was last let alone by."""
         self.suspected: dict[int, Suspicion] = {}
@@ -98,13 +102,20 @@ class Followers:
         """Return whether a partition has a follower that is to take its place."""
         return self._standing[partition] is Standing.FOLLOWS
 
+    def has_some(self, partition: int) -> bool:
+        """Return whether a partition has a follower, or one is being started."""
+        return self._standing[partition] in (Standing.STARTING, Standing.FOLLOWS)
+
     def start_missing(self) -> None:
         """Start the missing followers of partitions, which are all up."""
         for index, standing in enumerate(self._standing):
             if standing is Standing.MISSING:
-                self._standing[index] = Standing.STARTING
-                self._starts[index] += 1
-                self._out.append(StartFollower(partition=index, start=self._starts[index]))
+                self._start(index)
+
+    def _start(self, index: int) -> None:
+        self._standing[index] = Standing.STARTING
+        self._starts[index] += 1
+        self._out.append(StartFollower(partition=index, start=self._starts[index]))
 
     def started(self, call: StartFollower, endpoint: Endpoint | None) -> None:
         """A follower has its partition's state."""
@@ -137,8 +148,55 @@ class Followers:
         """A partition is another process from now on, which nobody follows yet."""
         self.suspected.pop(partition, None)
         if self._standing[partition] is not Standing.LEFT_OUT:
-            self._standing[partition] = Standing.MISSING
+            left_out = partition in self._successors
+            self._standing[partition] = Standing.LEFT_OUT if left_out else Standing.MISSING
             self._starts[partition] += 1  # a follower that was just being started is none of it
+        self._successors.pop(partition, None)
+
+    # Departures
+
+    def start_successor(self, partition: int) -> None:
+        """Start the follower that is to take a partition's place, if it has none and may have one.
+
+        This is how a partition moves, whether or not partitions have followers otherwise.
+        """
+        if self._standing[partition] is Standing.LEFT_OUT:
+            self._successors.setdefault(partition, 0)
+        if not self.has_some(partition) and not self.gave_up(partition):
+            self._start(partition)
+
+    def gave_up(self, partition: int) -> bool:
+        """Return whether a partition that was to move stays: its followers were lost."""
+        return self._successors.get(partition, 0) >= SUCCESSORS
+
+    def release(self, partition: int, incarnation: int) -> None:
+        """A partition need not move any more: end the follower that it has only for that."""
+        if partition in self._successors:
+            self._dismiss(partition, incarnation)
+            self._standing[partition] = Standing.LEFT_OUT
+            del self._successors[partition]
+
+    def depart(self, partition: int, incarnation: int, now: float) -> None:
+        """The node of a partition's follower is to leave: another one is to come elsewhere."""
+        if not self._dismiss(partition, incarnation):
+            return
+        left_out = partition in self._successors
+        self._standing[partition] = Standing.LEFT_OUT if left_out else Standing.MISSING
+        self._out.append(
+            Tell(text=f"the follower of partition {partition} moves: its node is to leave")
+        )
+        self._failures.reserve_soon(now)
+
+    def _dismiss(self, index: int, incarnation: int) -> bool:
+        """End a follower that lives; its partition, which is let alone first, waits for nothing."""
+        if not self.has_some(index):
+            return False
+        self.suspected.pop(index, None)
+        follower = self._starts[index]
+        self._starts[index] += 1
+        self._out.append(LetAlone(partition=index, incarnation=incarnation, follower=follower))
+        self._out.append(StopFollower(partition=index))
+        return True
 
     def reported(self, report: PartitionReport, incarnation: int, now: float) -> None:
         """A partition, as it is now, says whether it has a follower."""
@@ -171,7 +229,21 @@ class Followers:
 
     def _on_lost(self, index: int, detail: str, now: float) -> None:
         self._out.append(StopFollower(partition=index))
+        if index in self._successors:
+            self._lose_successor(index, detail)
+            return
         name = f"the follower of partition {index}"
         failure = Failure(part="follower", index=index, name=name, cause="died", detail=detail)
         another = self._failures.recover(failure, now) == "restart"
         self._standing[index] = Standing.MISSING if another else Standing.LEFT_OUT
+
+    def _lose_successor(self, index: int, detail: str) -> None:
+        """A follower is lost that a partition had only to move. This is no restart."""
+        self._successors[index] += 1
+        self._standing[index] = Standing.LEFT_OUT
+        on = "trying again"
+        if self.gave_up(index):
+            on = f"it stays until its node is gone, after {SUCCESSORS} tries"
+        self._out.append(
+            Tell(text=f"partition {index} cannot move: its follower is lost ({detail}): {on}")
+        )

@@ -121,7 +121,7 @@ class ReconnectProcess:
 
 @dataclass(frozen=True, kw_only=True)
 class AskDepartures:
-    """Ask which processes of replicas are on nodes that are to leave; answered by their numbers."""
+    """Ask which members are on nodes that are to leave; answered by `Departing`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +155,18 @@ class ReplaceShufflers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoveShufflers:
+    """Have shufflers on other nodes take the places of those whose nodes are to leave; answered
+    once they do, by how many those are.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartEvaluator:
     """Start the evaluator; answered once it is connected."""
 
     life: int = 0
-    """Counts the times that it hung: what was asked of it before is of no interest."""
+    """Counts the times that it hung or moved: what was asked of it before is of no interest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +228,7 @@ Call = (
     | RunWindow
     | FindLateShufflers
     | ReplaceShufflers
+    | MoveShufflers
     | StartEvaluator
     | ReconnectEvaluator
     | Evaluate

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.failure_policy import Cause, Failure
 from downpour.cluster.controller.failures import Failures, detail_of
 from downpour.cluster.controller.followers import Followers
@@ -20,6 +21,7 @@ from downpour.cluster.controller.instructions import (
     PartitionCall,
     Promote,
     StartPartition,
+    Tell,
 )
 from downpour.cluster.controller.leases.manager import Census
 
@@ -85,11 +87,15 @@ class Partitions:
         num_partitions: int,
         *,
         hot_standby: bool,
+        joins_quietly: bool = False,
         failures: Failures,
         out: list[Instruction],
         now: float,
     ) -> None:
-        """None is up."""
+        """None is up.
+
+        If followers join `quietly`, they do not take pushes that were computed before they came.
+        """
         self._failures = failures
         self._out = out
         self._next_report_s = now
@@ -106,6 +112,11 @@ class Partitions:
         self.inquiries: dict[int, Inquiry] = {}
         """Inquiries under way, by number."""
         self.followers = Followers(num_partitions, wanted=hot_standby, failures=failures, out=out)
+        self._joins_quietly = joins_quietly
+        self.leaving: set[int] = set()
+        """Those whose nodes are to leave, and whose followers are to take their places."""
+        self.moving: set[int] = set()
+        """Those whose followers do so just now."""
 
     @property
     def all_up(self) -> bool:
@@ -147,6 +158,9 @@ class Partitions:
     def arrived(self, index: int) -> None:
         """A new incarnation can be reached."""
         self.members[index].up, self.members[index].asked_s = True, None
+        if index in self.moving:
+            self.moving.discard(index)
+            self._out.append(Tell(text=f"partition {index} has moved, with all that it had"))
 
     def _renew(self, partition: PartitionMember) -> None:
         partition.up, partition.asked_s, partition.version = False, None, None
@@ -186,9 +200,69 @@ class Partitions:
         followed = self.followers.can_take_over(index)
         action = self._failures.recover(failure, now, error=error, followed=followed)
         partition.up = False
+        self.leaving.discard(index)
+        self.moving.discard(index)
         self.followers.partition_replaced(index)
         self.inquiries.clear()
         return action == "promote"
+
+    # Departures
+
+    def depart(self, departing: Departing, now: float) -> None:
+        """Have followers elsewhere for partitions whose nodes are to leave.
+
+        A follower that is on such a node itself is started anew elsewhere.
+        """
+        for index in departing.followers:
+            self.followers.depart(index, self.members[index].incarnation, now)
+        for index in sorted(self.leaving.difference(departing.partitions)):
+            self.leaving.discard(index)
+            self.followers.release(index, self.members[index].incarnation)
+            self._out.append(Tell(text=f"partition {index} stays after all"))
+        for index in departing.partitions:
+            if self.members[index].up and index not in self.leaving:
+                self.leaving.add(index)
+                self._out.append(Tell(text=f"partition {index} moves: its node is to leave"))
+        if not self._joins_quietly:
+            self.let_successors_join()
+
+    def let_successors_join(self) -> None:
+        """Start followers of partitions whose nodes are to leave, if they have none."""
+        for index in sorted(self.leaving):
+            self.followers.start_successor(index)
+
+    @property
+    def need_quiet(self) -> bool:
+        """Whether followers are there that take no pushes of their past, and are to move."""
+        return self._joins_quietly and any(map(self.followers.has_some, self.leaving))
+
+    def wait_for_quiet(self, *, over: bool) -> bool:
+        """Return whether some wait until nothing is on its way to them, to be followed or to move.
+
+        Followers that are still being started are waited for before, unless the time is `over`.
+        """
+        hopeful = [index for index in self.leaving if not self.followers.gave_up(index)]
+        ready = [index for index in hopeful if self.followers.can_take_over(index)]
+        if over:
+            return bool(ready)
+        return bool(hopeful) and (self._joins_quietly or len(ready) == len(hopeful))
+
+    def hand_over(self, now: float) -> bool:
+        """Have followers take the places of their partitions whose nodes are to leave.
+
+        Returns:
+            Whether there are such, all of them or, if time is short, some.
+        """
+        ready = [index for index in sorted(self.leaving) if self.followers.can_take_over(index)]
+        for index in ready:
+            self.leaving.discard(index)
+            self.moving.add(index)
+            self.followers.partition_replaced(index)
+            self.replace(index, promoted=True, now=now)
+        if ready:
+            self.inquiries.clear()
+            self._failures.reserve_soon(now)
+        return bool(ready)
 
     def silent(self, now: float) -> dict[int, str]:
         """Partitions that neither their followers hear nor somebody else, and why."""
@@ -331,6 +405,9 @@ class Partitions:
         everybody = set(range(len(self.members)))
         assert self.reports.keys() <= everybody
         assert all(i.answers.keys() < everybody for i in self.inquiries.values())
+        up = {p.index for p in self.members if p.up}
+        assert self.leaving <= up, "a partition that is lost moves"
+        assert not self.moving & up, "a partition that can be reached is on its way"
         for number in self.inquiries:
             purpose = self.inquiries[number].purpose
             assert sum(i.purpose == purpose for i in self.inquiries.values()) == 1, purpose

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from downpour.cluster.config.derive import step_config
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.checkpointing import CheckpointSchedule
+from downpour.cluster.controller.departures.notice import Notice
 from downpour.cluster.controller.evaluation import EvaluationSchedule
 from downpour.cluster.controller.failure_policy import FailurePolicy
 from downpour.cluster.controller.failures import Failures
@@ -101,6 +102,12 @@ class RunParts:
         """When the last process of replicas was ready for the first time."""
         self.look_for_departures_s = now
         """When nodes that are to leave are looked for next."""
+        self.notice = Notice()
+        """Until when what is out there may be finished."""
+        self.shufflers_move = False
+        """Shufflers are being started in place of those on such nodes."""
+        self.shufflers_stay = False
+        """They cannot be: their rows are nowhere else."""
         self.finished = False
         """While the run winds up: it is finished. Otherwise it was asked to stop."""
         self.last_checkpoint_begun = False
@@ -134,6 +141,7 @@ class RunParts:
         self.partitions = Partitions(
             num_partitions,
             hot_standby=config.server.hot_standby,
+            joins_quietly=bool(config.server.policy.versions_kept),
             failures=self.failures,
             out=self.out,
             now=now,
@@ -184,7 +192,8 @@ class RunParts:
             return "finishing" if self.finished else "stopping"
         for partition in self.partitions.members:
             if not partition.up and partition.incarnation > 1:
-                return f"replacing {partition.name}"
+                what = "moving" if partition.index in self.partitions.moving else "replacing"
+                return f"{what} {partition.name}"
         some = self.all_replicas_s is not None or self.processes.num_alive(self.replicas_wanted)
         return "training" if some else "starting the replicas"
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from downpour.cluster.controller.backend import (
     FollowerLost,
     PartitionLost,
+    RunFailed,
     ShufflerLost,
     WriteFailed,
 )
+from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.events import Answered, Failed
 from downpour.cluster.controller.failure_policy import Cause, Failure
 from downpour.cluster.controller.failures import GaveUp
@@ -29,6 +31,7 @@ from downpour.cluster.controller.instructions import (
     FindLateShufflers,
     Instruction,
     LetAlone,
+    MoveShufflers,
     PartitionCall,
     Promote,
     PruneCheckpoints,
@@ -105,7 +108,9 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
                 run.failures.reserve_soon(now)
                 run.evaluation.start()
         case AskDepartures():
-            run.processes.depart(value)
+            _depart(run, value, now)
+        case MoveShufflers():
+            _shufflers_moved(run, value)
         case FindLateShufflers() as call:
             _blamed(run, call, value, now)
         case ReplaceShufflers() as call:
@@ -160,6 +165,8 @@ def failed(run: RunParts, event: Failed, now: float) -> None:
             run.partitions.followers.start_failed(call, error, now)
         case WatchPrimary():
             pass  # the follower is gone: its partition will say so
+        case MoveShufflers():
+            _shufflers_failed(run, error)
         case StartProcess() | ReconnectProcess() as call:
             if _is_current_process(run, call):
                 run.processes.start_failed(call.process, error, now)
@@ -331,6 +338,67 @@ def _commit(run: RunParts, number: int, files: tuple[SnapshotFile, ...], now: fl
     run.out.append(CommitCheckpoint(checkpoint=checkpoint))
 
 
+# Departures
+
+
+def _depart(run: RunParts, departing: Departing, now: float) -> None:
+    """Have members on nodes that are to leave finish what they do, and go on elsewhere."""
+    run.notice.heard(departing, now)
+    run.processes.depart(departing.processes)
+    run.evaluation.depart(departing.evaluator)
+    run.partitions.depart(departing, now)
+    if not departing.shufflers:
+        run.shufflers_stay = False
+    elif not run.shufflers_move and not run.shufflers_stay:
+        run.shufflers_move = True
+        run.out.append(Tell(text=f"{departing.shufflers} shufflers move: their node is to leave"))
+        run.out.append(MoveShufflers())
+    if departing.crowded:
+        text = (
+            f"{departing.crowded} processes of replicas stay until their node is gone: no other "
+            "node has a GPU that is free"
+        )
+        if run.notice.is_news(text):
+            run.out.append(Tell(text=text))
+    if departing.driver and run.notice.is_news("the driver leaves"):
+        text = (
+            "the driver's own node is to leave, and the run ends with it: what is there stays; a "
+            "checkpoint is written now and shortly before, to go on from with `downpour resume`"
+        )
+        run.out.append(Tell(text=text))
+        run.checkpoints.hasten(now)
+
+
+def hand_over(run: RunParts, now: float) -> None:
+    """Have followers take the places of their partitions; everybody connects anew.
+
+    Windows that are still out are in doubt, and what nobody has settled of them is leased again.
+    """
+    if not run.partitions.hand_over(now):
+        return
+    run.checkpoints.abandon()
+    run.leases.partition_lost(promoted=True)
+    run.processes.drop_windows()
+    run.evaluation.disconnected()
+    if run.winds_up and run.finished:
+        run.stage = "training"  # until it is known that the followers lack nothing
+
+
+def _shufflers_moved(run: RunParts, count: int) -> None:
+    """Shufflers elsewhere deliver from now on."""
+    run.shufflers_move = False
+    if count:
+        run.out.append(Tell(text=f"{count} shufflers have moved"))
+
+
+def _shufflers_failed(run: RunParts, error: Exception) -> None:
+    """They could not move: the next look tries again, unless their rows are nowhere else."""
+    run.shufflers_move = False
+    if isinstance(error, RunFailed):
+        run.shufflers_stay = True
+        run.out.append(Tell(text=f"shufflers stay until their node is gone: {error}"))
+
+
 # Hangs
 
 
@@ -349,6 +417,8 @@ def wait_of(given: Instruction) -> Wait | None:
         case RunWindow():
             return "window"
         case StartPartition() | StartProcess() | StartFollower() | StartEvaluator():
+            return "start"
+        case MoveShufflers():
             return "start"
         case Promote() | ReconnectProcess() | ReconnectEvaluator():
             return "connection"
@@ -382,6 +452,8 @@ def end_hung_calls(run: RunParts, now: float) -> None:
                     partition_lost(run, call.partition, "silent", now, detail=why)
             case StartFollower():
                 run.partitions.followers.start_failed(call, FollowerLost(why), now)
+            case MoveShufflers():
+                _shufflers_failed(run, ShufflerLost(why))
             case StartProcess() | ReconnectProcess():
                 if _is_current_process(run, call):
                     run.processes.hung(call.process, why, now)

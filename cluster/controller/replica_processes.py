@@ -123,6 +123,16 @@ class ReplicaProcesses:
         return not any(p.runs and not p.ready for p in self.members)
 
     @property
+    def any_starts(self) -> bool:
+        """Whether one is being started, or connected again."""
+        return any(p.starting for p in self.members)
+
+    @property
+    def any_move(self) -> bool:
+        """Whether one goes on elsewhere as soon as its windows are done."""
+        return any(p.leaving and p.ready and p.wanted for p in self.members)
+
+    @property
     def any_cut_off(self) -> bool:
         """Whether one that is to train runs without its connections, or not at all."""
         return any(p.cut_off for p in self.members)
@@ -339,19 +349,23 @@ class ReplicaProcesses:
     def depart(self, departing: Collection[int]) -> None:
         """Have processes whose nodes are to leave finish what they have, and take it from there.
 
-        Nothing is lost and nothing is computed twice, so this is no restart.
+        This is no restart, and nothing is computed twice if they are done in time.
         """
         for process in self.members:
             if process.index in departing and process.ready and not process.leaving:
                 process.leaving = True
                 self._out.append(Tell(text=f"{process.name} moves: its node is to leave"))
 
-    def move(self) -> None:
-        """Start processes that are to move elsewhere, once they have no windows left."""
+    def move(self, *, over: bool) -> None:
+        """Start processes that are to move elsewhere, once they have no windows left.
+
+        If the time for that is `over`, they leave what they have to others.
+        """
         for process in self.members:
             idle = not self._leases.num_held_by(*process.replicas)
-            if process.leaving and process.ready and process.wanted and idle:
-                process.leaving = process.ready = process.runs = False
+            if process.leaving and process.ready and process.wanted and (idle or over):
+                self._drop_windows(process)
+                process.leaving = process.runs = False
                 self._out.append(StopProcess(process=process.index))
                 self._start(process)
 

@@ -16,7 +16,7 @@ from downpour.cluster.controller.instructions import (
     Tell,
 )
 from downpour.cluster.controller.parts import RunParts, Stage
-from downpour.cluster.controller.reactions import blame, end_hung_calls, finish
+from downpour.cluster.controller.reactions import blame, end_hung_calls, finish, hand_over
 from downpour.cluster.run.early_stopping import Ended
 
 DEPARTURES_EVERY_S = 5.0
@@ -83,17 +83,18 @@ def _train(run: RunParts, now: float) -> None:
     """Grant leases and look after everybody, until the run is finished or asked to stop."""
     if run.end_wanted is not None:
         finish(run, Ended(by="callback", reason=run.end_wanted))
-    if run.leases.finished or run.stop_reason is not None:
+    ends = run.leases.finished or run.stop_reason is not None
+    if ends and not run.partitions.moving:
         _wind_up(run)
         return
-    _grant(run)
+    _grant(run, now)
     _look_after(run, now)
     if run.partitions.all_up and not run.leases.reopening and run.processes.all_wanted_up:
         run.failures.all_back(now)
 
 
-def _grant(run: RunParts) -> None:
-    if run.leases.reopening:
+def _grant(run: RunParts, now: float) -> None:
+    if run.leases.reopening or _waits_for_quiet(run, now):
         return
     course = run.leases.decide_course(run.replicas_wanted)
     if course.reason is not None:
@@ -110,10 +111,7 @@ def _look_after(run: RunParts, now: float) -> None:
     if run.partitions.ask_reports(now):
         run.out.append(ReadRequests())
         run.processes.retire()
-        run.processes.move()
-        if now >= run.look_for_departures_s:
-            run.look_for_departures_s = now + DEPARTURES_EVERY_S
-            run.out.append(AskDepartures())
+        _look_for_departures(run, now)
         run.processes.look_for_stragglers(now)
         for process, why in run.processes.look_for_hangs(now):
             blame(run, process.replicas, why)
@@ -128,6 +126,41 @@ def _look_after(run: RunParts, now: float) -> None:
         if run.ended is None and has_begun:
             run.evaluation.score_if_due(now)
         run.checkpoints.begin_if_due(now)
+
+
+def _look_for_departures(run: RunParts, now: float) -> None:
+    """Ask for nodes that are to leave, and take what is there to others as soon as it is done.
+
+    If time is short, what is not done there is done elsewhere, again or for the first time.
+    """
+    if now >= run.look_for_departures_s:
+        run.look_for_departures_s = now + DEPARTURES_EVERY_S
+        run.out.append(AskDepartures())
+    over = run.notice.is_over(now)
+    if not run.winds_up:
+        run.processes.move(over=over)
+    run.evaluation.move(now, over=over)
+    if over and run.notice.of_driver and run.notice.is_news("the driver's time is over"):
+        run.checkpoints.hasten(now)
+    if run.partitions.all_up and _waits_for_quiet(run, now):
+        asked = run.partitions.inquiries or run.checkpoints.in_the_making
+        if over or (run.quiet and not asked):
+            run.partitions.let_successors_join()
+            hand_over(run, now)
+
+
+def _waits_for_quiet(run: RunParts, now: float) -> bool:
+    """Return whether no window is to be granted: partitions wait for those that are out.
+
+    Processes that move or are being started come first, unless the time is over.
+    """
+    if run.partitions.need_quiet:
+        return True
+    over = run.notice.is_over(now)
+    if not run.partitions.wait_for_quiet(over=over):
+        return False
+    others = run.processes.any_starts or run.processes.any_move or run.evaluation.is_starting
+    return over or not others
 
 
 def _mend(run: RunParts) -> None:
@@ -181,6 +214,8 @@ def _score(run: RunParts, now: float) -> None:
         run.stage = "verifying"
     elif not run.evaluation.ready:
         _look_after(run, now)
+    elif run.partitions.ask_reports(now):
+        _look_for_departures(run, now)
 
 
 def _verify(run: RunParts, now: float) -> None:

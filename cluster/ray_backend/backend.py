@@ -26,8 +26,10 @@ from downpour.cluster.controller.backend import (
     ProcessLost,
     ShufflerLost,
 )
+from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.ray_backend.actors import kill, start
+from downpour.cluster.ray_backend.leavers import Leavers
 from downpour.cluster.ray_backend.nodes import Nodes, leaving
 from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
@@ -105,6 +107,7 @@ class RayBackend:
         """What a scoring gets from each partition, if weights are averaged."""
         self._arrivals: dict[PendingCall, int] = {}
         """Calls whose answer is the endpoint of a partition."""
+        self._moving_shufflers: PendingCall = None
 
     def endpoints(self) -> list[Endpoint]:
         """The endpoints of all partitions, each of which has been up."""
@@ -182,10 +185,11 @@ class RayBackend:
     def make_spares(self) -> None:
         """Have a process ready for each kind that `--spares` asks for.
 
-        On several nodes this does nothing: each would need a spare of its own.
+        On several nodes this does nothing: each would need a spare of its own. Nor does it if the
+        only one is to leave.
         """
         wanted = self._config.replicas.spares
-        if self._nodes.several:
+        if self._nodes.several or (wanted != "none" and leaving()):
             return
         if wanted != "none" and ReplicasActor not in self._spares:
             self._spares[ReplicasActor] = start(
@@ -216,19 +220,31 @@ class RayBackend:
         kill(self._process_actors[index])
         self._process_actors[index] = None
 
-    def departing(self) -> tuple[int, ...]:
-        """The processes of replicas on nodes that are to leave."""
-        going = leaving() if self._nodes.several else frozenset()
-        if not going:
-            return ()
-        from ray._private.state import actors
-
-        on = {id: about["Address"]["NodeID"] for id, about in actors().items()}
-        return tuple(
-            index
-            for index, actor in enumerate(self._process_actors)
-            if actor is not None and on.get(actor._actor_id.hex()) in going
+    def departing(self) -> Departing:
+        """The members on nodes that are to leave, by what Ray knows now."""
+        leavers = Leavers.look(self._nodes.driver)
+        if leavers is None:
+            return Departing()
+        processes = leavers.among(self._process_actors)
+        room = self._nodes.free_gpu_places() if processes else None
+        staying = 0 if room is None else max(0, len(processes) - room)
+        return Departing(
+            processes=processes[: len(processes) - staying],
+            partitions=leavers.among(self._partitions),
+            followers=leavers.among(self._followers),
+            shufflers=len(leavers.among(self._shufflers.actors)),
+            evaluator=bool(leavers.among([self._evaluator])),
+            driver=leavers.has_driver,
+            crowded=staying,
+            remaining_s=leavers.remaining_s,
         )
+
+    def move_shufflers(self) -> PendingCall:
+        """Start shufflers in place of those on nodes that are to leave; gives their number."""
+        leavers, actors = Leavers.look(self._nodes.driver), self._shufflers.actors
+        going = [] if leavers is None else [actors[i] for i in leavers.among(actors)]
+        self._moving_shufflers = self._shufflers.move(going)
+        return self._call(self._moving_shufflers, ShufflerLost, "a shuffler")
 
     def reconnect_process(self, index: int) -> PendingCall:
         """Have a process that runs drop its windows and connect to the partitions anew."""
@@ -312,10 +328,18 @@ class RayBackend:
         if ready:
             ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
         done = [self._outcome(call, *self._kinds.pop(call)) for call in ready]
-        for outcome in done:
-            index = self._arrivals.pop(outcome.call, None)
-            if index is not None and outcome.error is None:
-                self._endpoints[index] = outcome.value
+        if self._shufflers.some_leave:
+            parts = [part for _, _, parts in self._kinds.values() for part in parts]
+            self._shufflers.end_leaving([shuffler for _, shuffler in parts])
+        return [self._noted(outcome) for outcome in done]
+
+    def _noted(self, done: Done) -> Done:
+        """Note what comes of a call that changes who is who."""
+        if done.call == self._moving_shufflers and done.error is None:
+            return dataclasses.replace(done, value=self._shufflers.arrived())
+        index = self._arrivals.pop(done.call, None)
+        if index is not None and done.error is None:
+            self._endpoints[index] = done.value
         return done
 
     def stop(self) -> None:

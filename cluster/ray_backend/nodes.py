@@ -73,13 +73,13 @@ class Nodes:
             return with_gpus(self._config, staying(), self.driver)
         return candidates(role, self._config, staying(), self.driver)
 
-    def disks(self) -> list[Node]:
-        """The nodes on whose disks to look for shards.
+    def disks(self, *, only_staying: bool = False) -> list[Node]:
+        """The nodes on whose disks to look for shards; only those that stay, if that is asked.
 
         Raises:
             NoPlace: there is none.
         """
-        return disks(self._config, alive(), self.driver)
+        return disks(self._config, staying() if only_staying else alive(), self.driver)
 
     def scheduling(self, role: Role, index: int) -> Any:
         """Ray's scheduling strategy for actor `index` of a role, by the nodes that are alive now.
@@ -129,6 +129,20 @@ class Nodes:
         if self._gpu_share is None:
             return None
         return gpu_room(self.on("replicas"), self._gpu_share)
+
+    def free_gpu_places(self) -> int | None:
+        """Processes of replicas that have room on nodes that stay; None if they need no GPU."""
+        if self._gpu_share is None:
+            return None
+        from ray._private.state import available_resources_per_node
+
+        free = available_resources_per_node()  # type: ignore[no-untyped-call]
+        try:
+            nodes = self.on("replicas")
+        except NoPlace:
+            return 0
+        gpus = [float(free.get(node.id, {}).get("GPU", 0.0)) for node in nodes]
+        return sum(int(gpu / self._gpu_share + 1e-9) for gpu in gpus)
 
     def check_room(self, num_processes: int) -> None:
         """Look whether the GPUs have room for so many processes of replicas, if they need any.
@@ -253,11 +267,14 @@ class Nodes:
             )
 
 
-def leaving() -> frozenset[str]:
-    """Ids of the nodes that are to leave: preempted, scaled down, or drained by somebody."""
+def leaving() -> dict[str, float | None]:
+    """Nodes that are to leave (preempted, scaled down, drained by somebody), by id, and when.
+
+    Unix time; None if Ray has not been told.
+    """
     from ray._private.state import state  # Ray has no public name for it; Ray Train uses this one
 
-    return frozenset(state.get_draining_nodes())
+    return {id: at_ms / 1000 or None for id, at_ms in state.get_draining_nodes().items()}
 
 
 def node_of(actor: Any) -> str | None:

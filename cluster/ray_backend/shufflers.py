@@ -9,7 +9,7 @@ one record batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from downpour.cluster.config.derive import make_decoder
-from downpour.cluster.config.placement import disk_of
+from downpour.cluster.config.placement import NoPlace, disk_of
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import RunFailed
 from downpour.cluster.errors import user_message
@@ -63,6 +63,15 @@ class Shufflers:
         self._posts = self._find_posts()
         self._actors = [self._start(i, post) for i, post in enumerate(self._posts)]
         self._lost: list[Any] = []
+        self._coming: tuple[list[_Post], list[Any]] | None = None
+        """Those that are to deliver from when they are up, with their posts."""
+        self._leaving: list[Any] = []
+        """Those that deliver no new window."""
+
+    @property
+    def actors(self) -> tuple[Any, ...]:
+        """Those that deliver."""
+        return tuple(self._actors)
 
     def deliver(self, epoch: int, batches: tuple[int, ...]) -> list[tuple[Any, Any]]:
         """Have each deliver its rows of a window; gives the parts, each with its shuffler."""
@@ -84,22 +93,82 @@ class Shufflers:
         self._lost.clear()
         if not lost:
             return 0
+        self._end_coming()
         pairs = zip(self._posts, self._actors, strict=True)
         left = {post: actor for post, actor in pairs if actor not in lost}
-        self._posts = self._find_posts()
+        try:
+            self._posts = self._find_posts(staying=True)
+        except (NoPlace, RunFailed):  # some rows are only on nodes that are to leave
+            self._posts = self._find_posts()
         before = self._actors
         self._actors = [
             left[post] if post in left else self._start(index, post)
             for index, post in enumerate(self._posts)
         ]
         for actor in before:
-            if actor not in self._actors:
+            if actor in lost:
                 kill(actor)  # it may be out of reach only
+            elif actor not in self._actors:
+                self._leaving.append(actor)
         return len(lost)
+
+    def move(self, going: Collection[Any]) -> Any:
+        """Start others in place of those whose nodes are to leave; `arrived` has them deliver.
+
+        Returns:
+            What Ray answers once all of them are up.
+
+        Raises:
+            RunFailed: no node that stays has a certain shard.
+        """
+        self._end_coming()
+        pairs = zip(self._posts, self._actors, strict=True)
+        left = {post: actor for post, actor in pairs if actor not in going}
+        try:
+            posts = self._find_posts(staying=True)
+        except NoPlace as error:
+            raise RunFailed(str(error)) from None
+        actors = [
+            left[post] if post in left else self._start(index, post)
+            for index, post in enumerate(posts)
+        ]
+        self._coming = (posts, actors)
+        up = None
+        for actor in actors:  # each answers after the one before
+            up = actor.ready.remote() if up is None else actor.ready.remote(up)
+        return up
+
+    def arrived(self) -> int:
+        """Those that were to come are up: they deliver from now on; gives how many are new."""
+        if self._coming is None:  # some were lost, and replaced, meanwhile
+            return 0
+        before = self._actors
+        self._posts, self._actors = self._coming
+        self._coming = None
+        self._leaving += [actor for actor in before if actor not in self._actors]
+        return sum(actor not in before for actor in self._actors)
+
+    @property
+    def some_leave(self) -> bool:
+        """Whether there are some that deliver no new window."""
+        return bool(self._leaving)
+
+    def end_leaving(self, busy: Collection[Any]) -> None:
+        """End those that deliver no new window, except the `busy` ones."""
+        for actor in [actor for actor in self._leaving if actor not in busy]:
+            self._leaving.remove(actor)
+            kill(actor)
+
+    def _end_coming(self) -> None:
+        coming, self._coming = self._coming, None
+        for actor in coming[1] if coming else ():
+            if actor not in self._actors:
+                kill(actor)
 
     def stop(self) -> None:
         """End them."""
-        for actor in self._actors:
+        self._end_coming()
+        for actor in [*self._actors, *self._leaving]:
             kill(actor)
 
     def _start(self, index: int, post: _Post) -> Any:
@@ -111,12 +180,13 @@ class Shufflers:
             scheduling = NodeAffinitySchedulingStrategy(post.node, soft=False)
         return start(ShufflerActor, SHUFFLER_CALLS, spec, scheduling=scheduling)
 
-    def _find_posts(self) -> list[_Post]:
+    def _find_posts(self, *, staying: bool = False) -> list[_Post]:
+        """Who is to read what; from disks of nodes that are `staying` only, if that is asked."""
         data = self._config.data
         if data.node_folder is None:
             return [_Post(share) for share in range(len(self._specs))]
         inventory = Inventory.read(data.data, data.train_split)
-        nodes = {node.id: node for node in self._nodes.disks()}
+        nodes = {node.id: node for node in self._nodes.disks(only_staying=staying)}
         uris = {id: disk_of(data.node_folder, node) for id, node in nodes.items()}
         look: Any = ray.remote(survey)
         calls = {

@@ -63,6 +63,8 @@ from downpour.paramserver.transport.shared.server_side import Listener, SharedSi
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+LOOK_EVERY_S = 0.1
+"""How often a follower that catches up is looked at."""
 PUSHES_A_TURN = 16
 """Packets taken from one connection before the next has its turn."""
 
@@ -254,9 +256,21 @@ class PartitionServer:
         self.call(lambda _: self._replication.let_alone(generation), deadline_s)
 
     def await_level(self, deadline_s: float) -> bool:
-        """Wait until this follower has all that its primary answers; returns whether it has."""
+        """Wait until this follower has all that its primary answers; returns whether it has.
+
+        Raises:
+            ConnectionLost: The primary is gone, or this follower has failed.
+        """
         link = self._remote
-        return link is None or link.levelled.wait(deadline_s)
+        if link is None:
+            return True
+        give_up_s = time.monotonic() + deadline_s
+        while not link.levelled.wait(LOOK_EVERY_S):
+            if (trouble := link.trouble) is not None and trouble.kind == "closed":
+                raise ConnectionLost(f"it has lost its primary: {trouble}")
+            if time.monotonic() > give_up_s:
+                return False
+        return True
 
     def await_trouble(self, deadline_s: float | None = None) -> Trouble | None:
         """Wait until the primary, on another machine, is gone or silent; returns what is known.

@@ -28,6 +28,7 @@ from downpour.cluster.controller.backend import (
     ShufflerLost,
     WriteFailed,
 )
+from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.paramserver.access import Access
@@ -88,6 +89,9 @@ class ThreadBackend:
         self.followers: list[FollowerActor | None] = [None] * self.num_partitions
         self.corpses_of_partitions: list[PartitionActor] = []
         self.followers_made = 0
+        self.leaving = Departing()
+        self.followers_to_kill: set[int] = set()
+        """Partitions whose next follower dies before it has their state."""
         self.shuffler: ShufflerActor | None = self._new_shuffler()
         self.pool = ThreadPoolExecutor(32)
         self.actors: list[ReplicasActor | None] = [None] * num_processes
@@ -154,6 +158,9 @@ class ThreadBackend:
             start = self._start_from(self.partitions[index].endpoint())
             clients = self.access.credentials
             start = replace(start, client_credentials=clients, follower=number)
+            if index in self.followers_to_kill:
+                self.followers_to_kill.discard(index)
+                raise FollowerLost("killed by the test")
             follower = FollowerActor(self.specs.partitions[index], start)
             self.followers[index] = follower
             self.followers_made += 1
@@ -183,6 +190,7 @@ class ThreadBackend:
                 self.corpses_of_partitions.append(self.partitions[index])
             self.partitions[index] = follower
             follower.promote()
+            self._stays(partitions=tuple(p for p in self.leaving.partitions if p != index))
 
         return self.pool.submit(run)
 
@@ -231,7 +239,10 @@ class ThreadBackend:
         def start() -> None:
             evaluator = EvaluatorActor(self.specs.evaluator)
             evaluator.connect(self._endpoints(), KEY, self.access)
-            self.evaluator = evaluator
+            before, self.evaluator = self.evaluator, evaluator
+            if before is not None:
+                before.stop()
+            self._stays(evaluator=False)
 
         return self.pool.submit(start)
 
@@ -291,8 +302,19 @@ class ThreadBackend:
     def kill_shuffler(self) -> None:
         self.shuffler = None
 
-    def departing(self) -> tuple[int, ...]:
-        return ()
+    def departing(self) -> Departing:
+        """What a test says; members that were started since are elsewhere."""
+        return self.leaving
+
+    def _stays(self, **what: object) -> None:
+        """Note that some members are not on a node that is to leave, or not any more."""
+        with self._lock:
+            self.leaving = replace(self.leaving, **what)  # type: ignore[arg-type]
+
+    def move_shufflers(self) -> Future[Any]:
+        self.shuffler = self._new_shuffler()
+        self._stays(shufflers=0)
+        return self.pool.submit(lambda: 1)
 
     def find_late_shufflers(self, window: Future[Any]) -> int:
         return not self._deliveries[window].is_set()

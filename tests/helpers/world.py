@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from downpour.cluster.controller.backend import (
     ProcessLost,
     ShufflerLost,
 )
+from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.state import RunState
 from downpour.paramserver.actor import PartitionReport
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING
@@ -155,6 +157,12 @@ class World:
         self.hung_processes: set[int] = set()
         self.departing: set[int] = set()
         """Processes whose nodes are to leave."""
+        self.leaving = Departing()
+        """What else is on such nodes, and how long they stay."""
+        self.followers_fail = False
+        """A follower that is started, or takes over, dies."""
+        self.trained: Counter[tuple[int, int]] = Counter()
+        """How often each mini-batch was computed, by (epoch, index)."""
         self.shufflers_hang = self.evaluator_hangs = self.disk_hangs = False
         self.scored = 0
         """Mini-batches that the evaluator has scored."""
@@ -191,6 +199,10 @@ class World:
         if isinstance(instruction, do.AddProcess):
             assert instruction.process == len(self.processes)
             self.processes.append(instruction.replicas)
+        elif isinstance(instruction, do.StopFollower):
+            self.cut(instruction.partition)
+            followers = tuple(p for p in self.leaving.followers if p != instruction.partition)
+            self.leaving = dataclasses.replace(self.leaving, followers=followers)
 
     def tick(self, seconds: float = 0.0) -> None:
         self.now += seconds
@@ -283,6 +295,8 @@ class World:
                 return None
             case do.Promote() | do.LetAlone() | do.AskReport() | do.AskFlags() | do.WriteSnapshot():
                 return self._asked(call)
+            case do.StartFollower() if self.followers_fail:
+                raise FollowerLost("it died")
             case do.StartFollower() if self.remote:
                 return self._follow(call)
             case do.WatchPrimary():
@@ -309,7 +323,11 @@ class World:
                 self._connect(call.process)
                 return None
             case do.AskDepartures():
-                return tuple(self.departing)
+                return dataclasses.replace(self.leaving, processes=tuple(self.departing))
+            case do.MoveShufflers():
+                count = self.leaving.shufflers
+                self.leaving = dataclasses.replace(self.leaving, shufflers=0)
+                return count
             case do.FindLateShufflers():
                 return int(self.shufflers_hang and bool(call.windows))
             case do.ReplaceShufflers():
@@ -341,6 +359,7 @@ class World:
             case do.StartEvaluator() | do.ReconnectEvaluator() | do.StartFollower():
                 if isinstance(call, do.StartEvaluator):
                     self.evaluator_hangs = False
+                    self.leaving = dataclasses.replace(self.leaving, evaluator=False)
                     self._kill_unanswered(
                         lambda c: isinstance(c, do.Evaluate | do.AskProgress),
                         ProcessLost("it was killed"),
@@ -383,15 +402,24 @@ class World:
             number = max([0, *self.committed])
             partition.flags = partition.saved[number].copy()
             partition.be_another()
+            self._is_elsewhere(call.partition)
             self._kill_unanswered(
                 lambda c: isinstance(c, do.PartitionCall) and c.partition == call.partition,
                 PartitionLost("it was killed"),
             )
 
+    def _is_elsewhere(self, index: int) -> None:
+        """A partition is on a node that stays, by now."""
+        partitions = tuple(p for p in self.leaving.partitions if p != index)
+        self.leaving = dataclasses.replace(self.leaving, partitions=partitions)
+
     def _asked(self, call: do.PartitionCall) -> Any:
         partition = self.partitions[call.partition]
         if isinstance(call, do.Promote):
+            if self.followers_fail:
+                raise PartitionLost("it died")
             partition.be_another()  # its follower has all of it
+            self._is_elsewhere(call.partition)
             return None
         if not partition.alive or not self._is_now(call):
             raise PartitionLost(f"partition {call.partition} is dead")
@@ -443,6 +471,7 @@ class World:
             raise Hangs
         self._push(lease.epoch, lease.batches)
         self._needs_all()
+        self.trained.update((lease.epoch, batch) for batch in lease.batches)
         return WindowReport(
             replica=call.replica,
             epoch=lease.epoch,
@@ -495,6 +524,11 @@ class World:
             partitions or self.hung_processes or self.shufflers_hang or self.evaluator_hangs
         )
 
+    @property
+    def num_recomputed(self) -> int:
+        """Mini-batches that were computed more than once, each time but the first."""
+        return sum(self.trained.values()) - len(self.trained)
+
     def hang(self) -> None:
         """Have any member hang from now on."""
         match self.rng.randrange(4):
@@ -508,12 +542,14 @@ class World:
                 self.evaluator_hangs = True
 
     def _push_some(self, call: do.RunWindow) -> None:
-        lease = call.lease
+        lease, most = call.lease, 0
         for partition in self.partitions:
             done = lease.batches[: self.rng.randint(0, len(lease.batches))]
+            most = max(most, len(done))
             if partition.alive:
                 fresh = [b for b in done if partition.flags[lease.epoch, b] == WAITING]
                 partition.flags[lease.epoch, fresh] = APPLIED
+        self.trained.update((lease.epoch, batch) for batch in lease.batches[:most])
 
     def step(self, deaths: float) -> None:
         """Answer any call, in any order; something dies with the probability `deaths`."""

@@ -181,7 +181,7 @@ CONTROLLER = (
     {"instructions"},
     {"leases.manager", "backend"},
     {"leases.book", "leases.warm_start"},
-    {"leases.coverage", "failure_policy", "hangs.patience"},
+    {"leases.coverage", "failure_policy", "hangs.patience", "departures.notice"},
 )
 """Parts of the controller: each knows only those further down."""
 IMPURE = {"asyncio", "datetime", "io", "os", "pathlib", "ray", "socket", "threading", "time"}

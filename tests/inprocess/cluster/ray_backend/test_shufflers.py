@@ -43,6 +43,7 @@ class Played:
         """Nodes that are not listed any more."""
         self.dying: set[str] = set()
         """Nodes that are listed, and answer no more."""
+        self.leaving: set[str] = set()
         self.started: list[str] = []
         self.killed: list[Any] = []
 
@@ -52,8 +53,9 @@ class Played:
             for name in NAMES
         ]
 
-    def disks(self) -> list[Node]:
-        return disks(PlacementConfig(), [n for n in self.nodes() if n.id not in self.gone], A)
+    def disks(self, *, only_staying: bool = False) -> list[Node]:
+        absent = self.gone | (self.leaving if only_staying else set())
+        return disks(PlacementConfig(), [n for n in self.nodes() if n.id not in absent], A)
 
     def scheduling(self, role: str, index: int) -> Any:
         assert role == "shufflers"
@@ -82,7 +84,10 @@ class Played:
         assert calls == 2
         made = actor(*_travelled(given))
         handle = SimpleNamespace(
-            node=scheduling.node_id, actor=made, deliver=SimpleNamespace(remote=made.deliver)
+            node=scheduling.node_id,
+            actor=made,
+            deliver=SimpleNamespace(remote=made.deliver),
+            ready=SimpleNamespace(remote=made.ready),
         )
         self.started.append(handle.node)
         return handle
@@ -200,6 +205,61 @@ def test_a_shard_that_went_with_its_node_is_named(played: Played, how: str) -> N
     shufflers.lost(shufflers.deliver(0, (0,))[0][1])
     with pytest.raises(RunFailed, match=r"^shard train-00000-of-00006.parquet and 1 more of 6 is"):
         shufflers.replace()
+
+
+def test_shufflers_on_a_node_that_is_to_leave_move_once_others_are_up(
+    played: Played, tmp_path: Path
+) -> None:
+    shutil.copy(tmp_path / "all" / "train-00001-of-00006.parquet", tmp_path / "a")
+    plan = check_data(configured(played)).plan
+    shufflers = shufflers_of(configured(played), plan, played)
+    before = shufflers.actors
+    played.leaving = {B}
+    assert shufflers.move([actor for actor in before if actor.node == B])
+    assert shufflers.actors == before, "the others are not up yet"
+    num_new = shufflers.arrived()
+    assert num_new == len(set(map(id, shufflers.actors)) - set(map(id, before))) > 0
+    assert {actor.node for actor in shufflers.actors} == {A, C}
+    check_rows(shufflers, plan, tmp_path / "all")
+    assert not played.killed
+    assert shufflers.some_leave
+    busy = next(actor for actor in before if actor.node == B)
+    shufflers.end_leaving([busy])
+    assert busy not in played.killed
+    shufflers.end_leaving([])
+    assert busy in played.killed
+    assert not shufflers.some_leave
+    assert not [actor for actor in shufflers.actors if actor in played.killed]
+
+
+def test_shufflers_stay_if_no_other_node_has_their_shards(played: Played, tmp_path: Path) -> None:
+    plan = check_data(configured(played)).plan
+    shufflers = shufflers_of(configured(played), plan, played)
+    before = shufflers.actors
+    played.leaving = {A}
+    with pytest.raises(RunFailed, match=r"^shard train-00000-of-00006.parquet"):
+        shufflers.move([before[0]])
+    assert shufflers.arrived() == 0
+    assert shufflers.actors == before
+    shufflers.lost(before[0])
+    assert shufflers.replace() == 1, "where its shards are, though that node is to leave"
+    check_rows(shufflers, plan, tmp_path / "all")
+
+
+def test_shufflers_that_are_lost_while_they_move_are_replaced_elsewhere(
+    played: Played, tmp_path: Path
+) -> None:
+    shutil.copy(tmp_path / "all" / "train-00001-of-00006.parquet", tmp_path / "a")
+    plan = check_data(configured(played)).plan
+    shufflers = shufflers_of(configured(played), plan, played)
+    leaving = next(actor for actor in shufflers.actors if actor.node == B)
+    played.leaving = {B}
+    shufflers.move([leaving])
+    shufflers.lost(leaving)
+    assert shufflers.replace() == 1
+    assert shufflers.arrived() == 0, "of those that were to come, none does"
+    assert {actor.node for actor in shufflers.actors} == {A, C}
+    check_rows(shufflers, plan, tmp_path / "all")
 
 
 def test_what_is_wrong_on_a_node_names_the_node(played: Played, tmp_path: Path) -> None:
