@@ -55,6 +55,8 @@ class Settings:
     """Peers or sizes to run, besides the limit; all if empty."""
     seeds: int = 3
     """Seeds with which each setting learns, where learning is compared."""
+    settings_from: str | None = None
+    """A record whose settings are taken in place of a search, where learning is compared."""
 
     def __post_init__(self) -> None:
         if self.repeat < 1:
@@ -70,7 +72,8 @@ class Settings:
             return ["--quick", *self._only()]
         seeds = [] if self.seeds == Settings.seeds else ["--seeds", str(self.seeds)]
         times = ["--repeat", str(self.repeat), "--seconds", f"{self.seconds:g}"]
-        return [*times, *seeds, *self._only()]
+        source = [] if self.settings_from is None else ["--settings-from", self.settings_from]
+        return [*times, *seeds, *source, *self._only()]
 
     def _only(self) -> list[str]:
         return [word for name in self.only for word in ("--only", name)]

@@ -43,6 +43,10 @@ def run(name: str, settings: Settings, *, as_json: bool, save: bool) -> int:
     shown = Console()
     if name == "all" and settings.only:
         raise harness.BadSettings(f"--only {settings.only[0]} is not for all: name one benchmark")
+    if name != "learning" and settings.settings_from is not None:
+        raise harness.BadSettings(
+            f"--settings-from {settings.settings_from} is not for {name}: leave it out"
+        )
     names = list(MODULES) if name == "all" else [name]
     about = harness.machine()
     plain = []

@@ -73,8 +73,8 @@ class SystemMeasurement:
 def mnist(*, replicas: int, concurrent_steps: int = 5) -> RunConfig:
     """The recipe `mnist-bn` with all replicas on from the start, and momentum SGD alone.
 
-    Ramp, rate and weight decay make no difference to what is measured, or would make one that the
-    plain loops do not have. The rate is one that hundreds of steps in flight bear.
+    Ramp, rate, weight decay and average make no difference to what is measured, or would make one
+    that the plain loops do not have. The rate is one that hundreds of steps in flight bear.
     """
     recipe = recipes.find("mnist-bn")
     return dataclasses.replace(
@@ -82,7 +82,7 @@ def mnist(*, replicas: int, concurrent_steps: int = 5) -> RunConfig:
         recipe="bench-mnist-bn",
         data=dataclasses.replace(recipe.data, past_bound="rekey"),
         server=dataclasses.replace(
-            recipe.server, weight_decay=0.0, schedule=Schedule(learning_rate=0.002)
+            recipe.server, weight_decay=0.0, ema=None, schedule=Schedule(learning_rate=0.002)
         ),
         replicas=dataclasses.replace(
             recipe.replicas,

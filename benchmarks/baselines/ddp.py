@@ -27,7 +27,14 @@ from downpour.benchmarks.baselines.common import (
     gradient_of,
     join,
 )
-from downpour.benchmarks.baselines.lesson import Course, Examiner, Examples, Lesson, set_rate
+from downpour.benchmarks.baselines.lesson import (
+    Averaged,
+    Course,
+    Examiner,
+    Examples,
+    Lesson,
+    set_rate,
+)
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -92,7 +99,7 @@ def run_lesson(rank: int, lesson: Lesson, store: str, results: SimpleQueue[Any])
 
     examples, course = Examples(lesson), Course(lesson)
     examiner = Examiner(lesson) if rank == 0 else None
-    optimizer = lesson.optimizer(model)
+    optimizer, averaged = lesson.optimizer(model), Averaged(lesson, net)
     for span in lesson.spans(multiple=lesson.workers):
         dist.barrier()
         with course.training():
@@ -102,10 +109,11 @@ def run_lesson(rank: int, lesson: Lesson, store: str, results: SimpleQueue[Any])
                 optimizer.zero_grad()
                 gradient_of(model, inputs, targets)
                 optimizer.step()
+                averaged.follow()  # on every rank, since all wait for the slowest
             dist.barrier()
         if examiner is not None:
             with course.scoring():
-                accuracies = examiner.score(net)
+                accuracies = examiner.score(averaged.model)
             course.look(span, accuracies, averaged=lesson.workers)
         over = torch.tensor([course.over])
         dist.broadcast(over, 0)

@@ -1,7 +1,8 @@
 """Training to a goal, as all baselines do it: epochs, mini-batches, clock, scoring.
 
 A `Lesson` says what to train and how far. Training runs in spans between two looks at the test
-split; only what happens within a span is on the clock. Not here: how gradients are combined.
+split; only what happens within a span is on the clock. An `Averaged` network is scored if weights
+are averaged. Not here: how gradients are combined.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from downpour.benchmarks.baselines.common import INPUTS, LABELS, START_DEADLINE_S, TEST, Task
 from downpour.benchmarks.learning.curve import Curve, Ended, Look, as_plain
+from downpour.benchmarks.learning.search import REFERENCE_BATCH
 
 CHUNK = 1000
 """Examples that are scored at a time."""
@@ -48,6 +50,11 @@ class Lesson(Task):
     """Processes that compute gradients."""
     decay: float
     """What the rate is multiplied by after every epoch."""
+    average: float | None
+    """Share of the weights' average that is kept at every 32 examples; None scores the weights
+    themselves."""
+    step_examples: int
+    """Examples in the gradient of one step."""
     epochs: int
     """Epochs at most."""
     looks_per_epoch: int
@@ -152,6 +159,36 @@ class Examiner:
             for start in range(0, len(self._training) - size + 1, size):
                 other(self._training[start : start + size])
         return other
+
+
+class Averaged:
+    """An exponential moving average of a network's weights as they change, as this system has it.
+
+    Running statistics are averaged likewise. One call takes all tensors, so this costs less than
+    `torch.optim.swa_utils.AveragedModel` does.
+    """
+
+    def __init__(self, lesson: Lesson, model: nn.Module) -> None:
+        """Nothing is averaged yet; `model` is the one that is trained, by whatever changes it."""
+        self._decay = lesson.average
+        self._batches = lesson.step_examples / REFERENCE_BATCH
+        self._seen = 0.0
+        self.model = model if self._decay is None else copy.deepcopy(model)
+        """What is to be scored: the average, or the model itself if nothing is averaged."""
+        self._averages, self._values = _numbers(self.model), _numbers(model)
+
+    def follow(self) -> None:
+        """Take in the weights after a step."""
+        if self._decay is None:
+            return
+        self._seen += self._batches
+        share = max(1 - self._decay**self._batches, self._batches / self._seen)
+        torch._foreach_lerp_(self._averages, self._values, share)
+
+
+def _numbers(model: nn.Module) -> list[Tensor]:
+    """All floating-point numbers of a network: parameters and running statistics."""
+    return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
 class Course:

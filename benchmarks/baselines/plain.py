@@ -21,7 +21,14 @@ from downpour.benchmarks.baselines.common import (
     gradient_of,
     join,
 )
-from downpour.benchmarks.baselines.lesson import Course, Examiner, Examples, Lesson, set_rate
+from downpour.benchmarks.baselines.lesson import (
+    Averaged,
+    Course,
+    Examiner,
+    Examples,
+    Lesson,
+    set_rate,
+)
 
 
 def loop(worker: int, setup: Setup, barrier: Barrier, results: SimpleQueue[Any]) -> None:
@@ -67,7 +74,7 @@ def learn(lesson: Lesson) -> dict[str, Any]:
     begin_child()
     examples, examiner, course = Examples(lesson), Examiner(lesson), Course(lesson)
     model = lesson.build().train()
-    optimizer = lesson.optimizer(model)
+    optimizer, averaged = lesson.optimizer(model), Averaged(lesson, model)
     for span in lesson.spans():
         with course.training():
             set_rate(optimizer, lesson.rate(span.epoch))
@@ -76,8 +83,9 @@ def learn(lesson: Lesson) -> dict[str, Any]:
                 optimizer.zero_grad()
                 gradient_of(model, inputs, targets)
                 optimizer.step()
+                averaged.follow()
         with course.scoring():
-            accuracies = examiner.score(model)
+            accuracies = examiner.score(averaged.model)
         course.look(span, accuracies)
         if course.over:
             break

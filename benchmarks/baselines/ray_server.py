@@ -18,9 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import ray
 import torch
+from torch import nn
 
 from downpour.benchmarks.baselines.common import Setup, child_main, gradient_of
-from downpour.benchmarks.baselines.lesson import Course, Examiner, Examples, Lesson, set_rate
+from downpour.benchmarks.baselines.lesson import (
+    Averaged,
+    Course,
+    Examiner,
+    Examples,
+    Lesson,
+    set_rate,
+)
 
 Arrays = list[npt.NDArray[np.float32]]
 
@@ -32,6 +40,7 @@ class ParameterServer:
         torch.set_num_threads(1)
         self.model = task.build().train()
         self.optimizer = task.optimizer(self.model)
+        self.averaged = Averaged(task, self.model) if isinstance(task, Lesson) else None
         self.updates = 0
 
     def apply_gradients(self, gradients: Arrays) -> Arrays:
@@ -39,12 +48,18 @@ class ParameterServer:
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = torch.from_numpy(gradient.copy())
         self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.follow()
         self.updates += 1
         return self.get_weights()
 
     def get_weights(self) -> Arrays:
         """The weights as they are."""
-        return [parameter.detach().numpy() for parameter in self.model.parameters()]
+        return _weights_of(self.model)
+
+    def get_scored(self) -> Arrays:
+        """The weights that are to be scored."""
+        return _weights_of(self.model if self.averaged is None else self.averaged.model)
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate."""
@@ -53,6 +68,10 @@ class ParameterServer:
     def progress(self) -> tuple[int, float]:
         """Updates so far, and the monotonic clock."""
         return self.updates, time.monotonic()
+
+
+def _weights_of(model: nn.Module) -> Arrays:
+    return [parameter.detach().numpy() for parameter in model.parameters()]
 
 
 class Follower:
@@ -185,7 +204,7 @@ def learn(lesson: Lesson) -> dict[str, Any]:
                         gradients[next_ready] = worker
                 ray.wait([weights])
             with course.scoring():
-                accuracies = ray.get(workers[0].score.remote(weights))
+                accuracies = ray.get(workers[0].score.remote(server.get_scored.remote()))
             course.look(span, accuracies)
             if course.over:
                 break

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from downpour.benchmarks.baselines.common import (
     CONTEXT,
@@ -28,7 +28,14 @@ from downpour.benchmarks.baselines.common import (
     gradient_of,
     join,
 )
-from downpour.benchmarks.baselines.lesson import Course, Examiner, Examples, Lesson, set_rate
+from downpour.benchmarks.baselines.lesson import (
+    Averaged,
+    Course,
+    Examiner,
+    Examples,
+    Lesson,
+    set_rate,
+)
 
 
 class ParameterServer:
@@ -41,6 +48,7 @@ class ParameterServer:
         self.lock = threading.Lock()
         self.model = task.build().train()
         self.optimizer = task.optimizer(self.model)
+        self.averaged = Averaged(task, self.model) if isinstance(task, Lesson) else None
 
     def update(self, gradients: list[Tensor]) -> list[Tensor]:
         """Take a step, and return a copy of the weights."""
@@ -48,16 +56,24 @@ class ParameterServer:
             for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
                 parameter.grad = gradient
             self.optimizer.step()
-            return self._weights()
+            if self.averaged is not None:
+                self.averaged.follow()
+            return _weights_of(self.model)
 
     def begin(self, rate: float) -> list[Tensor]:
         """Set the learning rate, and return a copy of the weights."""
         with self.lock:
             set_rate(self.optimizer, rate)
-            return self._weights()
+            return _weights_of(self.model)
 
-    def _weights(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
+    def scored(self) -> list[Tensor]:
+        """Return a copy of the weights that are to be scored."""
+        with self.lock:
+            return _weights_of(self.model if self.averaged is None else self.averaged.model)
+
+
+def _weights_of(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def update(gradients: list[Tensor]) -> list[Tensor]:
@@ -68,6 +84,11 @@ def update(gradients: list[Tensor]) -> list[Tensor]:
 def begin(rate: float) -> list[Tensor]:
     """What a trainer calls on the server's process between two looks."""
     return ParameterServer.current.begin(rate)
+
+
+def scored() -> list[Tensor]:
+    """What a trainer calls on the server's process to score."""
+    return ParameterServer.current.scored()
 
 
 def join_network(rank: int, task: Setup | Lesson, store: str) -> None:
@@ -104,6 +125,12 @@ class Trainer:
         from torch.distributed import rpc
 
         self._take(rpc.rpc_sync("server", begin, args=(rate,)))
+
+    def take_scored(self) -> None:
+        """Take the weights that are to be scored."""
+        from torch.distributed import rpc
+
+        self._take(rpc.rpc_sync("server", scored))
 
     def _take(self, weights: list[Tensor]) -> None:
         with torch.no_grad():
@@ -159,7 +186,7 @@ def run_lesson(
                     trainer.step(*examples.batch(span.epoch, index))
                 barrier.wait(lesson.deadline_s)
             if examiner is not None:
-                trainer.begin(lesson.rate(span.epoch))
+                trainer.take_scored()
                 with course.scoring():
                     accuracies = examiner.score(trainer.model)
                 course.look(span, accuracies)

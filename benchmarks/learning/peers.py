@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from downpour.benchmarks.learning.search import Grid, Shape
 
 LIMIT = "plain"
 """The peer that the others are measured by."""
+AVERAGED_LIMIT = "plain-averaged"
+"""The same with an average of its weights, by which they are measured too."""
 SYSTEM = "downpour"
 RECIPE = "mnist-bn"
 
@@ -23,6 +26,8 @@ class Peer:
     """The baseline's module; None for this system."""
     shapes: tuple[Shape, ...]
     """Workers and mini-batch sizes to try, good guesses first."""
+    averages: tuple[float | None, ...] = (0.999, None)
+    """Of the weights, to try; None is the weights themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class Bounds:
     """Accuracies on the test split, ascending. A training stops at the last."""
     base_rates: tuple[float, ...] = (0.1, 0.2, 0.05)
     """Rates for steps of 32 examples; larger steps get more by the linear rule."""
-    decays: tuple[float, ...] = (0.75, 0.85)
+    decays: tuple[float, ...] = (0.75, 0.85, 0.9)
     """What the rate is multiplied by every epoch."""
     momentum: float = 0.9
     epochs: int = 20
@@ -56,7 +61,12 @@ class Bounds:
 
     def grid(self, peer: Peer) -> Grid:
         """All settings of a peer."""
-        return Grid(shapes=peer.shapes, base_rates=self.base_rates, decays=self.decays)
+        return Grid(
+            shapes=peer.shapes,
+            base_rates=self.base_rates,
+            decays=self.decays,
+            averages=peer.averages,
+        )
 
 
 FULL = Bounds()
@@ -69,11 +79,13 @@ QUICK = Bounds(
 def peers(cores: int, *, quick: bool = False) -> Mapping[str, Peer]:
     """Who is compared on so many cores, by the names that `--only` takes.
 
-    The others are a plain PyTorch loop, torch's DistributedDataParallel over gloo, a parameter
-    server over torch RPC, and Ray's documented asynchronous parameter server. The servers are tried
-    with a worker a core, which is the least stale, and with ten.
+    The others are a plain PyTorch loop, with and without an average of its weights, torch's
+    DistributedDataParallel over gloo, a parameter server over torch RPC, and Ray's documented
+    asynchronous parameter server. The servers are tried with a worker a core, which is the least
+    stale, and with ten.
     """
     many = max(2, cores)
+    loops = tuple(Shape(workers=1, batch_size=size) for size in (128, 64, 256, 32))
     ranks = [Shape(workers=many, batch_size=size, averaged=True) for size in (64, 128, 32)]
     servers = [
         *(Shape(workers=many, batch_size=128), Shape(workers=10, batch_size=128)),
@@ -83,7 +95,14 @@ def peers(cores: int, *, quick: bool = False) -> Mapping[str, Peer]:
         LIMIT: Peer(
             title="plain loop, one core",
             module="plain",
-            shapes=tuple(Shape(workers=1, batch_size=size) for size in (128, 64, 256, 32)),
+            shapes=loops,
+            averages=(None,),
+        ),
+        AVERAGED_LIMIT: Peer(
+            title="plain loop, averaged",
+            module="plain",
+            shapes=loops,
+            averages=(0.999,),
         ),
         SYSTEM: Peer(
             title="this system, {workers} x 5",
@@ -105,6 +124,6 @@ def peers(cores: int, *, quick: bool = False) -> Mapping[str, Peer]:
     if not quick:
         return found
     return {
-        name: Peer(title=peer.title, module=peer.module, shapes=peer.shapes[:1])
+        name: dataclasses.replace(peer, shapes=peer.shapes[:1], averages=peer.averages[:1])
         for name, peer in found.items()
     }

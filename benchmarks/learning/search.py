@@ -1,7 +1,7 @@
 """The search for a peer's best setting: the same for all. Pure, but for the trials it is given.
 
-Shapes (workers and mini-batch size) are tried first, at the first rate and decay; then every rate
-and decay at the best shape. A trial ends once it has taken longer than the best one so far, so the
+Shapes (workers and mini-batch size) are tried first, at the first rate, decay and average; then all
+of these at the best shape. A trial ends once it has taken longer than the best one so far, so the
 first candidates should be good guesses.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from downpour.benchmarks.learning.curve import Curve
 
 REFERENCE_BATCH = 32
+"""Examples of a step that rates and averages are given for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,16 @@ class Setting:
     """The rate for steps of 32 examples; larger steps get more by the linear rule."""
     decay: float
     """What the rate is multiplied by every epoch."""
+    average: float | None = None
+    """Share of the weights' average that is kept at every 32 examples; None averages nothing."""
+
+    @classmethod
+    def at_rate(
+        cls, shape: Shape, learning_rate: float, decay: float, average: float | None
+    ) -> Setting:
+        """The setting that has this rate for this shape."""
+        base_rate = learning_rate * REFERENCE_BATCH / shape.step_examples
+        return cls(shape=shape, base_rate=base_rate, decay=decay, average=average)
 
     @property
     def learning_rate(self) -> float:
@@ -51,7 +62,8 @@ class Setting:
 
     def __str__(self) -> str:
         """For people."""
-        return f"{self.shape.batch_size}, rate {self.learning_rate:g} x{self.decay:g}"
+        average = "" if self.average is None else f", averaged {self.average:g}"
+        return f"{self.shape.batch_size}, rate {self.learning_rate:g} x{self.decay:g}{average}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +73,18 @@ class Grid:
     shapes: tuple[Shape, ...]
     base_rates: tuple[float, ...]
     decays: tuple[float, ...]
+    averages: tuple[float | None, ...] = (None,)
 
     def settings(self, shape: Shape) -> list[Setting]:
-        """Every rate and decay for `shape`, the first of each first."""
+        """Every average, rate and decay for `shape`, good guesses first.
+
+        Those are the first of each. If weights are averaged it is the last decay, the slowest,
+        because the average does the work of a rate that falls.
+        """
         return [
-            Setting(shape=shape, base_rate=rate, decay=decay)
-            for rate, decay in itertools.product(self.base_rates, self.decays)
+            Setting(shape=shape, base_rate=rate, decay=decay, average=average)
+            for average, rate in itertools.product(self.averages, self.base_rates)
+            for decay in (self.decays if average is None else reversed(self.decays))
         ]
 
 
@@ -86,6 +104,8 @@ class Found:
     trials: tuple[Trial, ...]
     left_out: int
     """Candidates that were not tried, since the time for the search was over."""
+    source: str | None = None
+    """The record that the setting is from, if there was no search."""
 
 
 def search(

@@ -61,6 +61,8 @@ def train(
         "momentum": bounds.momentum,
         "fused": True,
         "decay": setting.decay,
+        "average": setting.average,
+        "step_examples": setting.shape.step_examples,
         "seed": seed,
         "epochs": bounds.epochs,
         "looks_per_epoch": looks_per_epoch,
@@ -75,7 +77,7 @@ def train(
 
 
 def configure(setting: Setting, *, seed: int, bounds: Bounds) -> RunConfig:
-    """The recipe, but for rate, decay, replicas, seed, length and how often it is scored."""
+    """The recipe, but for what `setting` says, its seed, its length and how often it is scored."""
     recipe = recipes.find(RECIPE)
     server, policy = recipe.server, recipe.policy
     schedule = dataclasses.replace(
@@ -84,7 +86,9 @@ def configure(setting: Setting, *, seed: int, bounds: Bounds) -> RunConfig:
     return dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, batch_size=setting.shape.batch_size),
-        server=dataclasses.replace(server, schedule=schedule, momentum=bounds.momentum),
+        server=dataclasses.replace(
+            server, schedule=schedule, momentum=bounds.momentum, ema=setting.average
+        ),
         replicas=dataclasses.replace(recipe.replicas, replicas=setting.shape.workers),
         policy=dataclasses.replace(
             policy, epochs=bounds.epochs, seed=seed, evaluate_every_s=bounds.evaluate_every_s

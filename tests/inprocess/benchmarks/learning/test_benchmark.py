@@ -8,23 +8,26 @@ import pytest
 from downpour.benchmarks import harness
 from downpour.benchmarks.harness import Settings
 from downpour.benchmarks.learning import benchmark
-from downpour.benchmarks.learning.peers import LIMIT, QUICK, SYSTEM, peers
+from downpour.benchmarks.learning.peers import AVERAGED_LIMIT, LIMIT, QUICK, SYSTEM, peers
 from downpour.benchmarks.learning.plot import plot
 from downpour.benchmarks.learning.search import Found
 from tests.helpers.learning_curves import FAST, NEVER, SLOW
 
 
 def test_the_report_has_everybody_at_every_goal(tmp_path: Path) -> None:
-    wanted = {k: p for k, p in peers(2, quick=True).items() if k in (LIMIT, SYSTEM, "ddp")}
+    names = (LIMIT, AVERAGED_LIMIT, SYSTEM, "ddp")
+    wanted = {k: p for k, p in peers(2, quick=True).items() if k in names}
     found = {
         name: Found(best=QUICK.grid(peer).settings(peer.shapes[0])[0], trials=(), left_out=0)
         for name, peer in wanted.items()
     }
-    rounds = [{LIMIT: SLOW, SYSTEM: FAST, "ddp": NEVER}, {LIMIT: SLOW, SYSTEM: FAST, "ddp": NEVER}]
+    round_ = {LIMIT: SLOW, AVERAGED_LIMIT: FAST, SYSTEM: FAST, "ddp": NEVER}
+    rounds = [round_, round_]
     report = benchmark.report(wanted, found, rounds, QUICK, {})
-    assert len(report.rows) == 3 * len(QUICK.goals)
+    assert len(report.rows) == 4 * len(QUICK.goals)
     assert all(len(row) == len(report.columns) for row in report.rows)
     assert report.result[SYSTEM]["goals"]["0.5"]["ratio_to_plain"] == pytest.approx(3 / 8)
+    assert report.result[SYSTEM]["goals"]["0.5"]["ratio_to_averaged"] == pytest.approx(1)
     assert report.result["ddp"]["goals"]["0.5"]["arrived"] == 0
     assert report.result["ddp"]["best_accuracy"] == 0.45
     assert report.rows[-1][4] == "never"

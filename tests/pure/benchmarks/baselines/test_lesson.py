@@ -1,5 +1,6 @@
 """What all baselines that learn share: epochs, the clock, and scoring beside torch's own layers."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,15 @@ import torch
 from torch import nn
 
 from downpour.benchmarks.baselines.common import INPUTS, LABELS, TEST
-from downpour.benchmarks.baselines.lesson import Course, Examiner, Examples, Lesson, Span
+from downpour.benchmarks.baselines.lesson import (
+    Averaged,
+    Course,
+    Examiner,
+    Examples,
+    Lesson,
+    Span,
+)
+from downpour.paramserver.rules.averaging import AVERAGE, Averaging
 
 ROWS, TEST_ROWS = 103, 40
 
@@ -26,6 +35,8 @@ def lesson(tmp_path: Path) -> Lesson:
         batch_size=10,
         learning_rate=0.4,
         decay=0.5,
+        average=None,
+        step_examples=10,
         epochs=2,
         looks_per_epoch=4,
         goal=0.9,
@@ -77,6 +88,33 @@ def test_scores_are_those_of_statistics_kept_and_recomputed(lesson: Lesson) -> N
         variance = torch.stack([b.var(0, unbiased=True) for b in batches]).mean(0)
         y = (x - mean) / (variance + model[1].eps).sqrt()
         assert recomputed == pytest.approx(float((y.argmax(1) == labels).float().mean()))
+
+
+def test_an_average_is_the_one_that_the_server_keeps(lesson: Lesson) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    averaged = Averaged(dataclasses.replace(lesson, average=0.9, step_examples=64), model)
+    rule = Averaging(decay=0.9)
+    flat = nn.utils.parameters_to_vector
+    weights = flat(model.parameters()).detach()
+    state = rule.init(weights, torch.zeros(2, 0))
+    for step in range(25):
+        with torch.no_grad():
+            for value in model.parameters():
+                value.normal_()
+            model[1].running_mean.fill_(step)
+        averaged.follow()
+        rule.update(state, flat(model.parameters()).detach(), torch.zeros(2, 0), 2)
+        torch.testing.assert_close(flat(averaged.model.parameters()), state[AVERAGE])
+    assert not torch.equal(flat(averaged.model.parameters()), flat(model.parameters()))
+    assert 0 < averaged.model[1].running_mean[0] < 24
+
+
+def test_without_an_average_the_model_itself_is_scored(lesson: Lesson) -> None:
+    model = nn.Linear(3, 2)
+    averaged = Averaged(lesson, model)
+    averaged.follow()
+    assert averaged.model is model
 
 
 def test_the_clock_stands_still_while_scoring_and_the_goal_ends_it(lesson: Lesson) -> None:

@@ -10,16 +10,17 @@ from tests.helpers.learning_curves import FAST, NEVER, SLOW
 
 
 def test_one_that_never_arrives_is_later_than_all() -> None:
-    found = benchmark.arrivals([SLOW, FAST, NEVER], 0.5, 16.0)
+    found = benchmark.arrivals([SLOW, FAST, NEVER], 0.5, 16.0, 4.0)
     assert found["arrived"] == 2
     assert (found["training_s"], found["training_s_min"], found["training_s_max"]) == (8, 3, None)
     assert found["wall_s"] == 10
     assert found["examples"] == 8000
-    assert found["ratio_to_plain"] == 0.5
-    lost = benchmark.arrivals([SLOW, NEVER, NEVER], 0.5, 16.0)
+    assert (found["ratio_to_plain"], found["ratio_to_averaged"]) == (0.5, 2)
+    lost = benchmark.arrivals([SLOW, NEVER, NEVER], 0.5, 16.0, 4.0)
     assert lost["training_s"] is None
     assert lost["ratio_to_plain"] is None
-    assert benchmark.arrivals([FAST], 0.5, float("inf"))["ratio_to_plain"] is None
+    found = benchmark.arrivals([FAST], 0.5, float("inf"), 3.0)
+    assert (found["ratio_to_plain"], found["ratio_to_averaged"]) == (None, 1)
 
 
 def test_this_system_trains_its_recipe_as_it_is_but_for_what_the_search_sets() -> None:
@@ -28,6 +29,7 @@ def test_this_system_trains_its_recipe_as_it_is_but_for_what_the_search_sets() -
     config = configure(setting, seed=7, bounds=benchmark.FULL)
     assert config.server.schedule.learning_rate == setting.learning_rate
     assert config.server.schedule.decay_factor == setting.decay
+    assert config.server.ema == setting.average
     assert (config.replicas.replicas, config.replicas.steps.concurrent_steps) == (10, 5)
     assert (config.data.batch_size, config.policy.seed) == (32, 7)
 

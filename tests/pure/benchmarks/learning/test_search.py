@@ -85,9 +85,20 @@ def test_one_setting_needs_no_trial() -> None:
     assert found.best.learning_rate == 0.1
 
 
+def test_an_average_is_tried_with_slow_decays_first() -> None:
+    grid = Grid(shapes=(SMALL,), base_rates=(0.1, 0.2), decays=(0.75, 0.9), averages=(0.99, None))
+    settings = [(s.average, s.base_rate, s.decay) for s in grid.settings(SMALL)]
+    assert settings[:3] == [(0.99, 0.1, 0.9), (0.99, 0.1, 0.75), (0.99, 0.2, 0.9)]
+    assert settings[4:6] == [(None, 0.1, 0.75), (None, 0.1, 0.9)]
+    assert len(set(settings)) == 8
+
+
 def test_the_rate_follows_the_examples_of_a_step() -> None:
     ranks = Shape(workers=2, batch_size=64, averaged=True)
     for shape, rate in ((SMALL, 0.1), (LARGE, 0.4), (ranks, 0.4)):
         setting = Setting(shape=shape, base_rate=0.1, decay=0.75)
         assert setting.learning_rate == pytest.approx(rate)
-    assert str(Setting(shape=ranks, base_rate=0.1, decay=0.75)) == "64, rate 0.4 x0.75"
+    assert str(setting) == "64, rate 0.4 x0.75"
+    averaged = Setting.at_rate(ranks, 0.4, 0.75, 0.999)
+    assert averaged.base_rate == pytest.approx(0.1)
+    assert str(averaged) == "64, rate 0.4 x0.75, averaged 0.999"
