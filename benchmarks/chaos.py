@@ -52,6 +52,7 @@ TITLES = {
     "shuffler": "ray::Shuffler",
     "evaluator": "ray::Evaluator",
 }
+SPARE, IDLE_S = "Spare", 0.2
 FOLLOWER = "ray::Follower"
 """The partition too, once it has taken its place."""
 WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3, "driver": 2}
@@ -283,8 +284,20 @@ def titles_of(kind: str) -> tuple[str, ...]:
     return (TITLES[kind], FOLLOWER) if kind == "partition" else (TITLES[kind],)
 
 
+def idle_spares(driver: int) -> set[int]:
+    """The spares below a driver that have not taken anybody's place: they use no processor."""
+    before = {p.pid: p.cpu_s for p in descendants(driver).values() if SPARE in p.command}
+    if not before:
+        return set()
+    time.sleep(IDLE_S)  # over which is looked
+    after = descendants(driver)
+    return {pid for pid, cpu_s in before.items() if pid in after and after[pid].cpu_s == cpu_s}
+
+
 def _kill_one(driver: int, titles: tuple[str, ...], rng: random.Random) -> bool:
-    victims = sorted(p.pid for p in descendants(driver).values() if p.command.startswith(titles))
+    idle = idle_spares(driver)
+    family = descendants(driver).values()
+    victims = sorted(p.pid for p in family if p.command.startswith(titles) and p.pid not in idle)
     if not victims:
         return False
     try:

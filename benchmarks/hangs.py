@@ -1,10 +1,12 @@
 """Claim: whatever hangs for good is noticed and replaced, and every mini-batch is applied once.
 
 Real runs of `mnist-bn`, in which processes are stopped (kill -STOP) at random times and never
-continued: those of replicas, partitions, shuffler and evaluator. Some hang at the same time. Nobody
-helps: the run has to notice each, to end it, and to come to its end. Every second run has
-`--hot-standby`, and followers hang, too. `--hang-after-s` is short, or a quarter of an hour would
-be spent on waiting. As in `chaos`, what is checked comes from the last checkpoint.
+continued: those of replicas, partitions, shuffler and evaluator. One in three hangs while another
+does, or is being replaced; the others once the run trains again, or its members would hang faster
+than anybody could notice. Nobody helps: the run has to notice each, to end it, and to come to its
+end. Every second run has `--hot-standby`, and followers hang, too. `--hang-after-s` is short, or a
+quarter of an hour would be spent on waiting. As in `chaos`, what is checked comes from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ from pathlib import Path
 from downpour.benchmarks import chaos
 from downpour.benchmarks.harness import BadSettings, Report, Say, Settings
 from downpour.benchmarks.processes import BenchmarkFailed
-from downpour.cluster.run.folder import EVENTS, RESULT
+from downpour.cluster.run.folder import EVENTS, METRICS, RESULT
 
 HANGS, QUICK_HANGS = 50, 4
 HANGS_A_RUN = 25
 WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3}
 """How often each is hit, relatively: as in `chaos`, less the driver, which is who notices."""
 PAUSE_S = (0.5, 6.0)
-"""Between two hangs."""
+"""Between two hangs, and at least as long after the run trains again."""
+TOGETHER = 1 / 3
+"""How often one does not wait for that."""
 EPOCHS, QUICK_EPOCHS = 120, 20
 OPTIONS = ("--hang-after-s", "2", "--checkpoint-every-s", "1", "--no-dashboard")
 RUN_DEADLINE_S = 900.0
@@ -139,7 +143,8 @@ def hung(
         command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
         driver = chaos.start_driver([*command, *OPTIONS, *arguments], log)
         family: dict[int, tuple[str, str]] = {}
-        stopped = _Stopped(found)
+        stopped, training = _Stopped(found), _Training(folder / METRICS)
+        together = False
         try:
             chaos.until((folder / "metrics.jsonl").exists, driver, log)
             next_s = time.monotonic() + rng.uniform(*pause_s)
@@ -148,13 +153,18 @@ def hung(
                     raise BenchmarkFailed(_story(found, stopped, "it does not end", log))
                 over = (folder / RESULT).exists()
                 stopped.look(over=over)
+                if not (together or training.goes_on(repaired=not stopped.since_s)):
+                    next_s = max(next_s, time.monotonic() + pause_s[0])
                 if found.hangs.total() < hangs and time.monotonic() >= next_s and not over:
                     kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
                     kind = kinds[found.hangs.total()] if kinds else kind
                     family = chaos.family_of(driver.pid)
-                    if stopped.stop_one(family, kind, rng):
+                    idle = chaos.idle_spares(driver.pid)  # nobody would notice
+                    busy = {pid: about for pid, about in family.items() if pid not in idle}
+                    if stopped.stop_one(busy, kind, rng):
                         say(f"hangs: stopped {kind}")
                         next_s = time.monotonic() + rng.uniform(*pause_s)
+                        together = rng.random() < TOGETHER
                 time.sleep(LOOK_EVERY_S)  # how often to look
             found.run_s = time.monotonic() - began_s
         finally:
@@ -208,6 +218,31 @@ class _Stopped:
             if gone or over:
                 del self.since_s[pid]
                 self._found.at_the_end += over
+
+
+class _Training:
+    """Whether a run trains again after its latest loss, by its metrics."""
+
+    def __init__(self, metrics: Path) -> None:
+        self._metrics = metrics
+        self._from: int | None = None
+        """Updates that there were when everybody had been replaced."""
+
+    def goes_on(self, *, repaired: bool) -> bool:
+        """Whether there have been updates since nobody hangs any more.
+
+        Args:
+            repaired: whether nobody does.
+        """
+        if not repaired:
+            self._from = None
+            return False
+        lines = self._metrics.read_text().splitlines()
+        whole = (json.loads(line) for line in reversed(lines) if line.endswith("}"))
+        now = next((line["updates"] for line in whole if "replicas_alive" in line), 0)
+        if self._from is None or now < self._from:  # it has gone back to a checkpoint
+            self._from = now
+        return bool(now > self._from)
 
 
 def _story(found: Hung, stopped: _Stopped, what: str, log: Path) -> str:

@@ -200,8 +200,11 @@ def _lasting(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _at_work(times: Sequence[float]) -> float:
-    """Return the seconds of training: between lines of metrics, pauses of `PAUSE_S` left out."""
-    return sum(b - a for a, b in itertools.pairwise(times) if b - a < PAUSE_S)
+    """Return the seconds of training: between lines of metrics, pauses of `PAUSE_S` left out.
+
+    So is a clock that is set back.
+    """
+    return sum(b - a for a, b in itertools.pairwise(times) if 0 <= b - a < PAUSE_S)
 
 
 def curve_as_data(curve: Curve) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def likeness(folder: RunFolder, num_partitions: int, num_processors: int) -> Lik
             "time its metrics do not tell: name a run on processors"
         )
     stretch = longest(read_metrics(folder.path / METRICS), config)
-    if not stretch or stretch[-1]["time"] - stretch[0]["time"] < FEWEST_S:
+    if not stretch or stretch[-1]["elapsed_s"] - stretch[0]["elapsed_s"] < FEWEST_S:
         raise UserError(
             f"{folder.path} has not trained with all of its {config.replicas.replicas} replicas "
             f"for {FEWEST_S:g} s without a death since version 0.1 began to note costs: name "
@@ -89,8 +89,8 @@ def _stretches(metrics: Metrics, config: RunConfig) -> Iterator[list[Mapping[str
             yield stretch
             stretch, since = [], None
             continue
-        since = line["time"] if since is None else since
-        if line["steps"] and line["time"] - since >= LEFT_OUT_S:
+        since = line["elapsed_s"] if since is None else since
+        if line["steps"] and line["elapsed_s"] - since >= LEFT_OUT_S:
             stretch.append(line)
     yield stretch
 
@@ -102,8 +102,8 @@ def between(
 
     The helpers of a step's thread are at work, or look out for work, for as long as it is.
     """
-    spent = {n: end[n] - begin[n] for n in (*COUNTERS, "reading_s", "scoring_s", "time")}
-    seconds, steps, updates = spent["time"], max(1, spent["steps"]), max(1, spent["updates"])
+    spent = {n: end[n] - begin[n] for n in (*COUNTERS, "reading_s", "scoring_s", "elapsed_s")}
+    seconds, steps, updates = spent["elapsed_s"], max(1, spent["steps"]), max(1, spent["updates"])
     background = 0.0
     if "machine_cpu_s" in begin and "machine_cpu_s" in end:
         ours = sum(

@@ -60,7 +60,7 @@ from downpour.paramserver.transport.network.security import Credentials
 
 SILENT_S = 1.0
 """After so long without a word the primary may be gone: the controller is told, and decides."""
-UNREACHABLE_S = 0.3
+UNREACHABLE_S = 0.25
 """So it is told earlier if for so long the primary's machine has not even acknowledged what it was
 sent. A kernel does that, however busy its processes are."""
 

@@ -1,6 +1,8 @@
 """What `bench hangs` makes of its runs."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,25 @@ def test_runs_are_made_until_all_hangs_are_there(monkeypatch: pytest.MonkeyPatch
     assert asked == [(25, False), (25, True), (10, False)]
     with pytest.raises(BadSettings, match="nothing to choose from"):
         hangs.run(Settings(repeat=1, only=("x",)), lambda line: None)
+
+
+def test_a_run_trains_again_once_updates_come_after_the_last_that_hung(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    training = hangs._Training(metrics)
+
+    def write(*updates: int, rest: str = "") -> None:
+        lines = [json.dumps({"replicas_alive": 2, "updates": n}) for n in updates]
+        metrics.write_text("\n".join([*lines, json.dumps({"accuracy": 0.9}), rest]))
+
+    write(10)
+    assert not training.goes_on(repaired=False)
+    assert not training.goes_on(repaired=True)
+    write(10, 5)  # a partition has started again from its checkpoint
+    assert not training.goes_on(repaired=True)
+    write(10, 5, 6, rest='{"replicas_al')
+    assert training.goes_on(repaired=True)
+    assert not training.goes_on(repaired=False)
+    assert not training.goes_on(repaired=True)
 
 
 def test_every_benchmark_of_the_suite_has_a_name_for_the_command() -> None:

@@ -21,7 +21,7 @@ from downpour.workers.replica.replicas import WindowReport
 def line(second: int, **given: Any) -> dict[str, Any]:
     """A line of metrics of a run of 100 updates a second, 2 of them by a step of 4 ms."""
     return {
-        "time": 1000.0 + second,
+        "elapsed_s": 1000.0 + second,
         "updates": 100 * second,
         "epoch": 15.0,
         "replicas_alive": 10,
@@ -59,10 +59,10 @@ def test_two_lines_give_the_costs_of_what_lies_between_them() -> None:
 def test_the_longest_time_counts_in_which_everybody_trained_and_nobody_died() -> None:
     lines = [line(s, replicas=9) for s in range(3)]
     lines += [line(s) for s in range(3, 9)]
-    lines.insert(6, {"time": 1005.5, "updates": 550, "accuracy": 0.9})  # an evaluation
+    lines.insert(6, {"elapsed_s": 1005.5, "updates": 550, "accuracy": 0.9})  # an evaluation
     lines += [line(s, steps=10 * s) for s in range(9, 25)]  # a process was replaced
     found = longest(lines, config())
-    assert [row["time"] - 1000 for row in found] == list(range(12, 25))
+    assert [row["elapsed_s"] - 1000 for row in found] == list(range(12, 25))
     assert longest([line(1, epoch=0.1)], config()) == []  # the ramp
 
 
