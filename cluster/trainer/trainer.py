@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import click
 from rich.console import Console
 
 from downpour.cluster.config import recipes
@@ -22,12 +20,12 @@ from downpour.cluster.config.classifier import NAME as CLASSIFIER
 from downpour.cluster.config.classifier import classifier
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.config.settings import OptionalValue, Setting, settings_of
 from downpour.cluster.errors import UserError, one_line, user_message
 from downpour.cluster.run.folder import INITIAL, RunFolder
 from downpour.cluster.trainer.callbacks import CallbackSink, checked
 from downpour.cluster.trainer.result import Result
 from downpour.cluster.trainer.scaling import scaling_of
+from downpour.cluster.trainer.settings import checked_settings
 from downpour.cluster.training import api, carry, inputs
 from downpour.cluster.training.classes import with_classes
 from downpour.cluster.training.tasks import with_task
@@ -105,7 +103,7 @@ class Trainer:
         self._callbacks = checked(callbacks)
         self._name, self._runs = name, Path(runs)
         self._address, self._dashboard, self._progress = address, dashboard, progress
-        self._settings = _checked_settings(settings)
+        self._settings = checked_settings(settings)
         with _users_errors():
             self._config_now, self._state = self._prepare()
 
@@ -279,7 +277,8 @@ class Trainer:
         config = data if isinstance(data, DataConfig) else self._base().data
         if not isinstance(data, DataConfig | str | os.PathLike | None):
             raise UserError(
-                f"data is {data!r}: give a folder or URI with the shards, or a downpour.DataConfig"
+                f"data is {data!r}: give a folder or URI with the shards, a downpour.DataConfig, "
+                "or 'dataset:module:function' for a torch Dataset that the function makes"
             )
         given = data if isinstance(data, str | os.PathLike) else config.data
         return dataclasses.replace(config, data=_located(given))
@@ -314,49 +313,6 @@ def _located(data: str | os.PathLike[str]) -> str:
     """The place of a dataset, such that it means the same in another folder."""
     text = os.fspath(data)
     return text if "://" in text or is_own(text) else str(Path(text).expanduser().absolute())
-
-
-def _checked_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """The settings, those given as texts read as on the command line.
-
-    Raises:
-        UserError: there is no such setting, or its value is of another type.
-    """
-    known = {setting.name: setting for setting in settings_of(RunConfig)}
-    found = {}
-    for name, value in settings.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, [*known, "arguments", "callbacks"], n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(
-                f"there is no setting {name!r}: {hint}`downpour train --help` lists them"
-            )
-        found[name] = _read(known[name], value)
-    return found
-
-
-def _read(setting: Setting, value: Any) -> object:
-    """A value as the command line would have given it."""
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, list):
-        value = tuple(value)
-    if setting.is_mapping:
-        raise UserError(f"{setting.name} is for the command line: give arguments={{...}}")
-    if setting.is_flag is not isinstance(value, bool):
-        wanted = "True or False" if setting.is_flag else "a value of another type"
-        raise UserError(f"{setting.name} is {value!r}: give {wanted}")
-    if setting.is_flag:
-        return value
-    if value is None and not isinstance(setting.param_type, OptionalValue):
-        raise UserError(f"{setting.name} is None: give a value")
-    try:
-        read = setting.param_type.convert("none" if value is None else value, None, None)
-    except (click.BadParameter, TypeError) as error:
-        raise UserError(f"{setting.name} is {value!r}: {one_line(error)}") from None
-    if isinstance(value, float) and isinstance(read, int) and read != value:
-        raise UserError(f"{setting.name} is {value!r}: give an integer")
-    return read
 
 
 def _write_initial(folder: RunFolder, state: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from downpour.cluster.config.derive import make_decoder, model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.models.conversion.history import check_state
+from downpour.models.conversion.history import check_repeats, check_state
 from downpour.models.outputs import LOSSES, OutputsError, main_output, tells_classes
 from downpour.models.registry import described
 from downpour.shuffler.dataset.own import open_split
@@ -76,6 +76,7 @@ class _Trial:
 
     def run(self) -> str | None:
         """Raise the first error there is; give what is to be told."""
+        check_repeats(self._model.module, lambda: self._spec.build_flat("cpu").module)
         lines: list[str | None] = []
         if self._plan.batch_size > 1:
             lines.append(self._train())

@@ -3,7 +3,8 @@
 The parameter server has the weights and the BN statistics. Buffers that stay as they were made are
 the same in every process, since each builds the model itself. State that depends on the forwards
 before would be another one in each replica, and none of them the run's: such a model is refused.
-What a forward writes anew each time is no state.
+What a forward writes anew each time is no state. A factory that makes another network each time is
+refused, too.
 
 Not here: BN statistics (`batchnorm`, `flat`), and spectral normalization (`state`).
 """
@@ -11,10 +12,11 @@ Not here: BN statistics (`batchnorm`, `flat`), and spectral normalization (`stat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -139,6 +141,39 @@ def _seen(model: nn.Module, outputs: object = None) -> _Seen:
     )
 
 
+def check_repeats(model: nn.Module, make: Callable[[], nn.Module]) -> None:
+    """See whether a factory makes the same network again, if that has state of its own.
+
+    Parameters and BN statistics are the run's, and every process gets them. All else is as each
+    process makes it.
+
+    Args:
+        model: that was made, and has not been used.
+        make: makes it again.
+
+    Raises:
+        StateError: a tensor or an array differs; names it.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    first = _constants(model, parameters)
+    if not first:
+        return
+    second = _constants(make(), parameters)
+    changed = [n for n, value in first.items() if n not in second or not _same(value, second[n])]
+    if changed:
+        raise StateError(
+            f"'{changed[0]}' is another one each time that the network is made, so each process "
+            "would have its own: draw it by PyTorch's, NumPy's or Python's global generator, which "
+            "are seeded, or from a seed of its own"
+        )
+
+
+def _constants(model: nn.Module, parameters: Set[str]) -> dict[str, Tensor]:
+    found = {n: t for n, t in (*_tensors(model), *_attributes(model)) if n not in parameters}
+    arrays = ((n, v) for n, v in _values(model) if isinstance(v, np.ndarray))
+    return found | {n: torch.from_numpy(v) for n, v in arrays if v.dtype.kind in "biuf"}
+
+
 class _Modes:
     """Names of the BN layers that are in training mode before a forward, and are not in it."""
 
@@ -213,6 +248,8 @@ def _plain(value: Any, depth: int = 3) -> Any:
     """A value by which it can be compared; what is not looked into is its type alone."""
     if isinstance(value, PLAIN):
         return repr(value)
+    if isinstance(value, np.ndarray):
+        return (value.shape, value.ravel()[:MOST_ITEMS].tolist())
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.detach().flatten()[:MOST_ITEMS].tolist())
     if not depth:

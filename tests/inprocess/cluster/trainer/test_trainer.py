@@ -225,6 +225,8 @@ class Misspelt:
         ({"model_arg": {"width": 3}}, "give arguments={...}"),
         ({"config": "mnist_bn"}, "did you mean mnist-bn"),
         ({"epoch": 3}, "there is no setting 'epoch': did you mean epochs"),
+        ({"scaling_config": 3}, "there is no setting 'scaling_config': give scaling="),
+        ({"lr": 0.1}, "there is no setting 'lr': give learning_rate="),
         ({"epochs": "three"}, "epochs is 'three': 'three' is not a valid integer"),
         ({"epochs": 2.5}, "epochs is 2.5: give an integer"),
         ({"epochs": None}, "epochs is None: give a value"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm
 
 from downpour.models.conversion.convert import convert
-from downpour.models.conversion.history import StateError, check_state
+from downpour.models.conversion.history import StateError, check_repeats, check_state
 
 WIDTH = 4
 
@@ -156,3 +159,19 @@ class ByHand(nn.BatchNorm1d):
 def test_a_layer_that_averages_by_hand_is_refused_by_name() -> None:
     with pytest.raises(StateError, match=r"'1.running_mean' changes in a training forward"):
         check_state(convert(nn.Sequential(nn.ReLU(), ByHand(WIDTH))), torch.rand(6, WIDTH))
+
+
+def test_a_network_that_is_another_one_each_time_is_refused_by_name() -> None:
+    made = itertools.count()
+
+    def make(*, buffer: bool = False, array: bool = False) -> nn.Module:
+        net = Net(counted, calls=0, order=np.arange(3) + (next(made) if array else 0))
+        if buffer:
+            net.register_buffer("mean", torch.tensor([0.5 + next(made)]))
+        return convert(net)
+
+    check_repeats(make(), make)
+    for options, name in (({"buffer": True}, "mean"), ({"array": True}, "order")):
+        again = functools.partial(make, **options)
+        with pytest.raises(StateError, match=f"'{name}' is another one each time"):
+            check_repeats(again(), again)
