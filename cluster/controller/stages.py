@@ -152,15 +152,14 @@ def _look_for_departures(run: RunParts, now: float) -> None:
 def _waits_for_quiet(run: RunParts, now: float) -> bool:
     """Return whether no window is to be granted: partitions wait for those that are out.
 
-    Processes that move or are being started come first, unless the time is over.
+    Processes that move or are being started come first, for half of the time that there is.
     """
     if run.partitions.need_quiet:
         return True
-    over = run.notice.is_over(now)
-    if not run.partitions.wait_for_quiet(over=over):
+    if not run.partitions.wait_for_quiet(over=run.notice.is_over(now)):
         return False
     others = run.processes.any_starts or run.processes.any_move or run.evaluation.is_starting
-    return over or not others
+    return run.notice.is_half_over(now) or not others
 
 
 def _mend(run: RunParts) -> None:

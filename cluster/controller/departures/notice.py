@@ -49,6 +49,7 @@ class Notice:
         """No node is to leave."""
         self._ends_s: float | None = None
         """When the node leaves, as far as is known."""
+        self._half_s: float | None = None
         self._over_s: float | None = None
         self._told: set[str] = set()
         self.of_driver = False
@@ -58,7 +59,7 @@ class Notice:
         """Note what is known at this time."""
         self.of_driver = departing.driver
         if not departing.any:
-            self._ends_s = self._over_s = None
+            self._ends_s = self._half_s = self._over_s = None
             self._told.clear()
             return
         if departing.remaining_s is None:
@@ -71,11 +72,16 @@ class Notice:
 
     def _begin(self, remaining_s: float, now: float) -> None:
         self._ends_s = now + remaining_s
-        self._over_s = now + max(remaining_s - LEAVE_BEFORE_S, remaining_s / 2)
+        there_s = max(remaining_s - LEAVE_BEFORE_S, remaining_s / 2)
+        self._half_s, self._over_s = now + there_s / 2, now + there_s
 
     def is_over(self, now: float) -> bool:
         """Whether nothing there may be waited for any more."""
         return self._over_s is not None and now >= self._over_s
+
+    def is_half_over(self, now: float) -> bool:
+        """Whether half of the time has passed until `is_over`."""
+        return self._half_s is not None and now >= self._half_s
 
     def is_news(self, text: str) -> bool:
         """Return whether this has not been said of the present notice; True once."""

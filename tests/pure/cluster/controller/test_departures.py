@@ -180,6 +180,25 @@ def test_partitions_wait_for_processes_that_are_being_started(made: Made) -> Non
     trained_once(run)
 
 
+def test_partitions_wait_for_a_process_that_does_not_come_for_half_of_the_time(
+    made: Made,
+) -> None:
+    run = train(made, epochs=400)
+    run.departing = {1}
+    notify(run, partitions=(0,))
+    run.leaving = dataclasses.replace(run.leaving, remaining_s=None)  # as it was said
+    run.go_on(lambda: bool(run.calls(do.StartProcess)), turns=20)
+    (start,) = run.calls(do.StartProcess)
+    run.pending.remove(start)
+    began_s = run.now
+    come_to_promotion(run)
+    assert 40.0 < run.now - began_s < 60.0
+    assert not run.calls(do.RunWindow), "they have been finished"
+    run.answer_all(do.Promote)
+    run.pending.append(start)
+    trained_once(run)
+
+
 def test_others_are_granted_windows_while_a_process_moves_before_its_partition(
     made: Made,
 ) -> None:
