@@ -4,6 +4,7 @@
     ├── PlanError      a plan or a permutation that cannot be laid out, or is asked beyond its end
     ├── LeaseError     a lease that does not exist, or a resume state that does not fit the plan
     ├── DatasetError   a dataset that is missing, damaged, mixed or out of range
+    │   └── BadValueError    a value of a table that cannot be an input or a target
     ├── DecodeError    a row whose image cannot become an input
     │   ├── ImageTooLarge    an image that would take too much memory or time
     │   └── UnknownFormat    bytes that are no image of a format that is read
@@ -45,3 +46,13 @@ class UnknownFormat(DecodeError):
 
 class IngestError(ShufflerError):
     """A source that cannot be read, or a destination that must not be written."""
+
+
+class BadValueError(DatasetError):
+    """A value of a table cannot be a number of an input or a target."""
+
+    def __init__(self, position: int, what: str) -> None:
+        """`position` is the row's among those that were packed."""
+        super().__init__(what)
+        self.position = position
+        self.what = what

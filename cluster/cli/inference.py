@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from downpour.workers.evaluation.predictor import Predictor
 
 
+MASKS = "masks"
+"""Folder in a run's folder for the masks that its network finds."""
+
+
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @with_weights_options
@@ -121,6 +125,12 @@ def recalibrate(
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show."
 )
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder for the masks of a segmentation; default: masks in RUN.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     run: Path,
@@ -131,41 +141,50 @@ def predict(
     crops: str,
     orientation: Orientation | None,
     top: int,
+    output: Path | None,
     as_json: bool,
 ) -> int:
     """Show the most probable classes of the files IMAGES, by the weights of RUN.
 
+    A segmentation writes a mask of each image's size, a PNG with a class in each pixel.
+
     For a network of numbers, IMAGES are Parquet or CSV files with its input columns, and each row
-    is answered. A regression gives numbers, and multilabel every class above one half.
+    is answered. A regression gives numbers, and multilabel every class above one half. If inputs
+    come from a dataset of your own, IMAGES are .npy files of inputs.
 
     Files that cannot be read or decoded are named on stderr, and the others are answered. Then the
     exit status is 2.
     """
-    from downpour.cluster.serving import inference, prediction
+    from downpour.cluster.serving import inference, masks, prediction
     from downpour.workers.evaluation.predictor import Predictor
 
     loaded = inference.load_all((run, *also), best=best, weights=weights, orientation=orientation)
     predictor = Predictor([one.network for one in loaded], crops=int(crops))
-    if loaded[0].network.spec.columns.input_shape:
-        raise UserError(
-            f"{run} is of a network whose inputs come from a dataset of your own: give them to "
-            "downpour.Result.open(RUN).model(), or to a file of `downpour export`"
-        )
+    masked = predictor.task == "segmentation" and not loaded[0].network.spec.columns.inputs
+    if output is not None and not masked:
+        raise UserError(f"--output is for masks, and {run} finds none of pictures: leave it out")
     if loaded[0].network.spec.columns.inputs:
         return _predict_tables(predictor, loaded[0], images, as_json=as_json)
+    folder = output or loaded[0].folder.path / MASKS
+    paths = masks.file_names(folder, images) if masked else [None] * len(images)
     answers = []
     status = 0
-    for found in prediction.predict_files(predictor, loaded[0].class_names, images, top=top):
+    predictions = prediction.predict_files(predictor, loaded[0].class_names, images, top=top)
+    for found, path in zip(predictions, paths, strict=True):
+        if found.mask is not None and path is not None:
+            masks.write(path, found.mask)
         if found.problem is not None:
             status = EXIT_ERROR
             _tell(f"error: {found.problem}")
         if found.note is not None:
             _tell(found.note)
         if as_json:
-            told = {"image": found.name, "predictions": found.classes}
+            told: dict[str, Any] = {"image": found.name, "predictions": found.classes}
+            told |= {} if found.mask is None else {"mask": str(path)}
             answers.append(told | ({"error": found.problem} if found.problem else {}))
         elif found.problem is None:
-            click.echo(f"{found.name}: {'  '.join(map(_in_words, found.classes))}")
+            where = "" if found.mask is None else f"  (mask: {path})"
+            click.echo(f"{found.name}: {'  '.join(map(_in_words, found.classes))}{where}")
     if as_json:
         click.echo(json.dumps(answers))
     return status
@@ -182,8 +201,7 @@ def _predict_tables(
     answers: list[dict[str, Any]] = []
     for path in paths:
         try:
-            table = tables.read_table(path, columns)
-            found = list(tables.predictions(predictor, columns, run.class_names, table, path))
+            found = list(tables.predictions(predictor, columns, run.class_names, path))
         except (UserError, DatasetError) as error:
             status = EXIT_ERROR
             _tell(f"error: {error}")
@@ -210,6 +228,8 @@ def _in_words(found: dict[str, Any]) -> str:
     """Returns a class with its probability, or what a network gives that tells no classes apart."""
     if "outputs" in found:
         return json.dumps(found["outputs"])
+    if "share" in found:
+        return f"{found['class']} {found['share']:.1%}"
     return f"{found['class']} {found['probability']:.1%}"
 
 
@@ -305,7 +325,10 @@ def serve(
     address: str | None,
     given: dict[str, object],
 ) -> None:
-    """Answer images over HTTP with their most probable classes by RUN, until interrupted.
+    """Answer images, or rows of numbers, over HTTP by the weights of RUN, until interrupted.
+
+    A network for pictures answers image files with their most probable classes, or with a mask.
+    One for rows of numbers answers JSON.
 
     Callers have to show a key: a new one for each deployment, or the one in --key-file. A file
     that is named at the start holds the header to send.
@@ -315,9 +338,9 @@ def serve(
     config = apply(ServeConfig(), given)
     runs = (run, *also)
     with app.serving(runs, best=best, weights=weights, config=config, address=address) as told:
-        url, header = told
+        url, header, sent = told
         click.echo(f"serving {run} at {url}")
-        click.echo(f"try: curl -H @{header} --data-binary @image.jpg {url}/predict")
+        click.echo(f"try: curl -H @{header} {sent} {url}/predict")
         sys.stdout.flush()
         app.wait_for_signal()
 

@@ -28,6 +28,8 @@ class Panel:
     queries: dict[str, str]
     unit: str = "short"
     help: str = ""
+    least: float | None = 0
+    """Where the axis begins; None leaves it to the values."""
 
 
 def _rate(name: str, by: str = "run") -> str:
@@ -36,6 +38,15 @@ def _rate(name: str, by: str = "run") -> str:
 
 def _gauge(name: str, by: str = "run", how: str = "max") -> str:
     return f"{how} by ({by}) (ray_downpour_{name}{{{RUN}}})"
+
+
+def _deciding(name: str) -> dict[str, str]:
+    """The figure that decides: last, best, and with the server's averages."""
+    return {
+        "{{run}}": _gauge(name),
+        "best of {{run}}": _gauge(f"best_{name}"),
+        "with the server's averages {{run}}": _gauge(f"moving_{name}"),
+    }
 
 
 def _buckets(name: str) -> str:
@@ -57,11 +68,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Training": (
         Panel(
             title="Accuracy",
-            queries={
-                "{{run}}": _gauge("accuracy"),
-                "best of {{run}}": _gauge("best_accuracy"),
-                "with the server's averages {{run}}": _gauge("moving_accuracy"),
-            },
+            queries=_deciding("accuracy"),
             unit="percentunit",
             help="accuracy@1 on the evaluation split, with recomputed BN statistics.",
         ),
@@ -81,6 +88,35 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(title="Examples a second", queries={"{{run}}": _rate("examples")}),
         Panel(title="Learning rate", queries={"{{run}}": _gauge("learning_rate")}),
+    ),
+    "Other tasks than classification": (
+        Panel(
+            title="R²",
+            queries=_deciding("r2"),
+            help="Of a regression: the share of the targets' variance that is explained.",
+            least=None,
+        ),
+        Panel(
+            title="Error of a regression",
+            queries={"RMSE {{run}}": _gauge("rmse"), "MAE {{run}}": _gauge("mae")},
+            help="In the targets' unit.",
+        ),
+        Panel(
+            title="F1",
+            queries=_deciding("f1")
+            | {
+                "mean of classes {{run}}": _gauge("macro_f1"),
+                "rows without a mistake {{run}}": _gauge("exact"),
+            },
+            unit="percentunit",
+            help="Of rows with several classes.",
+        ),
+        Panel(
+            title="Mean IoU",
+            queries=_deciding("miou") | {"pixels {{run}}": _gauge("pixel_accuracy")},
+            unit="percentunit",
+            help="Of masks: intersection over union, and the share of pixels that are right.",
+        ),
     ),
     "Staleness": (
         Panel(
@@ -238,7 +274,7 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "description": panel.help,
         "datasource": DATASOURCE,
         "gridPos": {"x": x, "y": y, "w": WIDTH, "h": HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "fieldConfig": {"defaults": {"unit": panel.unit, **_axis(panel)}, "overrides": []},
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}},
         "targets": [
             {
@@ -250,6 +286,10 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
             for i, (legend, query) in enumerate(panel.queries.items())
         ],
     }
+
+
+def _axis(panel: Panel) -> dict[str, float]:
+    return {} if panel.least is None else {"min": panel.least}
 
 
 def _datasource() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.scores import TITLES, metric_in
-from downpour.workers.tasks import ACCURACY
+from downpour.workers.tasks import ACCURACY, SHARES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,28 +177,37 @@ def _draw_figure(axes: Axes, metrics: Metrics) -> None:
         _draw_accuracy(axes, metrics)
         return
     axes.set_title(f"validation {TITLES[metric]}", loc="left")
+    axes.set_ylabel(TITLES[metric])
+    if metric in SHARES:
+        _draw_shares(axes, metrics, metric)
+        return
     _draw_curve(axes, metrics, metric, _ACCURACY)
 
 
 def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
-    updates, accuracy = series(metrics, "accuracy")
     axes.set_title("validation accuracy@1", loc="left")
+    _draw_shares(axes, metrics, ACCURACY)
+
+
+def _draw_shares(axes: Axes, metrics: Metrics, key: str) -> None:
+    """Draws a figure that is a share, in percent, with its highest value."""
+    updates, values = series(metrics, key)
     axes.set_xlabel("updates")
-    if not accuracy:
+    if not values:
         _say_nothing_measured(axes)
         return
-    axes.plot(updates, [100 * a for a in accuracy], color=_ACCURACY, marker=".", markersize=4)
-    best = max(range(len(accuracy)), key=accuracy.__getitem__)
+    axes.plot(updates, [100 * a for a in values], color=_ACCURACY, marker=".", markersize=4)
+    best = max(range(len(values)), key=values.__getitem__)
     axes.annotate(
-        f"{100 * accuracy[best]:.2f}%",
-        (updates[best], 100 * accuracy[best]),
+        f"{100 * values[best]:.2f}%",
+        (updates[best], 100 * values[best]),
         textcoords="offset points",
         xytext=(0, -14),
         ha="right",
         color=_ACCURACY,
     )
     axes.yaxis.set_major_formatter("{x:g}%")
-    low, high = min(accuracy), max(accuracy)
+    low, high = min(values), max(values)
     room = max(0.02, (high - low) / 10)
     axes.set_ylim(100 * max(0.0, low - room), 100 * min(1.0, high + room))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from downpour.cluster.monitoring.observation import Observation
+from downpour.cluster.monitoring.scores import DECIDING, FIGURES
 from downpour.cluster.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -37,6 +38,25 @@ class Metric:
 LATENCIES_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 STALENESS = (0, 1, 2, 5, 10, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000)
 """Upper bounds of the staleness histogram's buckets, in versions."""
+
+OF_TASKS: Mapping[str, Metric] = {
+    **{
+        f"downpour_{name}": Metric(kind="gauge", help=f"Validation: {what}.")
+        for name, what in FIGURES.items()
+    },
+    **{
+        f"downpour_best_{name}": Metric(kind="gauge", help=f"The best so far: {FIGURES[name]}.")
+        for name in DECIDING
+    },
+    **{
+        f"downpour_moving_{name}": Metric(
+            kind="gauge",
+            help=f"With the server's moving averages of the BN statistics: {FIGURES[name]}.",
+        )
+        for name in DECIDING
+    },
+}
+"""The figures of tasks other than classification; a run has those of its own task."""
 
 METRICS: Mapping[str, Metric] = {
     "downpour_updates": Metric(
@@ -124,7 +144,15 @@ METRICS: Mapping[str, Metric] = {
         help="Row groups wanted, by where they were found.",
         tags=("shuffler", "result"),
     ),
+    **OF_TASKS,
 }
+
+
+SCORED = (
+    *("downpour_accuracy", "downpour_best_accuracy", "downpour_moving_accuracy"),
+    *("downpour_evaluation_loss", "downpour_bn_gap", *OF_TASKS),
+)
+"""What a scoring may have."""
 
 
 class PrometheusSink:
@@ -201,9 +229,10 @@ class PrometheusSink:
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """See `Sink`."""
-        for name in ("accuracy", "best_accuracy", "evaluation_loss", "moving_accuracy", "bn_gap"):
-            if name in values and math.isfinite(values[name]):
-                self._metric(f"downpour_{name}", values[name])
+        for name in SCORED:
+            value = values.get(name.removeprefix("downpour_"))
+            if value is not None and math.isfinite(value):
+                self._metric(name, value)
 
     def saved(self, checkpoint: Checkpoint) -> None:
         """See `Sink`."""

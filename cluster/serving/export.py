@@ -134,6 +134,11 @@ def _check_preprocessing(image: InputSpec, format: Format) -> None:
         raise UserError(
             "--with-preprocessing is for pictures, and the inputs are numbers: leave it out"
         )
+    if image.fit == "whole":
+        raise UserError(
+            "--with-preprocessing cuts pictures, and masks are of whole ones: leave it out; the "
+            "file's metadata say what to do"
+        )
     if format != "onnx" or image.height != image.width:
         raise UserError(
             f"--with-preprocessing is for --format onnx and square inputs, and this is {format} of "

@@ -243,6 +243,7 @@ def recomputed_statistics(
                     spec.image,
                     numbers=rows,
                     on_bad_image=config.data.on_bad_image,
+                    columns=spec.columns,
                 )
                 inputs = torch.from_numpy(decoded.inputs)
                 # Where each mini-batch lies among those that were decoded.

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from downpour.workers.evaluation.predictor import Predictor, rows_of
+from downpour.cluster.serving import masks
+from downpour.workers.evaluation.predictor import Answer, Predictor, rows_of
 
 FILES = 64
 """Image files that are read and decoded at a time."""
@@ -23,7 +24,10 @@ class Prediction:
     """Of the file."""
     classes: list[dict[str, Any]]
     """The most probable ones, best first: class, label, probability. A network that tells no
-    classes apart gives one entry, its outputs. Empty for a bad file."""
+    classes apart gives one entry, its outputs. Of a mask they are the classes with the most pixels,
+    and their shares. Empty for a bad file."""
+    mask: bytes | None = None
+    """The mask that a network for segmentation finds, as a PNG file of the picture's size."""
     problem: str | None = None
     """Why there are none, on one line that names the file."""
     note: str | None = None
@@ -85,20 +89,39 @@ def predict(
     if not images:
         return []
     answer = predictor.answer(rows_of(images, names), on_bad_image="skip")
-    told = best_of if answer.of_classes else numbers_of
-    if predictor.task == "multilabel":
-        told = those_there
     problems = iter(answer.problems)
-    rows = dict(zip(answer.kept.tolist(), answer.probabilities, strict=True))
-    return [
-        Prediction(
-            name=name,
-            classes=told(rows[i], class_names, top) if i in rows else [],
-            problem=None if i in rows else next(problems),
-            note=answer.notes.get(i),
-        )
-        for i, name in enumerate(names)
-    ]
+    found = dict(zip(answer.kept.tolist(), range(len(answer.kept)), strict=True))
+    predictions = []
+    for position, name in enumerate(names):
+        note = answer.notes.get(position)
+        if position not in found:
+            bad = Prediction(name=name, classes=[], problem=next(problems), note=note)
+            predictions.append(bad)
+            continue
+        classes, mask = told(answer, found[position], predictor.task, class_names, top)
+        predictions.append(Prediction(name=name, classes=classes, mask=mask, note=note))
+    return predictions
+
+
+def told(
+    answer: Answer, place: int, task: str, class_names: Sequence[str], top: int
+) -> tuple[list[dict[str, Any]], bytes | None]:
+    """Return what is said of a picture, and the mask that was found as a PNG file, if it is one.
+
+    Args:
+        answer: about some pictures.
+        place: the picture's among those that were decoded.
+        task: of the network.
+        class_names: of its labels.
+        top: most classes to name.
+    """
+    row = answer.probabilities[place]
+    if task == "segmentation":
+        mask = masks.mask_of(row, answer.sizes[place].tolist())
+        return masks.shares_of(mask, class_names, top), masks.as_png(mask)
+    if task == "multilabel":
+        return those_there(row, class_names, top), None
+    return (best_of if answer.of_classes else numbers_of)(row, class_names, top), None
 
 
 def best_of(probabilities: Tensor, class_names: Sequence[str], top: int) -> list[dict[str, Any]]:

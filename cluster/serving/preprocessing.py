@@ -61,7 +61,9 @@ def describe(image: ImageSpec) -> dict[str, Any]:
         "resize": None,
         "crop": None,
     }
-    if image.height == image.width:
+    if image.fit == "whole":
+        told["resize"] = {"height": image.height, "width": image.width, "method": RESIZING}
+    elif image.height == image.width:
         told["resize"] = {
             "shorter_side": shorter_side(image),
             "longer_side": "in proportion, rounded",
@@ -91,7 +93,9 @@ def _steps(image: ImageSpec) -> list[str]:
     else:
         steps.append("make it red, green, blue, 0 to 255")
     size = f"{image.height}x{image.width}"
-    if image.height != image.width:
+    if image.fit == "whole":
+        steps.append(f"resize all of it to {size}, whatever its shape ({RESIZING})")
+    elif image.height != image.width:
         steps.append(f"it has to have {size} pixels")
     else:
         other = "" if image.fit == "crop" else f"if it has not {size} pixels, "

@@ -20,6 +20,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import settings_of
 from downpour.cluster.errors import UserError
 from downpour.cluster.training.classes import with_classes
+from downpour.cluster.training.masks import shaped
 from downpour.cluster.training.tasks import with_task
 from downpour.shuffler.dataset.encoding import PackedBits
 from downpour.shuffler.dataset.own import is_own, open_split
@@ -121,9 +122,8 @@ def complete(
         f"{counted}pictures of {image.height}x{image.width} in "
         f"{'RGB' if image.channels > 1 else 'grey'}, {_varied(augment)}; scored on {eval_split!r}"
     )
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, image=image, num_classes=classes)
-    )
+    model = dataclasses.replace(config.model, image=image, num_classes=classes)
+    return dataclasses.replace(config, model=shaped(model))
 
 
 def _split_to_score(source: str, train_split: str) -> str:

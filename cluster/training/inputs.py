@@ -143,6 +143,15 @@ def _check_split(
     num_classes = config.model.num_classes
     check_labels(dataset, num_classes)
     check_numbers(dataset)
+    if dataset.columns.kind == "mask":
+        from downpour.shuffler.images.masks import check_masks
+
+        check_masks(
+            dataset,
+            config.model.pictures.reading,
+            skip_bad=decoder.on_bad_image == "skip",
+            several=split_name == config.data.train_split,
+        )
     if decoder.on_bad_image == "stop":
         check_images(dataset)
     small = sum(shard.num_bytes for shard in dataset.shards) <= whole_bytes

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 
+from downpour.cluster.config import classifier
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import settings_of
 from downpour.cluster.errors import UserError
+from downpour.cluster.training.masks import has_masks, with_masks
 from downpour.shuffler.config import DataConfig
 from downpour.shuffler.dataset.columns import LABEL, TARGET, Columns, TargetKind, is_list, width_of
 from downpour.shuffler.dataset.numbers import first_width, highest_index
@@ -58,17 +60,22 @@ def with_task(
     data = config.data
     if is_own(data.data):
         return _of_own(config, given, say)
-    if config.model.task == "segmentation":
-        raise UserError(
-            "the task segmentation takes masks from a dataset of your own: give --data "
-            "dataset:module:function"
-        )
-    if not (data.target_column or data.input_columns or config.model.task):
+    settled = config.model.columns
+    if settled.kind == "mask" and data.target_column in ((), settled.targets):
+        return _checked_goal(config)
+    silent = not (data.target_column or data.input_columns or config.model.task)
+    if silent and config.recipe != classifier.NAME:
         _check_loss(config, "classification")
         return _checked_goal(config)
     schema, where = schema_of_split(
         data.data, data.train_split if data.node_folder is None else data.eval_split
     )
+    if has_masks(config, schema):
+        config = with_masks(_with_loss(config, "segmentation", given), schema, where, given, say)
+        return _checked_goal(config)
+    if silent:
+        _check_loss(config, "classification")
+        return _checked_goal(config)
     inputs = _inputs(data, schema, where)
     targets = data.target_column or (LABEL,)
     task = config.model.task or _guessed(schema, targets, where)

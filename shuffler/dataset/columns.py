@@ -17,7 +17,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from downpour.shuffler.errors import DatasetError
+from downpour.shuffler.dataset.image_columns import (
+    IMAGE_TYPE,
+    check_image_column,
+    pack_masks,
+    whole,
+)
+from downpour.shuffler.errors import BadValueError, DatasetError
 
 LABEL: Final = "label"
 INPUT: Final = "input"
@@ -25,18 +31,8 @@ TARGET: Final = "target"
 MOST_EXACT: Final = 1 << 24
 """Integers up to this are exact in float32."""
 
-TargetKind = Literal["label", "numbers", "indices"]
+TargetKind = Literal["label", "numbers", "indices", "mask"]
 NumberType = Literal["float32", "int64"]
-
-
-class BadValueError(DatasetError):
-    """A value of a table cannot be a number of an input or a target."""
-
-    def __init__(self, position: int, what: str) -> None:
-        """`position` is the row's among those that were packed."""
-        super().__init__(what)
-        self.position = position
-        self.what = what
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +49,12 @@ class Columns:
     """Columns that make up a target."""
 
     target_widths: tuple[int, ...] = (1,)
-    """Numbers that each of them has in a row; of `indices`, the number of classes."""
+    """Numbers that each of them has in a row; of `indices` and `mask`, the number of classes."""
 
     kind: TargetKind = "label"
     """`label`: a class. `numbers`: float32, as they are. `indices`: the classes that a row is of,
-    as a list of their numbers, which becomes 0 and 1 for each class."""
+    as a list of their numbers, which becomes 0 and 1 for each class. `mask`: an image file that has
+    a class in each pixel."""
 
     input_shape: tuple[int, ...] = ()
     """Shape of one input of a dataset of the user's own; of a table it is a vector."""
@@ -66,7 +63,8 @@ class Columns:
     """What the numbers of an input are."""
 
     target_shape: tuple[int, ...] = ()
-    """Shape of one target of a dataset of the user's own; of a table it is a vector."""
+    """Shape of one target of a dataset of the user's own, or of a mask as the network is given it;
+    of a table it is a vector."""
 
     target_type: NumberType = "float32"
     """What the numbers of a target are."""
@@ -96,6 +94,8 @@ class Columns:
         """The column of the targets in what a reader returns."""
         if self.kind == "label":
             return pa.field(LABEL, pa.int64())
+        if self.kind == "mask":
+            return pa.field(TARGET, IMAGE_TYPE)
         return pa.field(TARGET, pa.binary(self.target_bytes))
 
     def check(self, schema: pa.Schema, where: str) -> None:
@@ -124,6 +124,9 @@ class Columns:
                     "whole numbers from 0; number the classes, or give --task regression"
                 )
             return 1
+        if self.kind == "mask" and name in self.targets:
+            check_image_column(schema, name, where)
+            return None
         if self.kind == "indices" and name in self.targets:
             width_of(schema, name, where)
             return None
@@ -195,7 +198,7 @@ def pack_indices(table: pa.Table, name: str, num_classes: int) -> pa.Array:
     Raises:
         BadValueError: a list is missing, or a class is outside of [0, num_classes).
     """
-    column = _whole(table.column(name))
+    column = whole(table.column(name))
     _check_there(column, name, 1)
     lengths = np.asarray(column.value_lengths()).astype(np.int64)
     rows = np.repeat(np.arange(len(column)), lengths)
@@ -224,6 +227,8 @@ def pack_target(table: pa.Table, columns: Columns) -> pa.Array:
     """
     if columns.kind == "label":
         return pack_label(table, columns.targets[0])
+    if columns.kind == "mask":
+        return pack_masks(table.column(columns.targets[0]), columns.targets[0])
     if columns.kind == "indices":
         return pack_indices(table, columns.targets[0], columns.target_width)
     return pack(table, columns.targets, columns.target_widths)
@@ -235,7 +240,7 @@ def pack_label(table: pa.Table, name: str) -> pa.Array:
     Raises:
         BadValueError: a value is larger than int64 has.
     """
-    column = _whole(table.column(name))
+    column = whole(table.column(name))
     try:
         return column.cast(pa.int64())
     except pa.ArrowInvalid:
@@ -261,16 +266,9 @@ def from_bytes(
     return numbers[column.offset * width :].reshape(count, *shape).copy()
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):
-        return combined.chunk(0) if combined.num_chunks else pa.array([], combined.type)
-    return combined
-
-
 def _numbers(chunks: pa.ChunkedArray, name: str, width: int) -> NDArray[np.float32]:
     """Return a column's numbers, float32 [n, width]."""
-    column = _whole(chunks)
+    column = whole(chunks)
     _check_there(column, name, 1)
     if is_list(column.type):
         lengths = np.asarray(column.value_lengths()) if len(column) else np.zeros(0)

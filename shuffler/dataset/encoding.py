@@ -28,11 +28,11 @@ import pyarrow.compute  # `take` would import it in the middle of the first mini
 from numpy.typing import NDArray
 
 from downpour.shuffler.dataset.columns import INPUT, Columns
+from downpour.shuffler.dataset.image_columns import IMAGE_TYPE, check_image_column
 from downpour.shuffler.errors import DatasetError
 
 METADATA_KEY = b"downpour"
 HUGGING_FACE_KEY = b"huggingface"
-IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 BitOrder = Literal["big", "little"]
 
@@ -193,6 +193,9 @@ def encoding_of(schema: pa.Schema, where: str, columns: Columns = PLAIN) -> Enco
     """
     if columns != PLAIN:
         columns.check(schema, where)
+    if columns.kind == "mask" and "bits" not in schema.names:
+        check_image_column(schema, EncodedImages().column, where)
+        return EncodedImages()
     encoding = Numbers(columns.input_bytes) if columns.inputs else image_encoding(schema, where)
     if columns == PLAIN:
         _check_column(schema, "label", pa.int64(), where)

@@ -9,10 +9,10 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from downpour.shuffler.dataset import files
-from downpour.shuffler.dataset.columns import BadValueError, pack, pack_target
+from downpour.shuffler.dataset.columns import Columns, pack, pack_target
 from downpour.shuffler.dataset.encoding import PLAIN
 from downpour.shuffler.dataset.records import Dataset, Shard, shards_of_split
-from downpour.shuffler.errors import DatasetError
+from downpour.shuffler.errors import BadValueError, DatasetError
 
 CHECKED_BYTES = 64 << 20
 """Columns of numbers of up to this in their files are read whole; of more, the first row group of
@@ -27,9 +27,9 @@ def check_numbers(dataset: Dataset) -> None:
             column, the row and the shard.
     """
     columns = dataset.columns
-    if columns == PLAIN or not dataset.shards or not (columns.inputs or columns.kind != "label"):
+    wanted = [*columns.inputs, *(columns.targets if _has_numbers(columns) else ())]
+    if columns == PLAIN or not dataset.shards or not wanted:
         return
-    wanted = [*columns.inputs, *(columns.targets if columns.kind != "label" else ())]
     whole = _size(dataset, wanted) <= CHECKED_BYTES
     first_row = 0
     for shard in dataset.shards:
@@ -37,6 +37,11 @@ def check_numbers(dataset: Dataset) -> None:
             if whole or number == 0:
                 _check(dataset, shard, number, first_row, wanted)
             first_row += num_rows
+
+
+def _has_numbers(columns: Columns) -> bool:
+    """Whether targets are numbers, and not labels or masks."""
+    return columns.kind in ("numbers", "indices")
 
 
 def _size(dataset: Dataset, wanted: list[str]) -> int:
@@ -61,7 +66,7 @@ def _check(dataset: Dataset, shard: Shard, number: int, first_row: int, wanted: 
             table = parquet.read_row_group(number, columns=wanted)
         if columns.inputs:
             pack(table, columns.inputs, columns.input_widths)
-        if columns.kind != "label":
+        if _has_numbers(columns):
             pack_target(table, columns)
     except BadValueError as error:
         row = dataset.describe_row(first_row + error.position)

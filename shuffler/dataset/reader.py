@@ -177,7 +177,7 @@ class RowReader:
 
     def _check_labels(self, batch: pa.RecordBatch, rows: NDArray[np.int64]) -> None:
         columns = self._dataset.columns
-        if columns.target_type == "int64" and columns.kind != "label":
+        if columns.target_type == "int64" and columns.kind == "numbers":
             self._check_masks(batch, rows)
         if columns.kind != "label":
             return

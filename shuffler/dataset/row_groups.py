@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 
 from downpour.shuffler.dataset import columns as packing
 from downpour.shuffler.dataset import files
-from downpour.shuffler.dataset.columns import BadValueError, Columns
+from downpour.shuffler.dataset.columns import Columns
 from downpour.shuffler.dataset.encoding import PLAIN, Numbers
+from downpour.shuffler.dataset.image_columns import as_images
 from downpour.shuffler.dataset.records import Dataset
-from downpour.shuffler.errors import DatasetError
+from downpour.shuffler.errors import BadValueError, DatasetError
 from downpour.shuffler.processors import processors
 
 REMOTE_THREADS = 8
@@ -247,10 +248,7 @@ def conform(table: pa.Table, schema: pa.Schema, chosen: Columns = PLAIN) -> pa.R
             columns.append(packing.pack_target(table, chosen))
             continue
         column = table.column(target.name).combine_chunks()
-        if column.type != target.type:  # a struct whose fields stand in another order
-            fields = [column.field(part.name) for part in target.type]
-            column = pa.StructArray.from_arrays(
-                fields, fields=list(target.type), mask=column.is_null()
-            )
+        if column.type != target.type:  # fields that stand in another order, or bytes alone
+            column = as_images(column)
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)

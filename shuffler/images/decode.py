@@ -22,6 +22,7 @@ from downpour.shuffler.dataset.columns import INPUT, LABEL, TARGET, Columns, fro
 from downpour.shuffler.dataset.encoding import PLAIN, PackedBits, image_encoding, label_values
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig, Variations, vary
+from downpour.shuffler.images.bits import unpack
 from downpour.shuffler.images.bounds import check_views
 from downpour.shuffler.images.crops import views_of
 from downpour.shuffler.images.reading import Orientation, Reading, Transparency
@@ -29,9 +30,11 @@ from downpour.shuffler.images.rows import REMEDY, describe, image_buffers, undec
 
 if TYPE_CHECKING:
     from downpour.shuffler.images.any_format import Pixels
+    from downpour.shuffler.images.crops import View
+    from downpour.shuffler.images.masks import RowMasks
     from downpour.shuffler.images.pixels import ImageFile
 
-Fit = Literal["exact", "crop", "any"]
+Fit = Literal["exact", "crop", "any", "whole"]
 BadImage = Literal["stop", "skip"]
 
 _MODES: Final = {1: "grey", 3: "RGB"}
@@ -62,7 +65,8 @@ class ImageSpec:
     fit: Fit = "exact"
     """How images come to that size where no random crop does it. `exact`: they have it, and others
     are refused. `crop`: the shorter side is resized to 256/224 of it, and the centre is cut.
-    `any`: those that have it are taken as they are, and others are cut as by `crop`."""
+    `any`: those that have it are taken as they are, and others are cut as by `crop`. `whole`: all
+    of an image is resized to it, whatever its shape, as masks want it."""
 
     orientation: Orientation = "follow"
     """Whether photos are turned upright as their EXIF orientation says."""
@@ -80,7 +84,7 @@ class ImageSpec:
                 f"channels={self.channels} is not supported; give 1 (grey) or 3 (RGB)"
             )
         for name, known in (
-            ("fit", ("exact", "crop", "any")),
+            ("fit", ("exact", "crop", "any", "whole")),
             ("orientation", ("follow", "ignore")),
             ("transparency", ("white", "drop")),
         ):
@@ -88,7 +92,7 @@ class ImageSpec:
                 raise DecodeError(
                     f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(known)}"
                 )
-        if self.fit != "exact" and self.height != self.width:
+        if self.fit in ("crop", "any") and self.height != self.width:
             raise DecodeError(
                 f"crops are square, and {self.height}x{self.width} is not; give a square size, or "
                 "fit='exact'"
@@ -147,7 +151,8 @@ class Decoded:
     """[m, *spec.input_shape]; of images, float32 in [0, 1]."""
 
     labels: NDArray[Any]
-    """The targets: classes, int64 [m], or numbers, float32 [m, numbers of a target]."""
+    """The targets: classes, int64 [m], or numbers, float32 [m, numbers of a target]; of masks,
+    int64 [m, height, width]."""
 
     kept: NDArray[np.int64]
     """Positions of these m among the n rows that were asked for, ascending; all of them but for
@@ -159,6 +164,25 @@ class Decoded:
     notes: Mapping[int, str] = field(default_factory=dict)
     """A line for each image that was decoded and yet may not be what it should, by its position
     among the n rows; it names the row."""
+
+    sizes: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """Height and width of each of these m images as it is seen in its file, int64 [m, 2]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """Images of rows as a network sees them, and what they leave to be told."""
+
+    planes: Pixels
+    """uint8 [m, c, h, w]."""
+
+    masks: NDArray[np.int64] | None
+    """int64 [m, h, w], if the rows have masks."""
+
+    kept: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    problems: tuple[str, ...]
+    notes: Mapping[int, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,17 +241,21 @@ class Decoder:
                     "packed bits cannot be cropped, mirrored or distorted; leave augmentation out, "
                     "or ingest without a binary threshold"
                 )
-            inputs = _unpack(batch.column("bits"), encoding, self.spec)
+            spec = self.spec
+            inputs = unpack(batch.column("bits"), encoding, spec.height, spec.width, spec.channels)
             kept = np.arange(len(batch), dtype=np.int64)
-            problems: tuple[str, ...] = ()
-            notes: Mapping[int, str] = {}
-        else:
-            planes, kept, problems, notes = self._planes(batch, epoch, rows)
-            inputs = self.scaled(planes)
-            labels = labels[kept]
-        shape = (len(kept), *self.spec.input_shape)
+            return Decoded(
+                inputs=inputs.reshape(len(batch), *spec.input_shape), labels=labels, kept=kept
+            )
+        seen = self._seen(batch, epoch, rows)
+        inputs = self.scaled(seen.planes)
         return Decoded(
-            inputs=inputs.reshape(shape), labels=labels, kept=kept, problems=problems, notes=notes
+            inputs=inputs.reshape(len(seen.kept), *self.spec.input_shape),
+            labels=labels[seen.kept] if seen.masks is None else seen.masks,
+            kept=seen.kept,
+            problems=seen.problems,
+            notes=seen.notes,
+            sizes=seen.sizes,
         )
 
     @property
@@ -277,15 +305,14 @@ class Decoder:
             raise DecodeError(f"{problems[min(problems)]}; {REMEDY}")
         return tuple(problems[position] for position in sorted(problems))
 
-    def _planes(
-        self, batch: pa.RecordBatch, epoch: int, rows: NDArray[np.int64] | None
-    ) -> tuple[Pixels, NDArray[np.int64], tuple[str, ...], Mapping[int, str]]:
-        """Return the images as uint8 [m, c, h, w], which rows they are, problems and notes."""
+    def _seen(self, batch: pa.RecordBatch, epoch: int, rows: NDArray[np.int64] | None) -> _Seen:
+        """Return the images, and the masks if rows have some."""
         from downpour.shuffler.images import pixels
 
         spec, channels = self._images, self._images.channels
         kept: list[int] = []
         files, problems = self.opened(batch, rows)
+        masks = self._masks(batch, files, problems, rows)
         variations = self._variations(files, epoch, rows)
         boxes = [None] * len(batch) if variations.boxes is None else variations.boxes.tolist()
         planes = np.empty((len(batch), channels, spec.height, spec.width), dtype=np.uint8)
@@ -304,9 +331,50 @@ class Decoder:
                         "recipe for their size, or let them be cropped (fit='crop')"
                     )
                 pixels.put_planes(image, planes[len(kept)])
+                if masks is not None:
+                    mirror = variations.mirrored is not None and bool(variations.mirrored[position])
+                    box = boxes[position]
+                    masks.put(position, len(kept), box=box, view=self._view(file), mirror=mirror)
                 kept.append(position)
         lines, notes = self.told(problems), notes_of(files, batch, rows)
-        return planes[: len(kept)], np.array(kept, dtype=np.int64), lines, notes
+        sizes = [(file.height, file.width) for p in kept if (file := files[p]) is not None]
+        return _Seen(
+            planes=planes[: len(kept)],
+            masks=None if masks is None else masks.seen[: len(kept)],
+            kept=np.array(kept, dtype=np.int64),
+            sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+            problems=lines,
+            notes=notes,
+        )
+
+    def _masks(
+        self,
+        batch: pa.RecordBatch,
+        files: list[ImageFile | None],
+        problems: dict[int, str],
+        rows: NDArray[np.int64] | None,
+    ) -> RowMasks | None:
+        """Return the masks of rows, if they have some; what is wrong with one is the image's."""
+        if self.columns.kind != "mask" or TARGET not in batch.schema.names:
+            return None
+        from downpour.shuffler.images.masks import RowMasks
+
+        spec = self._images
+        masks = RowMasks(batch, rows, spec.reading, (spec.height, spec.width), self.columns)
+        sizes = [None if file is None else (file.height, file.width) for file in files]
+        for position, line in masks.unusable(sizes).items():
+            files[position] = None
+            problems[position] = line
+        return masks
+
+    def _view(self, file: ImageFile) -> View | None:
+        """Return how an image is resized and cut; None if it is taken whole."""
+        spec = self._images
+        if spec.fit == "crop" or (
+            spec.fit == "any" and (file.height, file.width) != (spec.height, spec.width)
+        ):
+            return views_of(1, file.height, file.width, spec.height)[0]
+        return None
 
     def _variations(
         self, files: list[ImageFile | None], epoch: int, rows: NDArray[np.int64] | None
@@ -328,10 +396,12 @@ class Decoder:
         spec = self._images
         if box is not None:
             image = pixels.crop_file(file, spec.channels, box, spec.height, spec.width)
-        elif spec.fit == "crop" or (
-            spec.fit == "any" and (file.height, file.width) != (spec.height, spec.width)
-        ):
-            (view,) = views_of(1, file.height, file.width, spec.height)
+        elif spec.fit == "whole":
+            image = pixels.decode_file(
+                file, spec.channels, min_height=spec.height, min_width=spec.width
+            )
+            image = pixels.resize(image, spec.height, spec.width)
+        elif (view := self._view(file)) is not None:
             check_views((view,))
             whole = pixels.decode_file(
                 file, spec.channels, min_height=view.image_height, min_width=view.image_width
@@ -367,14 +437,15 @@ class Decoder:
 def targets_of(batch: pa.RecordBatch, columns: Columns) -> NDArray[Any]:
     """Return the targets of n rows: classes, int64 [n], or numbers, float32 [n, t].
 
-    Rows to predict for have none: their classes are -1, and their numbers 0.
+    Rows to predict for have none: their classes are -1, and their numbers 0. So are masks, which
+    are decoded with their images.
     """
     if columns.kind == "label":
         if LABEL not in batch.schema.names:
             return np.full(len(batch), -1, dtype=np.int64)
         return label_values(batch.column(LABEL)).copy()
     shape = columns.target_shape or (columns.target_width,)
-    if TARGET not in batch.schema.names:
+    if columns.kind == "mask" or TARGET not in batch.schema.names:
         return np.zeros((len(batch), *shape), dtype=columns.target_type)
     return from_bytes(batch.column(TARGET), shape, columns.target_type)
 
@@ -410,36 +481,3 @@ def decode_image(data: bytes, channels: int) -> NDArray[np.uint8]:
     from downpour.shuffler.images import pixels
 
     return pixels.decode_file(pixels.open_image(data, channels), channels)
-
-
-def pack_bits(pixels: NDArray[np.uint8], threshold: int) -> NDArray[np.uint8]:
-    """Return grey images [n, h, w] as packed bits [n, ceil(h*w / 8)], big-endian in each byte."""
-    return np.packbits(pixels.reshape(len(pixels), -1) > threshold, axis=1)
-
-
-def bits_array(packed: NDArray[np.uint8]) -> pa.Array:
-    """Return packed bits [n, num_bytes] as an Arrow column."""
-    count, width = packed.shape
-    buffer = pa.py_buffer(np.ascontiguousarray(packed))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), count, [None, buffer])
-
-
-def _unpack(column: Any, encoding: PackedBits, spec: ImageSpec) -> NDArray[np.float32]:
-    if (spec.height, spec.width, spec.channels) != (encoding.height, encoding.width, 1):
-        raise DecodeError(
-            f"the dataset holds binary images of {encoding.height}x{encoding.width} in 1 channel, "
-            f"not {spec.height}x{spec.width} in {spec.channels}; choose a recipe for that size, or "
-            "ingest without a binary threshold"
-        )
-    width = encoding.num_bytes
-    if not len(column):
-        return np.zeros((0, spec.height * spec.width), dtype=np.float32)
-    if column.null_count:
-        raise DecodeError(f"{column.null_count} rows have no bits; remove them, or ingest again")
-    flat = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-    packed = flat[column.offset * width : (column.offset + len(column)) * width]
-    order: Any = encoding.bit_order
-    pixels = np.unpackbits(
-        packed.reshape(-1, width), axis=1, count=spec.height * spec.width, bitorder=order
-    )
-    return pixels.astype(np.float32)

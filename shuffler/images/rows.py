@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from downpour.shuffler.dataset.columns import LABEL
 from downpour.shuffler.errors import DecodeError
 
 Buffer = bytes | memoryview
@@ -41,6 +42,14 @@ def undecodable(
     return f"{describe(batch, position, rows)} cannot be decoded ({error})"
 
 
+def unusable_mask(
+    batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None, error: DecodeError
+) -> str:
+    """Return the line about a mask that cannot be used, without a remedy."""
+    where = describe(batch, position, rows).removeprefix("the image of ")
+    return f"the mask of {where} cannot be used ({error})"
+
+
 def describe(batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | None) -> str:
     """Return words for messages: the row's number or place, its path if known, its label.
 
@@ -48,7 +57,9 @@ def describe(batch: pa.RecordBatch, position: int, rows: NDArray[np.int64] | Non
     """
     name = f"row {rows[position]}" if rows is not None else f"row {position} of the batch"
     path = batch.column("image").field("path")[position].as_py()
-    label = batch.column("label")[position].as_py()
+    if LABEL not in batch.schema.names:
+        return f"the image of {name}{f' ({path})' if path else ''}"
+    label = batch.column(LABEL)[position].as_py()
     if label is None and path:
         return str(path)
     where = f"{path}, label {label}" if path else f"label {label}"

@@ -20,7 +20,8 @@ from downpour.shuffler.dataset.manifest import MANIFEST_NAME, MARKER_NAME
 from downpour.shuffler.dataset.records import Dataset, split_names
 from downpour.shuffler.dataset.row_groups import conform
 from downpour.shuffler.errors import DecodeError, IngestError
-from downpour.shuffler.images.decode import ImageSpec, bits_array, decode, decode_image, pack_bits
+from downpour.shuffler.images.bits import bits_array, pack_bits
+from downpour.shuffler.images.decode import ImageSpec, decode, decode_image
 from downpour.shuffler.ingest.config import IngestConfig
 from downpour.shuffler.ingest.formats import cifar, idx, listings, rows, tables, tars
 from downpour.shuffler.ingest.formats import splits as names_of

@@ -90,6 +90,7 @@ def plain_loop(config: RunConfig, plan: Plan) -> tuple[dict[str, Tensor], nn.Mod
     """What PyTorch's SGD makes of the same initial weights and mini-batches, in their order."""
     module = model_spec(config).build()
     schedule = config.server.schedule
+    rate, examples = schedule.over(config.policy.epochs).rates(plan.num_rows), 0
     optimizer = torch.optim.SGD(
         module.parameters(), lr=schedule.learning_rate, momentum=config.server.momentum
     )
@@ -101,6 +102,8 @@ def plain_loop(config: RunConfig, plan: Plan) -> tuple[dict[str, Tensor], nn.Mod
             window = int(plan.window_at(epoch, turn))
             index = int(plan.window_batches_order(epoch, window)[offset])
             inputs, targets = load(epoch, index)
+            optimizer.param_groups[0]["lr"] = rate(examples)
+            examples += len(inputs)
             optimizer.zero_grad()
             loss(module(inputs), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -124,6 +124,8 @@ class Predictor:
         self.task = tasks.pop()
         if crops != 1 and not all(isinstance(n.spec.image, ImageSpec) for n in networks):
             raise InferenceError(f"crops is {crops}, and rows of numbers have none: give 1")
+        if crops != 1 and self.task == "segmentation":
+            raise InferenceError(f"crops is {crops}, and masks are of whole pictures: give 1")
         counts = {network.spec.num_outputs for network in networks}
         if len(counts) > 1:
             raise InferenceError(
@@ -174,6 +176,7 @@ class Predictor:
             kept=first.kept,
             problems=first.problems,
             notes=first.notes,
+            sizes=first.sizes,
         )
 
     def _decoded(
@@ -279,6 +282,8 @@ class Answer:
     """A line for each of the others."""
     notes: Mapping[int, str]
     """A line for each image that may not be what it should, by its position among the n rows."""
+    sizes: npt.NDArray[np.int64]
+    """Height and width of each of the m images as it is seen in its file, `[m, 2]`."""
 
 
 @dataclass(frozen=True, kw_only=True)

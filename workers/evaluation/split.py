@@ -40,13 +40,19 @@ class SplitBatches:
         self._spec = spec
         self._dataset = open_split(data_uri, split, spec.columns)
         self._reader = RowReader(self._dataset, num_classes=spec.num_classes)
-        row_bytes = 4 * math.prod(spec.image.input_shape)
+        row_bytes = self._row_bytes
         self._rows = max(1, min(EVALUATION_ROWS, EVALUATION_BYTES // row_bytes))
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._decoder = Decoder(
             spec=spec.image.of_any_size, columns=spec.columns, on_bad_image="skip"
         )
         self._skipped: dict[int, str] = {}
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of a row's input and target, decoded."""
+        mask = 8 * math.prod(self._spec.columns.target_shape)
+        return 4 * math.prod(self._spec.image.input_shape) + mask
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -74,8 +80,7 @@ class SplitBatches:
         Raises:
             DecodeError: none of its images can be decoded.
         """
-        row_bytes = 4 * math.prod(self._spec.image.input_shape)
-        if self._dataset.num_rows * row_bytes <= self.KEEP_BYTES:
+        if self._dataset.num_rows * self._row_bytes <= self.KEEP_BYTES:
             for _ in self():
                 pass
 
@@ -99,7 +104,7 @@ class SplitBatches:
             if not len(decoded.kept):
                 continue
             pair = torch.from_numpy(decoded.inputs), torch.from_numpy(decoded.labels)
-            num_bytes += pair[0].nbytes
+            num_bytes += pair[0].nbytes + pair[1].nbytes
             if num_bytes <= self.KEEP_BYTES:
                 kept.append(pair)
             yield pair

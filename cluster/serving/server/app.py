@@ -1,7 +1,8 @@
-"""A Ray Serve deployment that answers images with class probabilities, over HTTP.
+"""A Ray Serve deployment that answers images, or rows of numbers, over HTTP.
 
-    POST /predict     an image file as the body, or in a form; JSON with the most probable classes
-    GET  /stats       how many images in how many batches so far
+    POST /predict     an image file as the body, or in a form, or rows as JSON; JSON with the most
+                      probable classes, or what the task has
+    GET  /stats       how many requests in how many batches so far
 
 Requests that arrive together go through the network together (`batches`, `classifier`). Callers
 have to show a key (`key`), whatever the address, and wait in a line that is bounded (`gate`,
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import shlex
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,7 @@ from downpour.cluster.serving.server.batches import Answer, Asked
 from downpour.cluster.serving.server.classifier import Classifier, Item
 from downpour.cluster.serving.server.replicas import APPLICATION, RETRY_S
 from downpour.cluster.serving.settings import MAX_BODY_BYTES, ServeConfig
+from downpour.shuffler.dataset.columns import Columns
 
 
 def application(
@@ -83,11 +87,11 @@ def serving(
     weights: str | None,
     config: ServeConfig,
     address: str | None,
-) -> Iterator[tuple[str, Path]]:
+) -> Iterator[tuple[str, Path, str]]:
     """Serve until the end of the block.
 
     Yields:
-        The URL, and the file with the header that callers send.
+        The URL, the file with the header that callers send, and what they send with curl, to try.
 
     Raises:
         UserError: a run, the key or the port cannot be used.
@@ -98,11 +102,7 @@ def serving(
 
     loaded = inference.load_all(runs, best=best, weights=weights, orientation=config.orientation)
     Predictor([run.network for run in loaded], crops=config.crops)  # refuses bad crops now
-    if loaded[0].network.spec.columns.inputs:
-        raise UserError(
-            f"{runs[0]} takes rows of numbers, and the server answers images: use `downpour "
-            "predict` on a Parquet or CSV file, or `downpour export`"
-        )
+    sent = example(loaded[0].network.spec.columns)
     secret = key.read(Path(config.key_file)) if config.key_file else key.make()
     digest = key.digest(key.header(secret))
     _check_port(config)
@@ -136,9 +136,20 @@ def serving(
                 name=APPLICATION,
                 route_prefix="/",
             )
-            yield config.url, header
+            yield config.url, header, sent
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def example(columns: Columns) -> str:
+    """Return a body for curl that a network may take: its numbers are 0."""
+    if not columns.inputs:
+        return "--data-binary @image.jpg"
+    if columns.input_shape:
+        return "--data-binary @rows.json"
+    widths = dict(zip(columns.inputs, columns.input_widths, strict=True))
+    row = {name: 0 if width == 1 else [0] * width for name, width in widths.items()}
+    return f"--data-binary {shlex.quote(json.dumps({'rows': [row]}))}"
 
 
 def _keep_to_loopback() -> None:

@@ -1,4 +1,4 @@
-"""The image in a request: as the body itself, or as a file in a form. Pure.
+"""What is in a request: an image as the body itself, or as a file in a form. Pure.
 
 Not here: whether its bytes can be decoded, and how large it may be.
 """
@@ -9,6 +9,7 @@ import email.parser
 import email.policy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ACCEPTED = "image/*, application/octet-stream, multipart/form-data"
 _PLAIN = ("", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -32,8 +33,8 @@ class Refused(Exception):
 class Sent:
     """What a caller sent."""
 
-    image: bytes
-    """An image file."""
+    content: Any
+    """An image file, or rows of numbers."""
     fields: Mapping[str, str]
     """Values that stood beside it in a form, by name."""
 
@@ -49,9 +50,7 @@ def sent_in(headers: Mapping[str, str], body: bytes) -> Sent:
         Refused: 415 for a type or an encoding that is not read, 400 for a body that is empty or is
             not what it says.
     """
-    encoding = headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise Refused(415, f"a body in {encoding!r} is not read: send the image as it is")
+    check_encoding(headers, "the image")
     if not body:
         raise Refused(400, "the body is empty: send an image file")
     declared = headers.get("content-type", "")
@@ -59,12 +58,27 @@ def sent_in(headers: Mapping[str, str], body: bytes) -> Sent:
     if kind == "multipart/form-data":
         return _sent_in_form(declared, body)
     if kind in _PLAIN or kind.startswith("image/"):
-        return Sent(image=body, fields={})
+        return Sent(content=body, fields={})
     raise Refused(
         415,
         f"a body of type {kind!r} is not read: send an image file, as it is or in a form",
         {"accept-post": ACCEPTED},
     )
+
+
+def check_encoding(headers: Mapping[str, str], what: str) -> None:
+    """Check that a body is sent as it is.
+
+    Args:
+        headers: of the request, with names in lower case.
+        what: the body has in it, for the message.
+
+    Raises:
+        Refused: it is packed.
+    """
+    encoding = headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise Refused(415, f"a body in {encoding!r} is not read: send {what} as it is")
 
 
 def _sent_in_form(declared: str, body: bytes) -> Sent:
@@ -85,7 +99,7 @@ def _sent_in_form(declared: str, body: bytes) -> Sent:
         raise Refused(400, f"the form has {len(images)} files: send one image a request")
     if not images[0]:
         raise Refused(400, "the file in the form is empty: send an image file")
-    return Sent(image=images[0], fields=fields)
+    return Sent(content=images[0], fields=fields)
 
 
 def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bool, bytes]]:

@@ -13,31 +13,49 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from downpour.cluster.serving.server import key
 from downpour.cluster.serving.server.batches import Answer, Asked, refusal
-from downpour.cluster.serving.server.body import ACCEPTED, Refused, sent_in
+from downpour.cluster.serving.server.body import Refused, Sent
 from downpour.cluster.serving.server.gate import FULL
+from downpour.cluster.serving.server.pictures import Pictures
 from downpour.cluster.serving.server.replicas import RETRY_S
+from downpour.cluster.serving.server.rows import Rows
 from downpour.cluster.serving.settings import MAX_BODY_BYTES, ServeConfig
-from downpour.shuffler.errors import DecodeError, ImageTooLarge, UnknownFormat
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One image that waits for its batch."""
+    """A request that waits for its batch."""
 
-    image: bytes
+    content: Any
+    """What was sent: an image file, or rows."""
     give_up_s: float
     """When it has waited too long, by the monotonic clock."""
 
 
-PredictBatch = Callable[[Item], Awaitable["Tensor | Refused"]]
-"""Class probabilities [classes] of an image, computed together with others."""
+PredictBatch = Callable[[Item], Awaitable[Any]]
+"""What is found for a request, computed together with others; or why there is nothing."""
+
+
+class Requests(Protocol):
+    """What the requests to a network are about."""
+
+    wanted: str
+    """What a caller posts."""
+
+    def read(self, headers: Mapping[str, str], body: bytes) -> Sent:
+        """Return what was sent; raises `Refused`."""
+
+    def check(self, content: Any) -> None:
+        """Look at it before it waits for its batch; raises `Refused`."""
+
+    def together(self, several: Sequence[Any]) -> Sequence[Any]:
+        """Return what is found for each of several, or why there is nothing."""
+
+    def told(self, found: Any, top: int) -> dict[str, Any]:
+        """Return the answer as plain data."""
 
 
 class Classifier:
@@ -66,12 +84,14 @@ class Classifier:
             weights=weights,
             orientation=config.orientation,
         )
-        self._predictor = Predictor([run.network for run in loaded], crops=config.crops)
-        self._names = loaded[0].class_names
+        predictor = Predictor([run.network for run in loaded], crops=config.crops)
+        columns, names = loaded[0].network.spec.columns, loaded[0].class_names
+        self._requests_of: Requests = (
+            Rows(predictor, columns, names) if columns.inputs else Pictures(predictor, names)
+        )
         self._config = config
         self._digest = digest
         self._clock = clock
-        self._tells_classes = True
         self._requests = self._batches = self._largest = 0
 
     async def answer(
@@ -79,7 +99,7 @@ class Classifier:
     ) -> tuple[int, dict[str, Any], Mapping[str, str]]:
         """Return the status, the JSON and further headers for a request that Serve hands on.
 
-        `predict_batch` gets images whose headers have been checked.
+        `predict_batch` gets what has been checked.
         """
         try:
             return 200, await self._answer(request, predict_batch), {}
@@ -94,9 +114,8 @@ class Classifier:
         for place, asked in enumerate(batch):
             try:
                 query = dict(urllib.parse.parse_qsl(asked.query, keep_blank_values=True))
-                image, top = self._read(query, asked.headers, asked.body)
-                check_image(image)
-                items[place] = Item(image=image, give_up_s=now + asked.left_s), top
+                content, top = self._read(query, asked.headers, asked.body)
+                items[place] = Item(content=content, give_up_s=now + asked.left_s), top
             except Refused as error:
                 found[place] = refusal(error.status, str(error), error.headers)
         answers = self.predict([item for item, _ in items.values()])
@@ -104,47 +123,44 @@ class Classifier:
             if isinstance(answer, Refused):
                 found[place] = refusal(answer.status, str(answer), answer.headers)
             else:
-                body = json.dumps(self._told(answer, top), separators=(",", ":"))
+                told = self._requests_of.told(answer, top)
+                body = json.dumps(told, separators=(",", ":"))
                 found[place] = Answer(status=200, body=body.encode())
         return [found[place] for place in range(len(batch))]
 
     def _read(
         self, query: Mapping[str, str], headers: Mapping[str, str], body: bytes
-    ) -> tuple[bytes, int]:
-        """Return the image that was sent, and how many classes are asked for."""
+    ) -> tuple[Any, int]:
+        """Return what was sent, looked at, and how many classes are asked for."""
         asked = _top(query)
-        sent = sent_in(headers, body)
-        return sent.image, asked or _top(sent.fields) or self._config.top
-
-    def _told(self, found: Tensor, top: int) -> dict[str, Any]:
-        from downpour.cluster.serving.prediction import best_of, numbers_of, those_there
-
-        told = best_of if self._tells_classes else numbers_of
-        if self._predictor.task == "multilabel":
-            told = those_there
-        return {"predictions": told(found, self._names, top)}
+        sent = self._requests_of.read(headers, body)
+        top = asked or _top(sent.fields) or self._config.top
+        self._requests_of.check(sent.content)
+        return sent.content, top
 
     async def _answer(self, request: Any, predict_batch: PredictBatch) -> dict[str, Any]:
         began_s = self._clock()
         # Serve's proxy has checked the key already, unless it ran before this deployment.
         if not key.admits(self._digest, request.headers.get("authorization", "")):
             raise Refused(401, key.REFUSED, {"www-authenticate": "Bearer"})
-        path, method = request.url.path, request.method
+        path, method, wanted = request.url.path, request.method, self._requests_of.wanted
         if path not in ("/predict", "/stats"):
-            raise Refused(404, f"there is nothing at {path}: POST an image to /predict")
+            raise Refused(404, f"there is nothing at {path}: POST {wanted} to /predict")
         allowed = "POST" if path == "/predict" else "GET"
         if method != allowed:
-            what = "POST an image file to it" if path == "/predict" else "GET it"
+            what = f"POST {wanted} to it" if path == "/predict" else "GET it"
             raise Refused(405, f"{method} is not for {path}: {what}", {"allow": allowed})
         if path == "/stats":
             return dict(self.stats())
-        image, top = self._read(request.query_params, request.headers, await self._body(request))
-        await asyncio.to_thread(check_image, image)
+        body = await self._body(request)
+        content, top = await asyncio.to_thread(
+            self._read, request.query_params, request.headers, body
+        )
         give_up_s = began_s + self._config.longest_wait_s
-        found = await predict_batch(Item(image=image, give_up_s=give_up_s))
+        found = await predict_batch(Item(content=content, give_up_s=give_up_s))
         if isinstance(found, Refused):
             raise found
-        return self._told(found, top)
+        return await asyncio.to_thread(self._requests_of.told, found, top)
 
     async def _body(self, request: Any) -> bytes:
         data = bytearray()
@@ -154,41 +170,21 @@ class Classifier:
                 raise Refused(413, f"the body has more than {MAX_BODY_BYTES:,} bytes")
         return bytes(data)
 
-    def predict(self, items: Sequence[Item]) -> list[Tensor | Refused]:
-        """Return the class probabilities [classes] of each image, or why there are none."""
+    def predict(self, items: Sequence[Item]) -> list[Any]:
+        """Return what is found for each request, or why there is nothing."""
         now = self._clock()
         late = Refused(503, FULL.format(RETRY_S), {"retry-after": str(RETRY_S)})
-        found: list[Tensor | Refused] = [late] * len(items)
+        found: list[Any] = [late] * len(items)
         places = [i for i, item in enumerate(items) if now <= item.give_up_s]
         if not places:
             return found
         self._requests += len(places)
         self._batches += 1
         self._largest = max(self._largest, len(places))
-        images = [items[place].image for place in places]
-        try:
-            answers = self._together(images)
-        except DecodeError:  # one of them is of a size that the network cannot be shown
-            answers = [self._alone(image) for image in images]
+        answers = self._requests_of.together([items[place].content for place in places])
         for place, answer in zip(places, answers, strict=True):
             found[place] = answer
         return found
-
-    def _together(self, images: Sequence[bytes]) -> list[Tensor | Refused]:
-        from downpour.workers.evaluation.predictor import rows_of
-
-        names = ["the image"] * len(images)
-        answer = self._predictor.answer(rows_of(images, names), on_bad_image="skip")
-        self._tells_classes = answer.of_classes
-        good = dict(zip(answer.kept.tolist(), answer.probabilities, strict=True))
-        problems = iter(answer.problems)
-        return [good[i] if i in good else Refused(400, next(problems)) for i in range(len(images))]
-
-    def _alone(self, image: bytes) -> Tensor | Refused:
-        try:
-            return self._together([image])[0]
-        except DecodeError as error:
-            return Refused(400, str(error))
 
     def stats(self) -> Mapping[str, int]:
         """Return the images and batches so far, and the largest batch."""
@@ -197,25 +193,6 @@ class Classifier:
             "batches": self._batches,
             "largest_batch": self._largest,
         }
-
-
-def check_image(data: bytes) -> None:
-    """Check by its header that `data` is an image of a format and a size that are decoded.
-
-    Raises:
-        Refused: 415 if it is of no format that is read, 413 if it is too large, 400 if its header
-            is damaged.
-    """
-    from downpour.shuffler.images.bounds import open_image
-
-    try:
-        open_image(data).close()
-    except UnknownFormat as error:
-        raise Refused(415, f"the body cannot be read: {error}", {"accept-post": ACCEPTED}) from None
-    except ImageTooLarge as error:
-        raise Refused(413, f"the image is too large: {error}") from None
-    except DecodeError as error:
-        raise Refused(400, f"the image cannot be decoded: {error}") from None
 
 
 def _top(values: Mapping[str, str]) -> int | None:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from downpour.shuffler.dataset.encoding import HUGGING_FACE_KEY, IMAGE_TYPE
+from downpour.shuffler.dataset.encoding import HUGGING_FACE_KEY
 from downpour.shuffler.dataset.files import one_line
+from downpour.shuffler.dataset.image_columns import IMAGE_TYPE
 from downpour.shuffler.errors import IngestError
 
 IMAGE_COLUMNS: Final = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")

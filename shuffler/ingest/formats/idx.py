@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from downpour.shuffler.dataset import files
-from downpour.shuffler.dataset.encoding import IMAGE_TYPE, EncodedImages, PackedBits, schema_for
+from downpour.shuffler.dataset.encoding import EncodedImages, PackedBits, schema_for
 from downpour.shuffler.dataset.files import one_line
+from downpour.shuffler.dataset.image_columns import IMAGE_TYPE
 from downpour.shuffler.errors import IngestError
-from downpour.shuffler.images.decode import bits_array, pack_bits
+from downpour.shuffler.images.bits import bits_array, pack_bits
 from downpour.shuffler.ingest.formats import splits as names_of
 from downpour.shuffler.ingest.formats.source import Batches, Source, SourceSplit, chunk_rows, png
 

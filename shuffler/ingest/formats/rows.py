@@ -13,7 +13,7 @@ from typing import Final
 
 import pyarrow as pa
 
-from downpour.shuffler.dataset.encoding import IMAGE_TYPE
+from downpour.shuffler.dataset.image_columns import IMAGE_TYPE
 from downpour.shuffler.errors import IngestError
 from downpour.shuffler.ingest.formats.report import Report
 from downpour.shuffler.ingest.formats.source import MAX_CHUNK_ROWS

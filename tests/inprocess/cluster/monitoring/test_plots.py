@@ -66,6 +66,16 @@ def test_a_finished_run_has_four_panels_with_its_numbers(tmp_path, monkeypatch):
     assert [bar.get_width() for bar in bars] == [5, 5, 5]
 
 
+@pytest.mark.parametrize(("metric", "title", "scale"), [("miou", "mean IoU", 100), ("r2", "R²", 1)])
+def test_axes_are_those_of_the_task(tmp_path, monkeypatch, metric, title, scale):
+    rows = [{metric if key == "accuracy" else key: row[key] for key in row} for row in ROWS]
+    values = [row[metric] for row in rows if metric in row]
+    axes = drawn(monkeypatch, write_run(tmp_path / "r", rows))[f"validation {title}"]
+    assert axes.get_ylabel() == title
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([scale * value for value in values])
+    assert axes.yaxis.get_major_formatter()(50.0).endswith("%") == (scale == 100)
+
+
 def test_a_run_under_way_has_no_result_and_maybe_no_accuracy(tmp_path, monkeypatch):
     rows = [{"updates": 10, "loss": 1.0, "accuracy": None}, {"updates": 20, "loss": math.nan}]
     panels = drawn(monkeypatch, write_run(tmp_path / "r", rows, tail='{"updates": 30, "lo'))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from downpour.cluster.monitoring.observation import Leases, Observation
 from downpour.cluster.monitoring.prometheus import Metric, PrometheusSink, cumulative
 from downpour.shuffler.delivery import Reading
+from downpour.workers.evaluation.metrics import metrics_of
 from tests.helpers.monitoring import VALUES, partition
 
 
@@ -28,7 +31,7 @@ class FakeMetric:
         self.set(self.values.get(tuple(tags.values()), 0.0) + value, tags)
 
 
-def test_a_partition_that_is_replaced_goes_on_under_its_tags() -> None:
+def made_sink() -> tuple[PrometheusSink, dict[str, FakeMetric]]:
     made: dict[str, FakeMetric] = {}
 
     def make(name: str, definition: Metric) -> FakeMetric:
@@ -43,6 +46,30 @@ def test_a_partition_that_is_replaced_goes_on_under_its_tags() -> None:
         staleness_bound=200,
         make=make,
     )
+    return sink, made
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel", "segmentation"])
+def test_each_task_has_its_own_figures(task: str) -> None:
+    sink, made = made_sink()
+    metrics = metrics_of(task)
+    assert metrics is not None
+    figures = metrics.compute()  # all of a task's, and NaN, since nothing has been scored
+    deciding = next(iter(figures))
+    sink.evaluated(figures)
+    assert not any(made[f"downpour_{name}"].values for name in figures)
+    shown = dict.fromkeys(figures, 0.25)
+    sink.evaluated({**shown, f"best_{deciding}": 0.5, f"moving_{deciding}": -1.0})
+    told = {name: metric.values["a",] for name, metric in made.items() if metric.values}
+    assert told == {
+        **{f"downpour_{name}": 0.25 for name in figures},
+        f"downpour_best_{deciding}": 0.5,
+        f"downpour_moving_{deciding}": -1.0,
+    }
+
+
+def test_a_partition_that_is_replaced_goes_on_under_its_tags() -> None:
+    sink, made = made_sink()
     for version in (100, 130, 110, 150):  # the third comes from a snapshot
         sink.observed(
             Observation(

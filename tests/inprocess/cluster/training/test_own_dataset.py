@@ -13,9 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from downpour.cluster.cli.commands import downpour as command
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.errors import UserError
+from downpour.cluster.errors import UserError, run_cli
 from downpour.cluster.run.folder import RESULT
 from downpour.cluster.trainer.plain_model import plain_model
 from downpour.cluster.training import inputs
@@ -27,7 +28,7 @@ from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.errors import DatasetError
 from tests.helpers import own_data, tables
 from tests.helpers.runs import Run
-from tests.helpers.trained import failed_command, run_command
+from tests.helpers.trained import run_command
 
 MASKS = "dataset:tests.helpers.own_data:masks"
 
@@ -85,8 +86,18 @@ def test_masks_are_learnt_as_by_a_plain_loop_and_every_row_is_asked_for_once_an_
     )
     program = torch.export.load(told["written"]).module()
     torch.testing.assert_close(program(images), found(images), rtol=1e-3, atol=1e-3)
-    why = failed_command("predict", run.folder.path, "x.png", capsys=capsys)
-    assert "inputs come from a dataset of your own" in why
+    np.save(tmp_path / "new.npy", images.numpy())
+    found_masks = run_command(
+        "predict", run.folder.path, tmp_path / "new.npy", "--json", capsys=capsys
+    )
+    assert [each["mask"] for each in found_masks] == answer.tolist()
+    assert sum(p["share"] for p in found_masks[0]["predictions"]) == pytest.approx(1, abs=1e-5)
+    assert found_masks[0]["predictions"][0]["class"] == "ground"
+    assert run_cli(command, ["predict", str(run.folder.path), "x.png"]) == 2
+    assert "x.png is no .npy: the network's inputs come from" in capsys.readouterr().err
+    np.save(tmp_path / "other.npy", images[:, :1].numpy())
+    assert run_cli(command, ["predict", str(run.folder.path), str(tmp_path / "other.npy")]) == 2
+    assert "has an array [32, 1, 8, 8], and the network takes [n, 2" in capsys.readouterr().err
 
 
 def test_what_items_are_is_seen_by_the_first() -> None:

@@ -29,8 +29,6 @@ from downpour.cluster.monitoring.panel import training_panel
 from downpour.cluster.monitoring.progress import plain_line
 from downpour.cluster.monitoring.watch import end, progress
 from downpour.cluster.run.folder import BEST, METRICS, RESULT
-from downpour.cluster.serving.server import app
-from downpour.cluster.serving.settings import ServeConfig
 from downpour.cluster.trainer.plain_model import plain_model
 from downpour.cluster.training import inputs
 from downpour.cluster.training.result import conclude
@@ -180,11 +178,6 @@ def test_evaluate_predict_and_export_follow_the_task(
     assert "is for pictures" in why
     why = failed_command("evaluate", path, "--crops", "10", capsys=capsys)
     assert "rows of numbers have none" in why
-    with (
-        pytest.raises(UserError, match="takes rows of numbers"),
-        app.serving([path], best=False, weights=None, config=ServeConfig(), address=None),
-    ):
-        pass
     without = rows.drop_columns(["k"])
     pq.write_table(without, tmp_path / "without.parquet")
     assert run_cli(command, ["predict", str(path), str(tmp_path / "without.parquet")]) == 2

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from downpour.shuffler.dataset.encoding import IMAGE_TYPE
+from downpour.shuffler.dataset.image_columns import IMAGE_TYPE
 from downpour.shuffler.dataset.labels import check_images, check_labels, highest_label
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DatasetError

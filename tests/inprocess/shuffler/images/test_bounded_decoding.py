@@ -19,7 +19,7 @@ SCRIPT = """
 import json, sys, time
 import numpy as np
 import pyarrow as pa
-from downpour.shuffler.dataset.encoding import IMAGE_TYPE
+from downpour.shuffler.dataset.image_columns import IMAGE_TYPE
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.decode import Decoder, ImageSpec, decode_image
 from downpour.shuffler.images.augment import AugmentConfig

@@ -13,7 +13,8 @@ from PIL import Image
 
 from downpour.shuffler.dataset.encoding import EncodedImages, PackedBits, schema_for
 from downpour.shuffler.errors import DecodeError
-from downpour.shuffler.images.decode import Decoder, ImageSpec, bits_array, decode, pack_bits
+from downpour.shuffler.images.bits import bits_array, pack_bits
+from downpour.shuffler.images.decode import Decoder, ImageSpec, decode
 from downpour.shuffler.images.pixels import decode_any, open_image
 from downpour.shuffler.images.reading import Reading
 

@@ -144,13 +144,13 @@ def test_a_batch_answers_each_by_itself(classifier: Classifier) -> None:
     later = time.monotonic() + 60
     bad, late = IMAGE[:200], time.monotonic() - 1
     items = [
-        Item(image=image, give_up_s=until)
+        Item(content=image, give_up_s=until)
         for image, until in ((IMAGE, later), (bad, later), (IMAGE, late), (IMAGE, later))
     ]
     first, damaged, waited, last = classifier.predict(items)
-    assert isinstance(first, torch.Tensor)
-    assert isinstance(last, torch.Tensor)
-    torch.testing.assert_close(first, last)
+    (answer, one), (same, other) = first, last
+    assert same is answer
+    torch.testing.assert_close(answer.probabilities[one], answer.probabilities[other])
     assert isinstance(damaged, Refused)
     assert isinstance(waited, Refused)
     assert (damaged.status, waited.status) == (400, 503)

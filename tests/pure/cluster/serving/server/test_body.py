@@ -29,7 +29,7 @@ END = b"--XyZ--\r\n"
 )
 def test_the_body_is_the_image(kind: str | None) -> None:
     sent = sent_in({"content-type": kind} if kind else {}, IMAGE)
-    assert (sent.image, sent.fields) == (IMAGE, {})
+    assert (sent.content, sent.fields) == (IMAGE, {})
 
 
 def test_a_file_in_a_form() -> None:
@@ -43,7 +43,7 @@ def test_a_file_in_a_form() -> None:
         (FORM, part('name="f"; filename="x"', IMAGE, None) + END, {}),
     ):
         sent = sent_in({"content-type": kind}, body)
-        assert (sent.image, sent.fields) == (IMAGE, fields)
+        assert (sent.content, sent.fields) == (IMAGE, fields)
 
 
 @pytest.mark.parametrize(
