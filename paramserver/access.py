@@ -8,7 +8,7 @@ from typing import Literal
 from downpour.paramserver.errors import NotColocated
 from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.link import Link
-from downpour.paramserver.transport.names import TransportName, WireDtypeName
+from downpour.paramserver.transport.names import TransportName, WireName
 from downpour.paramserver.transport.network.client import NetworkConnection
 from downpour.paramserver.transport.network.compress import wire_dtype
 from downpour.paramserver.transport.network.security import Credentials
@@ -22,8 +22,8 @@ class Access:
 
     transport: TransportName = "auto"
     """`auto` goes by where a partition is; the other two are used in any case."""
-    wire_dtype: WireDtypeName = "float32"
-    """How gradients travel over the network."""
+    wire: WireName = "float32"
+    """How gradients, and with `int8` weights, travel over the network."""
     credentials: Credentials | None = None
     """The clients'; without them nothing that goes over the network is encrypted."""
 
@@ -73,6 +73,6 @@ def connect(
         key=key,
         credentials=access.credentials,
         mailboxes=mailboxes,
-        wire=wire_dtype(access.wire_dtype),
+        wire=wire_dtype(access.wire),
         deadline_s=deadline_s,
     )

@@ -28,6 +28,7 @@ from downpour.paramserver.messages import (
     PermitRequest,
     PullRequest,
     Push,
+    RoundedWeights,
     Weights,
     Welcome,
     WireDtype,
@@ -50,21 +51,24 @@ class Kind(enum.IntEnum):
     ADMISSION = 9
     PERMIT_REQUEST = 10
     FOLLOW = 11
+    ROUNDED_WEIGHTS = 12
 
 
 _PREFIX = struct.Struct("<4sB")
 _HELLO = struct.Struct(f"<4sB{KEY_BYTES}sQQII")
 _WELCOME = struct.Struct("<4sBQQI")
-_PUSH = struct.Struct("<4sBIIIIQddI")
+_PUSH = struct.Struct("<4sBIIIIQddBI")
 _COUNT = struct.Struct("<I")  # the last of a push's head
 _ANSWER = struct.Struct("<4sBIBQ")
 _PULL_REQUEST = struct.Struct("<4sB?")
 _PERMIT_REQUEST = struct.Struct("<4sBI")
 _WEIGHTS = struct.Struct("<4sBQ?")
+_ROUNDED_WEIGHTS = struct.Struct("<4sBQQ?")
 _FOLLOW = struct.Struct("<4sBI")
 _CHALLENGE = struct.Struct(f"<4sB{NONCE_BYTES}s")
 _INTRODUCTION = struct.Struct(f"<4sB{PROOF_BYTES}s{NONCE_BYTES}sIQQIIB")
 _ADMISSION = struct.Struct(f"<4sB{PROOF_BYTES}sQQ")
+_WIRES = {int(wire): wire for wire in WireDtype}  # the enum's own look-up is slow
 _INDICES = [struct.Struct(f"<{n}I") for n in range(MAX_BATCHES + 1)]
 
 
@@ -82,6 +86,7 @@ def encode(message: Message) -> bytes:
                 message.version,
                 message.loss,
                 message.gradient_norm,
+                message.wire,
                 len(message.batches),
             )
             return head + _INDICES[len(message.batches)].pack(*message.batches)
@@ -113,6 +118,14 @@ def encode(message: Message) -> bytes:
             return _PERMIT_REQUEST.pack(MAGIC, Kind.PERMIT_REQUEST, message.mailbox)
         case Weights():
             return _WEIGHTS.pack(MAGIC, Kind.WEIGHTS, message.version, message.statistics)
+        case RoundedWeights():
+            return _ROUNDED_WEIGHTS.pack(
+                MAGIC,
+                Kind.ROUNDED_WEIGHTS,
+                message.version,
+                message.num_bytes,
+                message.statistics,
+            )
         case Follow():
             return _FOLLOW.pack(MAGIC, Kind.FOLLOW, message.generation)
         case Challenge():
@@ -210,7 +223,8 @@ def _length(packet: bytes, at: int) -> int:
 
 
 def _decode_push(data: bytes) -> Push:
-    _, _, mailbox, replica, epoch, examples, version, loss, norm, count = _PUSH.unpack_from(data)
+    fields = _PUSH.unpack_from(data)
+    _, _, mailbox, replica, epoch, examples, version, loss, norm, wire, count = fields
     if not 1 <= count <= MAX_BATCHES:
         raise MalformedMessage(f"a push that names {count} mini-batches")
     if len(data) != _PUSH.size + 4 * count:
@@ -227,6 +241,7 @@ def _decode_push(data: bytes) -> Push:
         version=version,
         loss=loss,
         gradient_norm=norm,
+        wire=_WIRES[wire] if wire in _WIRES else WireDtype(wire),
     )
 
 
@@ -244,6 +259,11 @@ def _decode_pull_request(data: bytes) -> PullRequest:
 def _decode_weights(data: bytes) -> Weights:
     _, _, version, _ = _WEIGHTS.unpack(data)
     return Weights(version=version, statistics=_flag(data[-1]))
+
+
+def _decode_rounded_weights(data: bytes) -> RoundedWeights:
+    _, _, version, num_bytes, _ = _ROUNDED_WEIGHTS.unpack(data)
+    return RoundedWeights(version=version, num_bytes=num_bytes, statistics=_flag(data[-1]))
 
 
 def _decode_follow(data: bytes) -> Follow:
@@ -277,6 +297,7 @@ def _decode_admission(data: bytes) -> Admission:
 _BETWEEN_MACHINES: dict[int, Callable[[bytes], Message]] = {
     Kind.PULL_REQUEST: _decode_pull_request,
     Kind.WEIGHTS: _decode_weights,
+    Kind.ROUNDED_WEIGHTS: _decode_rounded_weights,
     Kind.FOLLOW: _decode_follow,
     Kind.CHALLENGE: _decode_challenge,
     Kind.INTRODUCTION: _decode_introduction,

@@ -17,7 +17,7 @@ from downpour.paramserver.rules.policy import Guard, StalenessPolicy
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.statistics import StatisticsRule
 from downpour.paramserver.rules.update import Regulariser, Rule, check_fraction
-from downpour.paramserver.transport.names import NODE, TransportName, WireDtypeName
+from downpour.paramserver.transport.names import NODE, TransportName, WireName
 
 PARTITION_BYTES = 1 << 24
 """Weights for which another partition pays: below this, a push costs more than its bytes."""
@@ -31,8 +31,10 @@ class NetworkConfig:
     """Shared memory within a machine and the network between machines, or one of the two always."""
     encrypt: bool = True
     """Whether what goes over the network is encrypted; peers are authenticated in any case."""
-    wire_dtype: WireDtypeName = "float32"
-    """How gradients go over the network; 16 bits are with error feedback."""
+    wire: WireName = field(default="float32", metadata={"formerly": "wire-dtype"})
+    """How gradients and weights go over the network. `bfloat16` and `float16` are for gradients,
+    with error feedback. `int8` rounds both, to a byte and less, and `int4` gradients to half of
+    one: these are for slow links."""
     listen: str = "auto"
     """Address that partitions listen on: `auto` is the one by which Ray knows the node in a cluster
     of several, and on a single node loopback, or none where nobody comes over the network."""

@@ -24,11 +24,20 @@ NONCE_BYTES = PROOF_BYTES = 32
 
 
 class WireDtype(enum.IntEnum):
-    """How gradients travel between machines. Weights and moments always do as float32."""
+    """How gradients travel between machines. BN's moments and statistics always do as float32."""
 
     FLOAT32 = 1
     BFLOAT16 = 2
     FLOAT16 = 3
+    INT8 = 4
+    """Weights travel in 8 bits or fewer, too (`transport.wire`)."""
+    INT4 = 5
+    """As `INT8`, with gradients in 4 bits."""
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether weights travel on a grid, and not as float32."""
+        return self in (WireDtype.INT8, WireDtype.INT4)
 
 
 class Outcome(enum.IntEnum):
@@ -105,6 +114,9 @@ class Push:
     """Mean loss over the examples."""
     gradient_norm: float
     """Euclidean norm of the whole gradient, over all partitions."""
+    wire: WireDtype = WireDtype.FLOAT32
+    """How the gradient, and the weights that it was computed on, came to where they were wanted;
+    `FLOAT32` on one machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +156,16 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RoundedWeights:
+    """As `Weights`, but the weights are what `transport.wire.weights` makes of them."""
+
+    version: int
+    statistics: bool
+    num_bytes: int
+    """Of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Challenge:
     """The partition's first message between machines."""
 
@@ -168,7 +190,7 @@ class Introduction:
     depth: int
     """The most mini-batches in a push (`n_push`); 0 for a client that only pulls."""
     wire: WireDtype
-    """How its gradients travel."""
+    """How its gradients travel, and the weights that it pulls."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +222,7 @@ Message = (
     | PullRequest
     | PermitRequest
     | Weights
+    | RoundedWeights
     | Follow
     | Challenge
     | Introduction

@@ -54,7 +54,7 @@ def check_goal(model: ModelConfig, policy: PolicyConfig) -> None:
 
 
 def _check_record(server: ServerConfig, replicas: ReplicaConfig) -> None:
-    n_push, wire = replicas.steps.n_push, server.network.wire_dtype
+    n_push, wire = replicas.steps.n_push, server.network.wire
     if n_push != 1:
         raise ValueError(f"record pushes is on, and n push is {n_push}: give n push 1")
     threads = replicas.threads_per_process
@@ -69,10 +69,10 @@ def _check_record(server: ServerConfig, replicas: ReplicaConfig) -> None:
             f"record pushes is on, and steps together is {together}: a record names one mini-batch "
             "a push; give steps together 1, or none"
         )
-    if wire != "float32":
+    if wire in ("bfloat16", "float16"):
         raise ValueError(
-            f"record pushes is on, and wire dtype is {wire}, which adds what earlier "
-            "rounding left out: give wire dtype float32"
+            f"record pushes is on, and wire is {wire}, which adds what earlier "
+            "rounding left out: give wire float32, int8 or int4"
         )
 
 
@@ -96,11 +96,16 @@ def _check_device(replicas: ReplicaConfig, policy: PolicyConfig) -> None:
 
 
 def _check_compensation(server: ServerConfig, replicas: ReplicaConfig) -> None:
-    wire, slots = server.network.wire_dtype, replicas.slots
-    if wire != "float32":
+    wire, slots = server.network.wire, replicas.slots
+    if wire in ("bfloat16", "float16"):
         raise ValueError(
-            f"staleness policy is compensate, and wire dtype is {wire}, which adds what "
-            "rounding left out of gradients on other weights: give wire dtype float32"
+            f"staleness policy is compensate, and wire is {wire}, which adds what "
+            "rounding left out of gradients on other weights: give wire float32"
+        )
+    if wire in ("int8", "int4"):
+        raise ValueError(
+            f"staleness policy is compensate, and wire is {wire}, whose gradients are on rounded "
+            "weights, which no partition keeps: give wire float32"
         )
     bound = server.policy.staleness_bound
     if bound < slots:

@@ -15,9 +15,10 @@ settings (`settings`).
     server: ServerConfig          the options of its fields
 
 A field opts out with `field(metadata={"cli": False})`, and takes another name on the command line
-with `field(metadata={"cli": "server-seed"})`. With `{"only_with": ("rule", ("sgd",))}` the option
-is refused unless the field `rule` beside it has one of these values. Two fields with one option, or
-a type that has no form on the command line, are errors at import.
+with `field(metadata={"cli": "server-seed"})`. `{"formerly": "server-port"}` is an earlier name
+that stays beside the new one. With `{"only_with": ("rule", ("sgd",))}` the option is refused unless
+the field `rule` beside it has one of these values. Two fields with one option, or a type that has
+no form on the command line, are errors at import.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class SettingOption(click.Option):
             declaration = f"{setting.option}/{setting.off_option}"
         self.section = _title(setting.owner)
         self._setting = setting
+        earlier = [] if setting.formerly is None else [f"--{setting.formerly.replace('_', '-')}"]
         super().__init__(
-            [setting.name, declaration],
+            [setting.name, declaration, *earlier],
             # The value only tells click that there is one: what counts for `apply` is what was
             # given, and the default that is shown is the configuration's.
             default=None,
@@ -202,6 +204,7 @@ def apply(config: ConfigT, given: Mapping[str, object]) -> ConfigT:
     """
     config_class: type = type(config)
     paths = {setting.name: setting for setting in settings_of(config_class)}
+    paths |= {s.formerly: s for s in settings_of(config_class) if s.formerly is not None}
     changes = [(paths[name], value) for name, value in given.items()]
     if not changes:
         return config

@@ -97,6 +97,7 @@ def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
       leases are cut that way.
     - A run from before `orientation` saw images as they are stored: not turned, and the colours
       that transparency hides.
+    - What `wire` says was called `wire_dtype`.
     - A run from before `plan_version` had the plan of version 1, which says which rows its
       mini-batches hold.
     """
@@ -107,6 +108,12 @@ def upgraded(plain: Mapping[str, Any]) -> Mapping[str, Any]:
     if "orientation" not in image and "shape" not in image:
         image = {**image, "orientation": "ignore", "transparency": "drop"}
     data = {"plan_version": 1, **plain.get("data", {})}
+    server = dict(plain.get("server", {}))
+    network = dict(server.get("network", {}))
+    if "wire_dtype" in network:
+        network["wire"] = network.pop("wire_dtype")
+        server["network"] = network
+        plain = {**plain, "server": server}
     return {
         **plain,
         "data": data,

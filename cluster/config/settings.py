@@ -55,6 +55,9 @@ class Setting:
     only_with: tuple[str, tuple[object, ...]] | None = None
     """A field beside it, and the values of that field with which this one means something."""
 
+    formerly: str | None = None
+    """The option's earlier name in snake case, which is still understood."""
+
     @property
     def option(self) -> str:
         """The option as a user types it."""
@@ -212,7 +215,12 @@ def _walk(config_class: type, path: tuple[str, ...]) -> typing.Iterator[Setting]
             default=_default(field),
             help=docstrings.get(field.name, ""),
             only_with=field.metadata.get("only_with"),
+            formerly=_snake(field.metadata.get("formerly")),
         )
+
+
+def _snake(option: str | None) -> str | None:
+    return None if option is None else option.replace("-", "_")
 
 
 def _param_type(annotation: Any) -> click.ParamType[Any] | None:

@@ -430,7 +430,7 @@ def _failure_of(call: Any, lost: type[Exception], what: str) -> Exception | None
 
 def _network(config: NetworkConfig, spec: PartitionSpec) -> tuple[Access, Credentials | None]:
     """How clients reach the partitions, and the partitions' credentials, made here if need be."""
-    access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
+    access = Access(transport=config.transport, wire=config.wire)
     if spec.listen is None or not config.encrypt:
         return access, None
     credentials = issue()

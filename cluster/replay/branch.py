@@ -15,6 +15,8 @@ from downpour.paramserver.partition.record import Branch, Entry
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.partition.vectors import Version
+from downpour.paramserver.transport.network.compress import BITS
+from downpour.paramserver.transport.wire.gradients import place_of, rounded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,9 +98,13 @@ class BranchReplay:
             version=entry.version,
             loss=result.loss,
             gradient_norm=result.gradient_norm,
+            wire=entry.wire,
         )
         moments = result.moments[:, :, part.feature_start : part.feature_stop]
         gradient = result.gradient[part.trained].clone()
+        if entry.wire in BITS:
+            place = place_of(entry.epoch, entry.batch, part.index)
+            gradient = rounded(gradient, place, BITS[entry.wire])
         before = self.state.current
         outcome = self.state.apply(push, gradient, moments, self._room)
         self._turn_over(before)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from downpour.cluster.replay.history import BranchId, Computation, ComputationId, History, VersionId
 from downpour.paramserver.errors import BadRecord
+from downpour.paramserver.messages import WireDtype
 from downpour.paramserver.partition import record
 from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.transport.wire.weights import on_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +101,8 @@ class Gradients:
         bases = [computation.bases[p] for p in range(len(self._partitions))]
         if not self.weights.has(bases):
             return None
-        result = self._compute(computation.id, bases)
+        wires = [computation.wires[p] for p in range(len(self._partitions))]
+        result = self._compute(computation.id, bases, wires)
         if not _is_recorded(result, computation.id):
             epoch, batch, _ = computation.id
             at = ", ".join(f"version {v} of partition {p}" for p, _, v in bases)
@@ -124,25 +127,38 @@ class Gradients:
         if self._history.complete(computation):
             return False
         choices = [
-            [computation.bases[partition]]
-            if partition in computation.bases
-            else self.weights.of_partition(partition)
-            for partition in range(len(self._partitions))
+            self._choices(computation, partition) for partition in range(len(self._partitions))
         ]
-        for bases in itertools.islice(itertools.product(*choices), MAX_TRIES):
+        for chosen in itertools.islice(itertools.product(*choices), MAX_TRIES):
+            bases, wires = zip(*chosen, strict=True)
             if not self.weights.has(bases):
                 continue
-            result = self._compute(computation.id, bases)
+            result = self._compute(computation.id, bases, wires)
             if _is_recorded(result, computation.id):
                 computation.bases = {base.partition: base for base in bases}
+                computation.wires = dict(enumerate(wires))
                 self._keep(computation, bases, result)
                 return True
         return False
 
-    def _compute(self, id: ComputationId, bases: Sequence[VersionId]) -> Computed:
-        for base in bases:
+    def _choices(
+        self, computation: Computation, partition: int
+    ) -> list[tuple[VersionId, WireDtype]]:
+        """The versions of a partition, and ways, that a gradient may have been computed on."""
+        if partition in computation.bases:
+            return [(computation.bases[partition], computation.wires[partition])]
+        wires = self._history.wires(partition)
+        return [(base, wire) for base in self.weights.of_partition(partition) for wire in wires]
+
+    def _compute(
+        self, id: ComputationId, bases: Sequence[VersionId], wires: Sequence[WireDtype]
+    ) -> Computed:
+        for base, wire in zip(bases, wires, strict=True):
             part = self._partitions[base.partition]
-            self._recomputer.weights[part.start : part.stop] = self.weights.get(base).numpy()
+            weights = self.weights.get(base)
+            if wire.rounds_weights:
+                weights = on_grid(weights)
+            self._recomputer.weights[part.start : part.stop] = weights.numpy()
         epoch, batch, _ = id
         return self._recomputer.compute(epoch, batch)
 

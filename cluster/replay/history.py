@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from downpour.paramserver.errors import BadRecord
-from downpour.paramserver.messages import Outcome
+from downpour.paramserver.messages import Outcome, WireDtype
 from downpour.paramserver.partition.record import Branch, Entry
 
 BranchId: TypeAlias = tuple[int, int]
@@ -54,6 +54,8 @@ class Computation:
     bases: dict[int, VersionId] = field(default_factory=dict)
     """By partition, the version that it was computed on. A partition that never got the push is
     missing: its process died between two pushes."""
+    wires: dict[int, WireDtype] = field(default_factory=dict)
+    """By partition, how the weights went and the gradient came; for those in `bases`."""
     left: int = 0
     """Entries that apply it and have not been replayed yet."""
 
@@ -108,6 +110,11 @@ class History:
         """Whether the record says on which version of every partition it was computed."""
         return len(computation.bases) == self.num_partitions
 
+    def wires(self, partition: int) -> list[WireDtype]:
+        """The ways by which gradients came to a partition."""
+        found = {c.wires[partition] for c in self.computations.values() if partition in c.wires}
+        return sorted(found)
+
     def needed(self) -> Counter[VersionId]:
         """How many computations need the weights of each version."""
         needed: Counter[VersionId] = Counter()
@@ -135,6 +142,7 @@ class History:
                 number = self._parents[branch.partition, number]
             base = VersionId(branch.partition, number, entry.version)
             computation.bases[branch.partition] = base
+            computation.wires[branch.partition] = entry.wire
 
     def _largest_staleness(self) -> int:
         largest = 0

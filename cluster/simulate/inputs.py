@@ -59,6 +59,8 @@ class Costs:
     """Of a mini-batch at the shuffler."""
     score_s: float = 0.0
     """Of an evaluation."""
+    num_parameters: int = 0
+    """Of the model."""
     gradient_bytes: float = 0.0
     """Of a gradient on its way between machines, to all partitions together."""
     weights_bytes: float = 0.0

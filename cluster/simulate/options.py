@@ -12,6 +12,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.simulate.inputs import Costs, Faults, Inputs, Machines, Spread
 from downpour.cluster.simulate.likeness import Likeness
 from downpour.paramserver.rules.policy import PolicyName
+from downpour.paramserver.transport.names import BYTES_AN_ELEMENT
 from downpour.shuffler.processors import processors
 from downpour.workers.spec import InFlight
 
@@ -166,8 +167,7 @@ def make_inputs(
             f"{background:g} of {count} processors are not the run's to use: give more "
             "--processors, or less --background"
         )
-    wide_bytes = 4.0 * num_parameters
-    narrow = config.server.network.wire_dtype != "float32"
+    pushed, pulled = BYTES_AN_ELEMENT[config.server.network.wire]
     return Inputs(
         config=config,
         num_rows=num_rows,
@@ -181,8 +181,9 @@ def make_inputs(
             apply=Spread(mean_s=apply_s, spread=given.step_spread),
             read_s=like.read_s if like else 0.0,
             score_s=like.score_s if like else 0.0,
-            gradient_bytes=wide_bytes / 2 if narrow else wide_bytes,
-            weights_bytes=wide_bytes,
+            num_parameters=num_parameters,
+            gradient_bytes=pushed * num_parameters,
+            weights_bytes=pulled * num_parameters,
         ),
         machines=Machines(
             machines=given.machines,

@@ -150,7 +150,7 @@ class VirtualPartition:
         self._processors = processors
         self._costs = costs
         self._rng = rng
-        share = round(costs.weights_bytes / 4 / num_partitions)
+        share = round(costs.num_parameters / num_partitions)
         self._push_by_push = updates_in_place(share)
         """Whether each version of a packet can be pulled, as `paramserver.server.server` does it.
         """

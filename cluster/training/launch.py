@@ -34,6 +34,7 @@ from downpour.cluster.training.process import process_age_s, stop_on_signals
 from downpour.cluster.training.result import conclude, stopped
 from downpour.cluster.training.session import on_ray, ray_address
 from downpour.paramserver.messages import KEY_BYTES
+from downpour.paramserver.transport.names import BYTES_AN_ELEMENT
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
@@ -301,11 +302,11 @@ def _sinks(session: _Session, model: Model) -> list[Sink]:
     from downpour.cluster.monitoring.tensorboard import TensorBoardSink
 
     server, steps = session.config.server, session.config.replicas.steps
-    itemsize = 4 if server.network.wire_dtype == "float32" else 2
+    pushed, pulled = BYTES_AN_ELEMENT[server.network.wire]
     prometheus = PrometheusSink(
         run=session.folder.name,
-        push_bytes=model.weights.size * itemsize,
-        pull_bytes=model.weights.nbytes,
+        push_bytes=round(pushed * model.weights.size),
+        pull_bytes=round(pulled * model.weights.size),
         steps_per_push=steps.n_push,
         steps_per_pull=steps.n_fetch,
         staleness_bound=server.policy.staleness_bound,

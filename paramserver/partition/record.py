@@ -2,8 +2,8 @@
 
 With the plan of the mini-batches it is all that is needed to compute a run again
 (`cluster.replay`). An entry names the mini-batch, the replica, the version that the push was
-computed on, and what became of it. It also has a fingerprint of the loss and the gradient's norm.
-The fingerprint tells two computations of one mini-batch apart, on all partitions.
+computed on, how it travelled, and what became of it. It also has a fingerprint of the loss and the
+gradient's norm. The fingerprint tells two computations of one mini-batch apart, on all partitions.
 
 The file is mapped, so an entry costs no system call and outlives its process. An entry is written
 before its version is published, so the record explains all weights that were ever pulled. It need
@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from downpour.paramserver.errors import BadRecord
-from downpour.paramserver.messages import Outcome, Push
+from downpour.paramserver.messages import Outcome, Push, WireDtype
 
 MAGIC = b"DPRPUSH1"
 _HEADER = struct.Struct("<8sQIIB7x")
 _ROLE_AT = _HEADER.size - 8
 _PRIMARY, _FOLLOWER = 0, 1
-_ENTRY = struct.Struct("<IIHBxII")
-"""Epoch, mini-batch, replica, outcome, version pulled, fingerprint."""
+_ENTRY = struct.Struct("<IIHBBII")
+"""Epoch, mini-batch, replica, outcome, wire less 1, version pulled, fingerprint. Records of earlier
+releases have a 0 for the wire, which is float32."""
 _NUMBERS = struct.Struct("<dd")
 CHUNK_BYTES = 1 << 20
 
@@ -49,6 +50,8 @@ class Entry:
     version: int
     """The version that it was computed on."""
     fingerprint: int
+    wire: WireDtype = WireDtype.FLOAT32
+    """How its gradient came, and the weights for it went."""
 
 
 class PushRecord:
@@ -98,6 +101,7 @@ class PushRecord:
             push.batches[0],
             push.replica,
             outcome,
+            push.wire - 1,
             push.version,
             fingerprint(push.loss, push.gradient_norm),
         )
@@ -169,7 +173,7 @@ def read(path: Path) -> Branch:
 
 def _entries(data: bytes) -> Iterator[Entry]:
     for at in range(_HEADER.size, len(data) - _ENTRY.size + 1, _ENTRY.size):
-        epoch, batch, replica, outcome, version, mark = _ENTRY.unpack_from(data, at)
+        epoch, batch, replica, outcome, wire, version, mark = _ENTRY.unpack_from(data, at)
         if not outcome:
             return  # the rest was never written
         yield Entry(
@@ -179,4 +183,5 @@ def _entries(data: bytes) -> Iterator[Entry]:
             outcome=Outcome(outcome),
             version=version,
             fingerprint=mark,
+            wire=WireDtype(wire + 1),
         )

@@ -16,7 +16,7 @@ from downpour.paramserver.admission.permits import Permit, Permits
 from downpour.paramserver.admission.rounds import RoundPermits
 from downpour.paramserver.codec import decode_all, encode
 from downpour.paramserver.errors import MalformedMessage
-from downpour.paramserver.messages import Answer, Outcome, PermitRequest, Push
+from downpour.paramserver.messages import Answer, Outcome, PermitRequest, Push, WireDtype
 from downpour.paramserver.partition.vectors import Arrival
 from downpour.paramserver.rules.policy import StalenessPolicy
 from downpour.paramserver.server.replies import Replies
@@ -84,6 +84,8 @@ class OpenIntake:
             if not isinstance(push, Push):
                 raise MalformedMessage(f"{type(push).__name__} in place of a push")
             views, count, box = side.views, len(push.batches), push.mailbox
+            if push.wire is not WireDtype.FLOAT32:
+                raise MalformedMessage(f"a push as {push.wire.name} through shared memory")
             if views is None or box >= len(views.gradients) or count > side.depth:
                 raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
             arrivals.append((push, views.gradients[box], views.moments[box][:count]))
@@ -174,6 +176,8 @@ class PermitIntake:
                 self._permits.ask((fd, box))
                 continue
             count = len(message.batches)
+            if message.wire is not WireDtype.FLOAT32:
+                raise MalformedMessage(f"a push as {message.wire.name} through shared memory")
             if count > side.depth:
                 raise MalformedMessage(f"a push of {count} mini-batches from mailbox {box}")
             pending = PendingPush(message, views.gradients[box], views.moments[box][:count])

@@ -170,7 +170,7 @@ class PartitionServer:
             network=self._network.address,
         )
         self._scratch = torch.empty(0)
-        """Where a gradient that came as 16 bits is float32 again."""
+        """Where a gradient that came in fewer bits is float32 again."""
         self._poller = Poller()
         self._connections = Connections(
             partition, sides, epoll=self._poller.epoll, clock=clock, gone=self._on_gone
@@ -408,8 +408,8 @@ class PartitionServer:
     def _serve_network(self, side: NetworkSide) -> None:
         side.allow()
         while (push := side.next()) is not None:
-            if not side.is_float32 and len(self._scratch) < self.partition.num_trained:
-                self._scratch = torch.empty(self.partition.num_trained)
+            if len(self._scratch) < side.scratch_size:
+                self._scratch = torch.empty(side.scratch_size)
             moments = side.moments[: len(push.batches)]
             self._intake.take_network(side, push, side.gradient(self._scratch), moments)
         if side.follow is not None:

@@ -126,7 +126,8 @@ class Versions:
     def send(self, side: NetworkSide) -> None:
         """Begin to send the latest weights over the network."""
         buffer = self.published.current_buffer
-        side.send_weights(buffer, self._ledger.weights_version, *self._buffers[buffer])
+        latest, views = self.published.versions[buffer], self._buffers[buffer]
+        side.send_weights(buffer, self._ledger.weights_version, latest, views)
 
     def close(self) -> None:
         """Give up the memory."""

@@ -184,6 +184,10 @@ LIES = {
     + encode(a_push(1, 2)),
     "more mini-batches than it may": prefix(len(encode(a_push(1, batches=(1, 2)))), PAYLOAD)
     + encode(a_push(1, batches=(1, 2))),
+    "a push by another wire": prefix(len(encode(a_push(1))), PAYLOAD)
+    + encode(a_push(1, wire=WireDtype.INT8)),
+    "a push by no wire": prefix(len(encode(a_push(1))), PAYLOAD)
+    + encode(a_push(1)).replace(b"\1\1\0\0\0\1\0\0\0", b"\x09\1\0\0\0\1\0\0\0"),
     "a follower that pushes": bytes_of(*frame(Follow(generation=1))),
     "more pulls than mailboxes": 4 * bytes_of(*frame(PullRequest(statistics=False))),
 }

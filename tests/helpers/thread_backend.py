@@ -117,7 +117,7 @@ class ThreadBackend:
 
     def _network(self) -> tuple[Access, Credentials | None]:
         config = self.config.server.network
-        access = Access(transport=config.transport, wire_dtype=config.wire_dtype)
+        access = Access(transport=config.transport, wire=config.wire)
         if config.listens_on(1) is None or not config.encrypt:
             return access, None
         keys = issue()

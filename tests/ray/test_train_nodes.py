@@ -93,7 +93,7 @@ def test_a_run_on_labelled_nodes_with_rows_from_two_disks(
 
     process = commands.start(
         *(*common, "--name", "run", "--epochs", "4"),
-        *("--transport", "network", "--wire-dtype", "bfloat16"),
+        *("--transport", "network", "--wire", "bfloat16"),
         log=log,
     )
     try:

@@ -9,14 +9,13 @@ buffers, which do the same for less; then the calling thread does everything.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -35,13 +34,14 @@ from downpour.paramserver.messages import (
     PermitRequest,
     PullRequest,
     Push,
+    RoundedWeights,
     Weights,
     WireDtype,
 )
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.link import FloatArray, Pull
 from downpour.paramserver.transport.network.channel import SLICE_BYTES, Channel
-from downpour.paramserver.transport.network.compress import TORCH_DTYPES, encoder
+from downpour.paramserver.transport.network.compress import encoder, room_for
 from downpour.paramserver.transport.network.connect import connect
 from downpour.paramserver.transport.network.frames import (
     FrameReader,
@@ -52,6 +52,7 @@ from downpour.paramserver.transport.network.frames import (
 )
 from downpour.paramserver.transport.network.security import Credentials
 from downpour.paramserver.transport.shared.mailboxes import Mailboxes
+from downpour.paramserver.transport.wire.weights import WeightsReceiver, most_bytes
 
 THREAD_BYTES = 1 << 19
 """Slices of the weights of this size and more get a thread."""
@@ -66,19 +67,43 @@ class _Wanted:
     """A partition's part of a pull."""
 
     pull: Pull
-    places: list[memoryview]
+    weights: FloatArray
     statistics: FloatArray | None
     staged: FloatArray | None
     """Statistics as they come, contiguous; `statistics` need not be."""
     version: int = 0
 
+    def places(self, weights: memoryview) -> list[memoryview]:
+        """Where the payload goes, if weights are received into `weights`."""
+        return [weights] if self.staged is None else [weights, memory_of(self.staged)]
+
+
+class _Rounded:
+    """Where weights come that are not float32 yet."""
+
+    def __init__(self, size: int) -> None:
+        self._receiver = WeightsReceiver(size)
+        self._came = np.empty(most_bytes(size), np.uint8)
+        self._num_bytes = 0
+
+    def room(self, num_bytes: int) -> memoryview:
+        if num_bytes > len(self._came):
+            raise MalformedMessage(f"weights of {num_bytes} bytes")
+        self._num_bytes = num_bytes
+        return memory_of(self._came[:num_bytes])
+
+    def take(self, weights: FloatArray) -> None:
+        self._receiver.decode(self._came[: self._num_bytes], torch.from_numpy(weights))
+
 
 class _Pump:
     """Frames out, frames in. Used by one thread, whichever that is."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, rounded: _Rounded | None) -> None:
         self.channel = channel
         self.outbox = Outbox(channel)
+        self._rounded = rounded
+        """None if weights come as float32."""
         self._reader = FrameReader(channel, self._destinations, decode)
         self._wanted: deque[_Wanted] = deque()
         # If there are two threads, the other one takes from these: both ends of a deque are atomic.
@@ -110,18 +135,24 @@ class _Pump:
         if isinstance(message, Answer):
             self.answers.append(message)
         else:
-            assert isinstance(message, Weights)
+            assert isinstance(message, Weights | RoundedWeights)
             wanted = self._wanted.popleft()
+            if self._rounded is not None:
+                self._rounded.take(wanted.weights)
             wanted.version = message.version
             self.arrived.append(wanted)
 
     def _destinations(self, message: Message) -> Sequence[memoryview]:
         if isinstance(message, Answer):
             return ()
-        if isinstance(message, Weights) and self._wanted:
+        kind = Weights if self._rounded is None else RoundedWeights
+        if isinstance(message, kind) and self._wanted:
             wanted = self._wanted[0]
             if message.statistics == (wanted.statistics is not None):
-                return wanted.places
+                if isinstance(message, RoundedWeights):
+                    assert self._rounded is not None
+                    return wanted.places(self._rounded.room(message.num_bytes))
+                return wanted.places(memory_of(wanted.weights))
         raise MalformedMessage(f"{type(message).__name__} in place of an answer")
 
 
@@ -214,7 +245,8 @@ class NetworkConnection:
             key: The run's key.
             credentials: The clients'; without them nothing is encrypted.
             mailboxes: The process's.
-            wire: How gradients travel.
+            wire: How gradients travel, and weights for them. A client that only pulls gets
+                weights as float32.
             deadline_s: Until when the partition has to have answered.
 
         Raises:
@@ -229,11 +261,12 @@ class NetworkConnection:
         self.inbox: list[Answer] = []
         low, high = partition.feature_start, partition.feature_stop
         gradients = [g[partition.trained] for g in mailboxes.gradients]
-        self._encoder = encoder(gradients, wire)
+        self._wire = wire if mailboxes.num else WireDtype.FLOAT32
+        self._encoder = encoder(gradients, self._wire, partition.index)
         self._moments = [m[:, :, low:high] for m in mailboxes.moments]
         self._sent_moments = [torch.empty(m.shape) for m in self._moments]
         self._sent_bytes = [as_bytes(m) for m in self._sent_moments]
-        self._gradient_bytes = TORCH_DTYPES[wire].itemsize * partition.num_trained
+        self._gradient_bytes = room_for(self._wire, partition.num_trained).nbytes
         self._set_bytes = 12 * partition.num_features
         channel = connect(
             endpoint.network,
@@ -248,12 +281,13 @@ class NetworkConnection:
                 total_features=partition.total_features,
                 num_mailboxes=mailboxes.num,
                 depth=mailboxes.depth if mailboxes.num else 0,
-                wire=wire,
+                wire=self._wire,
             ),
             deadline_s=deadline_s,
         )
         self.socket: socket.socket = channel.socket
-        self._pump = _Pump(channel)
+        rounds = self._wire.rounds_weights
+        self._pump = _Pump(channel, _Rounded(partition.num_parameters) if rounds else None)
         self._worker: _Worker | None = None
         if 4 * partition.num_parameters >= THREAD_BYTES:
             self._worker = _Worker(self._pump, f"network-{partition.index}")
@@ -276,13 +310,15 @@ class NetworkConnection:
 
     def push(self, push: Push) -> None:
         """Send off the gradient and moments that are in the push's mailbox."""
+        if self._wire is not WireDtype.FLOAT32:
+            push = replace(push, wire=self._wire)
         mailbox, count = push.mailbox, len(push.batches)
         moments_bytes = count * self._set_bytes
         if moments_bytes:  # those of the partition's features do not lie together
             self._sent_moments[mailbox][:count].copy_(self._moments[mailbox][:count])
         self._put([head(push, self._gradient_bytes + moments_bytes)])
         # If they are rounded, each slice is sent as soon as it is.
-        for view in self._encoder.slices(mailbox, finite=math.isfinite(push.gradient_norm)):
+        for view in self._encoder.slices(push):
             if len(view):  # nothing is trained here, if not
                 self._put([view])
         if moments_bytes:
@@ -299,10 +335,9 @@ class NetworkConnection:
 
     def start_pull(self, pull: Pull, weights: FloatArray, statistics: FloatArray | None) -> None:
         """Ask for weights, float32 [n], and statistics, float32 [2, f]; see `Link`."""
-        wanted = _Wanted(pull=pull, places=[memory_of(weights)], statistics=statistics, staged=None)
+        wanted = _Wanted(pull=pull, weights=weights, statistics=statistics, staged=None)
         if statistics is not None and statistics.size:
             wanted.staged = np.empty(statistics.shape, np.float32)
-            wanted.places.append(memory_of(wanted.staged))
         pull.waiting += 1
         self._put([head(PullRequest(statistics=statistics is not None), 0)], wanted)
         self._go()

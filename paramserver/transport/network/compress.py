@@ -1,4 +1,4 @@
-"""Gradients as they travel between machines: float32, or 16 bits with error feedback.
+"""Gradients as they travel between machines: float32, 16 bits with error feedback, or fewer.
 
 With 16 bits, what rounding takes from one gradient is added to the next one of the same process
 (Seide et al. 2014; Karimireddy et al. 2019):
@@ -12,31 +12,63 @@ P floats are kept instead of P for each step.
 
 A push that was not applied takes nothing with it: its share is put back (`restore`), so that the
 sum over the pushes that were applied is that of their gradients, but for the one residual.
+
+With 8 and 4 bits rounding is random and unbiased, and has no residual (`transport.wire.gradients`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from downpour.paramserver.messages import WireDtype
-from downpour.paramserver.transport.names import WireDtypeName
+from downpour.paramserver.messages import Push, WireDtype
+from downpour.paramserver.transport.names import WireName
 from downpour.paramserver.transport.network.channel import SLICE_BYTES
 from downpour.paramserver.transport.network.frames import as_bytes
+from downpour.paramserver.transport.wire.gradients import (
+    Bits,
+    GradientCoder,
+    num_bytes,
+    place_of,
+)
 
-TORCH_DTYPES = {
+_TORCH_DTYPES = {
     WireDtype.FLOAT32: torch.float32,
     WireDtype.BFLOAT16: torch.bfloat16,
     WireDtype.FLOAT16: torch.float16,
 }
+BITS: dict[WireDtype, Bits] = {WireDtype.INT8: 8, WireDtype.INT4: 4}
+"""Of an element of a gradient that is rounded without bias."""
 _SLICE = SLICE_BYTES // 4
 
 
-def wire_dtype(name: WireDtypeName) -> WireDtype:
-    """Return the dtype that torch calls `name`."""
+def wire_dtype(name: WireName) -> WireDtype:
+    """Return the wire that users call `name`."""
     return WireDtype[name.upper()]
+
+
+def room_for(wire: WireDtype, size: int) -> Tensor:
+    """Return memory for a gradient of `size` elements as it travels."""
+    if wire in BITS:
+        return torch.empty(num_bytes(size, BITS[wire]), dtype=torch.uint8)
+    return torch.empty(size, dtype=_TORCH_DTYPES[wire])
+
+
+class Encoder(Protocol):
+    """How a process's gradients go to one partition."""
+
+    def slices(self, push: Push) -> Generator[memoryview, None, None]:
+        """Yield the bytes to send for the gradient in the push's mailbox, made as they are asked.
+
+        They must stay until the push is answered.
+        """
+
+    def restore(self, mailbox: int) -> None:
+        """Note that the mailbox's last push was not applied."""
 
 
 class Plain:
@@ -46,12 +78,12 @@ class Plain:
         """`gradients` are the partition's slices [n] of each mailbox."""
         self._views = [as_bytes(gradient) for gradient in gradients]
 
-    def slices(self, mailbox: int, *, finite: bool) -> Generator[memoryview, None, None]:
-        """Yield the bytes to send for a mailbox; they must stay until the push is answered."""
-        yield self._views[mailbox]
+    def slices(self, push: Push) -> Generator[memoryview, None, None]:
+        """See `Encoder`."""
+        yield self._views[push.mailbox]
 
     def restore(self, mailbox: int) -> None:
-        """Note that the mailbox's last push was not applied."""
+        """See `Encoder`: nothing was kept back."""
 
 
 class ErrorFeedback:
@@ -60,7 +92,7 @@ class ErrorFeedback:
     def __init__(self, gradients: list[Tensor], wire: WireDtype) -> None:
         """`gradients` are the partition's slices [n] of each mailbox, float32."""
         self._gradients = gradients
-        self._dtype = TORCH_DTYPES[wire]
+        self._dtype = _TORCH_DTYPES[wire]
         self._largest = torch.finfo(self._dtype).max
         self._rounded: dict[int, Tensor] = {}
         self.residual = torch.zeros(len(gradients[0]))
@@ -68,11 +100,12 @@ class ErrorFeedback:
         self._scratch = torch.empty(min(_SLICE, len(gradients[0])))
         self._took_residual = [False] * len(gradients)
 
-    def slices(self, mailbox: int, *, finite: bool) -> Generator[memoryview, None, None]:
-        """Yield the bytes to send for a mailbox, made as they are asked for.
+    def slices(self, push: Push) -> Generator[memoryview, None, None]:
+        """See `Encoder`.
 
-        A gradient that is not `finite` is sent as it is, to be refused, and leaves no residual.
+        A gradient that is not finite is sent as it is, to be refused, and leaves no residual.
         """
+        mailbox, finite = push.mailbox, math.isfinite(push.gradient_norm)
         gradient = self._gradients[mailbox]
         # Each mailbox has its own, since it is read until the push has gone out.
         rounded = self._rounded.get(mailbox)
@@ -94,13 +127,73 @@ class ErrorFeedback:
             yield data[2 * start : 2 * stop]
 
     def restore(self, mailbox: int) -> None:
-        """Note that the mailbox's last push was not applied: r <- r + q - g."""
+        """See `Encoder`: r <- r + q - g."""
         if self._took_residual[mailbox]:
             self.residual.add_(self._rounded[mailbox]).sub_(self._gradients[mailbox])
 
 
-def encoder(gradients: list[Tensor], wire: WireDtype) -> Plain | ErrorFeedback:
+class Unbiased:
+    """8 or 4 bits an element, rounded at random by the push's own name."""
+
+    def __init__(self, gradients: list[Tensor], wire: WireDtype, partition: int) -> None:
+        """`gradients` are the slices [n] of each mailbox, float32, of this partition."""
+        self._gradients, self._wire, self._partition = gradients, wire, partition
+        self._coder = GradientCoder(len(gradients[0]), BITS[wire])
+        self._rounded: dict[int, Tensor] = {}
+
+    def slices(self, push: Push) -> Generator[memoryview, None, None]:
+        """See `Encoder`. A gradient that is not finite is sent as such, to be refused."""
+        gradient, coder = self._gradients[push.mailbox], self._coder
+        rounded = self._rounded.get(push.mailbox)
+        if rounded is None:
+            rounded = room_for(self._wire, len(gradient))
+            self._rounded[push.mailbox] = rounded
+        data = as_bytes(rounded)
+        if not math.isfinite(push.gradient_norm):
+            coder.spoil(rounded)
+            yield data
+            return
+        place, sent = place_of(push.epoch, push.batches[0], self._partition), 0
+        for stop in coder.encode(gradient, place, rounded):
+            if stop - sent >= SLICE_BYTES // 4:
+                yield data[sent:stop]
+                sent = stop
+        yield data[sent:]
+
+    def restore(self, mailbox: int) -> None:
+        """See `Encoder`: nothing was kept back."""
+
+
+class Decoder:
+    """The partition's side: gradients of one connection, as they came, are float32 again."""
+
+    def __init__(self, wire: WireDtype, size: int) -> None:
+        """Make room for one gradient of `size` elements."""
+        self._wire, self._size = wire, size
+        self._came = room_for(wire, size)
+        self.bytes = as_bytes(self._came)
+        """Where a gradient is to be received."""
+        self._coder = GradientCoder(size, BITS[wire]) if wire in BITS else None
+
+    @property
+    def scratch_size(self) -> int:
+        """Elements of the scratch that `gradient` needs."""
+        return 0 if self._wire is WireDtype.FLOAT32 else self._size
+
+    def gradient(self, scratch: Tensor) -> Tensor:
+        """Return the gradient that came last, float32 [n]: in place, or written to `scratch`."""
+        if self._wire is WireDtype.FLOAT32:
+            return self._came
+        into = scratch[: self._size]
+        if self._coder is not None:
+            return self._coder.decode(self._came, into)
+        return into.copy_(self._came)
+
+
+def encoder(gradients: list[Tensor], wire: WireDtype, partition: int) -> Encoder:
     """Return how a process's gradients, float32 [n] for each mailbox, go to one partition."""
     if wire is WireDtype.FLOAT32 or not gradients:
         return Plain(gradients)
+    if wire in BITS:
+        return Unbiased(gradients, wire, partition)
     return ErrorFeedback(gradients, wire)

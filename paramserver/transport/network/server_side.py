@@ -25,14 +25,22 @@ from downpour.paramserver.messages import (
     PermitRequest,
     PullRequest,
     Push,
+    RoundedWeights,
     Weights,
-    WireDtype,
 )
 from downpour.paramserver.partition.ranges import Partition
+from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.transport.network.acceptor import Accepted
 from downpour.paramserver.transport.network.channel import SLICE_BYTES
-from downpour.paramserver.transport.network.compress import TORCH_DTYPES
-from downpour.paramserver.transport.network.frames import FrameReader, Outbox, as_bytes, frame
+from downpour.paramserver.transport.network.compress import Decoder
+from downpour.paramserver.transport.network.frames import (
+    FrameReader,
+    Outbox,
+    as_bytes,
+    frame,
+    memory_of,
+)
+from downpour.paramserver.transport.wire.weights import WeightsSender
 
 _MAX_QUEUED = 2 * MAX_MAILBOXES
 UNPINNED = -1
@@ -49,10 +57,11 @@ class NetworkSide:
         self.channel = accepted.channel
         """The stream; it goes on with a follower, if the peer is one."""
         size = partition.num_trained if about.num_mailboxes else 0
-        self._gradient = torch.empty(size, dtype=TORCH_DTYPES[about.wire])
-        self._gradient_bytes = as_bytes(self._gradient)
-        self.is_float32 = about.wire is WireDtype.FLOAT32
-        """Whether `gradient` needs no scratch."""
+        self._wire = about.wire
+        self._decoder = Decoder(about.wire, size)
+        self._sender: WeightsSender | None = None
+        if about.wire.rounds_weights and about.num_mailboxes:
+            self._sender = WeightsSender(partition.num_parameters)
         self.moments = torch.empty(about.depth, 3, partition.num_features)
         """Of the push that `next` gave last, float32 [depth, 3, F]."""
         self._moments_bytes = as_bytes(self.moments)
@@ -105,7 +114,11 @@ class NetworkSide:
                 raise MalformedMessage(
                     f"a push of {count} mini-batches from mailbox {message.mailbox}"
                 )
-            return [self._gradient_bytes, self._moments_bytes[: count * self._set_bytes]]
+            if message.wire is not self._wire:
+                raise MalformedMessage(
+                    f"a push as {message.wire.name} on a connection of {self._wire.name}"
+                )
+            return [self._decoder.bytes, self._moments_bytes[: count * self._set_bytes]]
         if isinstance(message, PullRequest):
             if len(self.pulls) >= max(1, self.num_mailboxes):
                 raise MalformedMessage("more pulls than mailboxes")
@@ -120,12 +133,18 @@ class NetworkSide:
             return []
         raise MalformedMessage(f"{type(message).__name__} in place of a push")
 
+    @property
+    def scratch_size(self) -> int:
+        """Elements of the scratch that `gradient` needs."""
+        return self._decoder.scratch_size
+
     def gradient(self, scratch: Tensor) -> Tensor:
         """Return the gradient of the push that `next` gave last, float32 [n].
 
-        It lies in the connection's own memory or, if it came as 16 bits, in `scratch`, float32 [n].
+        It lies in the connection's own memory or, if it came in fewer bits, in `scratch`,
+        float32 [n].
         """
-        return self._gradient if self.is_float32 else scratch.copy_(self._gradient)
+        return self._decoder.gradient(scratch)
 
     def answer(self, answer: Answer) -> None:
         """Queue an answer.
@@ -138,14 +157,28 @@ class NetworkSide:
         self._outbox.put(frame(answer))
 
     def send_weights(
-        self, buffer: int, version: int, weights: memoryview, statistics: memoryview
+        self, buffer: int, version: int, latest: Version, views: tuple[memoryview, memoryview]
     ) -> None:
-        """Queue what answers the oldest pull: the version in `buffer`."""
+        """Queue what answers the oldest pull.
+
+        Args:
+            buffer: Where the latest version lies.
+            version: Its number.
+            latest: Its weights and statistics.
+            views: The memory of both.
+        """
         assert not self.sending
-        wanted = self.pulls.pop(0).statistics
-        payload = [weights, statistics] if wanted else [weights]
-        self._outbox.put(frame(Weights(version=version, statistics=wanted), payload))
-        self.pinned, self.sending = buffer, True
+        wanted, self.sending = self.pulls.pop(0).statistics, True
+        if self._sender is None:
+            payload = views if wanted else views[:1]
+            self._outbox.put(frame(Weights(version=version, statistics=wanted), payload))
+            self.pinned = buffer
+            return
+        data = self._sender.encode(latest.weights)
+        message = RoundedWeights(version=version, statistics=wanted, num_bytes=len(data))
+        # Nothing of the buffer is read after this.
+        own = [memory_of(data), as_bytes(latest.statistics.clone())]
+        self._outbox.put(frame(message, own if wanted else own[:1]))
 
     def detach(self, buffer: int) -> None:
         """Set aside what is still to be sent of `buffer`, which is about to be written."""

@@ -12,11 +12,13 @@ from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.errors import (
     NotColocated,
 )
+from downpour.paramserver.messages import WireDtype
+from downpour.paramserver.partition import record
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.transport.endpoint import Endpoint, NetworkAddress
 from downpour.paramserver.transport.names import NODE
 from tests.helpers import tiny
-from tests.helpers.runs import Run
+from tests.helpers.runs import Run, assert_replays_to_the_bit, recorded
 from tests.helpers.thread_backend import ThreadBackend
 
 
@@ -32,8 +34,8 @@ def over_the_network(config: Any, **network: Any) -> Any:
 
 @pytest.mark.parametrize(
     "network",
-    [{}, {"encrypt": False}, {"wire_dtype": "bfloat16"}],
-    ids=["encrypted", "plain", "bfloat16"],
+    [{}, {"encrypt": False}, {"wire": "bfloat16"}, {"wire": "int4"}],
+    ids=["encrypted", "plain", "bfloat16", "int4"],
 )
 def test_every_mini_batch_is_applied_exactly_once(
     tmp_path: Path, data: str, network: dict[str, Any]
@@ -56,7 +58,8 @@ def test_every_mini_batch_is_applied_exactly_once(
 def test_some_partitions_on_this_machine_and_some_on_another(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(tmp_path / "run", over_the_network(tiny.config(data)))
+    """Each push is recorded as it came, so that a replay rounds what was rounded, and no more."""
+    run = recorded(tmp_path / "run", over_the_network(tiny.config(data), wire="int8"))
     run.backend.access = dataclasses.replace(run.backend.access, transport="auto")
     here = run.backend._endpoints
 
@@ -71,8 +74,13 @@ def test_some_partitions_on_this_machine_and_some_on_another(
     def look(backend: ThreadBackend, replica: int, lease: Any) -> None:
         networked.extend(a._client.num_networked for a in backend.actors if a and a._client)
 
-    run.assert_exactly_once(run.go(look))
+    outcome = run.go(look)
+    run.assert_exactly_once(outcome)
     assert set(networked) == {1}
+    branches = [record.read(path) for path in record.files(tmp_path / "run" / "record")]
+    wires = {(branch.partition, entry.wire) for branch in branches for entry in branch.entries}
+    assert wires == {(0, WireDtype.FLOAT32), (1, WireDtype.INT8), (2, WireDtype.FLOAT32)}
+    assert_replays_to_the_bit(tmp_path / "run", outcome)
 
 
 @pytest.mark.parametrize("transport", ["auto", "network"])

@@ -12,10 +12,12 @@ from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import CheckpointStore
 from downpour.cluster.run.folder import RunFolder
+from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.errors import BadRecord
 from downpour.paramserver.messages import Push
 from downpour.paramserver.partition import record
 from downpour.paramserver.partition.state import PartitionState
+from downpour.paramserver.transport.names import WireName
 from downpour.workers.spec import Precision
 from tests.helpers import tiny
 from tests.helpers.runs import killed_stopped_and_resumed, recorded, replay
@@ -46,8 +48,14 @@ def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str, precision: 
     assert found.pushes >= 9 * run.plan.num_batches
 
 
-def test_a_run_whose_partitions_were_killed_and_that_was_resumed(tmp_path: Path, data: str) -> None:
+@pytest.mark.parametrize("wire", ["float32", "int4"])
+def test_a_run_whose_partitions_were_killed_and_that_was_resumed(
+    tmp_path: Path, data: str, wire: WireName
+) -> None:
     config, folder = tiny.config(data, epochs=4), tmp_path / "run"
+    if wire != "float32":
+        network = NetworkConfig(transport="network", wire=wire)
+        config = replace(config, server=replace(config.server, network=network))
     killed_stopped_and_resumed(folder, config, deaths={8: 1, 16: 0}, stop_at=24)
     assert len(record.files(folder / "record")) == 3 + 2 + 3
     q = make_plan(config, 1000).num_batches

@@ -177,6 +177,7 @@ def test_bandwidth_bounds_the_rate() -> None:
         step=Spread(mean_s=STEP_S, spread=0.2),
         apply=Spread(mean_s=APPLY_S),
         gradient_bytes=1e6,
+        num_parameters=250_000,
         weights_bytes=1e6,
     )
     machines = Machines(machines=4, server_machines=1, bytes_per_s=1e8)

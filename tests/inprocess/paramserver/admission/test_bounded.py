@@ -35,7 +35,7 @@ def bounded(config: RunConfig, bound: int, **network: object) -> RunConfig:
         (3, 4, 3, {}, {}),
         (4, 4, 1, {"n_push": 3, "n_fetch": 3}, {}),
         (3, 4, 2, {}, {"transport": "network"}),
-        (3, 4, 2, {}, {"transport": "network", "wire_dtype": "bfloat16"}),
+        (3, 4, 2, {}, {"transport": "network", "wire": "bfloat16"}),
     ],
 )
 def test_nothing_is_staler_than_the_bound_and_nothing_is_dropped(

@@ -115,7 +115,7 @@ def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("pushes", "partitions", "network"),
-    [(5, 1, {}), (5, 3, {}), (6, 2, {"transport": "network", "wire_dtype": "bfloat16"})],
+    [(5, 1, {}), (5, 3, {}), (6, 2, {"transport": "network", "wire": "bfloat16"})],
 )
 def test_with_backup_workers_what_is_late_is_computed_again(
     tmp_path: Path, data: str, pushes: int, partitions: int, network: dict[str, Any]

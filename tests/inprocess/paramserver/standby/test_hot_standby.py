@@ -16,7 +16,7 @@ from downpour.cluster.run.provenance import write_about
 from downpour.cluster.training.inputs import check_data, check_data_unchanged
 from downpour.paramserver.partition import record
 from downpour.paramserver.rules.policy import PolicyName, StalenessPolicy
-from downpour.paramserver.transport.names import TransportName
+from downpour.paramserver.transport.names import TransportName, WireName
 from tests.helpers import tiny
 from tests.helpers.partition_pairs import freeze
 from tests.helpers.runs import Run
@@ -34,9 +34,11 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
 
 
-def config(data: str, transport: TransportName = "auto", **about: Any) -> RunConfig:
+def config(
+    data: str, transport: TransportName = "auto", wire: WireName = "float32", **about: Any
+) -> RunConfig:
     plain = tiny.config(data, **about)
-    network = dataclasses.replace(plain.server.network, transport=transport)
+    network = dataclasses.replace(plain.server.network, transport=transport, wire=wire)
     server = dataclasses.replace(plain.server, hot_standby=True, network=network)
     return dataclasses.replace(plain, server=server)
 
@@ -64,13 +66,13 @@ class Kills:
             backend.kill_partition(index)
 
 
-@pytest.mark.parametrize("transport", ["auto", "network"])
+@pytest.mark.parametrize(("transport", "wire"), [("auto", "float32"), ("network", "int8")])
 def test_a_partition_that_dies_over_and_over_loses_no_update(
-    tmp_path: Path, data: str, transport: TransportName
+    tmp_path: Path, data: str, transport: TransportName, wire: WireName
 ) -> None:
     """No checkpoint is ever needed, and the whole of it is computed again from the record."""
     wanted = config(
-        data, transport, epochs=5, partitions=2, record_pushes=True, checkpoint_every_s=1000
+        data, transport, wire, epochs=5, partitions=2, record_pushes=True, checkpoint_every_s=1000
     )
     run = Run(tmp_path / "run", wanted)
     run.backend.record_into(tmp_path / "run" / "record")

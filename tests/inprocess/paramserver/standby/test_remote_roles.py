@@ -50,6 +50,7 @@ NOISY = UpdateConfig(
     epoch_examples=32 * Q,
 )
 WAYS = {"shared": Access(transport="shared"), "network": None}
+INT8 = "int8"
 
 
 @pytest.fixture
@@ -61,6 +62,8 @@ def pair(caplog: pytest.LogCaptureFixture) -> Iterator[RemotePair]:
 
 def options(pair: RemotePair, way: str) -> dict[str, Access]:
     """A client's, for reaching the primary; a follower that is promoted is reached likewise."""
+    if way == INT8:
+        return {"access": pair.access(wire="int8")}
     return {"access": WAYS[way] or pair.access()}
 
 
@@ -69,7 +72,7 @@ def options(pair: RemotePair, way: str) -> dict[str, Access]:
     [
         (NOISY, "network"),
         (replace(NOISY, rule=Nesterov()), "shared"),
-        (replace(NOISY, rule=AdamW(weight_decay=0.01), average_decay=0.9), "network"),
+        (replace(NOISY, rule=AdamW(weight_decay=0.01), average_decay=0.9), INT8),
         (replace(NOISY, regulariser=Regulariser(weight_decay=1e-2)), "shared"),
         (
             replace(NOISY, policy=StalenessPolicy(staleness_policy="drop", staleness_bound=4)),

@@ -219,3 +219,27 @@ def test_what_would_be_passed_over_is_refused(given: dict[str, object], told: st
         apply(recipe, {"rule": "adam", "schedule": "cosine"}).server.schedule.decay_factor
         == recipe.server.schedule.decay_factor
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renamed:
+    """A configuration whose option had another name."""
+
+    new_name: int = dataclasses.field(default=1, metadata={"formerly": "old-name"})
+    """A number."""
+
+
+@pytest.mark.parametrize("option", ["--new-name", "--old-name"])
+def test_an_earlier_name_is_still_understood(option: str) -> None:
+    found: list[dict[str, object]] = []
+
+    @click.command(cls=ConfigCommand)
+    @config_options(Renamed)
+    def command(given: dict[str, object]) -> None:
+        """Collects."""
+        found.append(given)
+
+    assert CliRunner().invoke(command, [option, "3"]).exit_code == 0
+    assert found == [{"new_name": 3}]
+    assert "--new-name, --old-name" in CliRunner().invoke(command, ["--help"]).output
+    assert apply(Renamed(), {"old_name": 4}) == apply(Renamed(), {"new_name": 4})

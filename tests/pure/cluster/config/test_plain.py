@@ -9,7 +9,7 @@ import pytest
 
 from downpour.cluster.config import recipes
 from downpour.cluster.config.options import apply
-from downpour.cluster.config.plain import from_plain, to_plain
+from downpour.cluster.config.plain import from_plain, to_plain, upgraded
 from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
@@ -37,7 +37,7 @@ def test_a_configuration_of_before_the_rooms_is_the_same_run(tmp_path: Path) -> 
         "staleness_bound": 64,
         "clip_norm": 5.0,
         "transport": "network",
-        "wire_dtype": "bfloat16",
+        "wire": "bfloat16",
         "warm_start_epochs": 0.5,
         "node_folder": "/data/{node}",
         "partitions_on": "disk=fast",
@@ -66,7 +66,7 @@ def test_a_configuration_of_before_the_rooms_is_the_same_run(tmp_path: Path) -> 
 def test_what_an_old_configuration_lacks_has_its_default() -> None:
     plain = json.loads(OLD.read_text())
     del plain["placement"], plain["policy"]["max_refused"], plain["server"]["network"]["encrypt"]
-    config = from_plain(RunConfig, plain)
+    config = from_plain(RunConfig, upgraded(plain))
     assert config.policy.max_refused == PolicyConfig().max_refused
     assert config.server.network.encrypt
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_used_is_a_line(path: tuple[str, ...], value: object, wor
         inner = inner[name]
     inner[path[-1]] = value
     with pytest.raises(UserError, match=words) as caught:
-        from_plain(RunConfig, plain)
+        from_plain(RunConfig, upgraded(plain))
     assert "\n" not in str(caught.value)
 
 

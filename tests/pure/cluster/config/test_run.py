@@ -93,7 +93,8 @@ def test_the_ramp_guard_survives_json() -> None:
             {"n_push": 2},
             "policy is compensate, n fetch 1 and n push 2: give both the same",
         ),
-        ({"wire_dtype": "bfloat16"}, "wire dtype is bfloat16.*: give wire dtype float32"),
+        ({"wire": "bfloat16"}, "wire is bfloat16.*: give wire float32"),
+        ({"wire": "int8"}, "wire is int8.*: give wire float32"),
         ({"staleness_bound": 49}, "staleness bound is 49, with 50 steps in flight: give at least"),
     ],
 )

@@ -22,6 +22,7 @@ from downpour.paramserver.errors import (
 )
 from downpour.paramserver.messages import (
     Outcome,
+    RoundedWeights,
     Weights,
 )
 from downpour.paramserver.partition.ranges import split
@@ -34,6 +35,8 @@ from downpour.paramserver.transport.network.pipe import PlainPipe
 from downpour.paramserver.transport.network.security import (
     RunCredentials,
 )
+from downpour.paramserver.transport.wire.gradients import Bits, place_of, rounded
+from downpour.paramserver.transport.wire.weights import most_bytes, on_grid
 from tests.helpers import server_promises
 from tests.helpers.networked import (
     Networked,
@@ -157,7 +160,7 @@ def test_several_pulls_at_a_time_arrive_where_they_belong(two: Networked, driven
 def test_with_error_feedback_the_sum_is_that_of_the_gradients(
     two: Networked, driven: str, wire: str
 ) -> None:
-    client = two.client(access=two.access(wire_dtype=wire), num_mailboxes=3)
+    client = two.client(access=two.access(wire=wire), num_mailboxes=3)
     generator = torch.Generator().manual_seed(5)
     total, plain = torch.zeros(P, dtype=torch.float64), torch.zeros(P)
     for step in range(60):
@@ -183,6 +186,43 @@ def test_with_error_feedback_the_sum_is_that_of_the_gradients(
     assert (applied + residual - total).abs().max() < 1e-4
     assert residual.abs().max() < 0.02
     assert (applied - total).abs().max() < (plain - total).abs().max()
+
+
+@pytest.mark.parametrize(("wire", "bits"), [("int8", 8), ("int4", 4)])
+def test_both_ways_are_rounded_and_an_evaluator_sees_the_weights(
+    two: Networked, driven: str, wire: str, bits: Bits
+) -> None:
+    client = two.client(access=two.access(wire=wire), num_mailboxes=2)
+    generator, expected = torch.Generator().manual_seed(6), torch.zeros(P)
+    for step in range(40):
+        mailbox, batch = step % 2, step - (step % 5 == 4)  # now and then one that has been applied
+        gradient = client.mailboxes.gradients[mailbox]
+        gradient.copy_(torch.randn(P, generator=generator))
+        norm = float("nan") if step % 7 == 6 else float(gradient.norm())
+        send(client, batch, mailbox, gradient_norm=norm)
+        outcome = settle(client, mailbox)
+        if outcome == (Outcome.APPLIED,) * 2:
+            for part in two.parts:
+                place = place_of(0, batch, part.index)
+                expected[part.start : part.stop] -= 0.5 * rounded(
+                    gradient[part.trained], place, bits
+                )
+        else:
+            assert outcome[0] in (Outcome.DUPLICATE, Outcome.REFUSED_GRADIENT)
+        assert torch.equal(two.weights(), expected)
+        versions, weights = versions_and_weights(client)
+        client.pull(weights, versions)
+        on_grids = [on_grid(expected[part.start : part.stop]) for part in two.parts]
+        assert torch.equal(torch.from_numpy(weights), torch.cat(on_grids))
+        assert versions == two.versions()
+    evaluator = two.client(access=two.access(wire=wire))
+    versions, weights = versions_and_weights(evaluator)
+    statistics = np.zeros((2, F), np.float32)
+    evaluator.pull_statistics(weights, statistics, versions)
+    assert torch.equal(torch.from_numpy(weights), expected)
+    of_client = np.ones((2, F), np.float32)
+    client.pull_statistics(weights, of_client, versions)
+    assert np.array_equal(of_client, statistics)
 
 
 class Impostor:
@@ -222,6 +262,7 @@ class Impostor:
         bytes_of(*frame(Weights(version=1, statistics=False), [memoryview(bytes(4 * P + 4))])),
         bytes_of(*frame(Weights(version=1, statistics=True), [memoryview(bytes(4 * P))])),
         bytes_of(*frame(a_push(1), [memoryview(bytes(4 * P))])),
+        bytes_of(*frame(RoundedWeights(version=1, statistics=False, num_bytes=0))),
         prefix(2**32 - 1, 2**64 - 1),
         random.Random(5).randbytes(300),
     ],
@@ -232,6 +273,42 @@ def test_a_client_believes_no_partition_blindly(driven: str, data: bytes) -> Non
         endpoint = dataclasses.replace(cluster.endpoints[0], network=impostor.address)
         access = Access(transport="network")
         client = ParameterClient([endpoint], key=KEY, access=access, deadline_s=DEADLINE_S)
+        versions, weights = versions_and_weights(client)
+        with contextlib.closing(client), pytest.raises(MalformedMessage):
+            client.pull(weights, versions)
+        impostor.join()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bytes_of(*frame(Weights(version=1, statistics=False), [memoryview(bytes(4 * P))])),
+        bytes_of(
+            *frame(
+                RoundedWeights(version=1, statistics=False, num_bytes=most_bytes(P) + 1),
+                [memoryview(bytes(most_bytes(P) + 1))],
+            )
+        ),
+        bytes_of(
+            *frame(
+                RoundedWeights(version=1, statistics=False, num_bytes=5),
+                [memoryview(b"\3\0\0\0\0")],
+            )
+        ),
+    ],
+    ids=["float32", "too long", "garbage"],
+)
+def test_a_client_of_rounded_weights_believes_none_blindly(driven: str, data: bytes) -> None:
+    impostor = Impostor(data)
+    with contextlib.closing(Cluster()) as cluster:
+        endpoint = dataclasses.replace(cluster.endpoints[0], network=impostor.address)
+        client = ParameterClient(
+            [endpoint],
+            key=KEY,
+            access=Access(transport="network", wire="int8"),
+            num_mailboxes=1,
+            deadline_s=DEADLINE_S,
+        )
         versions, weights = versions_and_weights(client)
         with contextlib.closing(client), pytest.raises(MalformedMessage):
             client.pull(weights, versions)
@@ -272,7 +349,7 @@ def test_no_thread_and_no_descriptor_is_left(driven: str, keys: RunCredentials |
 def test_gradients_are_sent_from_the_mailboxes_own_memory(one: Networked) -> None:
     client = one.client(num_mailboxes=1)
     link = client._connections[0]
-    (view,) = link._encoder.slices(0, finite=True)  # type: ignore[attr-defined]
+    (view,) = link._encoder.slices(a_push(0))  # type: ignore[attr-defined]
     assert view == as_bytes(client.mailboxes.gradients[0])
     client.mailboxes.gradients[0].fill_(3.0)
     assert bytes(view[:4]) == struct.pack("<f", 3.0)

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from downpour.paramserver.messages import WireDtype
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.transport.network.compress import (
+    Encoder,
     ErrorFeedback,
-    Plain,
     encoder,
     wire_dtype,
 )
+from tests.helpers.served_partitions import a_push
 
 torch.set_num_threads(1)
 
@@ -19,8 +20,8 @@ torch.set_num_threads(1)
 (PARTITION,) = split(num_parameters=64, num_features=3, num_decayed=0, num_partitions=1)
 
 
-def sent(encoding: ErrorFeedback | Plain, mailbox: int, dtype: torch.dtype) -> torch.Tensor:
-    data = b"".join(encoding.slices(mailbox, finite=True))
+def sent(encoding: Encoder, mailbox: int, dtype: torch.dtype) -> torch.Tensor:
+    data = b"".join(encoding.slices(a_push(1, mailbox)))
     return torch.frombuffer(bytearray(data), dtype=dtype).float()
 
 
@@ -35,7 +36,7 @@ def test_what_is_applied_lags_by_one_residual(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     boxes = [torch.zeros(40) for _ in range(3)]
-    encoding = encoder(boxes, wire)
+    encoding = encoder(boxes, wire, 0)
     assert isinstance(encoding, ErrorFeedback)
     dtype = torch.bfloat16 if wire is WireDtype.BFLOAT16 else torch.float16
     true, applied = torch.zeros(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
@@ -64,7 +65,7 @@ def test_beyond_the_largest_half_the_rest_goes_later() -> None:
 
 def test_a_gradient_that_is_not_finite_leaves_no_residual() -> None:
     encoding = ErrorFeedback([torch.tensor([torch.nan, torch.inf])], WireDtype.BFLOAT16)
-    data = b"".join(encoding.slices(0, finite=False))
+    data = b"".join(encoding.slices(a_push(1, gradient_norm=float("nan"))))
     assert not torch.frombuffer(bytearray(data), dtype=torch.bfloat16).isfinite().any()
     encoding.restore(0)
     assert encoding.residual.tolist() == [0.0, 0.0]
@@ -72,6 +73,6 @@ def test_a_gradient_that_is_not_finite_leaves_no_residual() -> None:
 
 def test_float32_is_sent_from_where_it_is() -> None:
     box = torch.arange(4.0)
-    (view,) = encoder([box], wire_dtype("float32")).slices(0, finite=True)
+    (view,) = encoder([box], wire_dtype("float32"), 0).slices(a_push(1))
     box.fill_(7)
     assert torch.frombuffer(bytearray(view), dtype=torch.float32).tolist() == [7.0] * 4

@@ -1,0 +1,91 @@
+"""Small whole numbers, several to a byte, with a few larger ones behind them.
+
+Of a byte's numbers, the first is of the vector's first part, the second of its second, and so on:
+so packing is a few operations on long vectors. NumPy's, because PyTorch's comparisons of bytes take
+ten times as long.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from downpour.paramserver.errors import MalformedMessage
+
+WIDTHS = (2, 4)
+"""Bits of a number."""
+Int8Array = npt.NDArray[np.int8]
+ByteArray = npt.NDArray[np.uint8]
+
+
+def packed_bytes(size: int, bits: int) -> int:
+    """Bytes of `size` numbers."""
+    return -(-size * bits // 8)
+
+
+def largest(bits: int) -> int:
+    """The largest magnitude of a number in so many bits; larger ones are exceptions."""
+    return int(2 ** (bits - 1)) - 1
+
+
+def exceptional(numbers: Int8Array, bits: int) -> npt.NDArray[np.bool_]:
+    """Which of the numbers, int8 [n], are too large for so many bits: bool [n]."""
+    most = np.int8(largest(bits))
+    # -128 is its own negative in int8, so both sides are compared.
+    found: npt.NDArray[np.bool_] = numbers > most
+    return np.logical_or(found, numbers < -most, out=found)
+
+
+def pack(
+    numbers: Int8Array, large: npt.NDArray[np.bool_] | None, bits: int, into: ByteArray
+) -> Int8Array:
+    """Pack numbers.
+
+    Args:
+        numbers: int8 [n].
+        large: The exceptions among them, bool [n]; None if there are none.
+        bits: One of `WIDTHS`.
+        into: Where the packed ones go, uint8 [packed_bytes].
+
+    Returns:
+        The exceptions, int8 [e], in order. In their place the smallest number is packed.
+    """
+    parts, size, room = 8 // bits, len(numbers), len(into)
+    shifted = np.full(parts * room, largest(bits) + 1, np.uint8)
+    np.add(numbers, np.int8(largest(bits) + 1), out=shifted[:size].view(np.int8))
+    if large is not None:
+        shifted[:size] *= ~large
+    into[:] = shifted[:room]
+    for number in range(1, parts):
+        plane = shifted[number * room : (number + 1) * room]
+        into |= np.left_shift(plane, bits * number, out=plane)
+    return numbers[:0] if large is None else numbers[large]
+
+
+def unpack(data: ByteArray, bits: int, size: int, exceptions: Int8Array) -> Int8Array:
+    """Return what `pack` was given, int8 [n].
+
+    Args:
+        data: uint8 [packed_bytes].
+        bits: As it was packed.
+        size: n.
+        exceptions: int8 [e].
+
+    Raises:
+        MalformedMessage: There are more exceptions, or fewer, than places for them.
+    """
+    parts, mask = 8 // bits, np.uint8((1 << bits) - 1)
+    planes = np.empty((parts, len(data)), np.uint8)
+    for number in range(parts):
+        np.right_shift(data, bits * number, out=planes[number])
+    planes &= mask
+    shifted = planes.reshape(-1)[:size]
+    numbers = shifted.view(np.int8) - np.int8(largest(bits) + 1)
+    if len(exceptions):
+        places = shifted == 0
+        if (wanted := np.count_nonzero(places)) != len(exceptions):
+            raise MalformedMessage(f"{len(exceptions)} exceptions for {wanted} places")
+        numbers[places] = exceptions
+    elif int(shifted.min(initial=1)) == 0:
+        raise MalformedMessage("places for exceptions, and none of them")
+    return numbers
