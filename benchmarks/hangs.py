@@ -121,6 +121,7 @@ def hung(
     say: Say,
     pause_s: tuple[float, float] = PAUSE_S,
     kinds: Sequence[str] = (),
+    together: float = TOGETHER,
 ) -> Hung:
     """One run of `mnist-bn` to its end, in which up to so many processes hang.
 
@@ -131,6 +132,7 @@ def hung(
         say: is told of each.
         pause_s: bounds of the time between two.
         kinds: whom to hit, in this order; without it they are drawn by `WEIGHTS`.
+        together: how often one does not wait until the run trains again.
 
     Raises:
         BenchmarkFailed: the run failed, left a process behind, or did not apply each mini-batch
@@ -144,7 +146,7 @@ def hung(
         driver = chaos.start_driver([*command, *OPTIONS, *arguments], log)
         family: dict[int, tuple[str, str]] = {}
         stopped, training = _Stopped(found), _Training(folder / METRICS)
-        together = False
+        waits = False
         try:
             chaos.until((folder / "metrics.jsonl").exists, driver, log)
             next_s = time.monotonic() + rng.uniform(*pause_s)
@@ -153,7 +155,7 @@ def hung(
                     raise BenchmarkFailed(_story(found, stopped, "it does not end", log))
                 over = (folder / RESULT).exists()
                 stopped.look(over=over)
-                if not (together or training.goes_on(repaired=not stopped.since_s)):
+                if waits and not training.goes_on(repaired=not stopped.since_s):
                     next_s = max(next_s, time.monotonic() + pause_s[0])
                 if found.hangs.total() < hangs and time.monotonic() >= next_s and not over:
                     kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
@@ -164,7 +166,7 @@ def hung(
                     if stopped.stop_one(busy, kind, rng):
                         say(f"hangs: stopped {kind}")
                         next_s = time.monotonic() + rng.uniform(*pause_s)
-                        together = rng.random() < TOGETHER
+                        waits = rng.random() >= together
                 time.sleep(LOOK_EVERY_S)  # how often to look
             found.run_s = time.monotonic() - began_s
         finally:

@@ -190,6 +190,7 @@ def test_members_of_every_kind_hang_for_good_and_the_run_ends_by_itself() -> Non
         say=said.append,
         pause_s=(0.2, 1.0),
         kinds=kinds,
+        together=1.0,
     )
     assert found.hangs.total() > 2, said
     assert found.hangs.total() == len(found.ended_after_s) + found.at_the_end, found
