@@ -17,7 +17,7 @@ TITLES = {
 }
 """What people read; short enough for the panel's labels."""
 FIGURES: Mapping[str, str] = {
-    "r2": "R², the share of the targets' variance that is explained, at most 1",
+    "r2": "R2, the share of the targets' variance that is explained, at most 1",
     "rmse": "Root of the mean squared error, in the targets' unit",
     "mae": "Mean absolute error, in the targets' unit",
     "f1": "F1 over all classes in [0, 1]",
@@ -26,7 +26,7 @@ FIGURES: Mapping[str, str] = {
     "miou": "Mean over classes of intersection over union in [0, 1]",
     "pixel_accuracy": "Share of pixels whose class is found in [0, 1]",
 }
-"""The figures of tasks other than classification, and what each is."""
+"""The figures of tasks other than classification, and what each is; Ray takes ASCII alone."""
 DECIDING = tuple(name for name in NAMES if name in FIGURES)
 """Those of them that decide which weights are best."""
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from downpour.cluster.monitoring.observation import Leases, Observation
-from downpour.cluster.monitoring.prometheus import Metric, PrometheusSink, cumulative
+from downpour.cluster.monitoring.prometheus import METRICS, Metric, PrometheusSink, cumulative
 from downpour.shuffler.delivery import Reading
 from downpour.workers.evaluation.metrics import metrics_of
 from tests.helpers.monitoring import VALUES, partition
@@ -105,6 +105,10 @@ def test_a_partition_that_is_replaced_goes_on_under_its_tags() -> None:
     assert made["downpour_steps"].values["a", "7"] == 2 * 10
     assert made["downpour_loss_not_finite"].values["a",] == 1
     assert made["downpour_shuffler_cache"].values["a", "1", "hit"] == 3
+
+
+def test_ray_takes_names_and_texts_of_ascii_alone() -> None:
+    assert all(f"{name} {metric.help}".isascii() for name, metric in METRICS.items())
 
 
 def test_buckets_of_staleness_are_cumulative() -> None:
