@@ -43,7 +43,8 @@ from downpour.workers.replica.rotation import (
 from downpour.workers.replica.windows import WindowDecoder
 from downpour.workers.spec import EvaluatorSpec, ReplicasSpec
 from downpour.workers.step.device import Lock, find_device
-from downpour.workers.step.device_model_copy import DeviceModelCopy, DeviceStepContext
+from downpour.workers.step.device_context import DeviceStepContext
+from downpour.workers.step.device_model_copy import DeviceModelCopy
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
 from downpour.workers.tasks import ACCURACY
 
@@ -165,23 +166,22 @@ class ReplicasActor:
 
     def _copy_maker(self, mailboxes: Tensor) -> Callable[[], AnyModelCopy]:
         """What makes model copies that share a context; `mailboxes` is all mailboxes' memory."""
-        spec = self._spec
+        spec, device = self._spec, self._device
         layout, loss, models = self._models[0].layout, spec.model.build_loss(), self._all_models()
-        precision = spec.steps.precision
-        if self._device is None:
-            choice = spec.steps.record_steps
-            recorded = choice == "on" or (choice == "auto" and spec.model.is_ours)
-            depth = spec.steps.batches_per_push
-            context = StepContext(
-                layout, loss=loss, recorded=recorded, depth=depth, precision=precision
-            )
+        choice = spec.steps.record_steps
+        options: dict[str, Any] = {
+            "loss": loss,
+            "recorded": choice == "on" or (choice == "auto" and spec.model.is_ours),
+            "precision": spec.steps.precision,
+        }
+        if device is None:
+            context = StepContext(layout, depth=spec.steps.batches_per_push, **options)
             context.statistics = self._statistics
             return lambda: ModelCopy(next(models), context)
-        self._lock = self._device.lock(mailboxes)
+        self._lock = device.lock(mailboxes)
         direct = self._lock is not None
-        shared = DeviceStepContext(
-            layout, self._device, loss=loss, direct=direct, precision=precision
-        )
+        depth = spec.steps.together if spec.steps.fresh else 1
+        shared = DeviceStepContext(layout, device, direct=direct, depth=depth, **options)
         shared.statistics = self._statistics
         return lambda: DeviceModelCopy(next(models), shared)
 

@@ -121,7 +121,7 @@ class ModelSpec:
 Recorded = Literal["auto", "on", "off"]
 InFlight = Literal["auto", "all"]
 DeviceName = Literal["cpu", "cuda"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,20 +140,20 @@ class StepConfig:
     replica, as on a cluster on which all of them really run at once."""
     steps_together: int | None = None
     """Concurrent steps of a replica that begin on the same weights and are pushed as one, each
-    mini-batch normalized by itself; none is all of them with in flight auto, and 1 otherwise."""
+    mini-batch normalized by itself; none is all of them with in flight auto, and 1 otherwise and on
+    a GPU."""
     record_steps: Recorded = "auto"
-    """Whether a step is recorded and its kernels run without autograd. `auto`: for the models that
-    come with this package. `on`: for your own, if it decides nothing anew (say by Python's random
-    numbers) from one mini-batch to the next."""
+    """Whether a step is recorded and its kernels run without autograd, on a GPU as a CUDA graph.
+    `auto`: for the models that come with this package. `on`: for your own, if it decides nothing
+    anew (say by Python's random numbers) from one mini-batch to the next."""
 
     device: DeviceName = field(default="cpu", metadata={"cli": "replica-device"})
-    """What replicas compute on: processors, or a GPU for each process of replicas. Steps on a GPU
-    are not recorded."""
+    """What replicas compute on: processors, or a GPU for each process of replicas."""
 
     precision: Precision = "float32"
     """What forward and backward passes compute in. `bfloat16`: matrix products and convolutions,
-    under PyTorch's autocast. Weights, gradients, BN's moments and the server are float32 all the
-    same, and scoring is too."""
+    under PyTorch's autocast. `float16`: likewise on GPUs, with losses scaled. Weights, gradients,
+    BN's moments and the server are float32 all the same, and scoring is too."""
 
     by_permit: bool = field(default=False, metadata={"cli": False})
     """Whether a step asks for a permit before it pulls, as the staleness policies `bounded`
@@ -186,10 +186,11 @@ class StepConfig:
         """Whether a step pulls its weights when it begins, not when the turn before ended.
 
         Permits, fetching and pushing every so many steps, and a device's overlapping steps are
-        defined over steps that are all in flight.
+        defined over steps that are all in flight; the latter unless some are computed together.
         """
         plain = (self.n_fetch, self.n_push) == (1, 1) and not self.by_permit
-        return self.in_flight == "auto" and plain and self.device == "cpu"
+        here = self.device == "cpu" or (self.steps_together or 1) > 1
+        return self.in_flight == "auto" and plain and here
 
     @property
     def batches_per_push(self) -> int:

@@ -32,6 +32,11 @@ def check(server: ServerConfig, replicas: ReplicaConfig, policy: PolicyConfig) -
         _check_record(server, replicas)
     if steps.device != "cpu":
         _check_device(replicas, policy)
+    elif steps.precision == "float16":
+        raise ValueError(
+            "precision is float16, and replica device is cpu, which gains nothing by it: give "
+            "precision bfloat16 or float32, or replica device cuda"
+        )
 
 
 def check_goal(model: ModelConfig, policy: PolicyConfig) -> None:
@@ -82,11 +87,6 @@ def _check_device(replicas: ReplicaConfig, policy: PolicyConfig) -> None:
         raise ValueError(
             f"record pushes is on, and replica device is {steps.device}, which does not round the "
             "same way each time, so that a replay would find other bits: give replica device cpu"
-        )
-    if steps.record_steps == "on":
-        raise ValueError(
-            f"record steps is on, and replica device is {steps.device}, where no step is "
-            "recorded: give record steps auto, or replica device cpu"
         )
     if spares != "none":
         raise ValueError(

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.helpers.tape_graph import TapeGraph
+
 Wait = tuple[str, str]
 NO_CLASS = -100
 
@@ -143,6 +145,9 @@ class LateDevice:
 
     def lock(self, memory: Tensor) -> LateLock | None:
         return LateLock(self, memory) if self._locks else None
+
+    def capture(self, work: Callable[[], object]) -> TapeGraph:
+        return TapeGraph(work)
 
     def seed(self, number: int) -> None:
         torch.default_generator.manual_seed(number)

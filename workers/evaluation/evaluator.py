@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -188,6 +187,8 @@ class Evaluator:
 
     def load(self, path: str) -> None:
         """Read what `save` wrote. Raises `ModelError` for a file of another model."""
+        import safetensors.torch
+
         state = safetensors.torch.load_file(path)
         weights, statistics = self._model.split(state)
         self.weights.copy_(weights)

@@ -29,7 +29,8 @@ from downpour.shuffler.delivery import Reading
 from downpour.workers.replica.cpu_usage import Meter, Spent
 from downpour.workers.replica.rotation import Op, Rotation, Task, Turn
 from downpour.workers.spec import StepConfig
-from downpour.workers.step.device_model_copy import DeviceModelCopy, PendingResult
+from downpour.workers.step.device_context import PendingResult
+from downpour.workers.step.device_model_copy import DeviceModelCopy
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepResult
 
 IDLE_WAIT_S = 1.0

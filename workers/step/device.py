@@ -58,6 +58,13 @@ class Lock(Protocol):
         """Let the pages go, once no copy is under way; may be called again."""
 
 
+class Graph(Protocol):
+    """Kernels that were captured, with the memory that they read and write."""
+
+    def replay(self) -> None:
+        """Have all of them done, in one call: part of the work that a stream runs."""
+
+
 class Device(Protocol):
     """Where a process's replicas compute."""
 
@@ -73,6 +80,16 @@ class Device(Protocol):
 
     def lock(self, memory: Tensor) -> Lock | None:
         """Page-lock memory where it is, uint8 [bytes]; None where that is refused."""
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Note `work`'s kernels on the compute stream, without running them.
+
+        What `work` reads and writes stays where it is; what it allocates is kept. Graphs share such
+        memory: nothing that one of them leaves there may be wanted after it.
+
+        Raises:
+            RuntimeError: `work` does what cannot be captured, such as to look at a value.
+        """
 
     def seed(self, number: int) -> None:
         """Begin the random numbers that kernels draw here."""
@@ -107,6 +124,16 @@ class _Unlocked:
         pass
 
 
+class _Again:
+    """Work that is done anew, in place of kernels that were captured."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+
+    def replay(self) -> None:
+        self._work()
+
+
 class HostDevice:
     """The processor and plain memory, in the shape of a device."""
 
@@ -126,6 +153,10 @@ class HostDevice:
     def lock(self, memory: Tensor) -> Lock | None:
         """Nothing to be done."""
         return _Unlocked() if self._locks else None
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Plain memory has no graphs: the work itself."""
+        return _Again(work)
 
     def seed(self, number: int) -> None:
         """The process's generator."""
@@ -147,21 +178,21 @@ class _CudaEvent:
 
 class _CudaStream:
     def __init__(self, device: torch.device) -> None:
-        self._stream = cuda.Stream(device)
+        self.stream = cuda.Stream(device)
 
     def run(self, work: Callable[[], object]) -> None:
-        with cuda.stream(self._stream):
+        with cuda.stream(self.stream):
             work()
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
-        with cuda.stream(self._stream):
+        with cuda.stream(self.stream):
             destination.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        return _CudaEvent(self._stream)
+        return _CudaEvent(self.stream)
 
     def wait(self, event: Any) -> None:
-        self._stream.wait_event(event.event)
+        self.stream.wait_event(event.event)
 
 
 class _CudaLock:
@@ -191,6 +222,7 @@ class CudaDevice:
         self.compute: Stream = _CudaStream(self.where)
         self.up: Stream = _CudaStream(self.where)
         self.down: Stream = _CudaStream(self.where)
+        self._graphs_memory = cuda.graph_pool_handle()
 
     def page_locked(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory of PyTorch's, pinned."""
@@ -211,6 +243,23 @@ class CudaDevice:
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self.where)
         return None
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """A CUDA graph. All of them share a pool, since one stream runs them one by one."""
+        assert isinstance(self.compute, _CudaStream)
+        graph, before = cuda.CUDAGraph(), cuda.current_stream(self.where)
+        try:
+            with cuda.graph(
+                graph,
+                pool=self._graphs_memory,
+                stream=self.compute.stream,
+                capture_error_mode="thread_local",  # other threads may page-lock memory meanwhile
+            ):
+                work()
+        finally:
+            cuda.set_stream(before)  # which PyTorch leaves out if the capture fails
+        captured: Graph = graph
+        return captured
 
     def seed(self, number: int) -> None:
         """The GPU's generator."""

@@ -26,17 +26,20 @@ def differentiate(
     places: Sequence[Tensor],
     gradient: Tensor,
     precision: Precision = "float32",
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Leave the gradient by each parameter in its place; gives the loss, a scalar.
 
-    The places are views of `gradient` [P], which is 0 wherever nothing was found. All are on one
-    device, and nothing here waits for it.
+    The places are views of `gradient` [P], which is 0 wherever nothing was found. With a `scale`, a
+    scalar, the loss is multiplied by it before it is differentiated, and the gradient divided
+    after. All are on one device, and nothing here waits for it.
     """
     with computing_in(precision, gradient.device.type):
         value = loss(module(inputs), targets)
     if module not in _reentrant:
         _reentrant[module] = is_reentrant(value)
-    found = gradients(value, parameters, reentrant=_reentrant[module])
+    scaled = value if scale is None else value * scale
+    found = gradients(scaled, parameters, reentrant=_reentrant[module])
     with torch.no_grad():
         pairs = [
             (place, part) for place, part in zip(places, found, strict=True) if part is not None
@@ -45,6 +48,8 @@ def differentiate(
             gradient.zero_()  # what had no part in this step
         if pairs:
             torch._foreach_copy_([place for place, _ in pairs], [part for _, part in pairs])
+        if scale is not None:
+            gradient.div_(scale)
     return value.detach()
 
 

@@ -1,5 +1,7 @@
 """Several mini-batches in one pass: their loss, whether a model allows it, and whether it pays.
 
+Whether it pays is for steps on processors; on a device, mini-batches are joined where they may be.
+
 Before a model's mini-batches are joined, one pass is compared with separate ones. A model that
 mixes the rows of a mini-batch in some other way than batch normalization is not joined.
 """
@@ -18,8 +20,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from downpour.models.batchnorm import BatchNorm
 from downpour.models.conversion.copies import detached_copy
 from downpour.models.conversion.randomness import RandomState
+from downpour.models.layout import Layout
 from downpour.models.outputs import Loss, cross_entropy
 from downpour.workers.step.eager import gradients
+from downpour.workers.step.random_state import (
+    random_state,
+    same_random_state,
+    set_random_state,
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +69,47 @@ def _rows(values: Any, first: int, step: int) -> Any:
     if isinstance(values, list | tuple):
         return type(values)(_rows(v, first, step) for v in values)
     return values
+
+
+class JointRoom:
+    """Losses, and where passes leave moments, by how many mini-batches a pass takes."""
+
+    def __init__(self, layout: Layout, loss: Loss, device: torch.device | str = "cpu") -> None:
+        """Room on `device`, made when it is first wanted."""
+        self._layout = layout
+        self._device = torch.device(device)
+        self._losses: dict[int, Loss] = {1: loss}
+        self._moments: dict[int, Tensor] = {}
+        self._columns: dict[int, Tensor] = {}
+
+    def loss(self, together: int) -> Loss:
+        """The loss of so many mini-batches: the sum of theirs."""
+        if together not in self._losses:
+            self._losses[together] = JointLoss(self._losses[1], together)
+        return self._losses[together]
+
+    def moments(self, together: int) -> Tensor:
+        """Where a forward over so many mini-batches leaves moments, float32 [3, k*F]."""
+        if together not in self._moments:
+            columns = together * self._layout.num_features
+            self._moments[together] = torch.zeros(3, columns, device=self._device)
+        return self._moments[together]
+
+    def columns(self, together: int) -> Tensor:
+        """Where in `moments` each mini-batch's are, int64 [k*F], mini-batch by mini-batch."""
+        if together not in self._columns:
+            columns = self._layout.moment_columns(together).flatten()
+            self._columns[together] = columns.to(self._device)
+        return self._columns[together]
+
+    def leave_moments(self, place: Tensor, together: int) -> None:
+        """Copy the moments of the last pass to `place`, float32 [k, 3, F]."""
+        moments = self.moments(together)
+        if together == 1:
+            place[0].copy_(moments)
+        elif moments.numel():
+            found = torch.index_select(moments, 1, self.columns(together))
+            place.copy_(found.view(3, together, -1).transpose(0, 1))
 
 
 class JoinTrial:
@@ -106,11 +155,12 @@ def can_join(
     Args:
         module: is left as it is.
         losses: gives the loss of so many mini-batches together.
-        inputs: float32 [m*together, ...]; example i of mini-batch j is row i*together + j.
+        inputs: float32 [m*together, ...], on the module's device; example i of mini-batch j is row
+            i*together + j.
         targets: [m*together, ...], likewise.
         together: mini-batches.
     """
-    before = RandomState.now()
+    before, on_device = RandomState.now(), random_state(inputs.device)
     try:
         twin = detached_copy(module).double()
         for dropout in [m for m in twin.modules() if isinstance(m, _DropoutNd)]:
@@ -125,7 +175,9 @@ def can_join(
         return False
     finally:
         drawn = not before.is_now()
+        drawn = drawn or not same_random_state(on_device, random_state(inputs.device))
         before.restore()
+        set_random_state(inputs.device, on_device)
     if drawn:
         log.warning("mini-batches are not joined: this model draws random numbers of its own")
         return False

@@ -12,7 +12,8 @@ out whether a model's mini-batches may be joined, and whether that is faster.
 
 After some steps on mini-batches of one shape the step is recorded (`workers.step.recording`). The
 recording runs in its place from then on, as long as it gives the same loss, gradient and moments to
-the bit: on the mini-batch that was recorded, on the next one, and on one of every `CHECK_EVERY`.
+the bit: on the mini-batch that was recorded, on the next one, and on one of every thousand
+(`workers.step.record_book`).
 
 Not here: models on a device (`device_model_copy`), and whose turn it is (`workers.replica`).
 """
@@ -22,7 +23,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,17 +37,11 @@ from downpour.models.layout import Layout
 from downpour.models.outputs import Loss
 from downpour.workers.spec import Precision
 from downpour.workers.step.eager import differentiate
-from downpour.workers.step.joining import JointLoss, JoinTrial, can_join
+from downpour.workers.step.joining import JoinTrial, JointRoom, can_join
+from downpour.workers.step.record_book import RECORD_AFTER, RecordBook, Shape
 from downpour.workers.step.recording import CannotRecord, Recording, record
 
 log = logging.getLogger(__name__)
-
-RECORD_AFTER = 1
-"""Steps of a process on mini-batches of one shape after which the step is recorded."""
-CHECK_EVERY = 1000
-"""Steps of a process by one recording, of which one is compared with the step itself."""
-
-_Shape = tuple[object, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +73,7 @@ class Mailbox:
         """The gradient by trained parameter, in the layout's order."""
 
 
-class StepContext:
+class StepContext(JointRoom):
     """What the model copies of a process share: room for moments, and recordings by shape."""
 
     def __init__(
@@ -102,43 +96,22 @@ class StepContext:
             depth: most mini-batches of a step.
             precision: that forward and backward passes compute in.
         """
+        super().__init__(layout, loss)
         self.precision = precision
-        self.recordings: dict[_Shape, Recording | None] = {}
-        """By the shapes of a step; None where there is no recording to be had."""
+        self.book: RecordBook[Recording] = RecordBook(recorded=recorded, record_after=record_after)
         self.joinable: bool | None = None
         """Whether mini-batches may be joined; None until it has been tried."""
         self.statistics: Tensor | None = None
         """What frozen BN layers normalize with, float32 [2, F]; None takes the model's own."""
         self._trials: dict[int, JoinTrial] = {}
-        self._loss = loss
-        self._losses: dict[int, Loss] = {1: loss}
-        self._moments: dict[int, Tensor] = {}
-        self._columns: dict[int, Tensor] = {}
         self._spare: Mailbox | None = None
         self._layout = layout
         self._depth = depth
-        self._seen: Counter[_Shape] = Counter()
-        self._runs: Counter[_Shape] = Counter()
-        self._recorded = recorded
-        self._record_after = record_after
 
-    def loss(self, together: int) -> Loss:
-        """The loss of so many mini-batches: the sum of theirs."""
-        if together not in self._losses:
-            self._losses[together] = JointLoss(self._loss, together)
-        return self._losses[together]
-
-    def moments(self, together: int) -> Tensor:
-        """Where a forward over so many mini-batches leaves moments, float32 [3, k*F]."""
-        if together not in self._moments:
-            self._moments[together] = torch.zeros(3, together * self._layout.num_features)
-        return self._moments[together]
-
-    def columns(self, together: int) -> Tensor:
-        """Where in `moments` each mini-batch's are, int64 [k*F], mini-batch by mini-batch."""
-        if together not in self._columns:
-            self._columns[together] = self._layout.moment_columns(together).flatten()
-        return self._columns[together]
+    @property
+    def recordings(self) -> dict[Shape, Recording | None]:
+        """By the shapes of a step; None where there is no recording to be had."""
+        return self.book.recordings
 
     def trial(self, together: int) -> JoinTrial:
         """Which way of computing so many mini-batches is the faster one here."""
@@ -157,24 +130,6 @@ class StepContext:
             )
         return self._spare
 
-    def due(self, shape: _Shape) -> bool:
-        """Count one more step of this shape; whether it is now time to record it."""
-        if not self._recorded or shape in self.recordings:
-            return False
-        self._seen[shape] += 1
-        return self._seen[shape] > self._record_after
-
-    def check_due(self, shape: _Shape) -> bool:
-        """Count one more step by this shape's recording; whether it is now time to compare."""
-        if self.recordings.get(shape) is None:
-            return False
-        self._runs[shape] += 1
-        return self._runs[shape] % CHECK_EVERY == 1
-
-    def runs(self, shape: _Shape) -> int:
-        """Steps by this shape's recording since it was last compared."""
-        return min(self._runs[shape] - 1, CHECK_EVERY - 1)
-
 
 class ModelCopy:
     """Weights float32 [P] of its own, and the model that reads them."""
@@ -189,7 +144,7 @@ class ModelCopy:
         self._bind(1)
         self._module = model.module.train()
         self._parameters = [p for p in model.parameters if p.requires_grad]
-        self._statics: dict[_Shape, tuple[Tensor, ...]] = {}
+        self._statics: dict[Shape, tuple[Tensor, ...]] = {}
         self._unsettled = has_spectral_norm(model.module)
 
     def _bind(self, together: int) -> None:
@@ -250,31 +205,22 @@ class ModelCopy:
         """One pass over all of them."""
         context = self._context
         shape = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, together)
-        if context.due(shape):
+        if context.book.due(shape):
             self._record(shape, inputs, targets, together)
-        elif context.check_due(shape):
+        elif context.book.check_due(shape):
             self._check(shape, inputs, targets, together)
         target = mailbox if index == 0 else context.spare()
         loss = self._compute(shape, inputs, targets, target, together)
         if target is not mailbox:
             mailbox.gradient.add_(target.gradient)
-        self._leave_moments(mailbox, index, together)
+        context.leave_moments(mailbox.moments[index : index + together], together)
         return StepResult(loss=loss.item() / together, gradient_norm=norm(mailbox.gradient))
 
-    def _leave_moments(self, mailbox: Mailbox, index: int, together: int) -> None:
-        moments = self._context.moments(together)
-        if together == 1:
-            mailbox.moments[index].copy_(moments)
-        elif moments.numel():
-            found = torch.index_select(moments, 1, self._context.columns(together))
-            place = mailbox.moments[index : index + together]
-            place.copy_(found.view(3, together, -1).transpose(0, 1))
-
     def _compute(
-        self, shape: _Shape, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
+        self, shape: Shape, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
     ) -> Tensor:
         """Leave the sum of the gradients in `mailbox`; gives the sum of the losses."""
-        recording = self._context.recordings.get(shape)
+        recording = self._context.book.recordings.get(shape)
         if recording is None:
             return self._compute_eagerly(inputs, targets, mailbox, together)
         statics = self._statics.get(shape)
@@ -301,7 +247,7 @@ class ModelCopy:
             self._context.precision,
         )
 
-    def _record(self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
+    def _record(self, shape: Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
         """Record a step of this shape, and keep the recording if it does what the step does."""
         context = self._context
         context.recordings[shape] = None
@@ -324,7 +270,7 @@ class ModelCopy:
         finally:
             torch.set_rng_state(random_state)
 
-    def _check(self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
+    def _check(self, shape: Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
         """Go on without this shape's recording if it no longer does what the step does."""
         context = self._context
         recording = context.recordings[shape]
@@ -336,11 +282,11 @@ class ModelCopy:
             "a recorded step gives other results on another mini-batch, as if the model decided "
             "something anew for each: steps are not recorded any more, and %d were since the last "
             "comparison",
-            context.runs(shape),
+            context.book.runs(shape),
         )
 
     def _agrees(
-        self, recording: Recording, shape: _Shape, inputs: Tensor, targets: Tensor, together: int
+        self, recording: Recording, shape: Shape, inputs: Tensor, targets: Tensor, together: int
     ) -> bool:
         """Whether the recording gives here what the step gives, to the bit.
 
@@ -359,7 +305,7 @@ class ModelCopy:
         return all(map(_same_bits, expected, found))
 
     def _outcome(
-        self, shape: _Shape, inputs: Tensor, targets: Tensor, together: int
+        self, shape: Shape, inputs: Tensor, targets: Tensor, together: int
     ) -> tuple[Tensor, ...]:
         spare = self._context.spare()
         spare.gradient.zero_()

@@ -160,13 +160,39 @@ def record(
         CannotRecord: the step does what a recording would not repeat.
     """
     parameters = [p for p in model.parameters if p.requires_grad]
+    tape, loss, gradients = _taped(model, loss_function, inputs, targets, parameters, precision)
+    return _Script(model, inputs, targets).write(tape, loss, parameters, gradients)
+
+
+def check_repeatable(
+    model: FlatModel, loss_function: Loss, inputs: Tensor, targets: Tensor, precision: Precision
+) -> None:
+    """Run one step as `record` does, for what it raises. Waits for the device, if there is one.
+
+    Raises:
+        CannotRecord: the step does what neither a recording nor a graph on a device would repeat.
+    """
+    parameters = [p for p in model.parameters if p.requires_grad]
+    tape, _, _ = _taped(model, loss_function, inputs, targets, parameters, precision)
+    _Script(model, inputs, targets).read(tape)
+
+
+def _taped(
+    model: FlatModel,
+    loss_function: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    parameters: Sequence[nn.Parameter],
+    precision: Precision,
+) -> tuple[_Tape, Tensor, tuple[Tensor | None, ...]]:
+    """All calls of a step, its loss, and its gradients by parameter."""
     with _Tape() as tape:
-        with computing_in(precision):
+        with computing_in(precision, inputs.device.type):
             loss = loss_function(model.module(inputs), targets)
         if skipped := model.left_out():
             raise CannotRecord(f"the step leaves out batch normalization '{skipped[0]}'")
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return _Script(model, inputs, targets).write(tape, loss, parameters, gradients)
+    return tape, loss, gradients
 
 
 class _Script:
@@ -193,8 +219,7 @@ class _Script:
         parameters: Sequence[nn.Parameter],
         gradients: Sequence[Tensor | None],
     ) -> Recording:
-        for call in tape.calls:
-            self._add(*call)
+        self.read(tape)
         places = [self._placeholder(f"gradient_{i}") for i in range(len(parameters))]
         found = [None if g is None else self._node(g) for g in gradients]
         loss_node = self._node(loss)
@@ -209,6 +234,11 @@ class _Script:
             node.target = _THINNER.get(node.target, node.target)
         module = fx.GraphModule(nn.Module(), self._graph)
         return Recording(module.forward, self._statics, by_python=True)
+
+    def read(self, tape: _Tape) -> None:
+        """Take in all calls. Raises `CannotRecord` for one that cannot be repeated."""
+        for call in tape.calls:
+            self._add(*call)
 
     def _placeholder(self, name: str) -> fx.Node:
         with self._graph.inserting_after(self._last_input):

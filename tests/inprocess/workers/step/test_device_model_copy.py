@@ -6,83 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from downpour.models.flat import FlatModel
-from downpour.workers.step.device import CudaDevice, Device, HostDevice, cuda_problem
-from downpour.workers.step.device_model_copy import DeviceModelCopy, DeviceStepContext
-from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext
+from downpour.workers.step.device import HostDevice
+from downpour.workers.step.device_context import DeviceStepContext
+from downpour.workers.step.device_model_copy import DeviceModelCopy
+from downpour.workers.step.model_copy import ModelCopy, StepContext
+from tests.helpers.device_story import NUM_BOXES, SIZES, on, oracle, same
 from tests.helpers.late import LateDevice, Wait
 from tests.helpers.networks import NAMES, batches, build, mailboxes
 
 torch.set_num_threads(1)
-
-
-NUM_SLOTS, NUM_BOXES = 2, 4
-SIZES = (4, 4, 3, 5, 4, 2, 5, 4, 4, 3, 4, 4)
-"""Several, so that one is smaller than the room that it is sent to."""
-
-Found = tuple[float, float, Tensor, Tensor]
-
-
-def story(name: str, slots: list[Any], boxes: list[Mailbox], *, ahead: int) -> list[Found]:
-    """Two slots, two steps each in turn, new weights now and then, pushes of up to three steps.
-
-    With `ahead` a step's result is read when so many later ones have been begun, but before its
-    mailbox is added to.
-    """
-    torch.manual_seed(7)
-    data, found, begun = batches(name, SIZES), [], []
-    weights = FlatModel(build(name)).weights.numpy()
-    plan = [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (0, 0), (2, 1), (1, 0), (2, 2), (3, 0)]
-
-    def read() -> None:
-        result, box, index = begun.pop(0)
-        loss, norm = result.loss, result.gradient_norm
-        found.append((loss, norm, box.gradient.clone(), box.moments[index].clone()))
-
-    for i, ((x, y), (box, index)) in enumerate(zip(data, plan, strict=False)):
-        slot = slots[i // 2 % NUM_SLOTS]
-        if i == 2 or i % 3 == 0:  # also where a step on the weights of before is under way
-            slot.weights[:] = weights * (1 + i / 10)
-        while any(b is boxes[box] for _, b, _ in begun):
-            read()
-        inputs, targets = x.clone(), y.clone()
-        begun.append((slot.step(inputs, targets, boxes[box], index), boxes[box], index))
-        inputs.fill_(torch.nan)  # the caller's again
-        targets.fill_(0)
-        while len(begun) > ahead:
-            read()
-    while begun:
-        read()
-    return found
-
-
-def oracle(name: str) -> list[Found]:
-    """The same on processors, one step after the other."""
-    models = [FlatModel(build(name)) for _ in range(NUM_SLOTS)]
-    context = StepContext(models[0].layout, recorded=False)
-    return story(
-        name,
-        [ModelCopy(m, context) for m in models],
-        mailboxes(models[0].layout, NUM_BOXES),
-        ahead=0,
-    )
-
-
-def on(device: Device, name: str, *, direct: bool = True, ahead: int = 1) -> list[Found]:
-    models = [FlatModel(build(name)) for _ in range(NUM_SLOTS)]
-    context = DeviceStepContext(models[0].layout, device, direct=direct)
-    slots = [DeviceModelCopy(m, context) for m in models]
-    return story(name, slots, mailboxes(models[0].layout, NUM_BOXES), ahead=ahead)
-
-
-def same(a: list[Found], b: list[Found]) -> bool:
-    """To the bit; nothing here is NaN."""
-    return len(a) == len(b) and all(
-        x[:2] == y[:2] and torch.equal(x[2], y[2]) and torch.equal(x[3], y[3])
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -99,6 +33,14 @@ def test_late_copies_change_nothing(name: str, seed: int | None, direct: bool) -
     for ahead in (0, 1, 2):
         device = LateDevice(seed=seed, ahead=ahead)
         assert same(on(device, name, direct=direct, ahead=ahead), oracle(name))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_nor_do_steps_that_are_captured(name: str, seed: int | None) -> None:
+    for ahead in (0, 1, 2):
+        device = LateDevice(seed=seed, ahead=ahead)
+        assert same(on(device, name, direct=bool(seed), ahead=ahead, recorded=True), oracle(name))
 
 
 def test_a_result_may_be_left_unread() -> None:
@@ -153,57 +95,3 @@ def test_without_the_wait_for_a_berth_the_results_are_others(
 
     monkeypatch.setattr(DeviceStepContext, "buffers", buffers)
     assert not same(on(LateDevice(), "mnist-bn", ahead=3), oracle("mnist-bn"))
-
-
-# On a GPU
-
-
-@pytest.fixture
-def cuda() -> CudaDevice:
-    if (problem := cuda_problem()) is not None:
-        pytest.skip(f"needs a GPU: {problem}")
-    return CudaDevice()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("name", NAMES[:3])
-def test_a_gpu_finds_the_same_but_for_rounding(cuda: CudaDevice, name: str, direct: bool) -> None:
-    found = on(cuda, name, direct=direct)
-    for a, b in zip(found, oracle(name), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
-def test_on_a_gpu_it_does_not_matter_how_far_ahead_steps_are_begun(
-    cuda: CudaDevice, name: str
-) -> None:
-    torch.backends.cudnn.deterministic = True
-    try:
-        cuda.seed(3)
-        one_by_one = on(cuda, name, ahead=0)
-        cuda.seed(3)
-        assert same(on(cuda, name, ahead=1), one_by_one)
-    finally:
-        torch.backends.cudnn.deterministic = False
-
-
-@pytest.mark.gpu
-def test_mailboxes_are_page_locked_in_place_and_let_go(cuda: CudaDevice) -> None:
-    from downpour.paramserver.transport.shared.mailboxes import Mailboxes
-
-    for _ in range(2):  # the second mapping may be at the first one's address
-        boxes = Mailboxes(100_000, 10, 3, 2)
-        lock = cuda.lock(boxes.memory)
-        assert lock is not None
-        assert all(gradient.is_pinned() for gradient in boxes.gradients)
-        source = torch.arange(100_000, dtype=torch.float32, device=cuda.where)
-        cuda.finish()
-        cuda.down.copy(boxes.gradients[2], source)
-        cuda.down.record().wait()
-        assert torch.equal(boxes.gradients[2], source.cpu())
-        lock.release()
-        lock.release()
-        assert not boxes.gradients[0].is_pinned()
-        boxes.close()

@@ -24,6 +24,7 @@ from downpour.workers import actor
 from downpour.workers.errors import DeviceMissing
 from downpour.workers.spec import ReplicasSpec
 from downpour.workers.step.device import Device, HostDevice
+from downpour.workers.step.joining import JoinTrial
 from tests.helpers import tiny
 from tests.helpers.late import LateDevice
 from tests.helpers.runs import Run, assert_replays_to_the_bit, recorded
@@ -130,6 +131,26 @@ def test_steps_that_are_added_up_in_many_slots(
     assert_let_go(devices)
 
 
+def test_steps_that_are_computed_together(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JoinTrial, "next", lambda _: True)
+    config = tiny.config(data, replicas=1, concurrent_steps=3, in_flight="auto")
+    one_window = dataclasses.replace(config.replicas, queued_windows=1)
+    config = dataclasses.replace(config, replicas=one_window)
+    expected = Run(tmp_path / "cpu", config)
+    expected.go()
+    devices = install(LateDevice, monkeypatch)
+    run = Run(tmp_path / "late", config)
+    run.assert_exactly_once(run.go())
+    assert torch.equal(run.weights, expected.weights)
+    several = Run(
+        tmp_path / "several", tiny.config(data, concurrent_steps=2, in_flight="auto", epochs=1)
+    )
+    several.assert_exactly_once(several.go())
+    assert_let_go(devices)
+
+
 def changed(config: RunConfig, what: str) -> RunConfig:
     if what == "network":
         network = NetworkConfig(transport="network")
@@ -149,7 +170,11 @@ def test_a_push_before_its_copy_has_ended_would_be_refused(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(lambda: LateDevice(ignored=frozenset({("host", "down")})), monkeypatch)
-    run = Run(tmp_path / "run", tiny.config(data, epochs=1))
+    config = tiny.config(data, epochs=1)
+    # A capture and its comparisons wait for everything.
+    steps = dataclasses.replace(config.replicas.steps, record_steps="off")
+    replicas = dataclasses.replace(config.replicas, steps=steps)
+    run = Run(tmp_path / "run", dataclasses.replace(config, replicas=replicas))
     outcome = run.go()
     # All but those that were under way when another slot was made, which waits for everything.
     assert outcome.refused >= run.plan.num_batches - run.config.replicas.slots

@@ -1,7 +1,6 @@
 """A step leaves what autograd finds, recorded or not, to the bit."""
 
 import copy
-import itertools
 import random
 from collections.abc import Callable
 
@@ -13,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from downpour.models.flat import FlatModel, layout_of
 from downpour.models.layers import LinearBN
-from downpour.workers.step import model_copy
+from downpour.workers.step import record_book
 from downpour.workers.step.interpreter import CannotInterpret
 from downpour.workers.step.joining import JoinTrial
 from downpour.workers.step.model_copy import Mailbox, ModelCopy, StepContext, norm
 from tests.helpers.close import assert_close
 from tests.helpers.networks import NAMES, batches, build, mailboxes
+from tests.helpers.unrepeatable import Scaled, unrepeatable
 
 
 def make(module: nn.Module, **options: object) -> tuple[ModelCopy, StepContext, list[Mailbox]]:
@@ -100,58 +100,7 @@ def test_slots_share_a_recording_and_nothing_else() -> None:
     assert len(context.recordings) == 1
 
 
-class Looks(nn.Linear):
-    """Decides by a value."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y * 2 if y.sum().item() > 0 else y
-
-
-class Picks(nn.Linear):
-    """Goes on with as many values as are large: a recording would keep the first number of them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y + y[(y > 0).nonzero()[:, 0]].mean()
-
-
-class Masks(nn.Linear):
-    """Likewise, by a mask."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y + y[y > 0].mean()
-
-
-class Remembers(nn.Linear):
-    """Changes a buffer that outlives the step."""
-
-    def __init__(self) -> None:
-        super().__init__(6, 3)
-        self.register_buffer("seen", torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        assert isinstance(self.seen, Tensor)
-        self.seen.add_(y.detach().mean(0))
-        return y - self.seen
-
-
-class Alternates(nn.Linear):
-    """Decides anew each time, outside of PyTorch."""
-
-    def __init__(self) -> None:
-        super().__init__(6, 3)
-        self.calls = itertools.count()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1 + next(self.calls) % 2)
-
-
-@pytest.mark.parametrize(
-    "module", [Looks(6, 3), Picks(6, 3), Masks(6, 3), Remembers(), Alternates()], ids=type
-)
+@pytest.mark.parametrize("module", unrepeatable(), ids=type)
 def test_what_cannot_be_recorded_goes_on_without(module: nn.Module) -> None:
     slot, context, boxes = make(module, recorded=True)
     for x, y in batches("mnist", (4,) * 5):
@@ -173,21 +122,12 @@ def test_rows_that_are_taken_by_number_are_recorded() -> None:
     assert None not in context.recordings.values()
 
 
-class Scaled(nn.Linear):
-    """Has a number that somebody may change."""
-
-    scale = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
-
-
 @pytest.mark.parametrize("changed_at", [2, 3, 7])
 def test_a_recording_that_no_longer_does_what_the_step_does_is_given_up(
     changed_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second step is recorded, so the third and each fifth from there are compared."""
-    monkeypatch.setattr(model_copy, "CHECK_EVERY", 5)
+    monkeypatch.setattr(record_book, "CHECK_EVERY", 5)
     module, plain = Scaled(6, 3), Scaled(6, 3)
     plain.load_state_dict(module.state_dict())
     slot, context, boxes = make(module, recorded=True)

@@ -1,6 +1,7 @@
 """Configuration: recipes hold together, values are refused with a remedy, pure decisions."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -155,7 +156,6 @@ def test_rounds_are_configured_and_survive_json(pushes: int | None, expected: in
     ("given", "words"),
     [
         ({"record_pushes": True}, "record pushes is on, and replica device is cuda, .*: give repl"),
-        ({"record_steps": "on"}, "record steps is on, and replica device is cuda, .*: give record"),
         ({"spares": "replicas"}, "spares is replicas, and replica device is cuda, .*: give spares"),
         ({"spares": "all"}, "spares is all, and replica device is cuda, .*: give spares none"),
         ({"gpus_per_process": 2.0}, "gpus per process is 2: give more than 0 and at most 1"),
@@ -166,6 +166,21 @@ def test_what_a_device_cannot_do_is_refused_in_a_line(given: dict[str, object], 
     with pytest.raises(OptionError, match=words) as caught:
         apply(recipes.find("mnist-bn"), {"replica_device": "cuda", **given})
     assert "\n" not in str(caught.value)
+
+
+def test_float16_is_for_gpus() -> None:
+    with pytest.raises(OptionError, match="precision is float16, and replica device is cpu"):
+        apply(recipes.find("mnist-bn"), {"precision": "float16"})
+    given = {"precision": "float16", "replica_device": "cuda", "record_steps": "on"}
+    assert step_config(apply(recipes.find("mnist-bn"), given)).precision == "float16"
+
+
+def test_on_a_device_weights_are_fresh_if_steps_are_computed_together() -> None:
+    steps = step_config(apply(recipes.find("mnist-bn"), {"replica_device": "cuda"}))
+    assert (steps.fresh, steps.batches_per_push) == (False, 1)
+    together = replace(steps, steps_together=5)
+    assert (together.fresh, together.batches_per_push) == (True, 5)
+    assert not replace(together, in_flight="all").fresh
 
 
 def test_a_device_is_told_to_the_replicas_and_survives_json() -> None:
