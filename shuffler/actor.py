@@ -73,6 +73,8 @@ class ShufflerActor:
 
     def _prefetch(self, epoch: int, window: int) -> None:
         """Begin to read the windows that come after one, as far as the cache has room."""
+        if self._reader.keeps_all:
+            return
         plan = self._plan
         windows = plan.next_windows(epoch, window, self._prefetch_windows)
         rows = [plan.rows_of(e, plan.window_batches_order(e, w))[0] for e, w in windows]

@@ -51,6 +51,9 @@ from downpour.workers.tasks import ACCURACY
 STOP_DEADLINE_S = 10.0
 ANY_WAY = Access()
 NOTHING_KEPT = Keeping()
+MOVING_EVERY = 4
+"""Scorings of which one is made with the server's moving averages, too. So are those that make the
+run's model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class Evaluation:
     """With the BN statistics that were recomputed, if they were; else with the server's."""
     wall_s: float
     moving: Score | None = None
-    """With the server's moving averages, if BN statistics were recomputed."""
+    """With the server's moving averages, if BN statistics were recomputed and it is their turn."""
     num_recomputed: int = 0
     """Mini-batches that they were recomputed on."""
     note: str | None = None
@@ -75,7 +78,7 @@ class Evaluation:
 
     @property
     def gap(self) -> float | None:
-        """How much accuracy the server's moving averages cost; None if nothing was recomputed, or
+        """How much accuracy the server's moving averages cost; None if that was not looked at, or
         the task has no accuracy.
         """
         if self.moving is None or self.score.metric != ACCURACY:
@@ -237,6 +240,9 @@ class EvaluatorActor:
         self._evaluator = Evaluator(spec.model, self._split)
         self._sample: TrainingSample | None = None
         self._most_s = 0.0
+        self._scorings = 0
+        self._pass_s = 0.0
+        """Processor seconds of the latest pass over the scored split."""
         self._note: str | None = None
         if spec.recompute is not None and self._evaluator.layout.num_features:
             self._most_s = spec.recompute.most_s
@@ -296,7 +302,7 @@ class EvaluatorActor:
         evaluator = self._evaluator
         versions = self._take(averages) if averages else self._pull()
         pulled_s = time.monotonic()
-        score, moving, num_recomputed = self._score()
+        score, moving, num_recomputed = self._score(keeping.goal)
         about: dict[str, Any] = {"versions": versions, "score": score}
         about["num_recomputed"] = num_recomputed
         if keeping.model_path is not None and score.goodness >= keeping.goal:
@@ -334,21 +340,37 @@ class EvaluatorActor:
         np.concatenate(statistics, axis=1, out=evaluator.statistics.numpy())
         return [a.version for a in averages]
 
-    def _score(self) -> tuple[Score, Score | None, int]:
+    def _score(self, goal: float) -> tuple[Score, Score | None, int]:
         """The score that counts, that of the server's averages, mini-batches recomputed on."""
-        began_s = time.thread_time()
+        evaluator = self._evaluator
         if self._sample is None:
-            return self._evaluator.score(), None, 0
-        moving = self._evaluator.score(keep_answers=False)
-        most_s = max(self._most_s, time.thread_time() - began_s)
+            return evaluator.score(), None, 0
+        averages = evaluator.statistics.clone()
+        moving = self._score_moving() if self._scorings % MOVING_EVERY == 0 else None
+        self._scorings += 1
+        most_s = max(self._most_s, self._pass_s)
         try:
-            estimate = self._evaluator.recompute(self._sample(), most_s=most_s)
+            estimate = evaluator.recompute(self._sample(), most_s=most_s)
         except MomentsError:  # these weights give nothing that is finite
-            return self._evaluator.score(), None, 0
+            return evaluator.score(), None, 0
         except (ShufflerError, OSError) as error:
             self._cannot_recompute(error)
-            return self._evaluator.score(), None, 0
-        return self._evaluator.score(), moving, estimate.num_batches
+            return evaluator.score(), None, 0
+        score = evaluator.score()
+        if moving is None and score.goodness >= goal:
+            answers, recomputed = evaluator.answers, evaluator.statistics.clone()
+            evaluator.statistics.copy_(averages)
+            moving = self._score_moving()
+            evaluator.statistics.copy_(recomputed)
+            evaluator.answers = answers
+        return score, moving, estimate.num_batches
+
+    def _score_moving(self) -> Score:
+        """The score with the statistics that the server keeps."""
+        began_s = time.thread_time()
+        moving = self._evaluator.score(keep_answers=False)
+        self._pass_s = time.thread_time() - began_s
+        return moving
 
     def stop(self) -> None:
         """Close the connections."""

@@ -96,7 +96,7 @@ def make_result(
         "metric": evaluation.score.metric,
         **evaluation.score.figures,
         **({} if best is None else {f"best_{best.metric}": best.value}),
-        "bn_statistics": "moving" if evaluation.moving is None else "recomputed",
+        "bn_statistics": "recomputed" if evaluation.num_recomputed else "moving",
         f"moving_{evaluation.score.metric}": moving,
         "bn_gap": evaluation.gap,
         "evaluation_loss": evaluation.score.loss,

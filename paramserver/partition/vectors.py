@@ -160,6 +160,8 @@ class PartialVectors(Vectors):
 
     def _part(self, version: Version) -> Version:
         """Of a version, what updates change."""
+        if self._trained == len(version.weights):
+            return version
         return Version(weights=version.weights[: self._trained], statistics=version.statistics)
 
     @property

@@ -96,6 +96,11 @@ class RowReader:
         """Row groups that were read from disk."""
         return self._groups.misses
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all rows are in memory, so that there is nothing to prefetch."""
+        return self._groups.num_cached == len(self._starts) - 1
+
     def take(self, rows: NDArray[np.int64]) -> pa.RecordBatch:
         """Return rows in the order asked for; a row may be asked for more than once.
 

@@ -81,6 +81,11 @@ class RowGroups:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
         """Whose threads read. All of them, because each keeps some freed memory for itself."""
 
+    @property
+    def num_cached(self) -> int:
+        """Row groups that are kept now."""
+        return len(self._cache)
+
     def get(self, group: int) -> pa.RecordBatch:
         """Return a row group: kept, from a thread that is reading it, or from disk.
 

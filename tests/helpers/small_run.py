@@ -12,9 +12,10 @@ NUM_PUSHES = (NUM_BATCHES // 64) * -(-64 // 5) + -(-(NUM_BATCHES % 64) // 5)
 """An epoch's: 5 mini-batches each; the last of a window of 64 has fewer."""
 SMALL = (
     *("--replicas", "4", "--warm-start-epochs", "0", "--ramp-epochs", "0"),
-    *("--learning-rate", "0.02"),
+    *("--learning-rate", "0.02", "--window-batches", "64"),
 )
-"""All four at once from the start, at a rate that 20 steps in flight bear without a warm start."""
+"""All four at once from the start, at a rate that 20 steps in flight bear without a warm start, in
+windows that are soon over."""
 
 
 def check_result(result: dict[str, object], *, epochs: int) -> None:

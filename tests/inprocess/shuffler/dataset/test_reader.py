@@ -323,12 +323,20 @@ def test_prefetched_rows_are_not_read_again(folder):
     reader = RowReader(Dataset.open(folder, "train"))
     reader.prefetch(np.array([0, 8]), np.array([1, 19]))
     read_ahead(reader)
+    assert not reader.keeps_all
     for shard in folder.iterdir():
         shard.unlink()
     assert reader.take(np.array([2, 7, 18])).column("label").to_pylist() == [2, 1, 0]
     assert (reader.hits, reader.misses) == (3, 3)
     with pytest.raises(DatasetError, match="cannot be read"):
         reader.take(np.array([4]))
+    reader.close()
+
+
+def test_what_is_all_in_memory_needs_no_prefetching(folder):
+    reader = RowReader(Dataset.open(folder, "train"))
+    reader.take(np.arange(20))
+    assert reader.keeps_all
     reader.close()
 
 

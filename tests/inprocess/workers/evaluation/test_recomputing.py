@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.run.folder import BEST, MODEL
 from downpour.models.flat import FlatModel, flatten
 from downpour.paramserver.client import ParameterClient
+from downpour.paramserver.spec import Average
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.images.decode import decode
+from downpour.workers.actor import MOVING_EVERY, EvaluatorActor
 from downpour.workers.evaluation.disagreement import disagreement
 from downpour.workers.evaluation.evaluator import Evaluator, population_statistics
 from downpour.workers.evaluation.split import SplitBatches
+from downpour.workers.messages import Keeping
 from tests.helpers import tiny
 from tests.helpers.runs import Run
 
@@ -101,6 +105,30 @@ def test_the_score_is_algorithm_2s_whatever_the_server_kept(tmp_path: Path, data
         about = json.loads(file.metadata()["downpour"])
     assert about["bn_statistics"] == "recomputed"
     assert about["mini_batches"] >= 16
+
+
+def test_the_servers_averages_have_their_turn_and_so_has_the_runs_model(
+    tmp_path: Path, data: str
+) -> None:
+    run = Run(tmp_path / "run", config(data))
+    actor = EvaluatorActor(run.backend.specs.evaluator)
+    model = FlatModel(model_spec(run.config).build())
+    wrong = model.statistics.clone()
+    wrong[0] += 3.0
+    average = Average(version=1, weights=model.weights.numpy(), statistics=wrong.numpy())
+    scored = [actor.evaluate(Keeping(), average) for _ in range(MOVING_EVERY + 1)]
+    turns = [evaluation.moving is not None for evaluation in scored]
+    assert turns == [True] + [False] * (MOVING_EVERY - 1) + [True]
+
+    answers = tmp_path / "answers"
+    kept = Keeping(model_path=str(tmp_path / MODEL), answers_path=str(answers), goal=-math.inf)
+    last = actor.evaluate(kept, average)
+    assert last.moving == scored[0].moving
+    evaluator = evaluator_of(run.config)
+    evaluator.load(str(tmp_path / MODEL))
+    assert evaluator.score().accuracy == last.score.accuracy  # by the statistics of the score
+    assert float((evaluator.statistics - wrong).abs().max()) > 1
+    assert answers.stat().st_size > 0
 
 
 @pytest.mark.usefixtures("wrong_averages")
