@@ -117,12 +117,15 @@ class Vectors:
             self.witness.add(push.epoch, push.batches)
         config.regulariser.decay(gradient, current.weights, self.partition.num_decayed, batches)
         self._rule.update(current.weights, gradient, self.rule_state, rate, into.weights, batches)
-        if self.partition.num_features:
-            source = current.statistics
-            for i in range(len(moments)):  # iterating over a tensor is slow
-                self.statistics.update(source, moments[i], into.statistics)
-                source = into.statistics
         self.current = into
+        if self.partition.num_features:
+            if isinstance(moments, Tensor):
+                self.statistics.update_all(current.statistics, moments, into.statistics)
+                return
+            source = current.statistics
+            for each in moments:
+                self.statistics.update(source, each, into.statistics)
+                source = into.statistics
 
     def large(self) -> dict[str, Tensor]:
         """The vectors of a snapshot that are as long as the partition, by name."""

@@ -106,6 +106,16 @@ class RecentMoments:
         if self._num_pending == len(self._pending):
             self._merge_pending()
 
+    def add_all(self, moments: npt.NDArray[np.float32]) -> None:
+        """Take in those of several mini-batches in their order, [k, 3, F]."""
+        stop = self._num_pending + len(moments)
+        if stop >= len(self._pending) or self._in_block + stop > self._per_block:
+            for each in moments:
+                self.add(each)
+            return
+        self._pending[self._num_pending : stop] = moments
+        self._num_pending = stop
+
     def _merge_pending(self) -> None:
         """Merge what is pending: many mini-batches at once cost little more than one."""
         if not self._num_pending:
@@ -194,6 +204,35 @@ class BatchStatistics:
             torch.lerp(current, new, weight, out=out)
         self.recent.add(values)
         self.num_updates += 1
+
+    def update_all(self, current: Tensor, moments: Tensor, out: Tensor) -> None:
+        """Merge the moments of several mini-batches, one after the other, up to rounding.
+
+        With weights a_i for the i-th, the averages become
+        `prod(1 - a_i) * current + sum(a_i * prod over j > i of (1 - a_j) * moments_i)`.
+
+        Args:
+            current: The averages, float32 [2, F].
+            moments: Of the mini-batches, float32 [k, 3, F].
+            out: Where to write the new averages, float32 [2, F]; may be `current`.
+        """
+        values = moments.numpy()
+        count = len(values)
+        if count < 2 or self._seen is not None or values[:, 0].min(initial=2) < 2:
+            for i in range(count):  # iterating over a tensor is slow
+                self.update(current, moments[i], out)
+                current = out
+            return
+        shares, kept = np.empty(count, np.float32), 1.0
+        for i in range(count - 1, -1, -1):
+            weight = max(1.0 - self.rule.decay, 1.0 / (self.num_updates + i + 1))
+            shares[i] = kept * weight
+            kept *= 1.0 - weight
+        averages = out.numpy()
+        np.multiply(current.numpy(), np.float32(kept), out=averages)
+        averages += np.dot(shares, values[:, 1:].reshape(count, -1)).reshape(averages.shape)
+        self.recent.add_all(values)
+        self.num_updates += count
 
     def _weights(self, counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The weight of each feature's new moments, float32 [F]; counts them."""

@@ -94,6 +94,33 @@ class TestMovingAverages:
             statistics.update(held, pushed(values), held)
         assert torch.equal(held, self.run(rule, batches))
 
+    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+    @pytest.mark.parametrize("alias", [False, True])
+    def test_all_of_a_push_at_once_is_one_after_the_other(self, decay: float, alias: bool) -> None:
+        batches, rule = raw_batches(75), StatisticsRule(decay=decay, window=4 * NUM_BLOCKS)
+        one, all_ = BatchStatistics(F, rule), BatchStatistics(F, rule)
+        held, slots = torch.zeros(2, F), [torch.zeros(2, F), torch.zeros(2, F)]
+        for i, start in enumerate(range(0, len(batches), 3)):
+            few = [pushed(values) for values in batches[start : start + 3]]
+            for moments in few:
+                one.update(held, moments, held)
+            now, after = (slots[0], slots[0]) if alias else (slots[i % 2], slots[1 - i % 2])
+            all_.update_all(now, torch.stack(few), after)
+            torch.testing.assert_close(after, held, rtol=1e-5, atol=1e-5)
+        assert one.num_updates == all_.num_updates == len(batches)
+        assert np.array_equal(one.recent.dump()[0], all_.recent.dump()[0])
+        assert one.recent.dump()[1] == all_.recent.dump()[1]
+
+    def test_a_push_with_a_feature_without_a_variance_goes_one_by_one(self) -> None:
+        moments = torch.stack([pushed(values) for values in raw_batches(3)])
+        moments[1, 0, 2] = 1
+        one, all_ = (BatchStatistics(F, StatisticsRule()) for _ in range(2))
+        held, found = torch.zeros(2, F), torch.zeros(2, F)
+        for each in moments:
+            one.update(held, each, held)
+        all_.update_all(torch.zeros(2, F), moments, found)
+        assert torch.equal(found, held)
+
 
 class TestRecentMoments:
     WINDOW = 2 * NUM_BLOCKS
