@@ -36,11 +36,13 @@ class Bounds:
 
     goals: tuple[float, ...] = (0.97, 0.975)
     """Accuracies on the test split, ascending. A training stops at the last."""
-    base_rates: tuple[float, ...] = (0.1, 0.2, 0.05)
-    """Rates for steps of 32 examples; larger steps get more by the linear rule."""
-    decays: tuple[float, ...] = (0.75, 0.85, 0.9)
+    base_rates: tuple[float, ...] = (0.1, 0.15, 0.2)
+    """Rates for steps of 32 examples at a momentum of 0.9; larger steps get more by the linear
+    rule, and so does a smaller momentum."""
+    decays: tuple[float, ...] = (0.75, 0.9)
     """What the rate is multiplied by every epoch."""
-    momentum: float = 0.9
+    momenta: tuple[float, ...] = (0.9, 0.8)
+    """Shares of the velocity that are kept at every step."""
     epochs: int = 20
     """Epochs at most."""
     looks_per_epoch: int = 4
@@ -66,12 +68,19 @@ class Bounds:
             base_rates=self.base_rates,
             decays=self.decays,
             averages=peer.averages,
+            momenta=self.momenta,
         )
 
 
 FULL = Bounds()
 QUICK = Bounds(
-    goals=(0.3, 0.5), base_rates=(0.1,), decays=(0.75,), epochs=4, evaluate_every_s=0.2, run_s=20.0
+    goals=(0.3, 0.5),
+    base_rates=(0.1,),
+    decays=(0.75,),
+    momenta=(0.9,),
+    epochs=4,
+    evaluate_every_s=0.2,
+    run_s=20.0,
 )
 """Enough to show that everything works, on a few thousand examples."""
 

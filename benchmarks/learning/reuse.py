@@ -9,7 +9,7 @@ from typing import Any
 
 from downpour.benchmarks.harness import BadSettings
 from downpour.benchmarks.learning.peers import Peer
-from downpour.benchmarks.learning.search import Found, Setting
+from downpour.benchmarks.learning.search import REFERENCE_MOMENTUM, Found, Setting
 
 
 def found_before(path: str, peers: Mapping[str, Peer]) -> dict[str, Found]:
@@ -51,6 +51,10 @@ def _setting(plain: Mapping[str, Any], peer: Peer) -> Setting | None:
     for shape in peer.shapes:
         if (shape.workers, shape.batch_size) == (plain["workers"], plain["batch_size"]):
             return Setting.at_rate(
-                shape, plain["learning_rate"], plain["decay"], plain.get("average")
+                shape,
+                plain["learning_rate"],
+                plain["decay"],
+                plain.get("average"),
+                plain.get("momentum", REFERENCE_MOMENTUM),
             )
     return None

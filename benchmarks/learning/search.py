@@ -1,12 +1,13 @@
 """The search for a peer's best setting: the same for all. Pure, but for the trials it is given.
 
-Shapes (workers and mini-batch size) are tried first, at the first rate, decay and average; then all
-of these at the best shape. A trial ends once it has taken longer than the best one so far, so the
-first candidates should be good guesses.
+Shapes (workers and mini-batch size) are tried first, at the first rate, momentum, decay and
+average; then all of these at the best shape. A trial ends once it has taken longer than the best
+one so far, so the first candidates should be good guesses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 
 from downpour.benchmarks.learning.curve import Curve
 
-REFERENCE_BATCH = 32
-"""Examples of a step that rates and averages are given for."""
+REFERENCE_BATCH, REFERENCE_MOMENTUM = 32, 0.9
+"""Examples of a step that rates and averages are given for, and the momentum that rates are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +47,37 @@ class Setting:
     """What the rate is multiplied by every epoch."""
     average: float | None = None
     """Share of the weights' average that is kept at every 32 examples; None averages nothing."""
+    momentum: float = REFERENCE_MOMENTUM
+    """Share of the velocity that is kept at every step."""
 
     @classmethod
     def at_rate(
-        cls, shape: Shape, learning_rate: float, decay: float, average: float | None
+        cls,
+        shape: Shape,
+        learning_rate: float,
+        decay: float,
+        average: float | None = None,
+        momentum: float = REFERENCE_MOMENTUM,
     ) -> Setting:
-        """The setting that has this rate for this shape."""
-        base_rate = learning_rate * REFERENCE_BATCH / shape.step_examples
-        return cls(shape=shape, base_rate=base_rate, decay=decay, average=average)
+        """The setting that has this rate for this shape and momentum."""
+        one = cls(shape=shape, base_rate=1.0, decay=decay, average=average, momentum=momentum)
+        return dataclasses.replace(one, base_rate=learning_rate / one.learning_rate)
 
     @property
     def learning_rate(self) -> float:
-        """The rate for this shape (Goyal et al. 2017: proportional to the examples of a step)."""
-        return self.base_rate * self.shape.step_examples / REFERENCE_BATCH
+        """The rate for this shape and momentum.
+
+        It is proportional to the examples of a step (Goyal et al. 2017), and to 1 - momentum, so
+        that a gradient moves the weights as far in the end.
+        """
+        further = (1 - self.momentum) / (1 - REFERENCE_MOMENTUM)
+        return self.base_rate * further * self.shape.step_examples / REFERENCE_BATCH
 
     def __str__(self) -> str:
         """For people."""
+        rate = f"{self.shape.batch_size}, rate {self.learning_rate:g} x{self.decay:g}"
         average = "" if self.average is None else f", averaged {self.average:g}"
-        return f"{self.shape.batch_size}, rate {self.learning_rate:g} x{self.decay:g}{average}"
+        return f"{rate}, momentum {self.momentum:g}{average}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +88,19 @@ class Grid:
     base_rates: tuple[float, ...]
     decays: tuple[float, ...]
     averages: tuple[float | None, ...] = (None,)
+    momenta: tuple[float, ...] = (REFERENCE_MOMENTUM,)
 
     def settings(self, shape: Shape) -> list[Setting]:
-        """Every average, rate and decay for `shape`, good guesses first.
+        """Every average, rate, momentum and decay for `shape`, good guesses first.
 
         Those are the first of each. If weights are averaged it is the last decay, the slowest,
         because the average does the work of a rate that falls.
         """
         return [
-            Setting(shape=shape, base_rate=rate, decay=decay, average=average)
-            for average, rate in itertools.product(self.averages, self.base_rates)
+            Setting(shape=shape, base_rate=rate, decay=decay, average=average, momentum=momentum)
+            for average, rate, momentum in itertools.product(
+                self.averages, self.base_rates, self.momenta
+            )
             for decay in (self.decays if average is None else reversed(self.decays))
         ]
 

@@ -58,7 +58,7 @@ def train(
         "workers": setting.shape.workers,
         "batch_size": setting.shape.batch_size,
         "learning_rate": setting.learning_rate,
-        "momentum": bounds.momentum,
+        "momentum": setting.momentum,
         "fused": True,
         "decay": setting.decay,
         "average": setting.average,
@@ -87,7 +87,7 @@ def configure(setting: Setting, *, seed: int, bounds: Bounds) -> RunConfig:
         recipe,
         data=dataclasses.replace(recipe.data, batch_size=setting.shape.batch_size),
         server=dataclasses.replace(
-            server, schedule=schedule, momentum=bounds.momentum, ema=setting.average
+            server, schedule=schedule, momentum=setting.momentum, ema=setting.average
         ),
         replicas=dataclasses.replace(recipe.replicas, replicas=setting.shape.workers),
         policy=dataclasses.replace(

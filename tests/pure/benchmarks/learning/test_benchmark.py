@@ -29,7 +29,7 @@ def test_this_system_trains_its_recipe_as_it_is_but_for_what_the_search_sets() -
     config = configure(setting, seed=7, bounds=benchmark.FULL)
     assert config.server.schedule.learning_rate == setting.learning_rate
     assert config.server.schedule.decay_factor == setting.decay
-    assert config.server.ema == setting.average
+    assert (config.server.ema, config.server.momentum) == (setting.average, setting.momentum)
     assert (config.replicas.replicas, config.replicas.steps.concurrent_steps) == (10, 5)
     assert (config.data.batch_size, config.policy.seed) == (32, 7)
 

@@ -1,5 +1,6 @@
 """Settings that come from a record in place of a search."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,17 @@ def test_a_setting_comes_back_as_it_was(tmp_path: Path) -> None:
     }
     path = record(tmp_path / "a.json", {n: plain_setting(s) for n, s in settings.items()})
     found = found_before(path, everybody)
-    assert {name: one.best for name, one in found.items()} == settings
+    for name, one in found.items():
+        assert one.best.base_rate == pytest.approx(settings[name].base_rate)
+        assert dataclasses.replace(settings[name], base_rate=one.best.base_rate) == one.best
     assert all(one.source == "a.json of 2026-11-30" and not one.trials for one in found.values())
 
 
 def test_a_record_from_before_there_were_averages_has_none(tmp_path: Path) -> None:
     plain = {"workers": 1, "batch_size": 64, "learning_rate": 0.2, "decay": 0.75}
     found = found_before(record(tmp_path / "a.json", {LIMIT: plain}), peers(2))
-    assert found[LIMIT].best.average is None
-    assert found[LIMIT].best.learning_rate == 0.2
+    assert (found[LIMIT].best.average, found[LIMIT].best.momentum) == (None, 0.9)
+    assert found[LIMIT].best.learning_rate == pytest.approx(0.2)
 
 
 def test_what_is_no_such_record_is_refused(tmp_path: Path) -> None:
