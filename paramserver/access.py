@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from downpour.paramserver.errors import NotColocated
+from downpour.paramserver.messages import WireDtype
 from downpour.paramserver.transport.endpoint import Endpoint, machine
 from downpour.paramserver.transport.link import Link
 from downpour.paramserver.transport.names import TransportName, WireName
 from downpour.paramserver.transport.network.client import NetworkConnection
 from downpour.paramserver.transport.network.compress import wire_dtype
+from downpour.paramserver.transport.network.link_speed import is_small, measure, wire_for
 from downpour.paramserver.transport.network.security import Credentials
 from downpour.paramserver.transport.shared.client import SharedConnection
 from downpour.paramserver.transport.shared.mailboxes import Mailboxes
@@ -23,7 +25,7 @@ class Access:
     transport: TransportName = "auto"
     """`auto` goes by where a partition is; the other two are used in any case."""
     wire: WireName = "float32"
-    """How gradients, and with `int8` weights, travel over the network."""
+    """How gradients and weights travel over the network."""
     credentials: Credentials | None = None
     """The clients'; without them nothing that goes over the network is encrypted."""
 
@@ -68,11 +70,22 @@ def connect(
         return SharedConnection(
             endpoint, key=key, mailboxes=mailboxes, deadline_s=deadline_s, bell_every=bell_every
         )
-    return NetworkConnection(
+    credentials, mb_per_s = access.credentials, None
+    if access.wire != "auto":
+        wire = wire_dtype(access.wire)
+    elif endpoint.machine == machine() or not mailboxes.num or is_small(endpoint.partition):
+        wire = WireDtype.FLOAT32
+    else:
+        mb_per_s = measure(endpoint, key=key, credentials=credentials, deadline_s=deadline_s)
+        wire = wire_for(mb_per_s)
+    link = NetworkConnection(
         endpoint,
         key=key,
-        credentials=access.credentials,
+        credentials=credentials,
         mailboxes=mailboxes,
-        wire=wire_dtype(access.wire),
+        wire=wire,
         deadline_s=deadline_s,
     )
+    if mb_per_s is not None:
+        link.choice = f"{wire.name.lower()}, at {mb_per_s:.0f} MB/s"
+    return link

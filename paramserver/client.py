@@ -19,6 +19,7 @@ from downpour.paramserver.errors import BadConfiguration, DeadlineExceeded, Malf
 from downpour.paramserver.messages import MAX_BATCHES, MAX_MAILBOXES, Outcome, Push
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.link import FloatArray, Link, Pull
+from downpour.paramserver.transport.network.client import NetworkConnection
 from downpour.paramserver.transport.patience import Patience
 from downpour.paramserver.transport.shared.client import SharedConnection
 from downpour.paramserver.transport.shared.mailboxes import Mailboxes
@@ -132,6 +133,15 @@ class ParameterClient:
     def num_networked(self) -> int:
         """How many of them are reached over the network."""
         return len(self._network)
+
+    @property
+    def choices(self) -> str:
+        """What `--wire auto` has chosen for the links that it measured; empty for none."""
+        return "; ".join(
+            f"partition {c.partition.index} by {c.choice}"
+            for c in self._connections
+            if isinstance(c, NetworkConnection) and c.choice
+        )
 
     @property
     def torn(self) -> int:

@@ -34,7 +34,7 @@ class NetworkConfig:
     wire: WireName = field(default="float32", metadata={"formerly": "wire-dtype"})
     """How gradients and weights go over the network. `bfloat16` and `float16` are for gradients,
     with error feedback. `int8` rounds both, to a byte and less, and `int4` gradients to half of
-    one: these are for slow links."""
+    one: these are for slow links. `auto` measures each process's way to each partition."""
     listen: str = "auto"
     """Address that partitions listen on: `auto` is the one by which Ray knows the node in a cluster
     of several, and on a single node loopback, or none where nobody comes over the network."""

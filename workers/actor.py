@@ -145,6 +145,7 @@ class ReplicasActor:
             mailboxes=[Mailbox(i, layout, g, m) for i, (g, m) in enumerate(pairs)],
             make_copy=self._copy_maker(client.mailboxes.memory),
             ahead=0 if self._device is None else self._device.ahead,
+            choices=client.choices,
         )
         self._thread = threading.Thread(target=self._replicas.run, name="steps", daemon=True)
         self._thread.start()

@@ -102,10 +102,10 @@ def _check_compensation(server: ServerConfig, replicas: ReplicaConfig) -> None:
             f"staleness policy is compensate, and wire is {wire}, which adds what "
             "rounding left out of gradients on other weights: give wire float32"
         )
-    if wire in ("int8", "int4"):
+    if wire in ("int8", "int4", "auto"):
         raise ValueError(
-            f"staleness policy is compensate, and wire is {wire}, whose gradients are on rounded "
-            "weights, which no partition keeps: give wire float32"
+            f"staleness policy is compensate, and wire is {wire}, whose gradients may be on "
+            "rounded weights, which no partition keeps: give wire float32"
         )
     bound = server.policy.staleness_bound
     if bound < slots:

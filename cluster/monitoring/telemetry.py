@@ -149,6 +149,10 @@ class Telemetry:
         return round(min(r.examples for r in self._reports) / self._plan.num_rows, 4)
 
     def _trained(self, report: WindowReport) -> None:
+        if report.choices:
+            self.tell(
+                f"replica {report.replica} and its process reach {report.choices} (wire auto)"
+            )
         self._cpu.trained(report)
         if report.mean_loss is not None:
             self._loss = report.mean_loss

@@ -50,6 +50,7 @@ WAYS: Mapping[str, Way] = {
     "1 Gbit/s, bfloat16": Way(mbit_per_s=1000, arguments=("--wire", "bfloat16")),
     "1 Gbit/s, int8": Way(mbit_per_s=1000, arguments=("--wire", "int8")),
     "1 Gbit/s, int4": Way(mbit_per_s=1000, arguments=("--wire", "int4")),
+    "1 Gbit/s, auto": Way(mbit_per_s=1000, arguments=("--wire", "auto")),
 }
 MODELS: Mapping[str, str] = {"mnist": "mnist-bn", "45 MB": f"{__spec__.name}:wide"}
 # All replicas at once, evaluated once, and no checkpoint: the training alone.

@@ -94,6 +94,8 @@ class WindowReport:
     """What the process has spent until now."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """Rows whose image could not be decoded and that were left out, each with a line on why."""
+    choices: str = ""
+    """What `--wire auto` has chosen; in the first report of a process that is connected."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -188,6 +190,7 @@ class Replicas:
         mailboxes: Sequence[Mailbox],
         make_copy: Callable[[], AnyModelCopy],
         ahead: int = 0,
+        choices: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare the rotation; nothing runs before `run`.
@@ -200,6 +203,7 @@ class Replicas:
             make_copy: makes a model copy, when one is wanted and none is free.
             ahead: steps that may be begun before the result of one is read. If a device computes
                 them, it has something to do while a step is pushed and weights are pulled.
+            choices: what the first report says that was chosen for the links to the partitions.
             clock: seconds.
         """
         self._client = client
@@ -217,6 +221,7 @@ class Replicas:
         self._pull_timer = PullTimer()
         self._wake = threading.Condition()
         self._failure: Exception | None = None
+        self._choices = choices
         self._meter = Meter()
         self.steps = dict.fromkeys(replicas, 0)
         """Mini-batches computed so far, by replica."""
@@ -405,6 +410,7 @@ class Replicas:
 
     def _report(self, replica: int, task: _WindowTask) -> WindowReport:
         window = task.window
+        choices, self._choices = self._choices, ""
         return WindowReport(
             replica=replica,
             epoch=window.epoch,
@@ -417,6 +423,7 @@ class Replicas:
             push_s=task.push_s / max(1, task.pushes),
             pull_s=task.pull_s / len(window.batches),
             spent=self._meter.read(self._rotation.taken),
+            choices=choices,
         )
 
 

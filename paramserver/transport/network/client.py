@@ -87,7 +87,7 @@ class _Rounded:
         self._num_bytes = 0
 
     def room(self, num_bytes: int) -> memoryview:
-        if num_bytes > len(self._came):
+        if not 0 < num_bytes <= len(self._came):
             raise MalformedMessage(f"weights of {num_bytes} bytes")
         self._num_bytes = num_bytes
         return memory_of(self._came[:num_bytes])
@@ -258,6 +258,8 @@ class NetworkConnection:
             raise BadConfiguration(f"the run's key has {len(key)} bytes: give {KEY_BYTES}")
         assert endpoint.network is not None
         self.partition = partition = endpoint.partition
+        self.choice = ""
+        """What was chosen for the measured link, and why; empty if nothing was."""
         self.inbox: list[Answer] = []
         low, high = partition.feature_start, partition.feature_stop
         gradients = [g[partition.trained] for g in mailboxes.gradients]

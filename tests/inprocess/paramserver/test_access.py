@@ -58,8 +58,10 @@ def test_every_mini_batch_is_applied_exactly_once(
 def test_some_partitions_on_this_machine_and_some_on_another(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each push is recorded as it came, so that a replay rounds what was rounded, and no more."""
-    run = recorded(tmp_path / "run", over_the_network(tiny.config(data), wire="int8"))
+    """Each goes by its own way, and is recorded so: a replay rounds what was rounded, no more."""
+    monkeypatch.setattr("downpour.paramserver.access.measure", lambda *_, **__: 110.0)
+    monkeypatch.setattr("downpour.paramserver.transport.network.link_speed.SMALLEST", 0)
+    run = recorded(tmp_path / "run", over_the_network(tiny.config(data), wire="auto"))
     run.backend.access = dataclasses.replace(run.backend.access, transport="auto")
     here = run.backend._endpoints
 
@@ -79,7 +81,10 @@ def test_some_partitions_on_this_machine_and_some_on_another(
     assert set(networked) == {1}
     branches = [record.read(path) for path in record.files(tmp_path / "run" / "record")]
     wires = {(branch.partition, entry.wire) for branch in branches for entry in branch.entries}
-    assert wires == {(0, WireDtype.FLOAT32), (1, WireDtype.INT8), (2, WireDtype.FLOAT32)}
+    assert wires == {(0, WireDtype.FLOAT32), (1, WireDtype.INT4), (2, WireDtype.FLOAT32)}
+    told = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    choices = [line for line in told if "partition 1 by int4, at 110 MB/s (wire auto)" in line]
+    assert len(choices) == len(run.backend.actors)
     assert_replays_to_the_bit(tmp_path / "run", outcome)
 
 

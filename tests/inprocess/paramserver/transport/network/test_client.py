@@ -289,6 +289,7 @@ def test_a_client_believes_no_partition_blindly(driven: str, data: bytes) -> Non
                 [memoryview(bytes(most_bytes(P) + 1))],
             )
         ),
+        bytes_of(*frame(RoundedWeights(version=1, statistics=False, num_bytes=0))),
         bytes_of(
             *frame(
                 RoundedWeights(version=1, statistics=False, num_bytes=5),
@@ -296,7 +297,7 @@ def test_a_client_believes_no_partition_blindly(driven: str, data: bytes) -> Non
             )
         ),
     ],
-    ids=["float32", "too long", "garbage"],
+    ids=["float32", "too long", "nothing", "garbage"],
 )
 def test_a_client_of_rounded_weights_believes_none_blindly(driven: str, data: bytes) -> None:
     impostor = Impostor(data)
