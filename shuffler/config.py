@@ -27,7 +27,8 @@ class DataConfig:
     """Split to score."""
     target_column: tuple[str, ...] = ()
     """Column of the targets in Parquet files, or several with commas between; none is `label`, the
-    class. All other columns of numbers are inputs, unless rows have pictures."""
+    class, or the masks beside pictures. All other columns of numbers are inputs, unless rows have
+    pictures."""
     input_columns: tuple[str, ...] = ()
     """Columns of numbers that make up an input; none is all of them but the targets."""
     batch_size: int = 32

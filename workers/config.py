@@ -26,8 +26,9 @@ class ModelConfig:
     arguments: Mapping[str, Any] = field(default_factory=dict, metadata={"cli": "model-arg"})
     """A keyword argument of that function; may be given several times."""
     task: TaskName | None = None
-    """What the network is for; none is what the data is for: `classification`, or `regression` for
-    targets in columns of numbers. `multilabel` is for rows that have several classes."""
+    """What the network is for; none is what the data is for: `classification`, `regression` for
+    targets in columns of numbers, `segmentation` for masks. `multilabel` is for rows that have
+    several classes."""
     loss: str = "cross_entropy"
     """The loss: `cross_entropy`, `mse`, `l1`, `huber` or `bce`, or `package.module:function` for
     one that takes the network's outputs and the targets of a mini-batch and returns their mean

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from downpour.cluster.errors import UserError
 from downpour.shuffler.dataset.encoding import PackedBits
+from downpour.shuffler.dataset.image_columns import holds_images
 from downpour.shuffler.dataset.reader import RowReader
-from downpour.shuffler.dataset.records import Dataset, split_names
+from downpour.shuffler.dataset.records import Dataset, schema_of_split, split_names
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.feed import Feed
 from downpour.shuffler.images.augment import AugmentConfig
@@ -79,12 +80,14 @@ def inspect(
     """Return what a dataset holds and how the strategy mixes it, as plain data.
 
     Raises:
+        UserError: it has no pictures with labels.
         DatasetError: it cannot be opened.
         PlanError: the plan does not reach so many epochs.
     """
     names = split_names(data)
     if config.split not in names:
         Dataset.open(data, config.split)  # its error lists the splits
+    _check_labelled(data, config.split)
     splits = {
         name: Dataset.open(data, name, verify_checksums=config.verify or None) for name in names
     }
@@ -138,6 +141,17 @@ def _split(dataset: Dataset) -> dict[str, Any]:
             for label, rows in sorted(counts.items())
         ],
     }
+
+
+def _check_labelled(data: str, split: str) -> None:
+    """Check that a dataset is what can be shown, and no table and no masks."""
+    schema, where = schema_of_split(data, split)
+    label = schema.field("label").type if "label" in schema.names else None
+    if schema.names and (label is None or holds_images(label)):
+        raise UserError(
+            f"inspect shows pictures with labels, and {where} has {', '.join(schema.names)}: run "
+            "ingest on their source; of a table or masks `downpour train` says what it takes"
+        )
 
 
 def _label_counts(dataset: Dataset) -> dict[int, int]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from downpour.cluster.cli.commands import downpour
 from downpour.cluster.errors import run_cli
-from tests.helpers import tiny
+from tests.helpers import mask_pictures, tables, tiny
 
 
 @pytest.fixture
@@ -65,3 +65,9 @@ def test_what_is_wrong_is_named(capsys, data, arguments, words):
     assert len(line.splitlines()) == 1
     for word in words:
         assert word in line
+
+
+def test_tables_and_masks_are_not_for_it(capsys, tmp_path):
+    for name, made in (("a", tables.dataset), ("b", mask_pictures.dataset)):
+        assert run_cli(downpour, ["inspect", made(tmp_path / name)]) == 2
+        assert "inspect shows pictures with labels, and" in capsys.readouterr().err
