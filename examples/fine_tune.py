@@ -3,10 +3,10 @@
 From the folder that holds this file's folder, with CIFAR-10 and some other pictures as Parquet:
 
     downpour train classifier --model examples.fine_tune:network --data DATA/cifar10 \
-        --image-size 32 --epochs 3 --learning-rate 0.05 --name before
+        --image-size 32 --epochs 3 --learning-rate 0.1 --name before
     downpour train classifier --model examples.fine_tune:network --data DATA/tiny-imagenet-50 \
         --image-size 32 --train-split validation --eval-split train --epochs 8 \
-        --learning-rate 0.05 --name after --init runs/before --init-matching
+        --learning-rate 0.1 --name after --init runs/before --init-matching
 
 The second run takes every tensor of the first run's model but the head, which has another number
 of classes, and says so. It learns from the smaller split, where what was learned before counts, and

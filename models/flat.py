@@ -321,7 +321,7 @@ class FlatModel:
     def buffers(self) -> dict[str, Tensor]:
         """The module's other buffers that a `state_dict` has, by name: neither BN's nor scratch."""
         own = {e.name for e in self.layout.entries}
-        own |= {f"{f.name}.{part}" for f in self.layout.features for part in NORM_BUFFERS}
+        own |= {f.named(part) for f in self.layout.features for part in NORM_BUFFERS}
         state = self.module.state_dict()
         return {k: v for k, v in state.items() if k not in own and isinstance(v, Tensor)}
 

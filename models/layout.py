@@ -39,11 +39,15 @@ class FeatureEntry:
     """One batch normalization layer: columns `[start, stop)` of moments and statistics."""
 
     name: str
-    """The layer's dotted name."""
+    """The layer's dotted name; empty if it is the model itself."""
     start: int
     """First column."""
     stop: int
     """One past the last column."""
+
+    def named(self, part: str) -> str:
+        """The name of a buffer of the layer in a `state_dict`."""
+        return f"{self.name}.{part}" if self.name else part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +196,8 @@ def state_dict(weights: Tensor, statistics: Tensor, layout: Layout) -> dict[str,
     state = {e.name: weights[e.start : e.stop].view(e.shape) for e in layout.entries}
     for feature in layout.features:
         mean, variance = statistics[:, feature.start : feature.stop]
-        state[f"{feature.name}.running_mean"] = mean
-        state[f"{feature.name}.running_var"] = variance
+        state[feature.named("running_mean")] = mean
+        state[feature.named("running_var")] = variance
     return state
 
 
@@ -206,7 +210,7 @@ def flatten(state: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor
     weights = torch.empty(layout.num_parameters)
     statistics = torch.empty(2, layout.num_features)
     wanted = state_dict(weights, statistics, layout)
-    passed_over = {f"{feature.name}.num_batches_tracked" for feature in layout.features}
+    passed_over = {feature.named("num_batches_tracked") for feature in layout.features}
     missing, unknown = wanted.keys() - state.keys(), state.keys() - wanted.keys() - passed_over
     if missing or unknown:
         which, names = ("lacks", missing) if missing else ("has the unknown", unknown)

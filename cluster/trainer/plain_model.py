@@ -14,6 +14,9 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError, one_line, user_message
 from downpour.models.batchnorm import BatchNorm
 
+NOT_IN_FILES = ("num_batches_tracked", "_extra_state")
+"""Parts of a `state_dict` that files of weights need not have."""
+
 
 def plain_model(config: RunConfig, weights: Path) -> nn.Module:
     """The network of a run, in inference mode.
@@ -42,7 +45,7 @@ def plain_model(config: RunConfig, weights: Path) -> nn.Module:
             module.set_submodule(name, _plain(layer, ranks.get(name, 4)))
     missing, unknown = module.load_state_dict(state, strict=False)
     missing, unknown = (
-        [name for name in names if not name.endswith(".num_batches_tracked")]
+        [name for name in names if name.rpartition(".")[2] not in NOT_IN_FILES]
         for names in (missing, unknown)
     )
     if missing or unknown:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from downpour.models.batchnorm import BatchNorm
+from downpour.models.conversion.convert import convert
 from downpour.models.errors import LayoutError
 from downpour.models.flat import FlatModel, Layout, ParameterEntry, flatten, layout_of, state_dict
 from downpour.models.layers import ConvBN
@@ -278,6 +279,23 @@ class TestShared:
         weights, statistics = flat.split(state)
         assert torch.equal(weights, flat.weights)
         assert torch.equal(statistics, flat.statistics)
+
+
+def test_a_model_that_is_a_normalization_itself_has_pytorchs_names() -> None:
+    class Root(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.map = nn.Linear(4, 3)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(self.map(input))
+
+    theirs = Root()
+    flat = FlatModel(convert(copy.deepcopy(theirs)))
+    state = flat.state_dict()
+    assert set(state) == set(theirs.state_dict()) - {"num_batches_tracked"}
+    theirs.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+    flat.split(theirs.state_dict())
 
 
 class TestRefusals:

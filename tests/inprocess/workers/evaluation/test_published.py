@@ -70,3 +70,26 @@ def test_its_statistics_are_what_torch_would_have_kept(tmp_path: Path) -> None:
     accuracy = float((scores.argmax(1) == labels).float().mean())
     assert outcome.evaluation.score.accuracy == pytest.approx(accuracy, abs=0.006)
     assert not any(isinstance(m, nn.BatchNorm1d) for m in network.folded().modules())
+
+
+class Looks(nn.Module):
+    """Reads what a layer holds, which is not there once the layer is folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.bn = nn.Linear(64, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.map(x))
+        assert self.bn.running_mean is not None
+        return y + self.bn.running_mean
+
+
+def test_a_network_that_looks_into_its_layers_is_not_folded() -> None:
+    config = published("")
+    model = dataclasses.replace(config.model, model=f"{__name__}:Looks")
+    spec = model_spec(dataclasses.replace(config, model=model))
+    network = Network(spec=spec, model=spec.build_flat("cpu"))
+    network.model.module.eval()
+    x = torch.rand(3, 64)
+    torch.testing.assert_close(network.folded()(x), network.model.module(x))
