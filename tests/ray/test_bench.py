@@ -66,7 +66,7 @@ def test_replicas(tmp_path: Path) -> None:
 def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
     options = [word for name in chosen for word in ("--only", name)]
     record = bench("learning", *options, tmp_path=tmp_path)
-    assert set(record["result"]) == {"plain", *chosen}
+    assert set(record["result"]) == {"plain", "plain-averaged", *chosen}
     for name, found in record["result"].items():
         (curve,) = [round_[name] for round_ in record["rounds"]]
         assert found["best_accuracy"] > 0.3, name
@@ -77,6 +77,7 @@ def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
         assert examples[0] > 0
         assert examples == sorted(examples)
     assert record["result"]["plain"]["goals"]["0.3"]["ratio_to_plain"] == 1
+    assert record["result"]["plain-averaged"]["goals"]["0.3"]["ratio_to_averaged"] == 1
 
 
 @pytest.mark.soak
