@@ -8,10 +8,16 @@ from typing import Any
 import ray
 
 from downpour.cluster.ray_backend.parent_death import ending_with_parent
+from downpour.cluster.ray_backend.unhurried import Unhurried
 
 
 def start(
-    actor: type, max_concurrency: int, *arguments: Any, scheduling: Any, **options: Any
+    actor: type,
+    max_concurrency: int,
+    *arguments: Any,
+    scheduling: Any,
+    unhurried: bool = False,
+    **options: Any,
 ) -> Any:
     """Start an actor; does not wait for it.
 
@@ -20,11 +26,12 @@ def start(
         max_concurrency: calls that it answers at a time.
         arguments: of its constructor.
         scheduling: Ray's scheduling strategy.
+        unhurried: whether nobody waits for it, see `unhurried`.
         options: further options of Ray's.
     """
     # Ray's overloads know neither the options of actors nor a class that is not spelled out.
     remote: Any = ray.remote
-    made = remote(ending_with_parent(actor)).options(
+    made = remote(ending_with_parent(actor, *([Unhurried] if unhurried else []))).options(
         num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling, **options
     )
     return made.remote(*arguments)

@@ -138,6 +138,7 @@ class RayBackend:
                 origin, client_credentials=self._access.credentials, follower=number
             ),
             scheduling=self._nodes.beside(self._partitions[index], index),
+            unhurried=not self._nodes.several,  # elsewhere a node that is to leave may wait for it
         )
         what = f"the follower of partition {index}"
         return self._call(follower.endpoint.remote(), FollowerLost, what)
@@ -254,12 +255,14 @@ class RayBackend:
 
     def start_evaluator(self) -> PendingCall:
         """Start the evaluator; done once it is connected."""
+        again = self._evaluator is not None
         kill(self._evaluator)
         self._evaluator = start(
             EvaluatorActor,
             EVALUATOR_CALLS,
             self._specs.evaluator,
             scheduling=self._nodes.scheduling("evaluator", 0),
+            unhurried=again,
         )
         return self.reconnect_evaluator()
 

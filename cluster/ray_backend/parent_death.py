@@ -17,14 +17,16 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 
 
-def ending_with_parent(actor: type) -> type:
+def ending_with_parent(actor: type, *first: type) -> type:
     """A class like `actor`, under the same name, whose process ends with its parent.
+
+    The classes in `first` are bases, too, whose modules its process imports before the actor's.
 
     Its constructor never raises: Ray would say of such an actor no more than that it died. Each
     call raises what kept it from starting instead.
     """
 
-    class EndingWithParent(actor):  # type: ignore[misc]
+    class EndingWithParent(*first, actor):  # type: ignore[misc]
         def __init__(self, *arguments: Any) -> None:
             end_with_parent()
             self._kept_from_starting: Exception | None = None

@@ -6,6 +6,7 @@ imported at the edges only; no room has more modules than one can see at a glanc
 
 import ast
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,8 +23,24 @@ ALLOWED = {
     "models": set(),
 }
 OURS = {*ALLOWED, "benchmarks", "tests"}
+TIME_OF_DAY = {
+    "cluster/monitoring/telemetry.py": "a stamp for people",
+    "cluster/monitoring/tensorboard.py": "stamps for people, and a file's name",
+    "cluster/ray_backend/leavers.py": "Ray tells by it when a node leaves",
+    "cluster/reproduce/report.py": "a stamp for people",
+    "cluster/run/folder.py": "stamps for people",
+    "cluster/trainer/trackers.py": "a stamp for people",
+    "cluster/training/api.py": "a run's name",
+    "paramserver/transport/network/security.py": "certificates, a day of doubt included",
+}
+"""Who looks at the time of day, and what for. It is set, and differs between machines: whoever
+measures or waits by it ends or starves somebody one day."""
 MAX_MODULES = 16
 """Of one room, `__init__` included."""
+TIME = re.compile(
+    r"\btime\.(?:time|time_ns|localtime|gmtime|strftime|ctime)\b|\bdatetime\.(?:utc)?now\b"
+    r"|\bfrom time import\b|\bdate\.today\b"
+)
 BASES = {"errors", "messages", "workers.spec", "processors", "paths"}
 """Modules of a package's own folder that its rooms rest on; the others there rest on the rooms."""
 
@@ -284,3 +301,34 @@ def test_a_missing_package_is_noticed(tmp_path):
 def test_a_circle_is_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
     assert circles(graph) == [{"b", "c"}]
+
+
+def times_of_day(source: str) -> set[str]:
+    """What in a source looks at the time of day."""
+    return set(TIME.findall(source))
+
+
+def test_nobody_waits_or_measures_by_the_time_of_day():
+    files = {
+        str(file.relative_to(ROOT))
+        for package in ALLOWED
+        for file in sources_below(ROOT / package)
+        if times_of_day(text_of(file))
+    }
+    assert files == TIME_OF_DAY.keys()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "time.time()",
+        "clock: Clock = time.time\n",
+        "time.time_ns()",
+        "datetime.datetime.now(UTC)",
+        "from time import time",
+        "time.strftime(FORM)",
+    ],
+)
+def test_a_look_at_the_time_of_day_is_noticed(source):
+    assert times_of_day(source)
+    assert not times_of_day("time.monotonic(); self.time(); RandomState.now(); time.thread_time()")

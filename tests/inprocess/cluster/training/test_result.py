@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import time
@@ -47,16 +48,26 @@ def test_a_quantity_has_one_name_and_one_value_in_result_status_and_metrics(
     assert "duplicates" in capsys.readouterr().out
 
 
-def test_a_clock_that_jumps_by_three_minutes_changes_no_duration(
+def test_a_clock_that_jumps_by_three_minutes_changes_no_duration_and_ends_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time of day differs between machines, and is set while a run lasts."""
+    """The time of day differs between machines, and is set while a run lasts.
+
+    It does here between any two looks, in every part: controller, partitions and their followers
+    over the network, shufflers, replicas and evaluator.
+    """
     clock, jumps = time.time, itertools.cycle([0.0, 180.0, -180.0])
     monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
     began_s = time.monotonic()
     data = tiny.dataset(tmp_path / "data")
-    run = Run(tmp_path / "run", tiny.config(data, replicas=2, partitions=2))
+    monkeypatch.setattr("downpour.cluster.controller.failures.SPARES_AFTER_S", 0.0)
+    plain = tiny.config(data, replicas=2, partitions=2)
+    network = dataclasses.replace(plain.server.network, transport="network")
+    server = dataclasses.replace(plain.server, network=network, hot_standby=True)
+    run = Run(tmp_path / "run", dataclasses.replace(plain, server=server))
     outcome = run.go()
+    run.assert_exactly_once(outcome)
+    assert outcome.restarts == {}
     result = make_result(run.folder, run.config, outcome, began_s)
     took_s = time.monotonic() - began_s + 0.01  # results are rounded
     assert 0 < result["time_to_first_update_s"] <= took_s
