@@ -30,7 +30,7 @@ class WireDtype(enum.IntEnum):
     BFLOAT16 = 2
     FLOAT16 = 3
     INT8 = 4
-    """Weights travel in 8 bits or fewer, too (`transport.wire`)."""
+    """Gradients in 8 bits; weights travel in fewer bits, too (`transport.wire`)."""
     INT4 = 5
     """As `INT8`, with gradients in 4 bits."""
 

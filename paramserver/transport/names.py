@@ -20,7 +20,7 @@ BYTES_AN_ELEMENT: dict[WireName, tuple[float, float]] = {
     "auto": (4.0, 4.0),
 }
 """Bytes of a gradient's element and of a weight over the network, by wire. With `int8` and `int4`
-those of weights depend on how far they move: 0.25 to 1. `auto` takes as many at the most."""
+those of weights depend on how far they move: 0.25 to 2. `auto` takes as many at the most."""
 
 NODE = "node"
 """As a host, stands for the address by which Ray knows the node that an actor runs on."""

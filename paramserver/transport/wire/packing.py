@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from downpour.paramserver.errors import MalformedMessage
 
-WIDTHS = (2, 4)
+WIDTHS = (2, 4, 8)
 """Bits of a number."""
-Int8Array = npt.NDArray[np.int8]
+Int16Array = npt.NDArray[np.int16]
 ByteArray = npt.NDArray[np.uint8]
 
 
@@ -28,31 +28,30 @@ def largest(bits: int) -> int:
     return int(2 ** (bits - 1)) - 1
 
 
-def exceptional(numbers: Int8Array, bits: int) -> npt.NDArray[np.bool_]:
-    """Which of the numbers, int8 [n], are too large for so many bits: bool [n]."""
-    most = np.int8(largest(bits))
-    # -128 is its own negative in int8, so both sides are compared.
+def exceptional(numbers: Int16Array, bits: int) -> npt.NDArray[np.bool_]:
+    """Which of the numbers, int16 [n], are too large for so many bits: bool [n]."""
+    most = np.int16(largest(bits))
     found: npt.NDArray[np.bool_] = numbers > most
     return np.logical_or(found, numbers < -most, out=found)
 
 
 def pack(
-    numbers: Int8Array, large: npt.NDArray[np.bool_] | None, bits: int, into: ByteArray
-) -> Int8Array:
+    numbers: Int16Array, large: npt.NDArray[np.bool_] | None, bits: int, into: ByteArray
+) -> Int16Array:
     """Pack numbers.
 
     Args:
-        numbers: int8 [n].
+        numbers: int16 [n].
         large: The exceptions among them, bool [n]; None if there are none.
         bits: One of `WIDTHS`.
         into: Where the packed ones go, uint8 [packed_bytes].
 
     Returns:
-        The exceptions, int8 [e], in order. In their place the smallest number is packed.
+        The exceptions, int16 [e], in order. In their place the smallest number is packed.
     """
     parts, size, room = 8 // bits, len(numbers), len(into)
     shifted = np.full(parts * room, largest(bits) + 1, np.uint8)
-    np.add(numbers, np.int8(largest(bits) + 1), out=shifted[:size].view(np.int8))
+    np.add(numbers.astype(np.uint8), np.uint8(largest(bits) + 1), out=shifted[:size])
     if large is not None:
         shifted[:size] *= ~large
     into[:] = shifted[:room]
@@ -62,14 +61,14 @@ def pack(
     return numbers[:0] if large is None else numbers[large]
 
 
-def unpack(data: ByteArray, bits: int, size: int, exceptions: Int8Array) -> Int8Array:
-    """Return what `pack` was given, int8 [n].
+def unpack(data: ByteArray, bits: int, size: int, exceptions: Int16Array) -> Int16Array:
+    """Return what `pack` was given, int16 [n].
 
     Args:
         data: uint8 [packed_bytes].
         bits: As it was packed.
         size: n.
-        exceptions: int8 [e].
+        exceptions: int16 [e].
 
     Raises:
         MalformedMessage: There are more exceptions, or fewer, than places for them.
@@ -80,7 +79,8 @@ def unpack(data: ByteArray, bits: int, size: int, exceptions: Int8Array) -> Int8
         np.right_shift(data, bits * number, out=planes[number])
     planes &= mask
     shifted = planes.reshape(-1)[:size]
-    numbers = shifted.view(np.int8) - np.int8(largest(bits) + 1)
+    numbers = shifted.astype(np.int16)
+    numbers -= largest(bits) + 1
     if len(exceptions):
         places = shifted == 0
         if (wanted := np.count_nonzero(places)) != len(exceptions):

@@ -43,8 +43,10 @@ def test_a_weight_is_within_a_step_of_itself(magnitude: float) -> None:
     weights = magnitude * torch.randn(5 * BLOCK, generator=generator)
     largest = weights.view(5, BLOCK).abs().amax(1, keepdim=True)
     error = (on_grid(weights) - weights).view(5, BLOCK).abs() / largest
-    assert error.max() <= 1 / 64
-    assert error.square().mean().sqrt() < 1 / 128
+    assert error.max() <= 1 / 512
+    assert (
+        error.square().mean().sqrt() < 1 / 886
+    )  # a step is a 256th at most, and the error even over it
 
 
 def test_zeros_and_what_is_not_finite_come_as_they_are() -> None:
@@ -61,13 +63,26 @@ def test_small_changes_take_few_bytes() -> None:
     size, generator = 2 * PIECE, torch.Generator().manual_seed(2)
     weights = 0.05 * torch.randn(size, generator=generator)
     sender = WeightsSender(size)
-    assert len(sender.encode(weights)) == most_bytes(size)
+    assert len(sender.encode(weights)) > 0.9 * size
     assert len(sender.encode(weights)) == 2  # nothing has changed
     weights += 5e-5 * torch.randn(size, generator=generator)
     assert len(sender.encode(weights)) < 0.27 * size
     # The first weights of a block jump, which is an exception in each.
     weights.view(-1, BLOCK)[:, 0].copy_(0.9 * weights.view(-1, BLOCK).abs().amax(1))
     assert len(sender.encode(weights)) < 0.29 * size
+
+
+def test_a_step_that_changes_is_no_reason_to_send_all() -> None:
+    size, generator = PIECE, torch.Generator().manual_seed(6)
+    weights = 0.02 * torch.randn(size, generator=generator)
+    largest = weights.view(-1, BLOCK)[:, 0]
+    sender, receiver, came = WeightsSender(size), WeightsReceiver(size), torch.empty(size)
+    for value in (0.1249, 0.1251, 0.1249):  # its power of two is the next one, and back
+        largest.fill_(value)
+        data = sender.encode(weights)
+        receiver.decode(data.copy(), came)
+        assert torch.equal(came, on_grid(weights))
+    assert len(data) < 0.27 * size
 
 
 def test_a_new_connection_gets_all_of_them() -> None:
