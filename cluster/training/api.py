@@ -113,8 +113,8 @@ def create(config: RunConfig, *, name: str | None, runs: Path) -> RunFolder:
         runs: the folder that it is made in.
 
     Raises:
-        UserError: the folder exists, or cannot be written; or the file that the network is to start
-            from is of another network.
+        UserError: the name is a path; the folder exists, or cannot be written; or the file that the
+            network is to start from is of another network.
         ModelError: nothing is called as what is to be frozen.
     """
     start = initial.look(config)
@@ -128,6 +128,10 @@ def create(config: RunConfig, *, name: str | None, runs: Path) -> RunFolder:
 
 def _make(config: RunConfig, name: str | None, runs: Path) -> RunFolder:
     if name:
+        if name in (".", "..") or "/" in name or "\0" in name:
+            raise UserError(
+                f"name {name!r} is not that of one folder: --runs says where it is made"
+            )
         return RunFolder.create(runs / name, config)
     stem = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))

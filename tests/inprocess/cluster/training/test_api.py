@@ -61,6 +61,16 @@ def test_each_run_has_a_folder_of_its_own(
     assert RunFolder.open(tmp_path / "mine").config() == config
 
 
+@pytest.mark.parametrize("name", ["../mine", "/mine", "a/b", ".", "..", "a\0b"])
+def test_a_run_stays_in_the_folder_of_runs(
+    tmp_path: Path, config: RunConfig, played: Played, name: str
+) -> None:
+    with pytest.raises(UserError, match="is not that of one folder"):
+        downpour.train(config, runs=tmp_path / "runs", name=name)
+    assert list(tmp_path.iterdir()) == []
+    assert played.calls == []
+
+
 def test_a_recipe_may_be_named(tmp_path: Path, played: Played) -> None:
     folder = downpour.train("mnist-bn", runs=tmp_path, name="a", address="ray://x", dashboard=True)
     assert RunFolder.open(folder).config().recipe == "mnist-bn"
