@@ -78,7 +78,7 @@ QUICK = Bounds(
     base_rates=(0.1,),
     decays=(0.75,),
     momenta=(0.9,),
-    epochs=4,
+    epochs=40,  # so that no run is over before its evaluator is up
     evaluate_every_s=0.2,
     run_s=20.0,
 )
