@@ -17,6 +17,7 @@ from torch import nn
 import downpour
 
 SIDE = 48
+COLOURS = np.array([[90, 90, 90], [180, 120, 60], [60, 120, 180]])
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
@@ -53,7 +54,7 @@ def picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         top, left, size = *rng.integers(8, SIDE - 8, 2), rng.integers(5, 10)
         away = np.hypot(y - top, x - left) if kind == 1 else np.maximum(abs(y - top), abs(x - left))
         mask[away < size] = kind
-    colours = rng.integers(60, 200, (3, 3))
+    colours = COLOURS + rng.integers(-30, 30, (3, 3))
     pixels = colours[mask] + rng.normal(0, 15, (SIDE, SIDE, 3))
     return pixels.clip(0, 255).astype(np.uint8), mask
 
