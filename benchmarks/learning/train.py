@@ -125,8 +125,8 @@ def follow(config: RunConfig, *, goal: float, bound_s: float) -> Curve:
                         "and try again on a machine that is less busy"
                     )
                 time.sleep(LOOK_EVERY_S)
-            # A run whose last epoch is over writes its result, and our signal then ends it at once.
-            ours = ended != "out of epochs" and c.process.returncode == -signal.SIGTERM
+            # While a run writes its result, our signal ends it at once; Ray then exits with 15.
+            ours = ended != "out of epochs" and abs(c.process.returncode) == signal.SIGTERM
             status = folder.path / STATUS
             if not ours and (
                 not status.exists()
