@@ -27,11 +27,12 @@ def fewest_updates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def config(replicas: int, steps: int = 5, **given: object) -> RunConfig:
-    """All steps in flight, which is what the figures below are worked out for."""
+    """All steps in flight and windows of 64: what the figures below are worked out for."""
     run = configured(
         recipes.find("mnist-bn"),
         SimulateConfig(replicas=replicas, concurrent_steps=steps, **given),  # type: ignore[arg-type]
     )
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, window_batches=64))
     in_flight = dataclasses.replace(run.replicas.steps, in_flight="all")
     return dataclasses.replace(run, replicas=dataclasses.replace(run.replicas, steps=in_flight))
 
