@@ -66,7 +66,10 @@ class Kills:
             backend.kill_partition(index)
 
 
-@pytest.mark.parametrize(("transport", "wire"), [("auto", "float32"), ("network", "int8")])
+@pytest.mark.parametrize(
+    ("transport", "wire"),
+    [("auto", "float32"), pytest.param("network", "int8", marks=pytest.mark.soak)],
+)
 def test_a_partition_that_dies_over_and_over_loses_no_update(
     tmp_path: Path, data: str, transport: TransportName, wire: WireName
 ) -> None:
