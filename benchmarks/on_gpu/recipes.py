@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from downpour.benchmarks.on_gpu.without_ray import KEY, Child, Here, Server, Workers
+from downpour.benchmarks.on_gpu.without_ray import KEY, Child, Here, Server, Workers, check_once
 from downpour.paramserver.client import ParameterClient
 from downpour.shuffler.processors import processors
 from downpour.workers.spec import DeviceName, ModelSpec, Precision
@@ -134,12 +134,7 @@ def learn(
         reports = server.reports()
     finally:
         server.end()
-    for report in reports:
-        if report.batches_applied + report.refused != course.settled or report.duplicates:
-            raise RuntimeError(
-                f"of {course.settled} mini-batches partition {report.index} applied "
-                f"{report.batches_applied}, refused {report.refused}, saw {report.duplicates} twice"
-            )
+    check_once(reports, course.settled, may_refuse=True)
     return {"batches": course.settled, "refused": reports[0].refused, "training_s": course.spent_s}
 
 

@@ -26,6 +26,7 @@ from downpour.benchmarks.on_gpu.without_ray import (
     Server,
     SyntheticReplicas,
     Workers,
+    check_once,
 )
 from downpour.models.batchnorm import BatchNorm
 from downpour.paramserver.partition.update_config import UpdateConfig
@@ -240,12 +241,7 @@ def measure_replicas(
         reports = server.reports()
     finally:
         server.end()
-    for report in reports:
-        if (report.batches_applied, report.duplicates, report.refused) != (found["batches"], 0, 0):
-            raise RuntimeError(
-                f"of {found['batches']} mini-batches partition {report.index} applied "
-                f"{report.batches_applied}, refused {report.refused}, saw {report.duplicates} twice"
-            )
+    check_once(reports, found["batches"])
     return {**found, "partitions": len(reports)}
 
 

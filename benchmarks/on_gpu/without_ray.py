@@ -237,6 +237,27 @@ class Server:
             each.end()
 
 
+def check_once(reports: Sequence[Any], batches: int, *, may_refuse: bool = False) -> None:
+    """Check that each partition settled every mini-batch once.
+
+    Args:
+        reports: a `PartitionReport` of each.
+        batches: mini-batches that were settled.
+        may_refuse: whether one that was refused counts as settled; otherwise none may be.
+
+    Raises:
+        RuntimeError: a partition applied more or fewer, or one twice.
+    """
+    for report in reports:
+        refused = report.refused if may_refuse else 0
+        wanted = (batches - refused, 0, refused)
+        if (report.batches_applied, report.duplicates, report.refused) != wanted:
+            raise RuntimeError(
+                f"of {batches} mini-batches partition {report.index} applied "
+                f"{report.batches_applied}, refused {report.refused}, saw {report.duplicates} twice"
+            )
+
+
 class Workers:
     """Processes of replicas, connected to a server."""
 

@@ -224,7 +224,7 @@ def findings(rows: list[dict[str, Any]], chance: float) -> list[tuple[str, str, 
         share = by_name[name]["share_of_inceptions"]
         if share is None:
             return "never reached it", False
-        told = f"{share:.2f} of Inception's steps{_spread(by_name[name]['shares'])}"
+        told = f"{share:.2f} of Inception's steps{spread(by_name[name]['shares'])}"
         return told, share <= bound
 
     found = []
@@ -250,11 +250,11 @@ def findings(rows: list[dict[str, Any]], chance: float) -> list[tuple[str, str, 
     return found
 
 
-def _spread(values: Sequence[float | None]) -> str:
-    """Say the least and the most, if there are several values."""
+def spread(values: Sequence[float | None], form: str = "{:.2f}", never: str = "never") -> str:
+    """Say the least and the most, if there are several values; `never` stands for None."""
     if len(values) < 2:
         return ""
     reached = [value for value in values if value is not None]
-    least = f"{min(reached):.2f}"
-    most = f"{max(reached):.2f}" if len(reached) == len(values) else "never"
+    least = form.format(min(reached)) if reached else never
+    most = form.format(max(reached)) if len(reached) == len(values) else never
     return f" ({least} to {most})"

@@ -16,6 +16,7 @@ from downpour.cluster.reproduce.family import (
     figure_3,
     findings,
     late_gain,
+    spread,
 )
 from downpour.cluster.reproduce.report import (
     heading,
@@ -47,7 +48,8 @@ def make_report(
     """
     rows = figure_3(curves)
     config = runs["inception"]
-    seeds = len(by_variant(curves)["inception"])
+    plain = by_variant(curves)["inception"]
+    seeds = len(plain)
     chance = 1 / config.model.num_classes
     _figure_2(folder / "figure-2.png", curves)
     told = findings(rows, chance)
@@ -88,7 +90,7 @@ def make_report(
                 else ""
             )
         ),
-        paragraph(_told_of_the_end(by_variant(curves)["inception"])),
+        paragraph(_told_of_the_end(plain)),
         picture("figure-2.png", "Figure 2: accuracy on the evaluation split against updates"),
         table(header, cells),
         table(
@@ -165,20 +167,14 @@ def _told_of_the_end(curves: Sequence[Curve]) -> str:
 def _range(middle: float | None, values: Sequence[float | None], form: str) -> str:
     """Return a median, with the least and the most if there are several values."""
     text = "–" if middle is None else form.format(middle)
-    if len(values) < 2:
-        return text
-    reached = [value for value in values if value is not None]
-    least = form.format(min(reached)) if reached else "–"
-    most = form.format(max(reached)) if len(reached) == len(values) else "–"
-    return f"{text} ({least} to {most})"
+    return text + spread(values, form, "–")
 
 
 def _figure_2(path: Path, curves: Mapping[str, Curve]) -> None:
     figure, (axes,) = new_figure(1, width=9, height=5)
     variants = by_variant(curves)
-    colours: dict[str, str] = {}
-    for number, name in enumerate(n for n in variants if not n.endswith(ALL_IN_FLIGHT)):
-        colours[name] = f"C{number}"
+    trained = [name for name in variants if not name.endswith(ALL_IN_FLIGHT)]
+    colours = {name: f"C{number}" for number, name in enumerate(trained)}
     for name, runs in variants.items():
         style = "--" if name in inception_recipes.FAILURES else "-"
         if name.endswith(ALL_IN_FLIGHT):

@@ -194,6 +194,11 @@ def events(run: Path) -> list[str]:
     return [str(json.loads(line)["event"]) for line in lines if line.endswith("}")]
 
 
+def has(told: list[str], what: str) -> int:
+    """How many lines have this in them."""
+    return sum(what in line for line in told)
+
+
 def about(run: Path) -> str:
     """Where a run stands, for whoever has waited for it in vain."""
     return f"{updates(run):,} updates; {events(run)}"

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.cluster import bed as hosts
-from tests.cluster.launched import RUNS, Cluster, about, events, launched, updates, wait_for
+from tests.cluster.conftest import HEAD, PARTITIONS
+from tests.cluster.launched import RUNS, Cluster, about, events, has, updates, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-HEAD, PARTITIONS, SHUFFLERS = 0, 1, 2
 NOTICE_S = 100
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    if reason := hosts.missing():
-        pytest.skip(reason)
-    with launched(4, {"partitions": PARTITIONS, "shufflers": SHUFFLERS}) as cluster:
-        yield cluster
 
 
 def test_partitions_move_from_a_host_that_is_to_leave_and_nothing_is_run_again(
@@ -63,8 +52,3 @@ def drain(cluster: Cluster, index: int) -> None:
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "preempted"),
         *("--deadline-remaining-seconds", str(NOTICE_S)),
     )
-
-
-def has(told: list[str], what: str) -> int:
-    """How many lines have this in them."""
-    return sum(what in line for line in told)

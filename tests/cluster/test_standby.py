@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import bed as hosts
-from tests.cluster.launched import RUNS, Cluster, about, events, launched, updates, wait_for
+from tests.cluster.conftest import HEAD, PARTITIONS
+from tests.cluster.launched import RUNS, Cluster, about, events, has, updates, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-HEAD, PARTITIONS, SHUFFLERS = 0, 1, 2
 RAY_NOTICES_S = 20.0
 """A host that says nothing any more, at the earliest."""
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    if reason := hosts.missing():
-        pytest.skip(reason)
-    with launched(4, {"partitions": PARTITIONS, "shufflers": SHUFFLERS}) as cluster:
-        yield cluster
 
 
 def test_a_host_of_all_partitions_that_loses_its_power_costs_no_update(cluster: Cluster) -> None:
@@ -59,11 +49,6 @@ def test_a_host_of_all_partitions_that_loses_its_power_costs_no_update(cluster: 
     assert all(earlier[1] <= later[1] for earlier, later in itertools.pairwise(points))
     assert longest_pause_s(points) < RAY_NOTICES_S, told
     cluster.run("python", "-m", "downpour", "replay", str(run), timeout_s=300)
-
-
-def has(told: list[str], what: str) -> int:
-    """How many lines have this in them."""
-    return sum(what in line for line in told)
 
 
 def longest_pause_s(points: list[tuple[float, int]]) -> float:
