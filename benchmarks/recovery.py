@@ -79,7 +79,8 @@ def run(settings: Settings, say: Say) -> Report:
 
 
 def _with_spares(config: RunConfig, spares: Spares) -> RunConfig:
-    kept: Literal["none", "all"] = "all" if spares == "all" else "none"
+    kept: Literal["auto", "none", "all"]
+    kept = "auto" if spares == "hot" else spares
     replicas = dataclasses.replace(config.replicas, spares=kept)
     server = dataclasses.replace(config.server, hot_standby=spares == "hot")
     return dataclasses.replace(config, replicas=replicas, server=server)

@@ -46,7 +46,9 @@ def _config(way: str, settings: Settings) -> RunConfig:
     config = system.mnist(replicas=4 if settings.quick else 10)
     network = dataclasses.replace(config.server.network, transport=transport)
     server = dataclasses.replace(config.server, hot_standby=followed, network=network)
-    return dataclasses.replace(config, server=server)
+    # No start beside what is measured.
+    replicas = dataclasses.replace(config.replicas, spares="none")
+    return dataclasses.replace(config, server=server, replicas=replicas)
 
 
 def report(rounds: list[dict[str, Any]], settings: Settings) -> Report:

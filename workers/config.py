@@ -137,9 +137,10 @@ class ReplicaConfig:
     """What is done about a process of replicas that is far slower than the median of the others."""
     straggler_ratio: float = 4.0
     """How many times slower that is."""
-    spares: Literal["none", "replicas", "all"] = "none"
+    spares: Literal["auto", "none", "replicas", "all"] = "auto"
     """Processes kept ready to take the place of one that dies, on a single machine: none, one for
-    processes of replicas, or one for a partition too."""
+    processes of replicas, or one for a partition too. auto keeps one for replicas with
+    `--hot-standby`, unless they compute on a GPU."""
     max_restarts: int = 100
     """Members of each kind (processes of replicas, partitions, shufflers, evaluators) that are
     replaced before the run gives up."""

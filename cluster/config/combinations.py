@@ -88,7 +88,7 @@ def _check_device(replicas: ReplicaConfig, policy: PolicyConfig) -> None:
             f"record pushes is on, and replica device is {steps.device}, which does not round the "
             "same way each time, so that a replay would find other bits: give replica device cpu"
         )
-    if spares != "none":
+    if spares not in ("auto", "none"):
         raise ValueError(
             f"spares is {spares}, and replica device is {steps.device}, of which a spare would "
             "hold a share: give spares none"

@@ -8,7 +8,7 @@ here. What also depends on the machine is in `resolve`.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from downpour.cluster.config.run import RunConfig
 from downpour.paramserver.rules.policy import StalenessPolicy
@@ -133,3 +133,12 @@ def _staleness_policy(config: RunConfig) -> StalenessPolicy:
         return policy
     pushes = policy.round_pushes or in_flight
     return dataclasses.replace(policy, round_pushes=pushes, round_steps=in_flight)
+
+
+def spares(config: RunConfig) -> Literal["none", "replicas", "all"]:
+    """Return the kinds of processes that one is kept ready for."""
+    wanted = config.replicas.spares
+    if wanted != "auto":
+        return wanted
+    ready = config.server.hot_standby and config.replicas.steps.device == "cpu"
+    return "replicas" if ready else "none"

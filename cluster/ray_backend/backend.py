@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from downpour.cluster.config.derive import spares
 from downpour.cluster.config.resolve import RunSpecs
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.backend import (
@@ -87,8 +88,8 @@ class RayBackend:
         if record is not None:
             write_about(Path(record), threads=specs.resolved.threads)
         count = len(self.processes)
-        self._spares: dict[type, Any] = {}
-        """Processes that can become actors of a class; not waited for."""
+        self._spares: dict[type, tuple[Any, Any]] = {}
+        """Processes that can become actors of a class, each with the call that says that it can."""
         self._partitions: list[Any] = [None] * self.num_partitions
         self._followers: list[Any] = [None] * self.num_partitions
         self._spawned_partitions: list[Any] = [
@@ -189,23 +190,36 @@ class RayBackend:
         On several nodes this does nothing: each would need a spare of its own. Nor does it if the
         only one is to leave.
         """
-        wanted = self._config.replicas.spares
+        wanted = spares(self._config)
         if self._nodes.several or (wanted != "none" and leaving()):
             return
-        if wanted != "none" and ReplicasActor not in self._spares:
-            self._spares[ReplicasActor] = start(
-                ReplicasSpare, self._calls_of_replicas(), scheduling="DEFAULT"
-            )
-        if wanted == "all" and PartitionActor not in self._spares:
-            self._spares[PartitionActor] = start(
-                PartitionSpare, PARTITION_CALLS, scheduling="DEFAULT"
-            )
+        if wanted != "none":
+            self._make_spare(ReplicasActor, ReplicasSpare, self._calls_of_replicas())
+        if wanted == "all":
+            self._make_spare(PartitionActor, PartitionSpare, PARTITION_CALLS)
+
+    def _make_spare(self, actor: type, kind: type, max_concurrency: int) -> None:
+        if actor not in self._spares:
+            spare = start(kind, max_concurrency, scheduling="DEFAULT", unhurried=True)
+            self._spares[actor] = (spare, spare.is_ready.remote())
+
+    def _take_spare(self, actor: type) -> Any:
+        """Return a spare for an actor, if there is one; one that still imports would come later
+        than a new process.
+        """
+        if self._nodes.several or actor not in self._spares:
+            return None
+        spare, ready = self._spares[actor]
+        if not ray.wait([ready], timeout=0, fetch_local=False)[0]:
+            return None
+        del self._spares[actor]
+        return spare
 
     def _start_soon(
         self, actor: type, max_concurrency: int, *arguments: Any, **options: Any
     ) -> Any:
         """Have a spare become this actor, or start a new one."""
-        spare = None if self._nodes.several else self._spares.pop(actor, None)
+        spare = self._take_spare(actor)
         if spare is None:
             return start(actor, max_concurrency, *arguments, **options)
         spare.assume.remote(*arguments)
@@ -349,7 +363,7 @@ class RayBackend:
         """Stop every actor."""
         self._shufflers.stop()
         actors = [*self._process_actors, *self._spawned, self._evaluator]
-        actors += [*self._spares.values(), *self._followers]
+        actors += [*(spare for spare, _ in self._spares.values()), *self._followers]
         for actor in [*actors, *self._partitions, *self._spawned_partitions]:
             kill(actor)
 

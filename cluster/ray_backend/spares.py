@@ -32,6 +32,10 @@ class _Spare:
         """What Ray's dashboard and log prefixes show."""
         return super().__repr__() if self._assumed.done() else f"Spare({self._kind})"
 
+    def is_ready(self) -> bool:
+        """Answer: that it can means that all is imported."""
+        return True
+
     def assume(self, *arguments: Any) -> None:
         """Become the actor, with these arguments."""
         try:

@@ -1,10 +1,10 @@
 """What makes an actor start without taking processors from those that train.
 
-Followers on one machine and an evaluator that is replaced are waited for by nobody. Most of their
-start is PyTorch's import: more than a second of a processor. An actor with `Unhurried` as a base
-has its process import this module before its class, and this module imports PyTorch on a thread of
-the lowest priority. A thread's priority cannot be raised again without rights, so it is one of its
-own.
+Followers and spares on one machine, and an evaluator that is replaced, are waited for by nobody.
+Most of their start is PyTorch's import: more than a second of a processor. An actor with
+`Unhurried` as a base has its process import this module before its class, and this module imports
+PyTorch on a thread of the lowest priority. A thread's priority cannot be raised again without
+rights, so it is one of its own.
 """
 
 from __future__ import annotations

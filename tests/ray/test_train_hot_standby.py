@@ -44,6 +44,7 @@ def test_a_partition_that_is_killed_costs_no_update_and_the_run_is_the_same_to_t
     process = commands.start(
         *("train", "mnist-bn", "--runs", tmp_path / "runs", "--name", "a", "--epochs", "70"),
         *("--hot-standby", "--record-pushes", "--checkpoint-every-s", "1000", "--no-dashboard"),
+        *("--spares", "none"),  # one more import of PyTorch
         *(*SMALL, "--replicas", "2", "--concurrent-steps", "3"),
         *("--rule", "adamw", "--learning-rate", "0.002", "--schedule", "cosine", "--ema", "0.99"),
         log=log,

@@ -9,6 +9,7 @@ from downpour.cluster.config.derive import (
     make_decoder,
     make_plan,
     model_spec,
+    spares,
     step_config,
     update_config,
     window_that_fits,
@@ -25,6 +26,15 @@ def test_rules_by_name() -> None:
     assert update_config(config, plan).rule == Adagrad()
     assert update_config(recipes.find("mnist-bn"), plan).rule == Momentum(momentum=0.9)
     assert update_config(config, plan).batches_per_epoch == 1877
+
+
+def test_a_run_with_hot_standby_keeps_a_process_of_replicas_ready() -> None:
+    plain = recipes.find("mnist-bn")
+    assert spares(plain) == "none"
+    assert spares(apply(plain, {"hot_standby": True})) == "replicas"
+    assert spares(apply(plain, {"hot_standby": True, "spares": "none"})) == "none"
+    assert spares(apply(plain, {"spares": "all"})) == "all"
+    assert spares(apply(plain, {"hot_standby": True, "replica_device": "cuda"})) == "none"
 
 
 def test_the_initial_weights_depend_on_the_seed_alone() -> None:

@@ -44,6 +44,7 @@ def test_a_configuration_of_before_the_rooms_is_the_same_run(tmp_path: Path) -> 
         "max_refused": None,
         "in_flight": "all",  # which is how it trained
         "steps_together": None,
+        "spares": "none",
         "past_bound": "error",
         "data": str(Path("data/imagenet").absolute()),  # the paths are as they are from here
     }
