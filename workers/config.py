@@ -142,8 +142,8 @@ class ReplicaConfig:
     processes of replicas, or one for a partition too. auto keeps one for replicas with
     `--hot-standby`, unless they compute on a GPU."""
     max_restarts: int = 100
-    """Members of each kind (processes of replicas, partitions, shufflers, evaluators) that are
-    replaced before the run gives up."""
+    """How often within an hour one member of the run (a process of replicas, a partition, a
+    shuffler, the evaluator) is replaced before the run gives up."""
 
     @property
     def slots(self) -> int:

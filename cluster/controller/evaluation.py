@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from downpour.cluster.config.policy import PolicyConfig, next_evaluation_s
 from downpour.cluster.controller.backend import PartitionLost, ProcessLost, WriteFailed
-from downpour.cluster.controller.failure_policy import Action, Cause, Failure
+from downpour.cluster.controller.failure_policy import Cause, Failure, Recovery
 from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
 from downpour.cluster.controller.hangs.patience import Patience
 from downpour.cluster.controller.instructions import (
@@ -232,6 +232,7 @@ class EvaluationSchedule:
         why = self._patience.lost("scoring", now - self._alive_s, now)
         self._late_looks = 0 if why is None else self._late_looks + 1
         if why is not None and self._late_looks > 1:  # an answer that was there has been heard
+            self._patience.gave_up("scoring")
             self.hung(why, now)
         elif not self._asked:
             self._asked = True
@@ -280,8 +281,8 @@ class EvaluationSchedule:
             self._runs = True
             self._partitions.ask_reports_now(now)
             if self._partitions.all_up:
-                action = self._recover("disconnected", now, detail=str(error))
-                if action != "reconnect":
+                recovery = self._recover("disconnected", now, detail=str(error))
+                if recovery.action != "reconnect":
                     self._connect(StartEvaluator(life=self.life))
         elif isinstance(error, ProcessLost):
             self._recover("died", now)
@@ -294,7 +295,7 @@ class EvaluationSchedule:
 
     def _recover(
         self, cause: Cause, now: float, *, detail: str = "", error: Exception | None = None
-    ) -> Action:
+    ) -> Recovery:
         failure = Failure(part="evaluator", name="the evaluator", cause=cause, detail=detail)
         return self._failures.recover(failure, now, error=error)
 

@@ -7,7 +7,7 @@ Also when reserves (spares, followers) are to be made again. The decisions are t
 from __future__ import annotations
 
 from downpour.cluster.controller.backend import RunFailed
-from downpour.cluster.controller.failure_policy import Action, Failure, FailurePolicy
+from downpour.cluster.controller.failure_policy import Failure, FailurePolicy, Recovery
 from downpour.cluster.controller.instructions import Instruction, Tell
 
 SPARES_AFTER_S = 5.0
@@ -43,8 +43,8 @@ class Failures:
         *,
         error: Exception | None = None,
         followed: bool = False,
-    ) -> Action:
-        """Decide what is done about a failure, and tell it.
+    ) -> Recovery:
+        """Decide what is done about a failure, tell it, and return it.
 
         Args:
             failure: what failed, and how.
@@ -55,7 +55,7 @@ class Failures:
         Raises:
             GaveUp: the policy gives the run up.
         """
-        recovery = self.policy.decide(failure, followed=followed)
+        recovery = self.policy.decide(failure, now, followed=followed)
         self._out.append(Tell(text=recovery.reason))
         if failure.part in ("replicas", "partition") and self.weak_since_s is None:
             self.weak_since_s = now
@@ -64,21 +64,22 @@ class Failures:
         in_full = self.weak_since_s is None
         if failure.part == "follower" and recovery.action == "restart" and in_full:
             self.reserve_soon(now)
-        return recovery.action
+        return recovery
 
     def given_up(self, reason: str, cause: Exception | None) -> GaveUp:
         """Return what ends the run for a reason, with what to do about it."""
         hint = f"see the logs, then go on with `downpour resume {self._run}`"
         return GaveUp(RunFailed(f"{reason}: {hint}"), cause)
 
-    def all_back(self, now: float) -> None:
-        """No member is missing: tell it, if one was."""
+    def all_back(self, now: float, *, but_for_some: bool) -> None:
+        """No member is missing, or only some that are not to come yet: tell it, if one was."""
         if self.weak_since_s is None:
             return
         took_s = now - self.weak_since_s
         self.weak_since_s = None
         self.reserve_soon(now)
-        self._out.append(Tell(text=f"everybody is back after {took_s:.1f} s"))
+        if not but_for_some:
+            self._out.append(Tell(text=f"everybody is back after {took_s:.1f} s"))
 
     def reserve_soon(self, now: float) -> None:
         """Have reserves made once the members that have just come have got going."""

@@ -234,7 +234,7 @@ class Followers:
             return
         name = f"the follower of partition {index}"
         failure = Failure(part="follower", index=index, name=name, cause="died", detail=detail)
-        another = self._failures.recover(failure, now) == "restart"
+        another = self._failures.recover(failure, now).action == "restart"
         self._standing[index] = Standing.MISSING if another else Standing.LEFT_OUT
 
     def _lose_successor(self, index: int, detail: str) -> None:

@@ -198,13 +198,13 @@ class Partitions:
             part="partition", index=index, name=partition.name, cause=cause, detail=detail
         )
         followed = self.followers.can_take_over(index)
-        action = self._failures.recover(failure, now, error=error, followed=followed)
+        recovery = self._failures.recover(failure, now, error=error, followed=followed)
         partition.up = False
         self.leaving.discard(index)
         self.moving.discard(index)
         self.followers.partition_replaced(index)
         self.inquiries.clear()
-        return action == "promote"
+        return recovery.action == "promote"
 
     # Departures
 

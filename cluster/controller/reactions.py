@@ -115,9 +115,13 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
             _blamed(run, call, value, now)
         case ReplaceShufflers() as call:
             cause: Cause = "died" if call.hung is None else "silent"
-            for _ in range(value):
+            for index in range(value):  # one failure of each: a node may have had many of them
                 failure = Failure(
-                    part="shuffler", name="a shuffler", cause=cause, detail=call.hung or ""
+                    part="shuffler",
+                    index=index,
+                    name="a shuffler",
+                    cause=cause,
+                    detail=call.hung or "",
                 )
                 run.failures.recover(failure, now)
                 run.processes.be_patient(now)
@@ -244,7 +248,7 @@ def _inquiry_answered(run: RunParts, inquiry: Inquiry, now: float) -> None:
     answers = inquiry.in_order
     match inquiry.purpose:
         case "probe":  # all partitions are alive: connect again
-            run.processes.start_cut_off()
+            run.processes.start_cut_off(now)
             run.evaluation.reconnect()
         case "census":
             assert inquiry.census is not None

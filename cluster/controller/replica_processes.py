@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -46,6 +47,8 @@ class ReplicaProcess:
     """Some of its replicas are to train."""
     runs: bool = False
     """It was up once, and has not died. If it is not ready, it has lost its connections."""
+    due_s: float = -math.inf
+    """When it may be started again, after it has failed too often."""
     rates: dict[int, deque[float]] = field(default_factory=dict)
     """Mini-batches a second of its last windows, by replica."""
     told_slow: bool = False
@@ -67,10 +70,9 @@ class ReplicaProcess:
         numbers = ", ".join(map(str, self.replicas))
         return f"the process of replica{'s' if len(self.replicas) > 1 else ''} {numbers}"
 
-    @property
-    def cut_off(self) -> bool:
-        """It is to train, but neither does nor is being brought back."""
-        return self.wanted and not self.ready and not self.starting
+    def cut_off(self, now: float) -> bool:
+        """Return whether it is to train now, but neither does nor is being brought back."""
+        return self.wanted and not self.ready and not self.starting and now >= self.due_s
 
     @property
     def rate(self) -> float | None:
@@ -112,10 +114,13 @@ class ReplicaProcesses:
         """Whether every process is connected."""
         return all(p.ready for p in self.members)
 
-    @property
-    def all_wanted_up(self) -> bool:
-        """Whether all are connected whose replicas are to train."""
-        return all(p.ready for p in self.members if p.wanted)
+    def all_wanted_up(self, now: float) -> bool:
+        """Return whether all are connected whose replicas are to train now."""
+        return all(p.ready or now < p.due_s for p in self.members if p.wanted)
+
+    def some_wait(self, now: float) -> bool:
+        """Return whether one has failed so often that it is not to train yet."""
+        return any(now < p.due_s for p in self.members if p.wanted)
 
     @property
     def quiet(self) -> bool:
@@ -132,10 +137,9 @@ class ReplicaProcesses:
         """Whether one goes on elsewhere as soon as its windows are done."""
         return any(p.leaving and p.ready and p.wanted for p in self.members)
 
-    @property
-    def any_cut_off(self) -> bool:
-        """Whether one that is to train runs without its connections, or not at all."""
-        return any(p.cut_off for p in self.members)
+    def any_cut_off(self, now: float) -> bool:
+        """Return whether one that is to train now runs without its connections, or not at all."""
+        return any(p.cut_off(now) for p in self.members)
 
     def of(self, replica: int) -> ReplicaProcess:
         """Return a replica's process."""
@@ -165,10 +169,10 @@ class ReplicaProcesses:
             process.starting = True
         self._start(first)
 
-    def start_cut_off(self) -> None:
+    def start_cut_off(self, now: float) -> None:
         """Connect those that lack their connections again, now that all partitions answer."""
         for process in self.members:
-            if process.cut_off:
+            if process.cut_off(now):
                 self._start(process)
 
     def started(self, index: int) -> None:
@@ -241,10 +245,10 @@ class ReplicaProcesses:
         process.runs = process.starting = process.leaving = False
         self._drop_windows(process)
         failure = self._failure(process, cause, detail)
-        self._failures.recover(failure, now, error=error)
-        if self._partitions.all_up and process.wanted:
+        process.due_s = now + self._failures.recover(failure, now, error=error).pause_s
+        if self._partitions.all_up and process.cut_off(now):
             self._start(process)
-        # Otherwise it is started once all partitions are there again.
+        # Otherwise it is started once its time has come, and all partitions are there again.
 
     def _on_disconnected(self, process: ReplicaProcess, error: PartitionLost, now: float) -> None:
         """A process has lost a connection. The next reports tell which partition's fault it is."""
@@ -254,7 +258,8 @@ class ReplicaProcesses:
         self._partitions.ask_reports_now(now)
         if self._partitions.all_up:
             failure = self._failure(process, "disconnected", str(error))
-            process.runs = self._failures.recover(failure, now) == "reconnect"
+            recovery = self._failures.recover(failure, now)
+            process.runs, process.due_s = recovery.action == "reconnect", now + recovery.pause_s
 
     def _failure(self, process: ReplicaProcess, cause: Cause, detail: str) -> Failure:
         return Failure(
@@ -304,6 +309,8 @@ class ReplicaProcesses:
         if len(busy) > 1 and all(process.late_looks for process in busy):
             late = [min(late, key=lambda found: found[0].alive_s or 0.0)]
             self.be_patient(now)
+        for _ in late:
+            self._patience.gave_up("life")
         return late
 
     def _seen(self, process: ReplicaProcess, now: float) -> None:

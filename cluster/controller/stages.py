@@ -89,8 +89,9 @@ def _train(run: RunParts, now: float) -> None:
         return
     _grant(run, now)
     _look_after(run, now)
-    if run.partitions.all_up and not run.leases.reopening and run.processes.all_wanted_up:
-        run.failures.all_back(now)
+    all_up = run.partitions.all_up and run.processes.all_wanted_up(now)
+    if all_up and not run.leases.reopening:
+        run.failures.all_back(now, but_for_some=run.processes.some_wait(now))
 
 
 def _grant(run: RunParts, now: float) -> None:
@@ -120,7 +121,7 @@ def _look_after(run: RunParts, now: float) -> None:
     if run.failures.take_reserves_due(now):
         run.out.append(MakeSpares())
         run.partitions.followers.start_missing()
-    _mend(run)
+    _mend(run, now)
     if run.stage == "training":
         has_begun = run.partitions.first_update_s is not None
         if run.ended is None and has_begun:
@@ -162,9 +163,9 @@ def _waits_for_quiet(run: RunParts, now: float) -> bool:
     return run.notice.is_half_over(now) or not others
 
 
-def _mend(run: RunParts) -> None:
+def _mend(run: RunParts, now: float) -> None:
     """Bring back what has lost its connections, and lease again what was lost."""
-    cut_off = run.processes.any_cut_off or run.evaluation.cut_off
+    cut_off = run.processes.any_cut_off(now) or run.evaluation.cut_off
     if cut_off and not run.partitions.is_asked("probe"):
         run.partitions.ask_all_reports("probe")
     if not run.partitions.is_asked("census"):

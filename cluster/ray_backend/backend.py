@@ -30,7 +30,7 @@ from downpour.cluster.controller.backend import (
 from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.ray_backend.actors import kill, start
-from downpour.cluster.ray_backend.leavers import Leavers
+from downpour.cluster.ray_backend.leavers import Ends, Leavers
 from downpour.cluster.ray_backend.nodes import Nodes, leaving
 from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
@@ -109,6 +109,7 @@ class RayBackend:
         self._arrivals: dict[PendingCall, int] = {}
         """Calls whose answer is the endpoint of a partition."""
         self._moving_shufflers: PendingCall = None
+        self._ends = Ends()
 
     def endpoints(self) -> list[Endpoint]:
         """The endpoints of all partitions, each of which has been up."""
@@ -251,7 +252,7 @@ class RayBackend:
             evaluator=bool(leavers.among([self._evaluator])),
             driver=leavers.has_driver,
             crowded=staying,
-            remaining_s=leavers.remaining_s,
+            remaining_s=leavers.remaining_s(self._ends),
         )
 
     def move_shufflers(self) -> PendingCall:

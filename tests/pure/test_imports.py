@@ -26,7 +26,7 @@ OURS = {*ALLOWED, "benchmarks", "tests"}
 TIME_OF_DAY = {
     "cluster/monitoring/telemetry.py": "a stamp for people",
     "cluster/monitoring/tensorboard.py": "stamps for people, and a file's name",
-    "cluster/ray_backend/leavers.py": "Ray tells by it when a node leaves",
+    "cluster/ray_backend/leavers.py": "Ray tells by it when a node leaves; read once a notice",
     "cluster/reproduce/report.py": "a stamp for people",
     "cluster/run/folder.py": "stamps for people",
     "cluster/trainer/trackers.py": "a stamp for people",

@@ -4,11 +4,15 @@ A member that dies is told of by its socket or by Ray. One that hangs says nothi
 was stopped, a read from a bucket that never returns. So every wait has a limit: some times the
 longest of the waits of its kind that ended well, and never less than a floor. Before one has ended
 well there is nothing to go by but a generous limit.
+
+A wait that is given up does not tell how long it would have taken. If one after the other is, they
+may be slow and not hang: so each doubles the limit, until one ends well.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +24,8 @@ Wait = Literal["report", "answer", "snapshot", "window", "life", "scoring", "sta
 window; a sign of life of a process that has windows; progress of a scoring; a start; a member that
 connects, or takes its partition's place."""
 
+MOST_DOUBLINGS = 4
+"""Of a limit, by waits of its kind that are given up one after the other."""
 HALF_LIFE_S = 3600.0
 """After so long, the longest wait counts for half: conditions change."""
 
@@ -65,11 +71,18 @@ class Patience:
         self._limits = LIMITS if limits is None else limits
         self._longest: dict[Wait, tuple[float, float]] = {}
         """Of each kind: the longest wait that ended well, and when it ended."""
+        self._given_up: Counter[Wait] = Counter()
+        """Of each kind: waits that were given up since one ended well."""
 
     def took(self, wait: Wait, seconds: float, now: float) -> None:
         """A wait has ended well."""
+        self._given_up.pop(wait, None)
         if seconds >= (self.longest_s(wait, now) or 0.0):
             self._longest[wait] = (seconds, now)
+
+    def gave_up(self, wait: Wait) -> None:
+        """A wait has been given up."""
+        self._given_up[wait] += 1
 
     def longest_s(self, wait: Wait, now: float) -> float | None:
         """Return the longest wait that ended well, less what time has taken off; None if none."""
@@ -83,7 +96,8 @@ class Patience:
         limit, longest_s = self._limits[wait], self.longest_s(wait, now)
         if longest_s is None:
             return limit.first_s
-        return max(limit.least_s, limit.times * longest_s)
+        doubled = 2.0 ** min(self._given_up[wait], MOST_DOUBLINGS)
+        return doubled * max(limit.least_s, limit.times * longest_s)
 
     def lost(self, wait: Wait, seconds: float, now: float) -> str | None:
         """Return why a wait that has lasted for so long is given up; None if it is not."""
@@ -123,6 +137,6 @@ class Watch:
             for call, (wait, began_s) in self._since.items()
             if (why := self._patience.lost(wait, now - began_s, now)) is not None
         ]
-        for call, _ in late:
-            del self._since[call]
+        for wait in {self._since.pop(call)[0] for call, _ in late}:
+            self._patience.gave_up(wait)
         return late

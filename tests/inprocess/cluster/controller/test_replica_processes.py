@@ -123,5 +123,5 @@ def test_processes_that_keep_dying_end_the_run_with_a_remedy(tmp_path: Path, dat
         backend.kill_process(replica % 2)
 
     run = Run(tmp_path / "run", config)
-    with pytest.raises(RunFailed, match=r"died 2 times.*downpour resume"):
+    with pytest.raises(RunFailed, match=r"replaced 2 times within an hour.*downpour resume"):
         run.go(kill)

@@ -45,9 +45,28 @@ def test_a_process_that_hangs_is_replaced_without_being_asked_for(
     run.hung_processes.add(1)
     told = for_a_day(run, turn_s)
     assert "the process of replicas 2, 3 does not answer (nothing for " in told
-    assert "): replaced, 1 of 100 for its kind" in told
+    assert "): replaced, 1 of 100 within an hour" in told
     assert run.outcome is not None
     assert run.outcome.restarts == {"replicas": 1}
+
+
+def test_a_process_that_hangs_again_and_again_ends_no_run_in_which_others_train(
+    made: Made,
+) -> None:
+    run = made(configured(policy={"epochs": 400}))
+    run.train()
+    news = ""
+    while run.now < DAY_S and run.outcome is None:
+        run.answer_present()
+        run.hung_processes.add(1)
+        run.tick(5.0)
+        news += run.told()
+        assert run.error is None, run.error
+    assert "replaced in 10 s, since it did so 6 times without doing anything in between" in news
+    assert "replaced in 20 s, since it did so 7 times" in news
+    assert run.outcome is not None
+    assert run.outcome.exactly_once
+    assert np.all([flags == APPLIED for flags in run.flags()])
 
 
 @pytest.mark.parametrize("hang_after_s", [2.0, LIMITS["life"].least_s, 90.0])

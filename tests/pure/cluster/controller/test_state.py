@@ -32,7 +32,7 @@ def test_a_run_comes_to_its_end(made: Made) -> None:
 
 def test_the_policy_about_failures_is_given(made: Made) -> None:
     class Never(FailurePolicy):
-        def decide(self, failure: Failure, *, followed: bool = False) -> Recovery:
+        def decide(self, failure: Failure, now: float, *, followed: bool = False) -> Recovery:
             return Recovery(action="give up", reason=f"{failure}, and that is that")
 
     run = made(failure_policy=Never(max_restarts=100))

@@ -6,6 +6,7 @@ from downpour.cluster.config.policy import PolicyConfig
 from downpour.cluster.controller.hangs.patience import (
     HALF_LIFE_S,
     LIMITS,
+    MOST_DOUBLINGS,
     Limit,
     Patience,
     Watch,
@@ -60,6 +61,31 @@ def test_a_long_wait_of_long_ago_counts_for_less() -> None:
     assert patience.limit_s("report", now=HALF_LIFE_S) == 200.0
     patience.took("report", 21.0, now=HALF_LIFE_S)
     assert patience.limit_s("report", now=HALF_LIFE_S) == 210.0
+
+
+def test_waits_that_are_given_up_one_after_the_other_may_be_slow_and_get_more_time() -> None:
+    patience = Patience(LIMIT)
+    patience.gave_up("report")
+    assert patience.limit_s("report", now=0.0) == 60.0, "the first limit is generous already"
+    patience.took("report", 4.0, now=0.0)
+    found = []
+    for _ in range(MOST_DOUBLINGS + 2):
+        found.append(patience.limit_s("report", now=0.0))
+        patience.gave_up("report")
+    assert found == [40.0, 80.0, 160.0, 320.0, 640.0, 640.0]
+    assert patience.limit_s("answer", now=0.0) == LIMITS["answer"].first_s
+    patience.took("report", 1.0, now=0.0)
+    assert patience.limit_s("report", now=0.0) == 40.0
+
+
+def test_calls_that_are_overdue_at_once_are_one_wait_that_is_given_up() -> None:
+    patience = Patience(LIMIT)
+    watch = Watch(patience)
+    patience.took("report", 1.0, now=0.0)
+    watch.began("a", "report", 0.0)
+    watch.began("b", "report", 0.0)
+    assert len(watch.overdue(31.0)) == 2
+    assert patience.limit_s("report", now=31.0) == 60.0
 
 
 def test_a_call_is_overdue_once_and_a_failed_one_tells_nothing_of_how_long_they_take() -> None:
