@@ -36,15 +36,13 @@ class Intake(Protocol):
             MalformedMessage: It is not what that process may send now.
         """
 
-    def take_network(
-        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
-    ) -> None:
+    def take_network(self, side: NetworkSide, push: Push, came: Tensor, moments: Tensor) -> None:
         """Take in a push that came over the network.
 
         Args:
             side: Where it came from.
             push: Its header.
-            gradient: float32 [n]; free for the next push when this returns.
+            came: Its gradient as it travelled; free for the next push when this returns.
             moments: float32 [batches, 3, f]; likewise.
 
         Raises:
@@ -106,17 +104,15 @@ class OpenIntake:
             answers += versions.apply_all(some, shared=role.shares_gradients)
         role.answer(side, answers)
 
-    def take_network(
-        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
-    ) -> None:
+    def take_network(self, side: NetworkSide, push: Push, came: Tensor, moments: Tensor) -> None:
         """See `Intake`."""
         role = self._replication.role
         if role.defers:
             # The connection's next push is received where this one lies.
-            arrivals = [(push, gradient.clone(), moments.clone())]
+            arrivals = [(push, came.clone(), moments.clone())]
             role.defer(arrivals, lambda: self._settle_network(side, arrivals))
             return
-        arrival = (push, gradient, moments)
+        arrival = (push, came, moments)
         side.answer(*self._versions.apply_all([arrival], shared=role.shares_gradients))
 
     def _settle_network(self, side: NetworkSide, arrivals: Sequence[Arrival]) -> None:
@@ -139,7 +135,7 @@ class PendingPush(NamedTuple):
 
     push: Push
     gradient: Tensor
-    """float32 [n]"""
+    """As it came; float32 [n] through shared memory."""
     moments: Tensor
     """float32 [batches, 3, f]"""
 
@@ -183,12 +179,10 @@ class PermitIntake:
             pending = PendingPush(message, views.gradients[box], views.moments[box][:count])
             self._permits.push((fd, box), message.version, pending)
 
-    def take_network(
-        self, side: NetworkSide, push: Push, gradient: Tensor, moments: Tensor
-    ) -> None:
+    def take_network(self, side: NetworkSide, push: Push, came: Tensor, moments: Tensor) -> None:
         """See `Intake`."""
         # The connection's next push is received where this one lies.
-        pending = PendingPush(push, gradient.clone(), moments.clone())
+        pending = PendingPush(push, came.clone(), moments.clone())
         self._permits.push((side.socket.fileno(), push.mailbox), push.version, pending)
 
     def ask(self, fd: int, mailboxes: Iterable[int]) -> None:

@@ -169,8 +169,6 @@ class PartitionServer:
             address=self._listener.address,
             network=self._network.address,
         )
-        self._scratch = torch.empty(0)
-        """Where a gradient that came in fewer bits is float32 again."""
         self._poller = Poller()
         self._connections = Connections(
             partition, sides, epoll=self._poller.epoll, clock=clock, gone=self._on_gone
@@ -408,10 +406,8 @@ class PartitionServer:
     def _serve_network(self, side: NetworkSide) -> None:
         side.allow()
         while (push := side.next()) is not None:
-            if len(self._scratch) < side.scratch_size:
-                self._scratch = torch.empty(side.scratch_size)
             moments = side.moments[: len(push.batches)]
-            self._intake.take_network(side, push, side.gradient(self._scratch), moments)
+            self._intake.take_network(side, push, side.came, moments)
         if side.follow is not None:
             self._receive_remote_follower(side, side.follow.generation)
             return

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from downpour.paramserver.messages import Answer, Outcome
+from downpour.paramserver.messages import Answer, Outcome, WireDtype
 from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.partition.vectors import Arrival, Version
 from downpour.paramserver.rules.update import updates_in_place
 from downpour.paramserver.server.connections import Sides
+from downpour.paramserver.transport.network.compress import Decoder
 from downpour.paramserver.transport.network.frames import as_bytes
 from downpour.paramserver.transport.network.server_side import NetworkSide
 from downpour.paramserver.transport.shared.published import PublishedWeights, check_room
@@ -72,6 +73,7 @@ class Versions:
         ]
         self._private: list[Tensor] = []
         """Copies of gradients that another process reads, too."""
+        self._decoder = Decoder(partition.num_trained)
 
     def open(self) -> None:
         """Let readers see the version that there is."""
@@ -81,14 +83,18 @@ class Versions:
         """Apply pushes, and publish the new version.
 
         Args:
-            arrivals: As for `PartitionState.apply_all`.
+            arrivals: As for `PartitionState.apply_all`, but with gradients as they came. One that
+                came in fewer bits than float32 comes alone.
             shared: Whether another process reads the same gradients.
 
         Returns:
             What became of each push.
         """
         state, ledger, answers = self.state, self._ledger, []
-        if shared and state.config.spoils_gradients:
+        if arrivals[0][0].wire is not WireDtype.FLOAT32:
+            ((push, came, moments),) = arrivals
+            arrivals = [(push, self._decoder.gradient(came, push.wire), moments)]
+        elif shared and state.config.spoils_gradients:
             arrivals = self._copied(arrivals)
         version, before = ledger.version, ledger.weights_version
         outcomes = state.apply_all(arrivals, self._room)

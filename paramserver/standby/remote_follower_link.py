@@ -103,7 +103,8 @@ class RemoteFollowerLink:
     def forward(self, arrivals: Sequence[Arrival]) -> None:
         """Send pushes, none of which is applied before `received` says that they have come.
 
-        If they are applied earlier, because this is not level, they have to be copies.
+        Gradients go on as they came, so both sides make the same of them. If pushes are applied
+        earlier, because this is not level, they have to be copies.
         """
         for push, gradient, moments in arrivals:
             payload = _payload(push, gradient, moments)

@@ -43,6 +43,7 @@ from downpour.paramserver.standby.trouble import Kind, Trouble
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.network import frames
 from downpour.paramserver.transport.network.channel import SLICE_BYTES, Channel, unanswered_s
+from downpour.paramserver.transport.network.compress import room_for
 from downpour.paramserver.transport.network.connect import connect
 from downpour.paramserver.transport.network.frames import FrameReader, Outbox, as_bytes
 from downpour.paramserver.transport.network.replication import (
@@ -105,7 +106,8 @@ class RemotePrimaryLink:
         self._clock = clock
         self._room = room
         self._rest = bytearray()
-        self._gradient = torch.empty(part.num_trained)
+        self._came: dict[WireDtype, Tensor] = {}
+        """Where gradients are received, by how they travelled to the primary."""
         self._moments = torch.empty(0, 3, part.num_features)
         self._received = 0
         self._joined = self._taking_over = False
@@ -211,7 +213,7 @@ class RemotePrimaryLink:
             if isinstance(message, Push):
                 self._received += 1
                 self._acknowledge()
-                return [(message, self._gradient, self._moments[: len(message.batches)])]
+                return [(message, self._came[message.wire], self._moments[: len(message.batches)])]
             if isinstance(message, Level):
                 self.levelled.set()
             elif isinstance(message, Beat):
@@ -231,8 +233,10 @@ class RemotePrimaryLink:
             count = len(message.batches)
             if count > len(self._moments):
                 self._moments = torch.empty(count, 3, self._partition.num_features)
-            moments = as_bytes(self._moments[:count])
-            return [view for view in (as_bytes(self._gradient), moments) if len(view)]
+            if message.wire not in self._came:
+                self._came[message.wire] = room_for(message.wire, self._partition.num_trained)
+            payload = as_bytes(self._came[message.wire]), as_bytes(self._moments[:count])
+            return [view for view in payload if len(view)]
         if isinstance(message, State):
             if self._joined or self._rest:
                 raise MalformedMessage("a second state")

@@ -3,8 +3,13 @@
 Four hosts on this machine share its processors: head, partitions, shufflers, replicas. The same
 10 x 5 steps run on the replicas' host alone, over shared memory, and across the hosts, over the
 network, with links as fast as the kernel moves bytes and limited to 1 Gbit/s each way. What the
-figures compare is therefore the way, not the number of processors. Writes a record beside those of
-the other benchmarks; `--models` and `--ways` choose a part.
+figures compare is therefore the way, not the number of processors.
+
+An update is a push, which may be of several mini-batches (`--steps-together`). So mini-batches a
+second are counted, too, and shares are of them: they are how fast a run trains.
+
+Writes a record beside those of the other benchmarks; `--models` and `--ways` choose a part, and
+`--also` gives every run more arguments of `downpour train`.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from downpour.benchmarks.harness import machine, save
 from downpour.cluster.config.recipes import find
@@ -52,6 +57,7 @@ WAYS: Mapping[str, Way] = {
     "1 Gbit/s, int4": Way(mbit_per_s=1000, arguments=("--wire", "int4")),
     "1 Gbit/s, auto": Way(mbit_per_s=1000, arguments=("--wire", "auto")),
 }
+BATCH_SIZE = find("mnist-bn").data.batch_size
 MODELS: Mapping[str, str] = {"mnist": "mnist-bn", "45 MB": f"{__spec__.name}:wide"}
 # All replicas at once, evaluated once, and no checkpoint: the training alone.
 COMMON = (
@@ -67,22 +73,40 @@ def wide() -> RunConfig:
     return replace(config, recipe="wide", model=replace(config.model, arguments=arguments))
 
 
-def measure(cluster: Cluster, model: str, way: Way, name: str, seconds: float) -> float:
-    """Updates a second of a run, once all of its replicas are there and it has settled."""
+class Rates(NamedTuple):
+    """How fast a run trains."""
+
+    updates_per_s: float
+    batches_per_s: float
+
+
+def measure(
+    cluster: Cluster, model: str, way: Way, name: str, seconds: float, also: Sequence[str] = ()
+) -> Rates:
+    """Rates of a run, once all of its replicas are there and it has settled."""
     cluster.bed.limit(way.mbit_per_s)
     run = cluster.bed.shared / "runs" / name
     arguments = ("train", MODELS[model], "--runs", RUNS, "--name", name, "--epochs", "75")
-    job = cluster.start(*arguments, *COMMON, *way.arguments)
+    job = cluster.start(*arguments, *COMMON, *way.arguments, *also)
     try:
         wait_for(lambda: _whole(run), f"all replicas: {about(run)}", 60)
         time.sleep(SETTLE_S + seconds)  # the measurement itself
         lines = _whole(run)
     finally:
         cluster.end(job)
+    return rates(lines, seconds)
+
+
+def rates(lines: Sequence[Mapping[str, Any]], seconds: float) -> Rates:
+    """The rates over lines of metrics, from `SETTLE_S` after the first one on."""
     first = next(line for line in lines if line["time"] >= lines[0]["time"] + SETTLE_S)
     last = lines[-1]
-    assert last["time"] - first["time"] > seconds / 2, f"too few figures: {lines}"
-    return float((last["updates"] - first["updates"]) / (last["time"] - first["time"]))
+    took_s = last["time"] - first["time"]
+    assert took_s > seconds / 2, f"too few figures: {lines}"
+    return Rates(
+        round((last["updates"] - first["updates"]) / took_s, 1),
+        round((last["examples"] - first["examples"]) / BATCH_SIZE / took_s, 1),
+    )
 
 
 def _whole(run: Path) -> list[dict[str, Any]]:
@@ -113,28 +137,39 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--also", type=shlex.split, default=[], help="of `downpour train`")
     options = parser.parse_args()
     if reason := hosts.missing():
         raise SystemExit(f"cannot be measured here: {reason}")
     before = machine()
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in Rates._fields}
     with launched(4, {"partitions": PARTITIONS, "shufflers": SHUFFLERS}) as cluster:
         for turn in range(options.repeat):
             for model in options.models:
                 for number, way in enumerate(options.ways):
                     name = f"{MODELS[model].partition(':')[2] or 'mnist'}-{number}-{turn}"
-                    rate = measure(cluster, model, WAYS[way], name, options.seconds)
-                    found.setdefault(model, {}).setdefault(way, []).append(round(rate, 1))
-                    sys.stderr.write(f"{model}, {way}: {rate:.1f} updates a second\n")
-    result = {"updates_per_s": found, "share_of_one_host": shares(found)}
+                    seen = measure(
+                        cluster, model, WAYS[way], name, options.seconds, options.also
+                    )
+                    for key, rate in seen._asdict().items():
+                        found[key].setdefault(model, {}).setdefault(way, []).append(rate)
+                    sys.stderr.write(
+                        f"{model}, {way}: {seen.updates_per_s} updates of "
+                        f"{seen.batches_per_s} mini-batches a second\n"
+                    )
+    result = {**found, "share_of_one_host": shares(found["batches_per_s"])}
     path = save(
         {
             "benchmark": "hosts",
-            "title": "updates a second across hosts of their own, all on this machine's processors",
+            "title": "training across hosts of their own, all on this machine's processors",
             "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": before,
-            "settings": {"seconds": options.seconds, "repeat": options.repeat, "train": COMMON},
+            "settings": {
+                "seconds": options.seconds,
+                "repeat": options.repeat,
+                "train": [*COMMON, *options.also],
+            },
             "configuration": {name: dataclasses.asdict(way) for name, way in WAYS.items()},
             "result": result,
         }

@@ -91,6 +91,7 @@ def test_startup(tmp_path: Path) -> None:
 def test_push_pull(tmp_path: Path) -> None:
     result = bench("push-pull", "--only", "0.4", tmp_path=tmp_path)["result"]["0.4"]
     assert all(value > 0 for value in result["ms"].values())
+    assert result["floor"]["ratio"] == result["ms"]["echo"] / result["floor"]["ms"]
 
 
 @pytest.mark.soak

@@ -165,29 +165,33 @@ class Unbiased:
 
 
 class Decoder:
-    """The partition's side: gradients of one connection, as they came, are float32 again."""
+    """The partition's side: gradients, as they came, are float32 again."""
 
-    def __init__(self, wire: WireDtype, size: int) -> None:
-        """Make room for one gradient of `size` elements."""
-        self._wire, self._size = wire, size
-        self._came = room_for(wire, size)
-        self.bytes = as_bytes(self._came)
-        """Where a gradient is to be received."""
-        self._coder = GradientCoder(size, BITS[wire]) if wire in BITS else None
+    def __init__(self, size: int) -> None:
+        """Of gradients of `size` elements; takes no memory before one comes in fewer bits."""
+        self._size = size
+        self._coders: dict[WireDtype, GradientCoder] = {}
+        self._scratch = torch.empty(0)
 
-    @property
-    def scratch_size(self) -> int:
-        """Elements of the scratch that `gradient` needs."""
-        return 0 if self._wire is WireDtype.FLOAT32 else self._size
+    def gradient(self, came: Tensor, wire: WireDtype) -> Tensor:
+        """Return a gradient, float32 [n].
 
-    def gradient(self, scratch: Tensor) -> Tensor:
-        """Return the gradient that came last, float32 [n]: in place, or written to `scratch`."""
-        if self._wire is WireDtype.FLOAT32:
-            return self._came
-        into = scratch[: self._size]
-        if self._coder is not None:
-            return self._coder.decode(self._came, into)
-        return into.copy_(self._came)
+        Args:
+            came: As it travelled; see `room_for`.
+            wire: How it did.
+
+        Returns:
+            `came` itself if it is float32; if not, memory that the next call writes over.
+        """
+        if wire is WireDtype.FLOAT32:
+            return came
+        if len(self._scratch) < self._size:
+            self._scratch = torch.empty(self._size)
+        if wire not in BITS:
+            return self._scratch.copy_(came)
+        if wire not in self._coders:
+            self._coders[wire] = GradientCoder(self._size, BITS[wire])
+        return self._coders[wire].decode(came, self._scratch)
 
 
 def encoder(gradients: list[Tensor], wire: WireDtype, partition: int) -> Encoder:

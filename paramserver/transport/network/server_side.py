@@ -13,7 +13,6 @@ happen on the serving thread, so a client gets one version, whole.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from downpour.paramserver.codec import decode
 from downpour.paramserver.errors import DeadlineExceeded, MalformedMessage
@@ -32,7 +31,7 @@ from downpour.paramserver.partition.ranges import Partition
 from downpour.paramserver.partition.vectors import Version
 from downpour.paramserver.transport.network.acceptor import Accepted
 from downpour.paramserver.transport.network.channel import SLICE_BYTES
-from downpour.paramserver.transport.network.compress import Decoder
+from downpour.paramserver.transport.network.compress import room_for
 from downpour.paramserver.transport.network.frames import (
     FrameReader,
     Outbox,
@@ -58,7 +57,9 @@ class NetworkSide:
         """The stream; it goes on with a follower, if the peer is one."""
         size = partition.num_trained if about.num_mailboxes else 0
         self._wire = about.wire
-        self._decoder = Decoder(about.wire, size)
+        self.came = room_for(about.wire, size)
+        """The gradient of the push that `next` gave last, as it travelled."""
+        self._came_bytes = as_bytes(self.came)
         self._sender: WeightsSender | None = None
         if about.wire.rounds_weights and about.num_mailboxes:
             self._sender = WeightsSender(partition.num_parameters)
@@ -118,7 +119,7 @@ class NetworkSide:
                 raise MalformedMessage(
                     f"a push as {message.wire.name} on a connection of {self._wire.name}"
                 )
-            return [self._decoder.bytes, self._moments_bytes[: count * self._set_bytes]]
+            return [self._came_bytes, self._moments_bytes[: count * self._set_bytes]]
         if isinstance(message, PullRequest):
             if len(self.pulls) >= max(1, self.num_mailboxes):
                 raise MalformedMessage("more pulls than mailboxes")
@@ -132,19 +133,6 @@ class NetworkSide:
                 raise MalformedMessage("a process of replicas that wants to follow")
             return []
         raise MalformedMessage(f"{type(message).__name__} in place of a push")
-
-    @property
-    def scratch_size(self) -> int:
-        """Elements of the scratch that `gradient` needs."""
-        return self._decoder.scratch_size
-
-    def gradient(self, scratch: Tensor) -> Tensor:
-        """Return the gradient of the push that `next` gave last, float32 [n].
-
-        It lies in the connection's own memory or, if it came in fewer bits, in `scratch`,
-        float32 [n].
-        """
-        return self._decoder.gradient(scratch)
 
     def answer(self, answer: Answer) -> None:
         """Queue an answer.

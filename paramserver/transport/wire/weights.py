@@ -180,8 +180,8 @@ def _looked_at(by: packing.Int16Array) -> _Changed:
         here = packing.packed_bytes(len(by), bits) + _COUNT_BYTES + 2 * count
         if here < cost:
             best, cost = _Changed(by, bits, large), here
-        if large is None:
-            break  # more bits would only be longer
+        if cost <= packing.packed_bytes(len(by), 2 * bits) + _COUNT_BYTES:
+            break  # more bits are longer, even without exceptions
     return best
 
 

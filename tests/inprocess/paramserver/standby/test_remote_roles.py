@@ -12,7 +12,7 @@ import torch
 from downpour.paramserver.access import Access
 from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded, Diverged, Fenced
-from downpour.paramserver.messages import Outcome
+from downpour.paramserver.messages import Outcome, WireDtype
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.adaptive import AdamW
 from downpour.paramserver.rules.policy import Guard, StalenessPolicy
@@ -22,6 +22,8 @@ from downpour.paramserver.server.server import PartitionServer
 from downpour.paramserver.standby.remote_primary_link import SILENT_S, UNREACHABLE_S
 from downpour.paramserver.standby.remote_roles import RemotePrimary
 from downpour.paramserver.standby.trouble import Kind
+from downpour.paramserver.transport.names import WireName
+from downpour.paramserver.transport.network.compress import room_for, wire_dtype
 from tests.helpers.partition_pairs import (
     answered,
     assert_nothing_is_lost,
@@ -50,7 +52,7 @@ NOISY = UpdateConfig(
     epoch_examples=32 * Q,
 )
 WAYS = {"shared": Access(transport="shared"), "network": None}
-INT8 = "int8"
+FEWER_BITS: tuple[WireName, ...] = ("int8", "int4", "bfloat16")
 
 
 @pytest.fixture
@@ -62,8 +64,8 @@ def pair(caplog: pytest.LogCaptureFixture) -> Iterator[RemotePair]:
 
 def options(pair: RemotePair, way: str) -> dict[str, Access]:
     """A client's, for reaching the primary; a follower that is promoted is reached likewise."""
-    if way == INT8:
-        return {"access": pair.access(wire="int8")}
+    if way in FEWER_BITS:
+        return {"access": pair.access(wire=way)}
     return {"access": WAYS[way] or pair.access()}
 
 
@@ -72,11 +74,11 @@ def options(pair: RemotePair, way: str) -> dict[str, Access]:
     [
         (NOISY, "network"),
         (replace(NOISY, rule=Nesterov()), "shared"),
-        (replace(NOISY, rule=AdamW(weight_decay=0.01), average_decay=0.9), INT8),
-        (replace(NOISY, regulariser=Regulariser(weight_decay=1e-2)), "shared"),
+        (replace(NOISY, rule=AdamW(weight_decay=0.01), average_decay=0.9), "int8"),
+        (replace(NOISY, regulariser=Regulariser(weight_decay=1e-2)), "int4"),
         (
             replace(NOISY, policy=StalenessPolicy(staleness_policy="drop", staleness_bound=4)),
-            "shared",
+            "bfloat16",
         ),
     ],
     ids=["momentum", "nesterov", "adamw", "decay", "drop"],
@@ -110,6 +112,11 @@ def test_a_follower_is_the_same_to_the_bit_at_every_version(config: UpdateConfig
                 pair.follower = pair.follow()
                 assert_same(pair.primary, pair.follower)
         assert seen >= {Outcome.APPLIED, Outcome.DUPLICATE, Outcome.REFUSED_GRADIENT}
+        # What it is sent is as long as what came, and no longer.
+        wire = wire_dtype(way) if way in FEWER_BITS else WireDtype.FLOAT32
+        primary = pair.primary._replication.role
+        assert isinstance(primary, RemotePrimary)
+        assert primary.link._push_bytes == room_for(wire, P).nbytes + 12 * F
         before = pair.weights()
         pair.primary.stop()
         pair.fail_over()
@@ -325,7 +332,7 @@ def test_without_waiting_pushes_are_answered_until_the_follower_is_known_to_be_l
 
 
 @pytest.mark.parametrize("name", ["bounded", "synchronous"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["shared", "network", "int8"])
 def test_permits_and_rounds_go_on_after_a_promotion(name: str, way: str) -> None:
     about = {"staleness_bound": 2} if name == "bounded" else {"round_pushes": 2}
     policy = StalenessPolicy(staleness_policy=name, **about)  # type: ignore[arg-type]

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 from downpour.paramserver.messages import WireDtype
 from downpour.paramserver.partition.ranges import split
 from downpour.paramserver.transport.network.compress import (
+    Decoder,
     Encoder,
     ErrorFeedback,
     encoder,
+    room_for,
     wire_dtype,
 )
+from downpour.paramserver.transport.network.frames import as_bytes
 from tests.helpers.served_partitions import a_push
 
 torch.set_num_threads(1)
@@ -76,3 +79,17 @@ def test_float32_is_sent_from_where_it_is() -> None:
     (view,) = encoder([box], wire_dtype("float32"), 0).slices(a_push(1))
     box.fill_(7)
     assert torch.frombuffer(bytearray(view), dtype=torch.float32).tolist() == [7.0] * 4
+
+
+def test_a_decoder_reads_whatever_wire_a_gradient_came_by() -> None:
+    """One for a partition: a follower gets what several processes have sent, each in its way."""
+    gradient = torch.randn(600, generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(600)
+    for wire in [*WireDtype, WireDtype.INT8]:
+        (data,) = encoder([gradient], wire, 0).slices(a_push(1))
+        came = room_for(wire, 600)
+        as_bytes(came)[:] = data
+        found = decoder.gradient(came, wire)
+        assert (found is came) == (wire is WireDtype.FLOAT32)
+        largest = {WireDtype.FLOAT32: 0.0, WireDtype.INT8: 0.03, WireDtype.INT4: 0.6}
+        assert (found - gradient).abs().max() <= largest.get(wire, 0.02)
