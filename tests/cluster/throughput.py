@@ -34,6 +34,8 @@ from tests.cluster import bed as hosts
 from tests.cluster.launched import RUNS, Cluster, about, launched, wait_for
 
 PARTITIONS, SHUFFLERS = 1, 2
+START_S = 180.0
+"""Seconds until all replicas have to be there."""
 SETTLE_S = 6.0
 """Seconds after all replicas are there that are left out."""
 
@@ -89,7 +91,10 @@ def measure(
     arguments = ("train", MODELS[model], "--runs", RUNS, "--name", name, "--epochs", "75")
     job = cluster.start(*arguments, *COMMON, *way.arguments, *also)
     try:
-        wait_for(lambda: _whole(run), f"all replicas: {about(run)}", 60)
+        try:
+            wait_for(lambda: _whole(run), "all replicas", START_S)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {about(run)}") from None
         time.sleep(SETTLE_S + seconds)  # the measurement itself
         lines = _whole(run)
     finally:
@@ -148,9 +153,7 @@ def main() -> None:
             for model in options.models:
                 for number, way in enumerate(options.ways):
                     name = f"{MODELS[model].partition(':')[2] or 'mnist'}-{number}-{turn}"
-                    seen = measure(
-                        cluster, model, WAYS[way], name, options.seconds, options.also
-                    )
+                    seen = measure(cluster, model, WAYS[way], name, options.seconds, options.also)
                     for key, rate in seen._asdict().items():
                         found[key].setdefault(model, {}).setdefault(way, []).append(rate)
                     sys.stderr.write(

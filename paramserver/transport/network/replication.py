@@ -1,10 +1,10 @@
 """What a primary and its follower on another machine say to each other, over a channel.
 
 A follower connects as a client does, and says `Follow`. The primary sends it the state (`State`),
-and from then on every push that it takes, as replicas send theirs: a `Push` with its gradient, as it
-came, and moments. `Level` says that the primary from now on waits for the follower. The follower says how
-many pushes it has (`Received`), and at the end that it is the partition (`TakenOver`). Both say
-something a few times a second, so that either notices if the other falls silent.
+and from then on every push that it takes: a `Push` with its gradient, as it came, and its moments.
+`Level` says that the primary from now on waits for the follower. The follower says how many pushes
+it has (`Received`), and at the end that it is the partition (`TakenOver`). Both say something a few
+times a second, so that either notices if the other falls silent.
 """
 
 from __future__ import annotations
