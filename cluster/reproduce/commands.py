@@ -16,6 +16,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import TupleValue
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.bars import progress_bar
+from downpour.cluster.reproduce.choices import CHOICES
 
 LINES_EVERY_S = 5.0
 """Between two lines on how far an experiment is, if there is no terminal."""
@@ -80,6 +81,57 @@ def mnist(output: Path | None, as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(json.dumps(summary(config, found)))
     click.echo(str(page))
+
+
+@reproduce.command(name="mnist-choices")
+@output_option
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([choice.name for choice in CHOICES]),
+    metavar="CHOICE",
+    help="Train nets of this choice only; may be given several times.",
+)
+@click.option("--seeds", type=int, default=None, help="Nets of each choice; default: 3.")
+@click.option("--steps", type=int, default=None, help="Steps; the paper's: 50,000.")
+@click.option("--batch-size", type=int, default=None, help="Mini-batches; the paper's: of 60.")
+@click.option("--record-every", type=int, default=None, help="Steps between two looks.")
+@click.option("--data", default=None, help="Folder or URI with the shards; default: bundled.")
+@click.option(
+    "--grey",
+    default=None,
+    help="Folder or URI with MNIST's grey images, for choices of other pixels.",
+)
+def mnist_choices(output: Path | None, only: tuple[str, ...], **given: Any) -> None:
+    """What section 4.1 leaves open, one choice at a time, over several seeds.
+
+    Rate, decay and momentum, initial weights, pixels, where BN stands, and the loss. Nets are
+    trained several at once, on one thread. A look at fewer steps is `--steps 15000 --seeds 1`.
+    """
+    import torch
+
+    from downpour.cluster.reproduce.choices import ChoicesConfig
+    from downpour.cluster.reproduce.choices_report import make_report
+    from downpour.cluster.reproduce.choices_training import train
+
+    values = {name: value for name, value in given.items() if value is not None}
+    try:
+        config = ChoicesConfig(only=only, **values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder = output or Path("runs", "reproduce", "mnist-choices")
+    torch.set_num_threads(1)
+    console = Console(stderr=True)
+    if config.left_out:
+        names = ", ".join(choice.name for choice in config.left_out)
+        console.print(f"left out without --grey: {names}", style="yellow", markup=False)
+    try:
+        with progress_bar("steps", console=console, lines_every_s=LINES_EVERY_S) as show:
+            records = train(config, folder / "state", show=show)
+    except KeyboardInterrupt:
+        console.print("stopped: the same command goes on from what was saved")
+        raise
+    click.echo(str(make_report(folder, config, records, command_line())))
 
 
 address_option = click.option(
@@ -181,26 +233,42 @@ def inception(
     help="Most crops of an image.",
 )
 @click.option("--rows", type=click.IntRange(1), default=None, help="Images to score; default: all.")
+@click.option(
+    "--members",
+    type=click.IntRange(1, len(inception_recipes.ENSEMBLE)),
+    default=len(inception_recipes.ENSEMBLE),
+    show_default=True,
+    help="Train the first so many networks only.",
+)
 def ensemble(
     output: Path | None,
     address: str | None,
     most_crops: str,
     rows: int | None,
+    members: int,
     given: dict[str, object],
 ) -> int:
-    """Section 4.2.3: one crop, 10 and 144, and the average of six networks; Figure 4."""
-    from downpour.cluster.reproduce.ensemble import errors, make_report, members
+    """Section 4.2.3: one crop, 10 and 144, and the average of six networks; Figure 4.
+
+    The networks are trained on random crops, as the paper's were. `--no-random-crop` shows what
+    crops at evaluation are worth without: `--min-area` is the least share of an image in a crop.
+    """
+    from downpour.cluster.reproduce import ensemble as experiment
     from downpour.cluster.reproduce.runs import train_all
 
     folder = output or Path("runs", "reproduce", "ensemble")
-    runs, console = members(given), Console(stderr=True)
+    runs, console = experiment.members(given, members), Console(stderr=True)
+    warning = experiment.unseen_sizes(runs, int(most_crops))
+    if warning is not None:
+        console.print(warning, style="yellow", markup=False)
     status = train_all(runs, folder / "runs", address=address, console=console)
     if status:
         return status
     paths = [folder / "runs" / name for name in runs]
     crops = [count for count in (1, 10, 144) if count <= int(most_crops)]
-    found = errors(paths, crops=crops, rows=rows, show=console.print)
-    click.echo(str(make_report(folder, runs, found, command_line())))
+    with progress_bar("images", console=console, lines_every_s=LINES_EVERY_S) as show:
+        found = experiment.errors(paths, crops=crops, rows=rows, show=console.print, progress=show)
+    click.echo(str(experiment.make_report(folder, runs, found, command_line())))
     return 0
 
 

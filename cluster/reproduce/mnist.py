@@ -33,7 +33,7 @@ from downpour.paramserver import durable
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
-from downpour.shuffler.images.decode import decode
+from downpour.shuffler.images.decode import ImageSpec, decode
 from downpour.shuffler.plan.keys import stream_key
 from downpour.shuffler.plan.plan import Plan
 
@@ -110,8 +110,8 @@ def train(
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Curves]:
     """Train both nets, or go on with them; `show(variant, steps)` gets the progress of each."""
-    inputs, labels = _split(config.data, "train")
-    test = _split(config.data, "test")
+    inputs, labels = read_split(config.data, "train")
+    test = read_split(config.data, "test")
     found = {}
     for variant, batch_norm in VARIANTS.items():
         net = _Net(config, batch_norm, len(labels))
@@ -130,12 +130,39 @@ def train(
     return found
 
 
-def _split(data: str, split: str) -> tuple[Tensor, Tensor]:
+def read_split(data: str, split: str, spec: ImageSpec = BINARY_MNIST) -> tuple[Tensor, Tensor]:
+    """Return a split's images, float32 `[n, 784]` in [0, 1], and labels, int64 `[n]`."""
     dataset = Dataset.open(data, split)
     reader = RowReader(dataset, num_classes=10)
-    inputs, labels = decode(reader.take(np.arange(dataset.num_rows)), BINARY_MNIST)
+    inputs, labels = decode(reader.take(np.arange(dataset.num_rows)), spec)
     reader.close()
     return torch.from_numpy(inputs), torch.from_numpy(labels)
+
+
+def newest_share(step: int) -> float:
+    """Return the weight of step `step`'s statistics in the moving averages, without a bias at
+    the start: until it falls to 1 - `STATISTICS_DECAY`, the average is the plain mean.
+    """
+    return max(1 - STATISTICS_DECAY, 1 / (step + 1))
+
+
+class MiniBatches:
+    """The plan's mini-batches, one after the other."""
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        self._plan = Plan(num_rows=num_rows, batch_size=batch_size, seed=seed, past_bound="rekey")
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def rows(self, step: int) -> Tensor:
+        """Return the rows of mini-batch `step`, counted from 0 over all epochs, int64 `[m]`."""
+        epoch, place = divmod(step, self._plan.num_batches)
+        if epoch != self._epoch:
+            windows = self._plan.window_order(epoch)
+            self._epoch = epoch
+            self._order = np.concatenate(
+                [self._plan.window_batches_order(epoch, int(w)) for w in windows]
+            )
+        return torch.from_numpy(self._plan.rows_of(epoch, self._order[place : place + 1])[0])
 
 
 class _Net:
@@ -143,15 +170,12 @@ class _Net:
 
     def __init__(self, config: MnistConfig, batch_norm: bool, num_rows: int) -> None:
         self._config = config
-        self._plan = Plan(
-            num_rows=num_rows, batch_size=config.batch_size, seed=config.seed, past_bound="rekey"
-        )
+        self._mini_batches = MiniBatches(num_rows, config.batch_size, config.seed)
         seed = stream_key(config.seed, "initial weights")
         self._flat = FlatModel(MnistNet(batch_norm=batch_norm, seed=seed, init_std=config.init_std))
         self._net = self._flat.module
         probe = np.random.default_rng(stream_key(config.seed, "probe")).permutation(num_rows)
         self._probe = torch.from_numpy(np.sort(probe[:PROBE_ROWS]))
-        self._epoch, self._order = -1, np.empty(0, np.int64)
         self.step = 0
         self.seconds = 0.0
         self._accuracy: list[float] = []
@@ -165,7 +189,7 @@ class _Net:
         assert gradient is not None
         self._net.train()
         for _ in range(self._config.record_every):
-            rows = self._rows()
+            rows = self._mini_batches.rows(self.step)
             gradient.zero_()
             functional.cross_entropy(self._net(inputs[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
             self._flat.weights.add_(gradient, alpha=-self._rate())
@@ -173,25 +197,13 @@ class _Net:
             self.step += 1
         self._look(inputs, test)
 
-    def _rows(self) -> Tensor:
-        """Return the rows of the next mini-batch, in the plan's order."""
-        epoch, place = divmod(self.step, self._plan.num_batches)
-        if epoch != self._epoch:
-            windows = self._plan.window_order(epoch)
-            self._epoch = epoch
-            self._order = np.concatenate(
-                [self._plan.window_batches_order(epoch, int(w)) for w in windows]
-            )
-        return torch.from_numpy(self._plan.rows_of(epoch, self._order[place : place + 1])[0])
-
     def _rate(self) -> float:
         config = self._config
         return float(config.learning_rate * config.final_rate ** (self.step / config.steps))
 
     def _average(self) -> None:
-        """Update the moving averages of section 3.1, without start-up bias."""
-        share = max(1 - STATISTICS_DECAY, 1 / (self.step + 1))
-        self._flat.statistics.lerp_(self._flat.moments[1:], share)
+        """Update the moving averages of section 3.1."""
+        self._flat.statistics.lerp_(self._flat.moments[1:], newest_share(self.step))
 
     def _look(self, inputs: Tensor, test: tuple[Tensor, Tensor]) -> None:
         """Record accuracy as in inference, percentiles of the sigmoids' inputs as in training."""

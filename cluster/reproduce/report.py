@@ -70,10 +70,9 @@ def write_report(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}{footer}</html>\n"
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "data.json", json.dumps(made, indent=1) + "\n")
+    write_text(folder / "data.json", json.dumps(made, indent=1) + "\n")
     path = folder / "report.html"
-    _write(path, page)
+    write_text(path, page)
     return path
 
 
@@ -98,6 +97,8 @@ def new_figure(columns: int, *, width: float = 10, height: float = 4) -> tuple[F
     return figure, axes
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with durable.replacing(path, str(path.with_name(f".{path.name}.partial"))) as partial:
         Path(partial).write_text(text)

@@ -178,8 +178,10 @@ class Predictor:
             found.append(_mean_over_views(module, views, self.num_classes, self.task))
         if len({(each.of_classes, each.mean.shape) for each in found}) > 1:
             raise InferenceError("the networks answer differently: an ensemble's give the same")
+        by_network = torch.stack([each.mean for each in found])
         return Answer(
-            probabilities=torch.stack([each.mean for each in found]).mean(0),
+            probabilities=by_network.mean(0),
+            by_network=by_network,
             of_classes=found[0].of_classes,
             parts=found[0].parts if len(found) == 1 and self._crops == 1 else (),
             labels=torch.from_numpy(first.labels),
@@ -280,6 +282,8 @@ class Answer:
 
     probabilities: Tensor
     """Of classes, float32 `[m, classes]`; or the numbers that the network gives, `[m, ...]`."""
+    by_network: Tensor
+    """The same of each network, `[networks, m, ...]`; `probabilities` is their mean."""
     of_classes: bool
     """Whether they are of classes: the network gives a number for each."""
     parts: tuple[tuple[Any, int], ...]

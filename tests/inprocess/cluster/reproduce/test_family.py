@@ -13,6 +13,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.reproduce import ensemble, family, family_report
 from downpour.cluster.reproduce.runs import Curve, curve_of, train_all
 from downpour.cluster.run.folder import RunFolder
+from downpour.cluster.serving import inference
 from downpour.cluster.training import launch, session
 from tests.helpers.tiny import write_split
 from tests.helpers.trained import coloured, make_run, small_config
@@ -276,11 +277,41 @@ def test_the_ensemble(tmp_path: Path, data: Path) -> None:
         paths.append(tmp_path / f"member-{i}")
         make_run(paths[-1], small_config(data, seed=i))
     said: list[str] = []
-    found = ensemble.errors(paths, crops=[1, 10], rows=12, show=said.append)
+    done: list[tuple[int, int]] = []
+    found = ensemble.errors(
+        paths,
+        crops=[1, 10],
+        rows=12,
+        show=said.append,
+        progress=lambda images, total: done.append((images, total)),
+    )
+    assert said == ["2 networks, 1 crop", "2 networks, 10 crops"]
+    assert done[-1] == (12, 12)
     by_key = {(row["who"], row["crops"]): row for row in found}
-    assert by_key[("six networks", 10)]["examples"] == 12
-    assert by_key[("six networks", 10)]["networks"] == 2
-    alone = [by_key[(path.name, 1)]["top1_error"] for path in paths]
-    assert by_key[("one network", 1)]["top1_error"] == min(alone)
+    assert by_key["average", 10]["examples"] == 12
+    assert by_key["average", 10]["networks"] == 2
+    loaded = [inference.load(path) for path in paths]
+    for who, crops, networks in (("average", 10, loaded), ("member-1", 1, loaded[1:])):
+        score = inference.evaluate(networks, data=None, split=None, crops=crops, rows=12)
+        row = by_key[who, crops]
+        assert row["top1_error"] == pytest.approx(1 - score["accuracy"])
+        assert row["top5_error"] == pytest.approx(1 - score["top5_accuracy"])
+        assert row["gain"] == pytest.approx(by_key[who, 1]["top1_error"] - row["top1_error"])
+    best = by_key["best", 1]
+    assert best["top1_error"] == min(by_key[path.name, 1]["top1_error"] for path in paths)
+    error = best["top1_error"]
+    assert best["standard_error"] == pytest.approx((error * (1 - error) / 12) ** 0.5)
     page = ensemble.make_report(tmp_path / "report", runs, found, "downpour reproduce ensemble")
-    assert "six networks" in page.read_text()
+    assert "2 networks averaged" in page.read_text()
+    assert "random crops of 8% to 100%" in page.read_text()
+
+
+def test_the_ensemble_is_trained_on_random_crops(data: Path) -> None:
+    given: dict[str, object] = {"data": str(data), "width": 0.0625, "image_size": 28}
+    runs = ensemble.members(given)
+    assert all(run.data.augment.random_crop and run.data.augment.mirror for run in runs.values())
+    assert ensemble.unseen_sizes(runs, 144) is None
+    without = ensemble.members(given | {"random_crop": False}, 2)
+    assert list(without) == ["ensemble-1", "ensemble-2"]
+    assert "--no-random-crop" in str(ensemble.unseen_sizes(without, 144))
+    assert ensemble.unseen_sizes(without, 10) is None
