@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -43,7 +43,10 @@ from downpour.shuffler.processors import processors
 from downpour.workers.actor import EvaluatorActor, ReplicasActor
 from downpour.workers.messages import Keeping
 
+AnyPartition = TypeVar("AnyPartition", bound=PartitionActor)
 KEY = bytes(range(32))
+FOLLOWER_DEADLINE_S = 30.0
+"""For a follower to apply a push: threads of one process wait for each other as no process does."""
 
 
 class ThreadBackend:
@@ -104,6 +107,8 @@ class ThreadBackend:
         self._deliveries: dict[Any, threading.Event] = {}
         self.on_window: Any = None
         """Called with (backend, replica, lease) before a window is run: where faults are put."""
+        self.hold: Callable[[], object] | None = None
+        """Called by each window's own thread before it is run, which may wait: the run goes on."""
         self._lock = threading.Lock()
 
     def record_into(self, folder: Path) -> None:
@@ -147,7 +152,8 @@ class ThreadBackend:
             if self.partitions[index] is not None:
                 self.partitions[index].stop()
             self.stop_follower(index)
-            self.partitions[index] = PartitionActor(spec, self._start_from(origin, spec.partition))
+            actor = PartitionActor(spec, self._start_from(origin, spec.partition))
+            self.partitions[index] = _patient(actor)
             self.partition_starts[index] += 1
 
         return self.pool.submit(run)
@@ -162,7 +168,7 @@ class ThreadBackend:
                 self.followers_to_kill.discard(index)
                 raise FollowerLost("killed by the test")
             follower = FollowerActor(self.specs.partitions[index], start)
-            self.followers[index] = follower
+            self.followers[index] = _patient(follower)
             self.followers_made += 1
             return follower.endpoint()
 
@@ -252,9 +258,11 @@ class ThreadBackend:
             self.on_window(self, replica, lease)
         actor = self.actors[index]
 
-        delivered, stuck = threading.Event(), self.stuck
+        delivered, stuck, hold = threading.Event(), self.stuck, self.hold
 
         def run() -> Any:
+            if hold is not None:
+                hold()
             if stuck is not None:
                 stuck.wait()
                 raise ShufflerLost("killed by the test")
@@ -399,6 +407,12 @@ class ThreadBackend:
         epochs = range(self.config.policy.epochs)
         flags = self.partitions[partition].flags(tuple(epochs))
         return np.stack([flags[e] for e in epochs])
+
+
+def _patient(actor: AnyPartition) -> AnyPartition:
+    """Give followers of a partition that has just been made more time than a process would."""
+    actor._server._replication._deadline_s = FOLLOWER_DEADLINE_S
+    return actor
 
 
 def _lost_follower() -> None:
