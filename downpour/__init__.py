@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from downpour.shuffler.config import DataConfig
     from downpour.shuffler.feed import Feed
     from downpour.shuffler.images.augment import AugmentConfig
-    from downpour.shuffler.images.decode import ImageSpec
+    from downpour.shuffler.images.specs import ImageSpec
     from downpour.workers.config import ModelConfig, ReplicaConfig
     from downpour.workers.spec import StepConfig
     from downpour.workers.torch_feed import TorchFeed
@@ -50,7 +50,7 @@ _HOMES = {
     "ConvBN": "models.layers",
     "DataConfig": "shuffler.config",
     "Feed": "shuffler.feed",
-    "ImageSpec": "shuffler.images.decode",
+    "ImageSpec": "shuffler.images.specs",
     "LinearBN": "models.layers",
     "ModelConfig": "workers.config",
     "NetworkConfig": "paramserver.config",

@@ -31,7 +31,8 @@ from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import Delivery
 from downpour.shuffler.errors import PlanError
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import BadImage, Decoder, InputSpec
+from downpour.shuffler.images.decode import BadImage, Decoder
+from downpour.shuffler.images.specs import InputSpec
 from downpour.shuffler.plan.plan import PastBound, Plan, Strategy
 from downpour.shuffler.processors import processors
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from downpour.shuffler.dataset.columns import Columns
 from downpour.shuffler.dataset.encoding import PLAIN
-from downpour.shuffler.images.decode import ImageSpec, InputSpec
 from downpour.shuffler.images.reading import Orientation, Transparency
+from downpour.shuffler.images.specs import ImageSpec, InputSpec
 from downpour.workers.spec import StepConfig
 from downpour.workers.tasks import TASKS, Task, TaskName
 

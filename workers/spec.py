@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from downpour.shuffler.dataset.columns import Columns
 from downpour.shuffler.dataset.encoding import PLAIN
-from downpour.shuffler.images.decode import Decoder, ImageSpec, InputSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec, InputSpec
 from downpour.workers.tasks import TaskName
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.feed import Feed
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import ImageSpec
 from downpour.shuffler.images.rows import image_buffers
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.plan.pairs import count_pairs
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.spec import ShufflerSpec

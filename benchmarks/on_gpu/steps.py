@@ -32,7 +32,8 @@ from downpour.models.batchnorm import BatchNorm
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Momentum
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.processors import processors
 from downpour.workers.spec import (
     DeviceName,

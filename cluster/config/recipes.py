@@ -24,7 +24,7 @@ from downpour.paramserver.config import ServerConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.shuffler.config import DataConfig
 from downpour.shuffler.dataset.names import OWN_DATA
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.workers.config import ModelConfig, ReplicaConfig
 from downpour.workers.spec import StepConfig
 

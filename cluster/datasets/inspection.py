@@ -25,8 +25,8 @@ from downpour.shuffler.dataset.records import Dataset, schema_of_split, split_na
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.feed import Feed
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import ImageSpec
 from downpour.shuffler.images.rows import image_buffers
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.plan.keys import stream_key
 from downpour.shuffler.plan.pairs import count_pairs
 from downpour.shuffler.plan.permutation import Permutation

@@ -33,7 +33,8 @@ from downpour.paramserver import durable
 from downpour.shuffler.dataset.bundled import BUNDLED_MNIST
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
-from downpour.shuffler.images.decode import ImageSpec, decode
+from downpour.shuffler.images.decode import decode
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.plan.keys import stream_key
 from downpour.shuffler.plan.plan import Plan
 

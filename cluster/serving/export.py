@@ -31,7 +31,7 @@ from downpour.cluster.serving.preprocessing import describe, describe_input
 from downpour.models.outputs import MainOutput, main_output
 from downpour.paramserver import durable
 from downpour.shuffler.dataset.own import open_split
-from downpour.shuffler.images.decode import ImageSpec, InputSpec
+from downpour.shuffler.images.specs import ImageSpec, InputSpec
 from downpour.workers.evaluation.disagreement import disagreement
 from downpour.workers.evaluation.predictor import decode_any_size, rows_of
 from downpour.workers.spec import ModelSpec

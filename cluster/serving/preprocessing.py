@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from downpour.shuffler.images.crops import single_view
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.workers.spec import ModelSpec
 
 RESIZING = (

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from downpour.cluster.serving.preprocessing import LUMINANCE, shorter_side
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 
 INPUT, ORIENTATION, OUTPUT = "image", "orientation", "images"
 PREFIX = "preprocessing/"

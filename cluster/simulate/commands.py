@@ -31,7 +31,7 @@ from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
     from downpour.cluster.simulate.curve import LearningCurve
-    from downpour.cluster.simulate.run import Forecast
+    from downpour.cluster.simulate.forecast import Forecast
 
 LINES_EVERY_S = 10.0
 """Seconds between two lines of progress if there is no terminal."""

@@ -21,8 +21,9 @@ from downpour.cluster.simulate.inputs import Costs
 from downpour.cluster.simulate.partition import Message
 from downpour.paramserver.messages import Outcome, PermitRequest, Push
 from downpour.paramserver.transport.link import Pull
+from downpour.shuffler.plan.keys import stream_key
 from downpour.workers.replica import rotation
-from downpour.workers.replica.replicas import PullTimer
+from downpour.workers.replica.pull_timer import PullTimer
 from downpour.workers.replica.rotation import Op, PulledWeights, Rotation, Turn
 from downpour.workers.spec import StepConfig
 
@@ -315,3 +316,14 @@ class VirtualProcess:
         self.rotation.clear(turn)
         if task.settled == len(task.batches):
             self.finished(task)
+
+
+def speeds(count: int, spread: float, seed: int) -> list[float]:
+    """How many times longer than the fastest's the steps of each of so many processes take.
+
+    They are spread evenly from 1 to `spread` on a logarithmic scale, in an order that `seed`
+    decides.
+    """
+    times = [spread ** (i / max(1, count - 1)) for i in range(count)]
+    random.Random(stream_key(seed, "speeds")).shuffle(times)
+    return times

@@ -22,9 +22,10 @@ from downpour.cluster.config.resolve import num_processes, num_threads
 from downpour.cluster.controller.leases.book import Lease, LeaseBook
 from downpour.cluster.errors import UserError
 from downpour.cluster.simulate.clock import Clock, Processors, Wire
+from downpour.cluster.simulate.forecast import Forecast, Reading
 from downpour.cluster.simulate.inputs import Inputs
 from downpour.cluster.simulate.partition import Line, VirtualPartition
-from downpour.cluster.simulate.process import Counts, VirtualProcess, VirtualTask
+from downpour.cluster.simulate.process import Counts, VirtualProcess, VirtualTask, speeds
 from downpour.cluster.simulate.ways import Local, Queue, Remote
 from downpour.paramserver.messages import Outcome
 from downpour.paramserver.partition.applied_set import WAITING
@@ -43,37 +44,6 @@ FEWEST_UPDATES = 5_000
 UNLIMITED_EPOCHS = 1 << 20
 EVENTS_BETWEEN_LOOKS = 2_000
 STUCK_AFTER_S = 1_000.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """What a run would show in steady state."""
-
-    replicas: int
-    concurrent_steps: int
-    processes: int
-    partitions: int
-    updates: int
-    """Updates that figures are taken over."""
-    seconds: float
-    """Of virtual time that they took."""
-    updates_per_s: float
-    """Of each partition."""
-    batches_per_s: float
-    """Mini-batches that every partition has settled, less those that deaths took back."""
-    staleness: Histogram
-    """Over all partitions."""
-    push_ms: float
-    """Mean from a push to the last partition's answer."""
-    pull_wait_ms: float
-    """Mean wait of a step for weights."""
-    busy: tuple[float, float]
-    """Share of the processors that is used, background included, on the first of the replicas'
-    machines and on the first of the partitions'."""
-    deaths: int
-    """Processes and partitions that died in that time."""
-    repeated: int
-    """Pushes of mini-batches that a partition had settled before, since the run began."""
 
 
 @dataclass(eq=False)
@@ -409,8 +379,8 @@ class Simulation:
         for partition in self.partitions:
             partition.keeper.check()
 
-    def _reading(self) -> _Reading:
-        return _Reading(
+    def _reading(self) -> Reading:
+        return Reading(
             now_s=self.clock.now_s,
             applied=self._applied,
             settled=self._settled_batches,
@@ -418,7 +388,7 @@ class Simulation:
             deaths=self.deaths,
         )
 
-    def _forecast(self, begin: _Reading, end: _Reading) -> Forecast:
+    def _forecast(self, begin: Reading, end: Reading) -> Forecast:
         machines, seconds = self._inputs.machines, end.now_s - begin.now_s
         staleness = Histogram()
         for partition in self.partitions:
@@ -445,25 +415,3 @@ class Simulation:
             deaths=end.deaths - begin.deaths,
             repeated=sum(p.ledger.outcomes[Outcome.DUPLICATE] for p in self.partitions),
         )
-
-
-def speeds(count: int, spread: float, seed: int) -> list[float]:
-    """How many times longer than the fastest's the steps of each of so many processes take.
-
-    They are spread evenly from 1 to `spread` on a logarithmic scale, in an order that `seed`
-    decides.
-    """
-    times = [spread ** (i / max(1, count - 1)) for i in range(count)]
-    random.Random(stream_key(seed, "speeds")).shuffle(times)
-    return times
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reading:
-    """Where a simulation stands."""
-
-    now_s: float
-    applied: int
-    settled: int
-    busy_s: tuple[float, ...]
-    deaths: int

@@ -28,7 +28,7 @@ from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset, split_names
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 
 Say = Callable[[str], object]
 

@@ -144,7 +144,7 @@ def _check_split(
     check_labels(dataset, num_classes)
     check_numbers(dataset)
     if dataset.columns.kind == "mask":
-        from downpour.shuffler.images.masks import check_masks
+        from downpour.shuffler.images.mask_survey import check_masks
 
         check_masks(
             dataset,

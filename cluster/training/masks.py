@@ -14,8 +14,8 @@ from downpour.shuffler.dataset.columns import Columns
 from downpour.shuffler.dataset.image_columns import holds_images
 from downpour.shuffler.dataset.reader import NOT_COUNTED
 from downpour.shuffler.dataset.records import Dataset
-from downpour.shuffler.images.decode import ImageSpec
-from downpour.shuffler.images.masks import check_several, classes_in
+from downpour.shuffler.images.mask_survey import check_several, classes_in
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.workers.config import ModelConfig
 from downpour.workers.tasks import TASKS
 

@@ -23,7 +23,7 @@ from downpour.shuffler.dataset.numbers import first_width, highest_index
 from downpour.shuffler.dataset.own import is_own, open_own
 from downpour.shuffler.dataset.records import schema_of_split
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import ImageSpec, TensorSpec
+from downpour.shuffler.images.specs import ImageSpec, TensorSpec
 from downpour.workers.tasks import TASKS, TaskName
 
 Say = Callable[[str], object]

@@ -27,7 +27,8 @@ from downpour.models.outputs import LOSSES, OutputsError, main_output, tells_cla
 from downpour.models.registry import described
 from downpour.shuffler.dataset.own import open_split
 from downpour.shuffler.dataset.reader import RowReader
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.spec import ModelSpec
 from downpour.workers.step.eager import gradients

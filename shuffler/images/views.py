@@ -14,15 +14,9 @@ from downpour.shuffler.dataset.encoding import PLAIN, PackedBits, image_encoding
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.bounds import check_views
 from downpour.shuffler.images.crops import views_of
-from downpour.shuffler.images.decode import (
-    BadImage,
-    Decoded,
-    Decoder,
-    ImageSpec,
-    notes_of,
-    targets_of,
-)
+from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, notes_of, targets_of
 from downpour.shuffler.images.rows import undecodable
+from downpour.shuffler.images.specs import ImageSpec
 
 
 def decode_views(

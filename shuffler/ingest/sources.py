@@ -21,7 +21,8 @@ from downpour.shuffler.dataset.records import Dataset, split_names
 from downpour.shuffler.dataset.row_groups import conform
 from downpour.shuffler.errors import DecodeError, IngestError
 from downpour.shuffler.images.bits import bits_array, pack_bits
-from downpour.shuffler.images.decode import ImageSpec, decode, decode_image
+from downpour.shuffler.images.decode import decode, decode_image
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.ingest.config import IngestConfig
 from downpour.shuffler.ingest.formats import cifar, idx, listings, rows, tables, tars
 from downpour.shuffler.ingest.formats import splits as names_of

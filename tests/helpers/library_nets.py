@@ -15,7 +15,7 @@ from torch.nn import functional
 from downpour.cluster.serving import export as exporting
 from downpour.models.lookup import import_named
 from downpour.models.outputs import main_output
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.workers.evaluation.evaluator import Evaluator
 from downpour.workers.evaluation.predictor import Network, Predictor
 from downpour.workers.spec import ModelSpec

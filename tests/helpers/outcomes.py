@@ -21,7 +21,8 @@ from downpour.cluster.cli.commands import downpour as command
 from downpour.cluster.errors import run_cli
 from downpour.cluster.training.session import on_ray
 from downpour.shuffler.dataset.records import split_names
-from tests.helpers.foreign import FILES, KINDS
+from tests.helpers.foreign import KINDS
+from tests.helpers.source_makers import FILES
 
 BEGIN, END = "<!-- outcomes -->", "<!-- end of outcomes -->"
 NET = f"{__name__.replace('__main__', 'tests.helpers.outcomes')}:net"

@@ -18,7 +18,7 @@ from downpour.paramserver.config import ServerConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.shuffler.config import DataConfig
 from downpour.shuffler.dataset.encoding import EncodedImages, schema_for
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.workers.config import ModelConfig, ReplicaConfig
 from downpour.workers.spec import InFlight, StepConfig
 

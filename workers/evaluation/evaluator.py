@@ -22,7 +22,7 @@ from downpour.models.flat import FlatModel
 from downpour.models.moments import Moments, Population
 from downpour.models.outputs import LOSSES, main_output, tells_classes
 from downpour.paramserver import durable
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.workers.evaluation.answers import Answers
 from downpour.workers.evaluation.joint_moments import JointMoments
 from downpour.workers.evaluation.metrics import metrics_of

@@ -31,7 +31,8 @@ from downpour.models.fold import fold
 from downpour.models.outputs import LOSSES, Loss, main_output, tells_classes
 from downpour.shuffler.dataset.columns import Columns
 from downpour.shuffler.dataset.encoding import PLAIN
-from downpour.shuffler.images.decode import BadImage, Decoded, Decoder, ImageSpec, InputSpec
+from downpour.shuffler.images.decode import BadImage, Decoded, Decoder
+from downpour.shuffler.images.specs import ImageSpec, InputSpec
 from downpour.shuffler.images.views import decode_views
 from downpour.workers.errors import InferenceError
 from downpour.workers.evaluation.metrics import metrics_of

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from downpour.shuffler.errors import DecodeError, PlanError
 from downpour.shuffler.feed import Feed
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.plan.plan import Plan
 from downpour.workers.torch_feed import TorchFeed
 from tests.helpers import tiny

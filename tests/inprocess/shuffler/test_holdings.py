@@ -16,7 +16,8 @@ from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import join
 from downpour.shuffler.errors import DatasetError, DecodeError
 from downpour.shuffler.holdings import Holding, Inventory, assign, survey
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.ingest.config import IngestConfig
 from downpour.shuffler.ingest.ingest import ingest
 from downpour.shuffler.plan.plan import Plan

@@ -10,7 +10,8 @@ from PIL import Image
 
 from downpour.cluster.serving.preprocessing import describe, shorter_side
 from downpour.cluster.serving.preprocessing_graph import graph
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec
 from tests.helpers.oriented import STORED, oriented, rows_with_images
 
 SPECS = {

@@ -9,9 +9,10 @@ from downpour.cluster.config import recipes
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.simulate import run as simulated
+from downpour.cluster.simulate.forecast import Forecast
 from downpour.cluster.simulate.inputs import Costs, Faults, Inputs, Machines, Spread
 from downpour.cluster.simulate.options import SimulateConfig, configured, make_inputs
-from downpour.cluster.simulate.run import Forecast, Simulation
+from downpour.cluster.simulate.run import Simulation
 
 STEP_S, APPLY_S = 0.001, 0.0002
 
@@ -266,15 +267,6 @@ def test_options_make_up_inputs_and_what_is_missing_is_named() -> None:
             num_parameters=10,
             like=None,
         )
-
-
-def test_speeds_are_spread_evenly_on_a_logarithmic_scale() -> None:
-    found = simulated.speeds(5, 16.0, seed=3)
-    assert sorted(found) == pytest.approx([1, 2, 4, 8, 16])
-    assert found == simulated.speeds(5, 16.0, seed=3)
-    assert found != sorted(found)
-    assert simulated.speeds(1, 16.0, seed=3) == [1.0]
-    assert simulated.speeds(3, 1.0, seed=3) == [1.0] * 3
 
 
 def test_processes_of_spread_speeds_share_the_work_by_them() -> None:

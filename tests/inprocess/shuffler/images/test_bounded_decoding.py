@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 from downpour.shuffler.dataset.image_columns import IMAGE_TYPE
 from downpour.shuffler.errors import DecodeError
-from downpour.shuffler.images.decode import Decoder, ImageSpec, decode_image
+from downpour.shuffler.images.decode import Decoder, decode_image
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.images.views import decode_views
 from tests.helpers.odd_headers import FORMATS, filled, patched, scans

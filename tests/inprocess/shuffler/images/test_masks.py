@@ -17,8 +17,9 @@ from downpour.shuffler.dataset.image_columns import IMAGE_TYPE, as_images
 from downpour.shuffler.errors import DatasetError, DecodeError
 from downpour.shuffler.images import masks
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
 from downpour.shuffler.images.reading import AS_SEEN
+from downpour.shuffler.images.specs import ImageSpec
 from tests.helpers.mask_pictures import png
 
 COLUMNS = Columns(targets=("mask",), target_widths=(5,), kind="mask", target_type="int64")

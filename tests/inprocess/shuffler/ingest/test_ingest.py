@@ -24,7 +24,8 @@ from downpour.shuffler.dataset.manifest import MANIFEST_NAME, MARKER_NAME, parse
 from downpour.shuffler.dataset.reader import RowReader
 from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.errors import DatasetError, DecodeError, IngestError, ShufflerError
-from downpour.shuffler.images.decode import ImageSpec, decode
+from downpour.shuffler.images.decode import decode
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.ingest.config import IngestConfig
 from downpour.shuffler.ingest.ingest import ingest
 

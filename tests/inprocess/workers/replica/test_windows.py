@@ -17,7 +17,8 @@ from downpour.shuffler.dataset.records import Dataset
 from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.errors import DatasetError, DecodeError
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.spec import ShufflerSpec
 from downpour.workers.replica import windows

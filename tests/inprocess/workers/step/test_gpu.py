@@ -14,7 +14,8 @@ from downpour.models.flat import FlatModel
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Momentum
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.workers.spec import DeviceName, ModelSpec, Precision, ReplicasSpec, StepConfig
 from downpour.workers.step.captured import alike
 from downpour.workers.step.device import CudaDevice, cuda_problem

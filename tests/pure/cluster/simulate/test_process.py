@@ -11,7 +11,7 @@ from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.simulate.clock import Clock, Processors
 from downpour.cluster.simulate.inputs import Costs, Spread
 from downpour.cluster.simulate.partition import Message
-from downpour.cluster.simulate.process import Counts, VirtualProcess, VirtualTask
+from downpour.cluster.simulate.process import Counts, VirtualProcess, VirtualTask, speeds
 from downpour.paramserver.client import PushResult
 from downpour.paramserver.messages import Outcome, Push
 from downpour.paramserver.transport.link import Pull
@@ -190,3 +190,12 @@ def test_the_simulated_rotation_is_the_real_one(
     seen = really(replicas, config, story)
     assert any(entry != "pull" and len(entry) > 1 for entry in seen)
     assert virtually(replicas, config, story) == seen
+
+
+def test_speeds_are_spread_evenly_on_a_logarithmic_scale() -> None:
+    found = speeds(5, 16.0, seed=3)
+    assert sorted(found) == pytest.approx([1, 2, 4, 8, 16])
+    assert found == speeds(5, 16.0, seed=3)
+    assert found != sorted(found)
+    assert speeds(1, 16.0, seed=3) == [1.0]
+    assert speeds(3, 1.0, seed=3) == [1.0] * 3

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 from downpour.shuffler.dataset.encoding import EncodedImages, PackedBits, schema_for
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.augment import AugmentConfig, random_boxes, vary
-from downpour.shuffler.images.decode import Decoder, ImageSpec
+from downpour.shuffler.images.decode import Decoder
 from downpour.shuffler.images.pixels import (
     channel_means,
     crop_file,
@@ -21,6 +21,7 @@ from downpour.shuffler.images.pixels import (
     distort,
     open_image,
 )
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.images.views import decode_views
 from downpour.shuffler.plan.draws import normals, uniforms
 

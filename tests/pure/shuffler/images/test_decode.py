@@ -14,9 +14,10 @@ from PIL import Image
 from downpour.shuffler.dataset.encoding import EncodedImages, PackedBits, schema_for
 from downpour.shuffler.errors import DecodeError
 from downpour.shuffler.images.bits import bits_array, pack_bits
-from downpour.shuffler.images.decode import Decoder, ImageSpec, decode
+from downpour.shuffler.images.decode import Decoder, decode
 from downpour.shuffler.images.pixels import decode_any, open_image
 from downpour.shuffler.images.reading import Reading
+from downpour.shuffler.images.specs import ImageSpec
 
 GREY = np.random.default_rng(0).integers(0, 256, (9, 6, 5), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from downpour.shuffler.images.augment import AugmentConfig
-from downpour.shuffler.images.decode import Decoder, ImageSpec, decode_image
+from downpour.shuffler.images.decode import Decoder, decode_image
 from downpour.shuffler.images.orientation import exif_orientation, jpeg_orientation
 from downpour.shuffler.images.pixels import decode_file, open_image, turn
 from downpour.shuffler.images.reading import Reading
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.images.views import decode_views
 from tests.helpers.oriented import STORED, oriented, rows_with_images
 
