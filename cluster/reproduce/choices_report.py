@@ -76,26 +76,28 @@ def make_report(
     header = ["choice", "what it changes", "Algorithm 2", "moving averages", "test mini-batches"]
     header += ["best look", "on training images"]
     above = [row["choice"] for row in rows if row["population"]["mean"] > PAPER]
-    minutes = sum(record.seconds for record in records) / 60
+    mean, spread = "", ""
+    if config.seeds > 1:
+        mean = " in the mean over seeds"
+        spread = "Mean over seeds, with the least and the most in brackets. "
     parts = [
         paragraph(
             "What section 4.1 leaves open, one choice at a time: the net with BN of `reproduce "
             f"mnist` and others that differ from it in one thing. {config.steps:,} steps on "
-            f"mini-batches of {config.batch_size}; nets with the same number in the list have the "
-            f"same mini-batches and the same random numbers for their weights. {minutes:.0f} "
-            "minutes on one thread in all."
+            f"mini-batches of {config.batch_size}, {_seeds(config.seeds)}. Nets of one seed "
+            "have the same mini-batches and the same random numbers for their weights."
         ),
         paragraph(
-            f"Test accuracy is above {PAPER:.0%} in the mean over seeds with "
+            f"Test accuracy is above {PAPER:.0%}{mean} with "
             f"{', '.join(above) if above else 'none of them'}. The test split has 10,000 images, "
             "so an accuracy of 98% has a standard error of 0.14% beside the spread over seeds."
         ),
         picture("choices.png", "Test accuracy at the end, each net a dot, their mean a line"),
         table(header, cells),
         paragraph(
-            "Mean over seeds, with the least and the most in brackets. Accuracy at the end by "
-            "three kinds of BN statistics: recomputed by Algorithm 2, the moving averages of "
-            "section 3.1, and those of test mini-batches, as in training. The best look is chosen "
+            f"{spread}Accuracy at the end by three kinds of BN statistics: recomputed by Algorithm "
+            "2, the moving averages of section 3.1, and those of test mini-batches, as in "
+            "training. The best look is chosen "
             "on the test images, by moving averages, so it is too high. The last column is "
             f"accuracy on {TRAINING_ROWS:,} training images."
         ),
@@ -118,6 +120,10 @@ def _told(score: Mapping[str, Any]) -> str:
     nets = score["nets"]
     mean = f"{score['mean']:.2%}"
     return mean if len(nets) < 2 else f"{mean} ({min(nets):.2%} to {max(nets):.2%})"
+
+
+def _seeds(count: int) -> str:
+    return f"seeds 0 to {count - 1}" if count > 1 else "one seed"
 
 
 def _shown(config: ChoicesConfig) -> dict[str, Any]:
