@@ -106,7 +106,6 @@ def answered(run: RunParts, event: Answered, now: float) -> None:
             if run.all_replicas_s is None and run.processes.all_up:
                 run.all_replicas_s = now
                 run.failures.reserve_soon(now)
-                run.evaluation.start()
         case AskDepartures():
             _depart(run, value, now)
         case MoveShufflers():
@@ -306,6 +305,7 @@ def _resume(run: RunParts, answers: Sequence[Flags]) -> None:
         run.refused |= refused_by_any(answers, epoch)
     run.leases.resume(answers)
     run.processes.start()
+    run.evaluation.start()
     run.stage = "training"
 
 

@@ -65,6 +65,7 @@ def _start(run: RunParts, now: float) -> None:
         run.stage = "resuming"
     else:
         run.processes.start()
+        run.evaluation.start()
         run.stage = "training"
 
 

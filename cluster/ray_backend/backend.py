@@ -72,11 +72,12 @@ class RayBackend:
         resumed: Checkpoint | None,
         store: CheckpointStore,
     ) -> None:
-        """Start the partitions, shufflers and replicas; none of them is waited for.
+        """Start the partitions, shufflers, replicas and the evaluator; none of them is waited for.
 
         If one machine has fewer processors than these want, only the first process of replicas
         starts now: each takes a processor for a second, to import PyTorch, and training can begin
-        with one.
+        with one. The evaluator does not wait: if it imported PyTorch beside replicas that keep
+        every processor busy, the first score would come seconds late.
         """
         self._config, self._specs, self._nodes = config, specs, nodes
         self._key, self._weights, self._store = key, weights, store
@@ -102,6 +103,7 @@ class RayBackend:
         self._spawned: list[Any] = [
             self._spawn_process(i) if enough or i == 0 else None for i in range(count)
         ]
+        self._spawned_evaluator = self._spawn_evaluator()
         self._shufflers = Shufflers(config, specs.shufflers, nodes)
         self._kinds: dict[PendingCall, tuple[type[Exception], str, Parts]] = {}
         self._averages: dict[PendingCall, list[Any]] = {}
@@ -270,15 +272,12 @@ class RayBackend:
 
     def start_evaluator(self) -> PendingCall:
         """Start the evaluator; done once it is connected."""
-        again = self._evaluator is not None
         kill(self._evaluator)
-        self._evaluator = start(
-            EvaluatorActor,
-            EVALUATOR_CALLS,
-            self._specs.evaluator,
-            scheduling=self._nodes.scheduling("evaluator", 0),
-            unhurried=again,
-        )
+        actor = self._spawned_evaluator
+        if actor is None:
+            actor = self._spawn_evaluator(unhurried=True)
+        self._spawned_evaluator = None
+        self._evaluator = actor
         return self.reconnect_evaluator()
 
     def reconnect_evaluator(self) -> PendingCall:
@@ -363,7 +362,7 @@ class RayBackend:
     def stop(self) -> None:
         """Stop every actor."""
         self._shufflers.stop()
-        actors = [*self._process_actors, *self._spawned, self._evaluator]
+        actors = [*self._process_actors, *self._spawned, self._evaluator, self._spawned_evaluator]
         actors += [*(spare for spare, _ in self._spares.values()), *self._followers]
         for actor in [*actors, *self._partitions, *self._spawned_partitions]:
             kill(actor)
@@ -400,6 +399,15 @@ class RayBackend:
             self._calls_of_replicas(),
             spec,
             **self._nodes.options("replicas", index),
+        )
+
+    def _spawn_evaluator(self, *, unhurried: bool = False) -> Any:
+        return start(
+            EvaluatorActor,
+            EVALUATOR_CALLS,
+            self._specs.evaluator,
+            scheduling=self._nodes.scheduling("evaluator", 0),
+            unhurried=unhurried,
         )
 
     def _names(self, index: int) -> str:
