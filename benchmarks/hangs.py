@@ -1,12 +1,13 @@
 """Claim: whatever hangs for good is noticed and replaced, and every mini-batch is applied once.
 
-Real runs of `mnist-bn`, in which processes are stopped (kill -STOP) at random times and never
-continued: those of replicas, partitions, shuffler and evaluator. One in three hangs while another
-does, or is being replaced; the others once the run trains again, or its members would hang faster
-than anybody could notice. Nobody helps: the run has to notice each, to end it, and to come to its
-end. Every second run has `--hot-standby`, and followers hang, too. `--hang-after-s` is short, or a
-quarter of an hour would be spent on waiting. As in `chaos`, what is checked comes from the last
-checkpoint.
+Real runs of `mnist-bn`, in which processes are stopped (kill -STOP) at random places of the run and
+never continued: those of replicas, partitions, shuffler and evaluator. One in four hangs while
+another does, or is being replaced. The next after that comes once whoever hung is gone, and all
+replicas are back and train: members that hang faster than they can start again end a run, and
+rightly. So a busy machine has longer runs, and not fewer hangs. Nobody helps: the run has to notice
+each, to end it, and to come to its end. Every second run has `--hot-standby`, and followers hang,
+too. `--hang-after-s` is short, or a quarter of an hour would be spent on waiting. As in `chaos`,
+what is checked comes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ HANGS, QUICK_HANGS = 50, 4
 HANGS_A_RUN = 25
 WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3}
 """How often each is hit, relatively: as in `chaos`, less the driver, which is who notices."""
-PAUSE_S = (0.5, 6.0)
-"""Between two hangs, and at least as long after the run trains again."""
+PLACES = (0.02, 0.9)
+"""What the places of hangs are drawn between, as shares of the run's examples."""
 TOGETHER = 1 / 3
-"""How often one does not wait for that."""
+"""How often a hang is followed by another that waits for nothing, at most one at a time."""
+PAUSE_S = (0.0, 3.0)
+"""How soon that one comes."""
 EPOCHS, QUICK_EPOCHS = 120, 20
 OPTIONS = ("--hang-after-s", "2", "--checkpoint-every-s", "1", "--no-dashboard")
-RUN_DEADLINE_S = 900.0
-LOOK_EVERY_S = 0.05
+RUN_DEADLINE_S = 1800.0
+LOOK_EVERY_S = 0.1
 TOLD = ("does not answer (", "goes on without it")
 """What a line on a member that hangs has in it."""
 
@@ -68,9 +71,9 @@ def run(settings: Settings, say: Say) -> Report:
     epochs = QUICK_EPOCHS if settings.quick else EPOCHS
     runs: list[Hung] = []
     while (done := sum(r.hangs.total() for r in runs)) < total:
-        arguments = ["--epochs", str(epochs), *(["--hot-standby"] if len(runs) % 2 else [])]
         wanted = min(HANGS_A_RUN, total - done)
-        runs.append(hung(wanted, arguments, seed=len(runs), say=say))
+        arguments = ["--hot-standby"] if len(runs) % 2 else []
+        runs.append(hung(wanted, epochs, arguments, seed=len(runs), say=say))
         say(f"hangs: {done + runs[-1].hangs.total()} of {total}, {runs[-1]}")
     return report(runs, epochs)
 
@@ -115,11 +118,11 @@ def report(runs: Sequence[Hung], epochs: int) -> Report:
 
 def hung(
     hangs: int,
+    epochs: int,
     arguments: Sequence[str],
     *,
     seed: int,
     say: Say,
-    pause_s: tuple[float, float] = PAUSE_S,
     kinds: Sequence[str] = (),
     together: float = TOGETHER,
 ) -> Hung:
@@ -127,12 +130,12 @@ def hung(
 
     Args:
         hangs: how many. The run may be over before.
+        epochs: of the run.
         arguments: further ones of `downpour train mnist-bn`.
-        seed: what times and victims are drawn from.
+        seed: what places and victims are drawn from.
         say: is told of each.
-        pause_s: bounds of the time between two.
         kinds: whom to hit, in this order; without it they are drawn by `WEIGHTS`.
-        together: how often one does not wait until the run trains again.
+        together: how often a hang is followed by one that does not wait until the run trains again.
 
     Raises:
         BenchmarkFailed: the run failed, left a process behind, or did not apply each mini-batch
@@ -143,21 +146,21 @@ def hung(
     with tempfile.TemporaryDirectory(prefix="downpour-hangs-") as scratch:
         log, folder = Path(scratch) / "log", Path(scratch) / "runs" / "a"
         command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
+        command += ["--epochs", str(epochs)]
         driver = chaos.start_driver([*command, *OPTIONS, *arguments], log)
         family: dict[int, tuple[str, str]] = {}
         stopped, training = _Stopped(found), _Training(folder / METRICS)
-        waits = False
+        pace = Pace(hangs, epochs * chaos.EXAMPLES_AN_EPOCH, rng, together=together)
         try:
-            chaos.until((folder / "metrics.jsonl").exists, driver, log)
-            next_s = time.monotonic() + rng.uniform(*pause_s)
+            chaos.until((folder / METRICS).exists, driver, log)
             while driver.poll() is None:
                 if time.monotonic() > began_s + RUN_DEADLINE_S:
                     raise BenchmarkFailed(_story(found, stopped, "it does not end", log))
                 over = (folder / RESULT).exists()
                 stopped.look(over=over)
-                if waits and not training.goes_on(repaired=not stopped.since_s):
-                    next_s = max(next_s, time.monotonic() + pause_s[0])
-                if found.hangs.total() < hangs and time.monotonic() >= next_s and not over:
+                goes_on = training.goes_on(repaired=not stopped.since_s)
+                now = time.monotonic()
+                if not over and pace.is_due(now, training.examples, goes_on=goes_on):
                     kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
                     kind = kinds[found.hangs.total()] if kinds else kind
                     family = chaos.family_of(driver.pid)
@@ -165,8 +168,7 @@ def hung(
                     busy = {pid: about for pid, about in family.items() if pid not in idle}
                     if stopped.stop_one(busy, kind, rng):
                         say(f"hangs: stopped {kind}")
-                        next_s = time.monotonic() + rng.uniform(*pause_s)
-                        waits = rng.random() >= together
+                        pace.hung(now)
                 time.sleep(LOOK_EVERY_S)  # how often to look
             found.run_s = time.monotonic() - began_s
         finally:
@@ -182,6 +184,43 @@ def hung(
         told = [json.loads(line)["event"] for line in (folder / EVENTS).read_text().splitlines()]
         found.told = sum(any(words in line for words in TOLD) for line in told)
     return found
+
+
+class Pace:
+    """When the next process is to hang: pure, but for its random numbers."""
+
+    def __init__(self, hangs: int, examples: int, rng: random.Random, *, together: float) -> None:
+        """None has. `examples` are those of the whole run."""
+        self._places = sorted((rng.uniform(*PLACES) * examples for _ in range(hangs)), reverse=True)
+        """Where the others come, the next last."""
+        self._rng = rng
+        self._together = together
+        self._at_once_s: float | None = None
+        """When the next comes, if it waits for nothing."""
+        self._alone = True
+        """The latest one was not such."""
+
+    def is_due(self, now: float, examples: int, *, goes_on: bool) -> bool:
+        """Return whether the next is to hang.
+
+        Args:
+            now: seconds of some clock.
+            examples: that the run has trained.
+            goes_on: whether it trains, and nobody hangs or is being replaced.
+        """
+        if not self._places:
+            return False
+        if self._at_once_s is not None:
+            return now >= self._at_once_s
+        return goes_on and examples >= self._places[-1]
+
+    def hung(self, now: float) -> None:
+        """One hangs."""
+        self._places.pop()
+        self._alone = self._at_once_s is None
+        self._at_once_s = None
+        if self._alone and self._rng.random() < self._together:
+            self._at_once_s = now + self._rng.uniform(*PAUSE_S)
 
 
 class _Stopped:
@@ -223,28 +262,34 @@ class _Stopped:
 
 
 class _Training:
-    """Whether a run trains again after its latest loss, by its metrics."""
+    """How far a run is, and whether it trains again after its latest loss, by its metrics."""
 
     def __init__(self, metrics: Path) -> None:
         self._metrics = metrics
+        self.examples = 0
+        """That have been trained."""
         self._from: int | None = None
-        """Updates that there were when everybody had been replaced."""
+        """Those that there were when whoever hung was gone."""
 
     def goes_on(self, *, repaired: bool) -> bool:
-        """Whether there have been updates since nobody hangs any more.
+        """Whether all replicas are back and have trained since nobody hangs any more.
 
         Args:
             repaired: whether nobody does.
         """
+        lines = self._metrics.read_text().splitlines()
+        whole = (json.loads(line) for line in reversed(lines) if line.endswith("}"))
+        newest = next((line for line in whole if "replicas_alive" in line), None)
+        if newest is None:
+            return False
+        self.examples = newest["examples"]
         if not repaired:
             self._from = None
             return False
-        lines = self._metrics.read_text().splitlines()
-        whole = (json.loads(line) for line in reversed(lines) if line.endswith("}"))
-        now = next((line["updates"] for line in whole if "replicas_alive" in line), 0)
-        if self._from is None or now < self._from:  # it has gone back to a checkpoint
-            self._from = now
-        return bool(now > self._from)
+        if self._from is None or self.examples < self._from:  # back at a checkpoint
+            self._from = self.examples
+        all_back: bool = newest["replicas_alive"] == newest["replicas_wanted"]
+        return all_back and self.examples > self._from
 
 
 def _story(found: Hung, stopped: _Stopped, what: str, log: Path) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from downpour.paramserver.standby.trouble import Kind, Trouble
     from downpour.paramserver.transport.endpoint import Endpoint
 
-LATE_S: dict[Kind, float] = {"closed": 0.3, "unreachable": 0.3, "silent": 1.0}
+LATE_S: dict[Kind, float] = {"closed": 0.3, "unreachable": 0.2, "silent": 1.0}
 """A partition that its follower does not hear is lost if a report is late by so long. By what the
 follower knows, see `paramserver.standby.trouble`."""
 SUCCESSORS = 3

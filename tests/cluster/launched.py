@@ -60,10 +60,13 @@ class Cluster:
         assert not check or done.returncode == 0, done.stdout
         return done.stdout
 
-    def start(self, *arguments: str) -> str:
-        """Submit `downpour ...` as a job by Ray's own command, and do not wait; gives its id."""
+    def start(self, *arguments: str, module: str = "downpour") -> str:
+        """Submit `downpour ...`, or another main module, as a job by Ray's own command.
+
+        Does not wait; gives its id.
+        """
         submit = ("ray", "job", "submit", "--no-wait", "--working-dir", ".", "--")
-        output = self.run(*submit, "python", "-m", "downpour", *arguments)
+        output = self.run(*submit, "python", "-m", module, *arguments)
         found = re.search(r"raysubmit_\w+", output)
         assert found is not None, output
         return found[0]

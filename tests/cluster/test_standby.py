@@ -1,9 +1,16 @@
-"""The host of all partitions loses its power; their followers are on another host."""
+"""The host of all partitions loses its power; their followers are on another host.
+
+The test prints for how long nobody's updates were applied. That is less than a second if nothing
+else runs on the machine; all that is asserted is that it is less than what Ray takes to notice.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -15,19 +22,23 @@ RAY_NOTICES_S = 20.0
 """A host that says nothing any more, at the earliest."""
 
 
-def test_a_host_of_all_partitions_that_loses_its_power_costs_no_update(cluster: Cluster) -> None:
+def test_a_host_of_all_partitions_that_loses_its_power_costs_no_update(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No packet says so. All of it is computed again, to the bit, from the record."""
     bed, run = cluster.bed, cluster.bed.shared / "runs" / "followed"
     job = cluster.start(
         *("train", "mnist-bn", "--runs", RUNS, "--name", "followed", "--epochs", "75"),
         *("--partitions", "2", "--hot-standby", "--record-pushes"),
         *("--checkpoint-every-s", "1000", "--warm-start-epochs", "0"),
+        module="tests.helpers.prompt",
     )
     try:
         wait_for(lambda: has(events(run), "has a follower") == 2, f"followers: {about(run)}")
         wait_for(lambda: updates(run) > 300, "the first updates")
         where = cluster.places()
         assert (where["PartitionActor"], where["FollowerActor"]) == ({PARTITIONS}, {HEAD})
+        killed_s = points(run)[-1][0]
         bed.kill(bed.hosts[PARTITIONS])
         wait_for(
             lambda: has(events(run), "its follower takes its place") == 2,
@@ -44,18 +55,23 @@ def test_a_host_of_all_partitions_that_loses_its_power_costs_no_update(cluster: 
     # By its kernel's silence; not by Ray, which may take a minute.
     assert has(told, "machine has acknowledged nothing") == 2, told
     assert {line for line in told if "are run again" in line} == {"0 mini-batches are run again"}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    points = [(line["time"], line["updates"]) for line in lines if "replicas_alive" in line]
-    assert all(earlier[1] <= later[1] for earlier, later in itertools.pairwise(points))
-    assert longest_pause_s(points) < RAY_NOTICES_S, told
+    found = points(run)
+    assert all(earlier[1] <= later[1] for earlier, later in itertools.pairwise(found))
+    longest, later = sorted(pauses_s(p for p in found if p[0] >= killed_s))[:-3:-1]
+    with capsys.disabled():
+        sys.stdout.write(f"\nno update for {longest:.2f} s, and later for {later:.2f} s at most\n")
+    assert longest < RAY_NOTICES_S, told
     cluster.run("python", "-m", "downpour", "replay", str(run), timeout_s=300)
 
 
-def longest_pause_s(points: list[tuple[float, int]]) -> float:
-    """The longest time, by reports a second apart, in which the updates stayed as they were."""
-    longest_s, since_s, last = 0.0, points[0][0], points[0][1]
-    for time_s, count in points:
-        if count > last:
-            since_s, last = time_s, count
-        longest_s = max(longest_s, time_s - since_s)
-    return longest_s
+def points(run: Path) -> list[tuple[float, int]]:
+    """Seconds and updates, by reports a tenth of a second apart."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(line["elapsed_s"], line["updates"]) for line in found if "replicas_alive" in line]
+
+
+def pauses_s(points: Iterable[tuple[float, int]]) -> list[float]:
+    """How long the updates stayed as they were each time."""
+    grown = [next(of_count) for _, of_count in itertools.groupby(points, lambda point: point[1])]
+    return [later[0] - earlier[0] for earlier, later in itertools.pairwise(grown)]

@@ -185,14 +185,14 @@ def test_members_of_every_kind_hang_for_good_and_the_run_ends_by_itself() -> Non
     kinds = ("replicas", "partition", "shuffler", "partition", "replicas", "evaluator")
     found = hangs.hung(
         len(kinds),
-        ["--epochs", "20", "--hot-standby", *SMALL],
+        20,
+        ["--hot-standby", *SMALL],
         seed=3,
         say=said.append,
-        pause_s=(0.2, 1.0),
         kinds=kinds,
         together=1.0,
     )
-    assert found.hangs.total() > 2, said
+    assert found.hangs.total() >= 2, said  # the run may be over before all have
     assert found.hangs.total() == len(found.ended_after_s) + found.at_the_end, found
     assert found.told, found
     assert found.accuracy > 0.9

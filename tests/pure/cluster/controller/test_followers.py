@@ -170,8 +170,8 @@ def test_a_follower_alone_proves_nothing(kind: Kind) -> None:
     assert suspicion.confirmed(None, None, 100.0) is None
     assert suspicion.confirmed(2.0, None, 10.0 + 0.9 * late_s) is None
     assert suspicion.confirmed(11.0, None, 11.0 + 0.9 * late_s) is None
-    assert suspicion.confirmed(2.0, None, 10.0 + late_s) is not None
-    assert suspicion.confirmed(11.0, None, 11.0 + late_s) is not None
+    assert suspicion.confirmed(2.0, None, 10.0 + 1.01 * late_s) is not None
+    assert suspicion.confirmed(11.0, None, 11.0 + 1.01 * late_s) is not None
 
 
 def test_a_partition_whose_connections_to_both_have_ended_is_gone() -> None:
