@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from downpour.models.batchnorm import BatchNorm
 from downpour.models.layers import ConvBN
 
 SIDE, CLASSES = 28, 10
@@ -54,6 +55,16 @@ def convnet(*, seed: int, width: int = 16) -> nn.Module:
     """A `ConvNet` with PyTorch's default initialization."""
     torch.manual_seed(seed)
     return ConvNet(width)
+
+
+def with_pytorchs_norms(module: nn.Module) -> nn.Module:
+    """The same network with PyTorch's batch normalization in place of ours."""
+    for name, part in module.named_children():
+        if isinstance(part, BatchNorm):
+            setattr(module, name, nn.BatchNorm2d(part.num_features, eps=part.eps))
+        else:
+            with_pytorchs_norms(part)
+    return module
 
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"mnist": plain_mnist, "convnet": convnet}

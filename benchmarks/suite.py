@@ -18,6 +18,7 @@ MODULES = {
     "push-pull": "downpour.benchmarks.push_pull",
     "peers": "downpour.benchmarks.peers",
     "replicas": "downpour.benchmarks.replicas",
+    "inception": "downpour.benchmarks.inception.benchmark",
     "simulate": "downpour.benchmarks.simulate",
     "startup": "downpour.benchmarks.startup",
     "checkpoints": "downpour.benchmarks.checkpoints",

@@ -99,8 +99,7 @@ def convnet(*, replicas: int, concurrent_steps: int = 5) -> RunConfig:
     """The same for `benchmarks.models.convnet`, on the same images.
 
     Scoring 10,000 images costs seconds here, which plain loops do not spend; so it is done once,
-    before the measurement begins. Steps are recorded, which a user has to ask for with a network
-    of their own.
+    before the measurement begins.
     """
     config = mnist(replicas=replicas, concurrent_steps=concurrent_steps)
     image = dataclasses.replace(config.model.image, flatten=False)
@@ -108,9 +107,6 @@ def convnet(*, replicas: int, concurrent_steps: int = 5) -> RunConfig:
         config,
         recipe="bench-convnet",
         model=ModelConfig(model="downpour.benchmarks.models:convnet", image=image),
-        replicas=dataclasses.replace(
-            config.replicas, steps=dataclasses.replace(config.replicas.steps, record_steps="on")
-        ),
         policy=dataclasses.replace(config.policy, evaluate_every_s=600.0),
     )
 

@@ -172,14 +172,18 @@ class ReplicasActor:
         """What makes model copies that share a context; `mailboxes` is all mailboxes' memory."""
         spec, device = self._spec, self._device
         layout, loss, models = self._models[0].layout, spec.model.build_loss(), self._all_models()
-        choice = spec.steps.record_steps
         options: dict[str, Any] = {
             "loss": loss,
-            "recorded": choice == "on" or (choice == "auto" and spec.model.is_ours),
+            "recorded": spec.steps.records(spec.model),
             "precision": spec.steps.precision,
         }
         if device is None:
-            context = StepContext(layout, depth=spec.steps.batches_per_push, **options)
+            context = StepContext(
+                layout,
+                depth=spec.steps.batches_per_push,
+                watched=not spec.model.is_ours,
+                **options,
+            )
             context.statistics = self._statistics
             return lambda: ModelCopy(next(models), context)
         self._lock = device.lock(mailboxes)

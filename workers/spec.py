@@ -145,8 +145,8 @@ class StepConfig:
     a GPU."""
     record_steps: Recorded = "auto"
     """Whether a step is recorded and its kernels run without autograd, on a GPU as a CUDA graph.
-    `auto`: for the models that come with this package. `on`: for your own, if it decides nothing
-    anew (say by Python's random numbers) from one mini-batch to the next."""
+    `auto`: if it can be repeated, as far as can be seen; of your own models on processors only.
+    `on`: on a GPU too, if your model decides nothing anew from one mini-batch to the next."""
 
     device: DeviceName = field(default="cpu", metadata={"cli": "replica-device"})
     """What replicas compute on: processors, or a GPU for each process of replicas."""
@@ -176,6 +176,12 @@ class StepConfig:
             )
         if self.n_push > 1024:
             raise ValueError(f"n push is {self.n_push}: give at most 1024")
+
+    def records(self, model: ModelSpec) -> bool:
+        """Whether steps of this model are recorded, if they can be."""
+        if self.record_steps != "auto":
+            return self.record_steps == "on"
+        return model.is_ours or self.device == "cpu"
 
     @property
     def together(self) -> int:

@@ -356,8 +356,8 @@ def store(data: str, cache_mb: int, store_mb: int, **_: Any) -> dict[str, Any]:
         ray.shutdown()
 
 
-def make_rows(folder: str, count: int, row_bytes: int, side: int) -> None:
-    """A dataset of `count` rows: JPEGs of `side` pixels, or where that is 0, random bytes."""
+def make_rows(folder: str, count: int, row_bytes: int, side: int, split: str = "train") -> None:
+    """A split of `count` rows: JPEGs of `side` pixels, or where that is 0, random bytes."""
     rng = np.random.default_rng(0)
     Path(folder).mkdir(parents=True, exist_ok=True)
     schema = pa.schema(
@@ -367,7 +367,7 @@ def make_rows(folder: str, count: int, row_bytes: int, side: int) -> None:
         ]
     )
     group = max(1, min(1000, (4 << 20) // max(1, row_bytes)))
-    path = Path(folder) / "train-00000-of-00001.parquet"
+    path = Path(folder) / f"{split}-00000-of-00001.parquet"
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, count, group):
             rows = range(start, min(start + group, count))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from downpour.benchmarks.models import with_pytorchs_norms
 from downpour.benchmarks.on_gpu.without_ray import (
     DEADLINE_S,
     KEPT,
@@ -28,7 +28,6 @@ from downpour.benchmarks.on_gpu.without_ray import (
     Workers,
     check_once,
 )
-from downpour.models.batchnorm import BatchNorm
 from downpour.paramserver.partition.update_config import UpdateConfig
 from downpour.paramserver.rules.schedule import Schedule
 from downpour.paramserver.rules.update import Momentum
@@ -182,16 +181,6 @@ class PlainLoop:
 
     def stop(self) -> None:
         """Nothing is under way."""
-
-
-def with_pytorchs_norms(module: nn.Module) -> nn.Module:
-    """The same network with PyTorch's batch normalization in place of ours."""
-    for name, part in module.named_children():
-        if isinstance(part, BatchNorm):
-            setattr(module, name, nn.BatchNorm2d(part.num_features, eps=part.eps))
-        else:
-            with_pytorchs_norms(part)
-    return module
 
 
 def measure_plain(load: Workload, precision: Precision, *, graph: bool = False) -> dict[str, Any]:

@@ -5,8 +5,18 @@ from __future__ import annotations
 import click
 
 BENCHMARKS = (
-    *("push-pull", "peers", "replicas", "simulate", "startup", "checkpoints", "chaos"),
-    *("hangs", "goodput", "recovery", "standby", "shuffle", "policies", "serve", "learning"),
+    *("push-pull", "peers", "replicas", "inception", "simulate", "startup", "checkpoints"),
+    *(
+        "chaos",
+        "hangs",
+        "goodput",
+        "recovery",
+        "standby",
+        "shuffle",
+        "policies",
+        "serve",
+        "learning",
+    ),
     "all",
 )
 

@@ -118,11 +118,11 @@ class VirtualArithmetic:
         model = spec.build_flat()
         self._layout = model.layout
         self._depth = steps.batches_per_push
-        choice = steps.record_steps
         context = StepContext(
             self._layout,
             loss=spec.build_loss(),
-            recorded=choice == "on" or (choice == "auto" and spec.is_ours),
+            recorded=steps.records(spec),
+            watched=not spec.is_ours,
             depth=self._depth,
             precision=steps.precision,
         )

@@ -136,7 +136,7 @@ def _seen(model: nn.Module, outputs: object = None) -> _Seen:
     return _Seen(
         tensors={name: tensor.detach().clone() for name, tensor in _tensors(model)},
         attributes={name: tensor.detach().clone() for name, tensor in _attributes(model)},
-        values={name: _plain(value) for name, value in _values(model)},
+        values=plain_values(model),
         outputs=[leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)],
     )
 
@@ -242,6 +242,22 @@ def _values(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for name, value in vars(module).items():
             if name not in MODULES_OWN and not isinstance(value, Tensor):
                 yield (f"{path}.{name}" if path else name), value
+
+
+def plain_values(
+    model: nn.Module, more: Callable[[object], Any] = lambda _: None
+) -> dict[str, Any]:
+    """All values but tensors that a model's modules keep, by name, as what can be compared.
+
+    Args:
+        model: with modules of any kind; those of BN layers are left out.
+        more: gives what stands for a value, or None for what stands for it anyway.
+    """
+    found = {}
+    for name, value in _values(model):
+        known = more(value)
+        found[name] = _plain(value) if known is None else known
+    return found
 
 
 def _plain(value: Any, depth: int = 3) -> Any:

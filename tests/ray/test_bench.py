@@ -62,6 +62,14 @@ def test_replicas(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+def test_inception(tmp_path: Path) -> None:
+    (found,) = bench("inception", tmp_path=tmp_path)["result"].values()
+    assert found["10 x 5, float32"]["images_per_s"] > 0
+    assert found["plain loops, float32"]["ratio_to_plain"] == 1
+    assert found["floor"]["float32"]["move_ms"] > 0
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("chosen", [("ddp", "rpc"), ("ray",), ("downpour",)])
 def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
     options = [word for name in chosen for word in ("--only", name)]

@@ -25,16 +25,13 @@ from downpour.workers.step.captured import CapturedStep, Found, Outcome, alike
 from downpour.workers.step.device import Event
 from downpour.workers.step.device_context import DeviceStepContext, PendingResult, StepBuffers
 from downpour.workers.step.eager import differentiate
-from downpour.workers.step.joining import can_join
+from downpour.workers.step.joining import FEW, can_join
 from downpour.workers.step.model_copy import Mailbox, StepResult, norm, root
 from downpour.workers.step.random_state import random_state, set_random_state
 from downpour.workers.step.record_book import Shape
 from downpour.workers.step.recording import CannotRecord, check_repeatable
 
 log = logging.getLogger(__name__)
-
-FEW = 4
-"""Rows of a mini-batch on which it is tried whether steps can be joined, and captured."""
 
 
 class DeviceModelCopy:

@@ -37,6 +37,11 @@ TOLERANCE = 1e-7
 """Largest difference, relative to its norm, of a joined gradient from the separate ones' sum, in
 float64: rounding stays far below, a layer that mixes mini-batches far above."""
 
+FEW = 4
+"""Rows of each mini-batch that are enough to compare, if they are large."""
+MOST_VALUES = 1 << 17
+"""Numbers of an input in which all rows are compared: float64 takes time and room."""
+
 
 class JointLoss:
     """The sum of the losses of k mini-batches whose rows are interleaved.
@@ -119,8 +124,11 @@ class JoinTrial:
     mini-batch's stay in the processor's cache, several do not.
     """
 
-    TRIES = 7
-    """Of each way; the last three count, when steps are recorded and memory has been touched."""
+    TRIES = 3
+    """Of each way that count: those after the first ones, which find memory that was never touched
+    and recordings that are not made yet."""
+    ENOUGH_S = 1.0
+    """Seconds of tries that count after which no more are made: long passes vary little."""
 
     def __init__(self) -> None:
         self.joined: bool | None = None
@@ -131,16 +139,26 @@ class JoinTrial:
         """Whether the next mini-batches are to be computed in one pass."""
         if self.joined is not None:
             return self.joined
-        return len(self._seconds[True]) < self.TRIES
+        return not self._enough(True)
+
+    def _enough(self, joined: bool) -> bool:
+        seconds = self._seconds[joined]
+        return len(seconds) >= self.TRIES or sum(seconds) >= self.ENOUGH_S
 
     def add(self, joined: bool, seconds: float) -> None:
-        """Take note of how long that took, in seconds of the thread."""
+        """Take note of how long a try that counts took, in seconds of the thread."""
         if self.joined is not None:
             return
         self._seconds[joined].append(seconds)
-        if len(self._seconds[False]) == self.TRIES:
-            together, separately = (min(self._seconds[way][-3:]) for way in (True, False))
+        if self._enough(True) and self._enough(False):
+            together, separately = (min(self._seconds[way]) for way in (True, False))
             self.joined = together <= separately
+
+
+def some_rows(inputs: Tensor, together: int) -> int:
+    """How many rows of `inputs`, [m*together, ...], to compare on processors: a multiple of k."""
+    each = inputs[:1].numel() * together
+    return together * max(FEW, MOST_VALUES // max(1, each))
 
 
 def can_join(

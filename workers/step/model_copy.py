@@ -12,8 +12,8 @@ out whether a model's mini-batches may be joined, and whether that is faster.
 
 After some steps on mini-batches of one shape the step is recorded (`workers.step.recording`). The
 recording runs in its place from then on, as long as it gives the same loss, gradient and moments to
-the bit: on the mini-batch that was recorded, on the next one, and on one of every thousand
-(`workers.step.record_book`).
+the bit: on the mini-batch that was recorded, on the next one, and now and then from there on
+(`workers.step.record_book`). Steps that take long are not recorded, which would gain nothing.
 
 Not here: models on a device (`device_model_copy`), and whose turn it is (`workers.replica`).
 """
@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from downpour.models.conversion.randomness import RandomState
 from downpour.models.conversion.state import has_spectral_norm, settle_spectral_norm
 from downpour.models.flat import FlatModel
 from downpour.models.layout import Layout
 from downpour.models.outputs import Loss
 from downpour.workers.spec import Precision
 from downpour.workers.step.eager import differentiate
-from downpour.workers.step.joining import JoinTrial, JointRoom, can_join
+from downpour.workers.step.joining import JoinTrial, JointRoom, can_join, some_rows
 from downpour.workers.step.record_book import RECORD_AFTER, RecordBook, Shape
 from downpour.workers.step.recording import CannotRecord, Recording, record
 
@@ -82,6 +83,7 @@ class StepContext(JointRoom):
         *,
         loss: Loss = functional.cross_entropy,
         recorded: bool = True,
+        watched: bool = False,
         record_after: int = RECORD_AFTER,
         depth: int = 1,
         precision: Precision = "float32",
@@ -92,13 +94,18 @@ class StepContext(JointRoom):
             layout: of the model.
             loss: `(outputs, targets) -> mean loss` of a mini-batch.
             recorded: whether steps are recorded at all.
+            watched: whether the model may decide by what a recording does not see; see `record`.
             record_after: steps of one shape before it is recorded.
             depth: most mini-batches of a step.
             precision: that forward and backward passes compute in.
         """
         super().__init__(layout, loss)
         self.precision = precision
+        self.watched = watched
         self.book: RecordBook[Recording] = RecordBook(recorded=recorded, record_after=record_after)
+        self.extraordinary = 0
+        """Passes so far that took longer than they will: the first of a shape, and those that were
+        recorded or compared."""
         self.joinable: bool | None = None
         """Whether mini-batches may be joined; None until it has been tried."""
         self.statistics: Tensor | None = None
@@ -175,16 +182,19 @@ class ModelCopy:
         """
         context = self._context
         if together > 1 and context.joinable is None:
-            context.joinable = can_join(self._module, context.loss, inputs, targets, together)
+            few = some_rows(inputs, together)
+            context.joinable = can_join(
+                self._module, context.loss, inputs[:few], targets[:few], together
+            )
         if together == 1:
             return self._pass(inputs, targets, mailbox, index, 1)
         if not context.joinable:
             return self._separately(inputs, targets, mailbox, index, together)
         trial = context.trial(together)
-        joined, began_s = trial.next(), time.thread_time()
+        joined, began_s, ordinary = trial.next(), time.thread_time(), context.extraordinary
         compute = self._pass if joined else self._separately
         result = compute(inputs, targets, mailbox, index, together)
-        if trial.joined is None:
+        if trial.joined is None and context.extraordinary == ordinary:
             trial.add(joined, time.thread_time() - began_s)
         return result
 
@@ -206,11 +216,19 @@ class ModelCopy:
         context = self._context
         shape = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, together)
         if context.book.due(shape):
+            context.extraordinary += 1
             self._record(shape, inputs, targets, together)
         elif context.book.check_due(shape):
+            context.extraordinary += 1
             self._check(shape, inputs, targets, together)
         target = mailbox if index == 0 else context.spare()
-        loss = self._compute(shape, inputs, targets, target, together)
+        if context.book.knows(shape):
+            loss = self._compute(shape, inputs, targets, target, together)
+        else:
+            context.extraordinary += 1
+            began_s = time.thread_time()
+            loss = self._compute(shape, inputs, targets, target, together)
+            context.book.took(shape, time.thread_time() - began_s)
         if target is not mailbox:
             mailbox.gradient.add_(target.gradient)
         context.leave_moments(mailbox.moments[index : index + together], together)
@@ -251,13 +269,18 @@ class ModelCopy:
         """Record a step of this shape, and keep the recording if it does what the step does."""
         context = self._context
         context.recordings[shape] = None
-        random_state = torch.get_rng_state()
+        random_state = RandomState.now()
         try:
             self._bind(together)
             recording = record(
-                self._model, context.loss(together), inputs, targets, context.precision
+                self._model,
+                context.loss(together),
+                inputs,
+                targets,
+                context.precision,
+                watched=context.watched,
             )
-            torch.set_rng_state(random_state)
+            random_state.restore()
             if self._agrees(recording, shape, inputs, targets, together):
                 context.recordings[shape] = recording
                 log.info("steps on mini-batches of %s are recorded", list(inputs.shape))
@@ -268,7 +291,7 @@ class ModelCopy:
         except Exception as error:  # whatever it is, the step itself goes on without
             log.warning("steps are not recorded: %s: %s", type(error).__name__, error)
         finally:
-            torch.set_rng_state(random_state)
+            random_state.restore()
 
     def _check(self, shape: Shape, inputs: Tensor, targets: Tensor, together: int) -> None:
         """Go on without this shape's recording if it no longer does what the step does."""
@@ -292,16 +315,16 @@ class ModelCopy:
 
         No random number is drawn, and the shape is left without a recording.
         """
-        recordings, random_state = self._context.recordings, torch.get_rng_state()
+        recordings, random_state = self._context.recordings, RandomState.now()
         try:
             recordings[shape] = None
             expected = self._outcome(shape, inputs, targets, together)
             recordings[shape] = recording
-            torch.set_rng_state(random_state)
+            random_state.restore()
             found = self._outcome(shape, inputs, targets, together)
         finally:
             recordings[shape] = None
-            torch.set_rng_state(random_state)
+            random_state.restore()
         return all(map(_same_bits, expected, found))
 
     def _outcome(

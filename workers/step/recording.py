@@ -8,8 +8,9 @@ caller makes sure, see `workers.step.model_copy`), and it leaves the gradient wh
 
 What depends on the mini-batch's values and not just on its shape cannot be recorded: `record`
 raises `CannotRecord` where it sees that. What it cannot see is Python's own randomness and other
-decisions that a module takes anew for every mini-batch; so models of users are recorded only
-where they ask for it, and a recording is compared with the step again as the run goes.
+decisions that a module takes anew for every mini-batch. So of models of users it also looks at what
+they may decide by (`workers.step.outside`), and a recording is compared with the step again as the
+run goes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from downpour.models.flat import FlatModel
 from downpour.models.outputs import Loss
 from downpour.workers.spec import Precision
 from downpour.workers.step.interpreter import CannotInterpret, interpreted
+from downpour.workers.step.outside import Outside
 from downpour.workers.step.precision import computing_in
 
 aten = torch.ops.aten
@@ -151,16 +153,23 @@ def record(
     inputs: Tensor,
     targets: Tensor,
     precision: Precision = "float32",
+    *,
+    watched: bool = False,
 ) -> Recording:
     """Run one step of `model`, in training mode and bound, and give it as a recording.
 
-    Writes the mini-batch's moments, as every step does, and no gradient.
+    Writes the mini-batch's moments, as every step does, and no gradient. If it is `watched`, what
+    modules keep outside of tensors must not change, nor may they draw from generators other than
+    PyTorch's.
 
     Raises:
         CannotRecord: the step does what a recording would not repeat.
     """
     parameters = [p for p in model.parameters if p.requires_grad]
+    outside = Outside(model.module, loss_function) if watched else None
     tape, loss, gradients = _taped(model, loss_function, inputs, targets, parameters, precision)
+    if outside is not None and (changed := outside.changed()) is not None:
+        raise CannotRecord(changed)
     return _Script(model, inputs, targets).write(tape, loss, parameters, gradients)
 
 

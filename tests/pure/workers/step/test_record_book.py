@@ -23,10 +23,17 @@ def test_the_second_step_is_recorded_and_the_next_one_compared(
         (False, 1),
         (False, 2),
         (True, 2),
-        (False, 2),
+        (False, 1),
         (False, 2),
         (True, 2),
     ]
+
+
+def test_a_recording_is_compared_more_often_in_the_beginning() -> None:
+    book: RecordBook[str] = RecordBook()
+    book.recordings[(4,)] = "recording"
+    due = {run: book.runs((4,)) for run in range(1, 2100) if book.check_due((4,))}
+    assert due == {1: 0, 10: 8, 100: 89, 1001: 900, 2001: 999}
 
 
 def test_what_cannot_be_recorded_is_not_tried_again() -> None:
