@@ -71,8 +71,10 @@ class BatchNorm(nn.Module):
     **Mini-batches together.** With `together = k > 1` a training forward takes k mini-batches of
     m examples at once, example i of mini-batch j in row `i*k + j` (`interleaved`), and normalizes
     each by its own moments, as Algorithm 1 demands: `[m*k, C, ...]` is `[m, k*C, ...]` in the same
-    memory, so one kernel sees k*C features. The moments are then `[k*C]`, mini-batch by
-    mini-batch.
+    memory, so one kernel sees k*C features. `in_blocks`, mini-batch j is in rows `j*m` to
+    `(j+1)*m` instead, and a kernel sees each of them: feature maps in channels-last order stay in
+    it, which the other way would have to change. The moments are `[k*C]` either way, mini-batch
+    by mini-batch.
 
     All five are float32 `[C]` and belong to the layer until `bind` points them at columns of
     shared buffers, where the first three are `[k*C]`. The last two start as 0 and 1, and are in the
@@ -93,6 +95,7 @@ class BatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
     together: int
+    in_blocks = False
     momentum: float | None
     """Share of a new mini-batch in the moving averages, as PyTorch counts it, for a layer that was
     made with one; None is the plain average. Of no meaning unless `own_momentum`."""
@@ -136,6 +139,7 @@ class BatchNorm(nn.Module):
         moments: Tensor,
         statistics: Tensor,
         together: int = 1,
+        in_blocks: bool = False,
         within: Pass | None = None,
     ) -> None:
         """Points the layer at the caller's memory; copies nothing.
@@ -158,7 +162,7 @@ class BatchNorm(nn.Module):
                     f"{what} is {tensor.dtype} {list(tensor.shape)}: this layer takes "
                     f"torch.float32 {list(shape)}"
                 )
-        self.together = together
+        self.together, self.in_blocks = together, in_blocks
         self._pass = within
         # Autograd keeps the tensors that its kernel was given and refuses to go back once they were
         # written to. Views share one such count, so one layer's moments would spoil another's;
@@ -166,12 +170,12 @@ class BatchNorm(nn.Module):
         self.batch_count, self.batch_mean, self.batch_variance = (row.data for row in moments)
         self.running_mean, self.running_var = statistics[0], statistics[1]
 
-    def unbind(self, together: int) -> None:
+    def unbind(self, together: int, in_blocks: bool = False) -> None:
         """Gives the layer moments of its own, `[k*C]`, for so many mini-batches at a time.
 
         They have the dtype of the statistics, so a layer that was made float64 stays so.
         """
-        self.together = together
+        self.together, self.in_blocks = together, in_blocks
         self._pass = None
         columns, like = together * self.num_features, self.running_mean
         self.batch_count, self.batch_mean, self.batch_variance = (
@@ -215,10 +219,11 @@ class BatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, weight, bias, eps=self.eps
             )
         shape = x.shape
-        if self.together > 1:
+        blocks = self.together if self.in_blocks else 1
+        if self.together > blocks:
             x = x.reshape(shape[0] // self.together, -1, *shape[2:])
             weight, bias = self._repeated(weight), self._repeated(bias)
-        count = x.numel() // max(x.shape[1], 1)
+        count = x.numel() // max(x.shape[1], 1) // blocks
         if count < 2:
             raise BatchError(
                 f"batch normalization got {count} value per feature to train on "
@@ -229,9 +234,12 @@ class BatchNorm(nn.Module):
         # With momentum 1 the kernel's update, 0*old + 1*new, leaves this mini-batch's mean and
         # unbiased variance: the very numbers to push, without another pass over x. It is also
         # why old contents must go first: 0*NaN is NaN, and would last forever.
-        y = functional.batch_norm(
-            x, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
-        )
+        if blocks > 1:
+            y = _BlockNorm.apply(x, weight, bias, mean, variance, blocks, self.eps)
+        else:
+            y = functional.batch_norm(
+                x, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
+            )
         if again:
             self._pool(count, mean, variance)
         else:
@@ -265,6 +273,82 @@ class BatchNorm(nn.Module):
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""
         return f"{self.num_features}, eps={self.eps}"
+
+
+class _BlockNorm(torch.autograd.Function):
+    """Batch normalization of k mini-batches that lie one after the other, each by itself.
+
+    PyTorch's own kernels, one call a mini-batch, with what they give left where it belongs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        k: int,
+        eps: float,
+    ) -> Tensor:
+        """`x` `[k*m, C, ...]`; `mean` and `variance` `[k*C]`, zeros, are overwritten."""
+        layout = _memory_format(x)
+        x = x.contiguous(memory_format=layout)
+        y = torch.empty_like(x)
+        means, variances = mean.view(k, -1), variance.view(k, -1)
+        saved = mean.new_empty(2, k, means.shape[1])
+        for j, (part, out) in enumerate(zip(_blocks(x, k), _blocks(y, k), strict=True)):
+            torch.native_batch_norm(
+                part,
+                weight,
+                bias,
+                means[j],
+                variances[j],
+                True,
+                1.0,
+                eps,
+                out=(out, saved[0, j], saved[1, j]),
+            )
+        ctx.save_for_backward(x, weight, saved)
+        ctx.k, ctx.eps, ctx.layout = k, eps, layout
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Of the output `[k*m, C, ...]`; gives those of `x`, `weight` and `bias`."""
+        x, weight, saved = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        given = gradients[0].contiguous(memory_format=ctx.layout)
+        found = [
+            torch.ops.aten.native_batch_norm_backward(
+                dy, part, weight, None, None, saved[0, j], saved[1, j], True, ctx.eps, wanted
+            )
+            for j, (dy, part) in enumerate(
+                zip(_blocks(given, ctx.k), _blocks(x, ctx.k), strict=True)
+            )
+        ]
+        by_x, by_weight, by_bias = zip(*found, strict=True)
+        return (
+            torch.cat(by_x) if wanted[0] else None,
+            torch.stack(by_weight).sum(0) if wanted[1] else None,
+            torch.stack(by_bias).sum(0) if wanted[2] else None,
+            *(None,) * 4,
+        )
+
+
+def _blocks(rows: Tensor, k: int) -> list[Tensor]:
+    """Rows `[k*m, ...]` as k views `[m, ...]`."""
+    m = len(rows) // k
+    return [rows.narrow(0, j * m, m) for j in range(k)]
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The order in which `x` lies, if it is one for which PyTorch has fast kernels."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
 
 
 def inference_map(

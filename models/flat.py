@@ -240,13 +240,15 @@ class FlatModel:
         moments: Tensor | None = None,
         statistics: Tensor | None = None,
         together: int = 1,
+        in_blocks: bool = False,
     ) -> None:
         """Points every parameter and every batch normalization layer at these buffers.
 
         No copying: the model is from now on whatever the buffers hold. All are contiguous float32
         on one device: `weights` `[P]`; `gradient` `[P]`, or None for a model that only infers;
         `moments` `[3, k*F]` (count, mean, unbiased variance), where training forwards leave those
-        of the k mini-batches that they take `together` (`BatchNorm`; `by_batch` tells them apart);
+        of the k mini-batches that they take `together`, interleaved or `in_blocks` (`BatchNorm`;
+        `by_batch` tells them apart);
         `statistics` `[2, F]` (mean, unbiased variance of the population), which
         inference uses, and training for layers that are frozen. None for either of the last two
         means memory of this object's own, with the statistics that the module was made with.
@@ -279,6 +281,7 @@ class FlatModel:
                 moments=moments[:, together * feature.start : together * feature.stop],
                 statistics=statistics[:, feature.start : feature.stop],
                 together=together,
+                in_blocks=in_blocks,
                 within=self._pass,
             )
         self._pass.moments = moments if num_features else None

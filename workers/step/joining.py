@@ -44,36 +44,62 @@ MOST_VALUES = 1 << 17
 
 
 class JointLoss:
-    """The sum of the losses of k mini-batches whose rows are interleaved.
+    """The sum of the losses of k mini-batches whose rows are interleaved, or lie in blocks.
 
-    Row `i*k + j` of outputs and targets is example i of mini-batch j.
+    Example i of mini-batch j is row `i*k + j` of outputs and targets, or row `j*m + i`.
     """
 
-    def __init__(self, loss: Loss, together: int) -> None:
+    def __init__(self, loss: Loss, together: int, in_blocks: bool = False) -> None:
         """`loss` gives the mean over one mini-batch."""
         self._loss = loss
         self._together = together
+        self._in_blocks = in_blocks
 
     def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
         """Outputs [m*k, ...], or nested tuples, lists and dicts of such, to a scalar."""
         k = self._together
         if self._loss in ROW_MEANS:
             return k * self._loss(outputs, targets)
-        parts = [self._loss(_rows(outputs, j, k), targets[j::k]) for j in range(k)]
+        part_of = _block if self._in_blocks else _interleaved
+        parts = [
+            self._loss(_rows(outputs, j, k, part_of), part_of(targets, j, k)) for j in range(k)
+        ]
         return torch.stack(parts).sum()
 
 
-def _rows(values: Any, first: int, step: int) -> Any:
-    """Every `step`-th row of all tensors in nested values, from `first`."""
+def _interleaved(rows: Tensor, j: int, k: int) -> Tensor:
+    return rows[j::k]
+
+
+def _block(rows: Tensor, j: int, k: int) -> Tensor:
+    size = len(rows) // k
+    return rows[j * size : (j + 1) * size]
+
+
+def _rows(values: Any, j: int, k: int, part_of: Callable[[Tensor, int, int], Tensor]) -> Any:
+    """The rows of mini-batch j of k of all tensors in nested values."""
     if isinstance(values, Tensor):
-        return values[first::step]
+        return part_of(values, j, k)
     if isinstance(values, dict):
-        return type(values)((k, _rows(v, first, step)) for k, v in values.items())
+        return type(values)((name, _rows(v, j, k, part_of)) for name, v in values.items())
     if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(_rows(v, first, step) for v in values))
+        return type(values)(*(_rows(v, j, k, part_of) for v in values))
     if isinstance(values, list | tuple):
-        return type(values)(_rows(v, first, step) for v in values)
+        return type(values)(_rows(v, j, k, part_of) for v in values)
     return values
+
+
+def wants_blocks(inputs: Tensor, together: int) -> bool:
+    """Whether mini-batches together are to lie one after the other: those of images are.
+
+    Their feature maps may be in channels-last order, which interleaved ones cannot keep.
+    """
+    return together > 1 and inputs.ndim >= 4
+
+
+def in_blocks(rows: Tensor, together: int) -> Tensor:
+    """Interleaved rows [m*k, ...] as blocks: row `i*k + j` becomes row `j*m + i`; new memory."""
+    return rows.unflatten(0, (-1, together)).transpose(0, 1).flatten(0, 1)
 
 
 class JointRoom:
@@ -83,15 +109,18 @@ class JointRoom:
         """Room on `device`, made when it is first wanted."""
         self._layout = layout
         self._device = torch.device(device)
-        self._losses: dict[int, Loss] = {1: loss}
+        self._loss = loss
+        self._losses: dict[tuple[int, bool], Loss] = {}
         self._moments: dict[int, Tensor] = {}
         self._columns: dict[int, Tensor] = {}
 
-    def loss(self, together: int) -> Loss:
-        """The loss of so many mini-batches: the sum of theirs."""
-        if together not in self._losses:
-            self._losses[together] = JointLoss(self._losses[1], together)
-        return self._losses[together]
+    def loss(self, together: int, blocks: bool = False) -> Loss:
+        """The loss of so many mini-batches, interleaved or in blocks: the sum of theirs."""
+        if together == 1:
+            return self._loss
+        if (together, blocks) not in self._losses:
+            self._losses[together, blocks] = JointLoss(self._loss, together, blocks)
+        return self._losses[together, blocks]
 
     def moments(self, together: int) -> Tensor:
         """Where a forward over so many mini-batches leaves moments, float32 [3, k*F]."""
@@ -162,7 +191,12 @@ def some_rows(inputs: Tensor, together: int) -> int:
 
 
 def can_join(
-    module: nn.Module, losses: Callable[[int], Loss], inputs: Tensor, targets: Tensor, together: int
+    module: nn.Module,
+    losses: Callable[[int, bool], Loss],
+    inputs: Tensor,
+    targets: Tensor,
+    together: int,
+    blocks: bool = False,
 ) -> bool:
     """Whether one pass over these mini-batches finds what a pass over each does.
 
@@ -172,20 +206,22 @@ def can_join(
 
     Args:
         module: is left as it is.
-        losses: gives the loss of so many mini-batches together.
+        losses: gives the loss of so many mini-batches together, interleaved or in blocks.
         inputs: float32 [m*together, ...], on the module's device; example i of mini-batch j is row
             i*together + j.
         targets: [m*together, ...], likewise.
         together: mini-batches.
+        blocks: whether the pass takes them in blocks.
     """
     before, on_device = RandomState.now(), random_state(inputs.device)
     try:
         twin = detached_copy(module).double()
         for dropout in [m for m in twin.modules() if isinstance(m, _DropoutNd)]:
             dropout.eval()
-        joined = _pass_in_double(twin, losses(together), inputs, targets, together)
+        rows = (in_blocks(t, together) if blocks else t for t in (inputs, targets))
+        joined = _pass_in_double(twin, losses(together, blocks), *rows, together, blocks)
         separate = [
-            _pass_in_double(twin, losses(1), inputs[j::together], targets[j::together], 1)
+            _pass_in_double(twin, losses(1, False), inputs[j::together], targets[j::together], 1)
             for j in range(together)
         ]
     except Exception as error:  # whatever it is, the mini-batches are computed one by one
@@ -208,12 +244,17 @@ def can_join(
 
 
 def _pass_in_double(
-    module: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, together: int
+    module: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    together: int,
+    blocks: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradient by all trained parameters, and each mini-batch's means."""
     norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
     for layer in norms:
-        layer.unbind(together)
+        layer.unbind(together, blocks)
     parameters = [p for p in module.parameters() if p.requires_grad]
     x = inputs.double() if inputs.is_floating_point() else inputs
     y = targets.double() if targets.is_floating_point() else targets

@@ -38,7 +38,14 @@ from downpour.models.layout import Layout
 from downpour.models.outputs import Loss
 from downpour.workers.spec import Precision
 from downpour.workers.step.eager import differentiate
-from downpour.workers.step.joining import JoinTrial, JointRoom, can_join, some_rows
+from downpour.workers.step.joining import (
+    JoinTrial,
+    JointRoom,
+    can_join,
+    in_blocks,
+    some_rows,
+    wants_blocks,
+)
 from downpour.workers.step.record_book import RECORD_AFTER, RecordBook, Shape
 from downpour.workers.step.recording import CannotRecord, Recording, record
 
@@ -147,24 +154,25 @@ class ModelCopy:
         self.weights: npt.NDArray[np.float32] = np.zeros(layout.num_parameters, np.float32)
         self._context = context
         self._model = model
-        self._together = 0
+        self._bound = (0, False)
         self._bind(1)
         self._module = model.module.train()
         self._parameters = [p for p in model.parameters if p.requires_grad]
         self._statics: dict[Shape, tuple[Tensor, ...]] = {}
         self._unsettled = has_spectral_norm(model.module)
 
-    def _bind(self, together: int) -> None:
-        """Have the model's layers take so many mini-batches at a time."""
-        if together != self._together:
+    def _bind(self, together: int, blocks: bool = False) -> None:
+        """Have the model's layers take so many mini-batches at a time, interleaved or in blocks."""
+        if (together, blocks) != self._bound:
             moments = self._context.moments(together)
             self._model.bind(
                 torch.from_numpy(self.weights),
                 moments=moments,
                 statistics=self._context.statistics,
                 together=together,
+                in_blocks=blocks,
             )
-            self._together = together
+            self._bound = (together, blocks)
 
     def step(
         self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, index: int, together: int = 1
@@ -183,8 +191,9 @@ class ModelCopy:
         context = self._context
         if together > 1 and context.joinable is None:
             few = some_rows(inputs, together)
+            blocks = wants_blocks(inputs, together)
             context.joinable = can_join(
-                self._module, context.loss, inputs[:few], targets[:few], together
+                self._module, context.loss, inputs[:few], targets[:few], together, blocks
             )
         if together == 1:
             return self._pass(inputs, targets, mailbox, index, 1)
@@ -214,6 +223,8 @@ class ModelCopy:
     ) -> StepResult:
         """One pass over all of them."""
         context = self._context
+        if wants_blocks(inputs, together):
+            inputs, targets = in_blocks(inputs, together), in_blocks(targets, together)
         shape = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, together)
         if context.book.due(shape):
             context.extraordinary += 1
@@ -250,12 +261,13 @@ class ModelCopy:
     def _compute_eagerly(
         self, inputs: Tensor, targets: Tensor, mailbox: Mailbox, together: int
     ) -> Tensor:
-        self._bind(together)
+        blocks = wants_blocks(inputs, together)
+        self._bind(together, blocks)
         if self._unsettled:  # by the first weights; each step settles what it changes
             settle_spectral_norm(self._module)
             self._unsettled = False
         return differentiate(
-            self._context.loss(together),
+            self._context.loss(together, blocks),
             self._module,
             inputs,
             targets,
@@ -270,11 +282,12 @@ class ModelCopy:
         context = self._context
         context.recordings[shape] = None
         random_state = RandomState.now()
+        blocks = wants_blocks(inputs, together)
         try:
-            self._bind(together)
+            self._bind(together, blocks)
             recording = record(
                 self._model,
-                context.loss(together),
+                context.loss(together, blocks),
                 inputs,
                 targets,
                 context.precision,

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from downpour.models.batchnorm import BatchNorm
 from downpour.models.flat import FlatModel, layout_of
 from downpour.models.layers import LinearBN
 from downpour.workers.step import record_book
@@ -223,6 +224,66 @@ def test_mini_batches_together_are_the_same_ones_one_after_the_other(
         assert found.loss == pytest.approx(sum(losses) / 3, rel=1e-4)
         assert found.gradient_norm == pytest.approx(norm(box.gradient))
     assert context.joinable
+    assert bool(context.recordings) == recorded
+
+
+class Maps(nn.Module):
+    """Feature maps in one order of memory or the other, with a layer that is used twice."""
+
+    def __init__(self, memory_format: torch.memory_format) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.format = memory_format
+        self.first, self.second = (
+            nn.Conv2d(3, 5, 3, padding=1, bias=False),
+            nn.Conv2d(5, 5, 3, padding=1, bias=False),
+        )
+        self.bn, self.last, self.out = BatchNorm(5), BatchNorm(5), nn.Linear(5, 3)
+        self.last.bias = None
+        self.last.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.contiguous(memory_format=self.format)
+        y = self.bn(self.first(y)).relu()
+        y = self.bn(self.second(y)).relu()
+        scores: Tensor = self.out(self.last(y.mean((2, 3))))
+        return scores
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_feature_maps_of_mini_batches_together_are_normalized_in_the_order_they_have(
+    memory_format: torch.memory_format,
+    precision: str,
+    recorded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch's own layers over each mini-batch by itself are the oracle."""
+    monkeypatch.setattr(JoinTrial, "next", lambda _: True)
+    flat = FlatModel(Maps(memory_format))
+    initial = flat.weights.clone()
+    context = StepContext(flat.layout, recorded=recorded, depth=3, precision=precision)  # type: ignore[arg-type]
+    joint, (box, _) = ModelCopy(flat, context), mailboxes(flat.layout, 2)
+    joint.weights[:] = initial.numpy()
+    plain, _, (alone, *_) = make(Maps(memory_format), recorded=False, precision=precision)
+    generator = torch.Generator().manual_seed(1)
+    # Rounded to bfloat16 here and there, in another order of sums.
+    most, near = (1e-5, 1e-5) if precision == "float32" else (0.05, 0.02)
+    for _ in range(4):
+        x = torch.rand(12, 3, 6, 6, generator=generator)
+        y = torch.randint(3, (12,), generator=generator)
+        found, expected = joint.step(x, y, box, 0, 3), torch.zeros_like(box.gradient)
+        losses = []
+        for j in range(3):
+            losses.append(plain.step(x[j::3].contiguous(), y[j::3].contiguous(), alone, 0).loss)
+            expected += alone.gradient
+            assert_close(box.moments[j], alone.moments[0], rtol=near, atol=near)
+        difference = torch.linalg.vector_norm(box.gradient - expected)
+        assert difference <= most * torch.linalg.vector_norm(expected)
+        assert found.loss == pytest.approx(sum(losses) / 3, rel=near)
+    assert context.joinable
+    assert (None in context.recordings.values()) is False
     assert bool(context.recordings) == recorded
 
 
