@@ -235,7 +235,7 @@ class BatchNorm(nn.Module):
         # unbiased variance: the very numbers to push, without another pass over x. It is also
         # why old contents must go first: 0*NaN is NaN, and would last forever.
         if blocks > 1:
-            y = _BlockNorm.apply(x, weight, bias, mean, variance, blocks, self.eps)
+            y = _normalize_blocks(x, weight, bias, mean, variance, blocks, self.eps)
         else:
             y = functional.batch_norm(
                 x, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
@@ -335,6 +335,11 @@ class _BlockNorm(torch.autograd.Function):
             torch.stack(by_bias).sum(0) if wanted[2] else None,
             *(None,) * 4,
         )
+
+
+def _normalize_blocks(*arguments: Any) -> Tensor:
+    y: Tensor = _BlockNorm.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _blocks(rows: Tensor, k: int) -> list[Tensor]:

@@ -99,7 +99,8 @@ def wants_blocks(inputs: Tensor, together: int) -> bool:
 
 def in_blocks(rows: Tensor, together: int) -> Tensor:
     """Interleaved rows [m*k, ...] as blocks: row `i*k + j` becomes row `j*m + i`; new memory."""
-    return rows.unflatten(0, (-1, together)).transpose(0, 1).flatten(0, 1)
+    parts = rows.reshape(-1, together, *rows.shape[1:])
+    return parts.transpose(0, 1).flatten(0, 1)
 
 
 class JointRoom:
@@ -218,8 +219,8 @@ def can_join(
         twin = detached_copy(module).double()
         for dropout in [m for m in twin.modules() if isinstance(m, _DropoutNd)]:
             dropout.eval()
-        rows = (in_blocks(t, together) if blocks else t for t in (inputs, targets))
-        joined = _pass_in_double(twin, losses(together, blocks), *rows, together, blocks)
+        x, y = (in_blocks(t, together) if blocks else t for t in (inputs, targets))
+        joined = _pass_in_double(twin, losses(together, blocks), x, y, together, blocks)
         separate = [
             _pass_in_double(twin, losses(1, False), inputs[j::together], targets[j::together], 1)
             for j in range(together)
