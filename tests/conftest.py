@@ -18,11 +18,11 @@ hypothesis.settings.load_profile("few")
 
 # Files whose tests share something costly: in several processes, one has to run them all.
 SHARING = (
-    ("test_train.py", "test_names.py", "test_statistics.py"),
+    ("test_train.py", "test_names.py", "test_statistics.py", "test_classifier.py"),
     ("test_docs.py", "test_imports.py"),
 )
 # Files whose tests share nothing, and take long: any process may take any of them.
-APART = ("test_resume.py", "test_bench.py", "test_chaos.py")
+APART = ("test_resume.py", "test_bench.py")
 
 # Helpers that assert: a failure is to say with what values.
 pytest.register_assert_rewrite("tests.helpers.runs", "tests.helpers.partition_pairs")

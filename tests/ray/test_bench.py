@@ -51,6 +51,7 @@ def test_peers(tmp_path: Path) -> None:
     assert result["plain"]["cpu_ms_per_update"] > 0
 
 
+@pytest.mark.soak
 def test_replicas(tmp_path: Path) -> None:
     record = bench("replicas", tmp_path=tmp_path)
     (found,) = record["result"]["mnist"].values()

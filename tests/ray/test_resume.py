@@ -1,4 +1,4 @@
-"""The real command on a Ray of its own: it stops, dies and is resumed, ends early, cleans up."""
+"""The real command on a Ray of its own: it stops, dies and is resumed, cleans up."""
 
 import signal
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import commands
-from tests.helpers.small_run import NUM_BATCHES, NUM_ROWS, SMALL, check_result
+from tests.helpers.small_run import NUM_ROWS, SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
@@ -63,33 +63,3 @@ def test_what_is_wrong_with_the_model_leaves_nothing_behind(tmp_path: Path) -> N
     assert lines[-1].endswith("give 6250 or fewer")
     assert "Traceback" not in log.read_text()
     assert list(runs.iterdir()) == []
-
-
-def test_a_run_ends_when_it_has_arrived(tmp_path: Path) -> None:
-    """At the first scoring that reaches the accuracy, and all that a finished run has is there."""
-    log, run = tmp_path / "log", tmp_path / "runs" / "a"
-    arguments = ("--runs", tmp_path / "runs", "--name", "a", "--epochs", "40", "--partitions", "3")
-    goal = ("--stop-at-accuracy", "0.8", "--evaluate-every-s", "0.5")
-    assert commands.run("train", "mnist-bn", *arguments, *SMALL, *goal, log=log) == 0, (
-        log.read_text()
-    )
-    result = commands.result(run)
-    assert result["ended_by"] == "accuracy"
-    assert "--stop-at-accuracy" in result["ended_because"]
-    assert result["exactly_once"] is True
-    assert 0.8 <= result["accuracy"] == result["best_accuracy"]
-    assert result["updates"] < result["batches_applied"] < 40 * NUM_BATCHES
-    rest = result["batches_applied"] % NUM_BATCHES
-    assert sum(result["unfinished_epochs"].values()) % NUM_BATCHES == rest
-    assert result["bn_statistics"] == "recomputed"
-    assert result["bn_gap"] == pytest.approx(result["accuracy"] - result["moving_accuracy"])
-    scored = [line for line in commands.metrics(run) if "accuracy" in line]
-    assert [line["accuracy"] >= 0.8 for line in scored] == [False] * (len(scored) - 1) + [True]
-    assert scored[-1]["bn_gap"] == pytest.approx(result["bn_gap"], abs=1e-6)
-    for name in ("model.safetensors", "best.safetensors", "plots/training.png", "report.html"):
-        assert (run / name).is_file(), name
-    commands.run("evaluate", run, log=tmp_path / "evaluate")
-    assert f'"accuracy": {result["accuracy"]}' in (tmp_path / "evaluate").read_text()
-    commands.run("status", run, "--json", log=tmp_path / "status")
-    assert "--stop-at-accuracy" in (tmp_path / "status").read_text()
-    assert "Traceback" not in log.read_text()

@@ -1,4 +1,4 @@
-"""The real command on a Ray that is there: it trains, and survives the death of a process."""
+"""The real command on a Ray that is there: it trains, survives a death, and ends at its goal."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import commands
 from tests.helpers.ray_nodes import RayNodes
-from tests.helpers.small_run import NUM_PUSHES, SMALL, check_result
+from tests.helpers.small_run import NUM_BATCHES, NUM_PUSHES, SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
@@ -67,3 +67,34 @@ def test_a_replica_process_that_is_killed_costs_nothing_but_time(
     result = commands.result(run)
     check_result(result, epochs=4)
     assert result["process_restarts"] == 1
+
+
+def test_a_run_ends_when_it_has_arrived(ray_here: RayNodes, tmp_path: Path) -> None:
+    """At the first scoring that reaches the accuracy, and all that a finished run has is there."""
+    log, run = tmp_path / "log", tmp_path / "runs" / "a"
+    arguments = ("--runs", tmp_path / "runs", "--name", "a", "--epochs", "40", "--partitions", "3")
+    goal = ("--stop-at-accuracy", "0.8", "--evaluate-every-s", "0.5")
+    arguments = (*arguments, "--address", ray_here.address)
+    assert commands.run("train", "mnist-bn", *arguments, *SMALL, *goal, log=log) == 0, (
+        log.read_text()
+    )
+    result = commands.result(run)
+    assert result["ended_by"] == "accuracy"
+    assert "--stop-at-accuracy" in result["ended_because"]
+    assert result["exactly_once"] is True
+    assert 0.8 <= result["accuracy"] == result["best_accuracy"]
+    assert result["updates"] < result["batches_applied"] < 40 * NUM_BATCHES
+    rest = result["batches_applied"] % NUM_BATCHES
+    assert sum(result["unfinished_epochs"].values()) % NUM_BATCHES == rest
+    assert result["bn_statistics"] == "recomputed"
+    assert result["bn_gap"] == pytest.approx(result["accuracy"] - result["moving_accuracy"])
+    scored = [line for line in commands.metrics(run) if "accuracy" in line]
+    assert [line["accuracy"] >= 0.8 for line in scored] == [False] * (len(scored) - 1) + [True]
+    assert scored[-1]["bn_gap"] == pytest.approx(result["bn_gap"], abs=1e-6)
+    for name in ("model.safetensors", "best.safetensors", "plots/training.png", "report.html"):
+        assert (run / name).is_file(), name
+    commands.run("evaluate", run, log=tmp_path / "evaluate")
+    assert f'"accuracy": {result["accuracy"]}' in (tmp_path / "evaluate").read_text()
+    commands.run("status", run, "--json", log=tmp_path / "status")
+    assert "--stop-at-accuracy" in (tmp_path / "status").read_text()
+    assert "Traceback" not in log.read_text()
