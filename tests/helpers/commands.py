@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +129,11 @@ def alive(pids: set[int]) -> set[int]:
 def kill(pid: int) -> None:
     """Kill -9."""
     os.kill(pid, signal.SIGKILL)
+
+
+def folder_for_ray() -> tempfile.TemporaryDirectory[str]:
+    """A folder with a short path, for Ray's sockets; its last processes may still write there."""
+    return tempfile.TemporaryDirectory(prefix="dp", dir="/tmp", ignore_cleanup_errors=True)
 
 
 def free_port() -> int:

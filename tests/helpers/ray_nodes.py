@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,7 +72,7 @@ class RayNodes:
 @contextlib.contextmanager
 def ray_nodes(nodes: Sequence[dict[str, str]], *, head_cpus: int) -> Iterator[RayNodes]:
     """A head with so many processors, and a node with one processor for each of these labels."""
-    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
+    with commands.folder_for_ray() as short:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps({"head": head_cpus, "nodes": list(nodes)})],
             cwd=commands.ROOT,

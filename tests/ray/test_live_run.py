@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -41,7 +40,7 @@ def on_its_own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRay]
     folder = tmp_path_factory.mktemp("own")
     home, log, run = folder / "home", folder / "log", folder / "a"
     home.mkdir()
-    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
+    with commands.folder_for_ray() as short:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HOME", str(home))
             patch.setenv("RAY_TMPDIR", short)

@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,7 +93,7 @@ def head(home: Path, tmp_path: Path) -> Iterator[str]:
     """A head with token authentication, in an environment without Downpour; its dashboard's URL."""
     nodes = wheel.environment(tmp_path / "nodes")
     port = commands.free_port()
-    with tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short:  # Ray's sockets are there
+    with commands.folder_for_ray() as short:
         variables = {**nodes.variables(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": short}
         log = tmp_path / "head.log"
         with log.open("wb") as output:

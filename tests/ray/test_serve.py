@@ -5,7 +5,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -89,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Place]:
     for name in ("home", "logs"):
         (folder / name).mkdir()
     with (
-        tempfile.TemporaryDirectory(prefix="dp", dir="/tmp") as short,  # Ray's sockets are there
+        commands.folder_for_ray() as short,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("HOME", str(folder / "home"))
