@@ -26,7 +26,7 @@ class Peer:
     """The baseline's module; None for this system."""
     shapes: tuple[Shape, ...]
     """Workers and mini-batch sizes to try, good guesses first."""
-    averages: tuple[float | None, ...] = (0.999, None)
+    averages: tuple[float | None, ...] = (0.998, None)
     """Of the weights, to try; None is the weights themselves."""
 
 
@@ -36,10 +36,10 @@ class Bounds:
 
     goals: tuple[float, ...] = (0.97, 0.975)
     """Accuracies on the test split, ascending. A training stops at the last."""
-    base_rates: tuple[float, ...] = (0.1, 0.15, 0.2)
+    base_rates: tuple[float, ...] = (0.15, 0.25, 0.1)
     """Rates for steps of 32 examples at a momentum of 0.9; larger steps get more by the linear
     rule, and so does a smaller momentum."""
-    decays: tuple[float, ...] = (0.75, 0.9)
+    decays: tuple[float, ...] = (0.75, 0.85)
     """What the rate is multiplied by every epoch."""
     momenta: tuple[float, ...] = (0.9, 0.8)
     """Shares of the velocity that are kept at every step."""

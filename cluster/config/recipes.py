@@ -57,10 +57,10 @@ def mnist_bn() -> RunConfig:
         data=DataConfig(batch_size=32, window_batches=130),
         server=ServerConfig(
             rule="momentum",
-            momentum=0.9,
+            momentum=0.8,
             weight_decay=1e-4,
-            ema=0.999,
-            schedule=Schedule(learning_rate=0.1, decay_factor=0.9, warmup_epochs=0.25),
+            ema=0.998,
+            schedule=Schedule(learning_rate=0.5, decay_factor=0.8, warmup_epochs=0.25),
         ),
         replicas=ReplicaConfig(
             replicas=10,
