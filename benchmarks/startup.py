@@ -59,12 +59,15 @@ def _start_ray(actors: int, *, dashboard: bool) -> dict[str, Any]:
 
 
 def _train(replicas: int, *, dashboard: bool) -> dict[str, Any]:
-    """One epoch by the command itself; what its result says of its start."""
+    """Some epochs by the command itself; what its result says of its start.
+
+    One takes a second, and would be over before all replicas were there.
+    """
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as scratch:
         arguments = [
             *("-m", "downpour", "train", "mnist-bn", "--runs", scratch, "--name", "startup"),
             *("--replicas", str(replicas), "--warm-start-epochs", "0", "--ramp-epochs", "0"),
-            *("--epochs", "1", "--learning-rate", "0.002"),
+            *("--epochs", "20", "--learning-rate", "0.002"),
             "--dashboard" if dashboard else "--no-dashboard",
         ]
         with Child("training for a start", arguments) as child:
