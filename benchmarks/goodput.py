@@ -18,7 +18,7 @@ from downpour.benchmarks.chaos import Disturbed
 from downpour.benchmarks.harness import BadSettings, Report, Say, Settings
 
 EVERY_S, QUICK_EVERY_S = 15.0, 1.0
-EPOCHS, QUICK_EPOCHS = 90, 4
+EPOCHS, QUICK_EPOCHS = 110, 4
 """Of `mnist-bn`: two to three minutes on two cores."""
 MEMBERS = ("replicas", "partition", "shuffler", "evaluator")
 IN_TURN = (*MEMBERS, "driver")
