@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -127,7 +127,24 @@ def count_steps(step: Callable[[], object], seconds: float) -> tuple[int, float]
     return steps, now_s - began_s
 
 
-def join(processes: list[ForkProcess], deadline_s: float) -> None:
+def run_all(
+    target: Callable[..., None],
+    arguments: Iterable[tuple[Any, ...]],
+    *,
+    name: str,
+    deadline_s: float,
+) -> None:
+    """Run `target` in a process for each of `arguments`; raises if one fails or is late."""
+    processes = [
+        CONTEXT.Process(target=target, args=given, name=f"{name} {i}")
+        for i, given in enumerate(arguments)
+    ]
+    for process in processes:
+        process.start()
+    _join(processes, deadline_s)
+
+
+def _join(processes: Sequence[ForkProcess], deadline_s: float) -> None:
     """Wait for processes; raises for one that failed."""
     give_up_s = time.monotonic() + deadline_s
     for process in processes:
@@ -149,6 +166,11 @@ def child_main(
         value = learn(Lesson(**asked))
     else:
         value = measure(Setup(**asked))
-    partial = result.with_suffix(".partial")
+    write_result(result, value)
+
+
+def write_result(path: Path, value: dict[str, Any]) -> None:
+    """Write what was measured as JSON, whole or not at all."""
+    partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value))
-    partial.rename(result)
+    partial.rename(path)

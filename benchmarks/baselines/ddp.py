@@ -25,7 +25,7 @@ from downpour.benchmarks.baselines.common import (
     begin_child,
     child_main,
     gradient_of,
-    join,
+    run_all,
 )
 from downpour.benchmarks.baselines.lesson import (
     Averaged,
@@ -129,13 +129,8 @@ def _on_all_ranks(run_rank: Callable[..., None], task: Setup | Lesson, deadline_
     results = CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as folder:
         store = str(Path(folder) / "store")
-        processes = [
-            CONTEXT.Process(target=run_rank, args=(i, task, store, results), name=f"rank {i}")
-            for i in range(task.workers)
-        ]
-        for process in processes:
-            process.start()
-        join(processes, deadline_s)
+        arguments = [(i, task, store, results) for i in range(task.workers)]
+        run_all(run_rank, arguments, name="rank", deadline_s=deadline_s)
     return results.get()
 
 

@@ -19,7 +19,7 @@ from downpour.benchmarks.baselines.common import (
     child_main,
     count_steps,
     gradient_of,
-    join,
+    run_all,
 )
 from downpour.benchmarks.baselines.lesson import (
     Averaged,
@@ -53,14 +53,10 @@ def loop(worker: int, setup: Setup, barrier: Barrier, results: SimpleQueue[Any])
 def measure(setup: Setup) -> dict[str, Any]:
     """Updates a second over all processes, and what an update costs."""
     barrier, results = CONTEXT.Barrier(setup.workers), CONTEXT.SimpleQueue()
-    processes = [
-        CONTEXT.Process(target=loop, args=(i, setup, barrier, results), name=f"loop {i}")
-        for i in range(setup.workers)
-    ]
-    for process in processes:
-        process.start()
-    join(processes, START_DEADLINE_S + setup.warmup_s + 2 * setup.seconds)
-    found = [results.get() for _ in processes]
+    arguments = [(i, setup, barrier, results) for i in range(setup.workers)]
+    deadline_s = START_DEADLINE_S + setup.warmup_s + 2 * setup.seconds
+    run_all(loop, arguments, name="loop", deadline_s=deadline_s)
+    found = [results.get() for _ in arguments]
     steps = sum(steps for steps, _, _ in found)
     return {
         "updates_per_s": sum(steps / elapsed_s for steps, elapsed_s, _ in found),

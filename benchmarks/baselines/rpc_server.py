@@ -26,7 +26,7 @@ from downpour.benchmarks.baselines.common import (
     child_main,
     count_steps,
     gradient_of,
-    join,
+    run_all,
 )
 from downpour.benchmarks.baselines.lesson import (
     Averaged,
@@ -222,15 +222,9 @@ def _on_all(
     barrier, results = CONTEXT.Barrier(task.workers), CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="downpour-bench-") as folder:
         store = str(Path(folder) / "store")
-        processes = [
-            CONTEXT.Process(
-                target=run_rank, args=(i, task, store, barrier, results, *more), name=f"rank {i}"
-            )
-            for i in range(task.workers + 1)
-        ]
-        for process in processes:
-            process.start()
-        join(processes, deadline_s)
+        ranks = range(task.workers + 1)
+        arguments = [(i, task, store, barrier, results, *more) for i in ranks]
+        run_all(run_rank, arguments, name="rank", deadline_s=deadline_s)
     return results
 
 

@@ -21,7 +21,7 @@ from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, medi
 from downpour.benchmarks.inception.plain import PlainSetup
 from downpour.benchmarks.processes import measure_in_child
 from downpour.cluster.config.run import RunConfig
-from downpour.shuffler.images.decode import ImageSpec
+from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.processors import processors
 from downpour.workers.config import ModelConfig
 from downpour.workers.spec import Precision

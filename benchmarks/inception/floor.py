@@ -25,7 +25,7 @@ from downpour.benchmarks.baselines.common import (
     Barrier,
     begin_child,
     count_steps,
-    join,
+    run_all,
 )
 from downpour.benchmarks.inception.plain import (
     PlainInception,
@@ -113,14 +113,10 @@ def _speeds(setup: PlainSetup, barrier: Barrier, results: SimpleQueue[Any]) -> N
 def measure(setup: PlainSetup) -> dict[str, Any]:
     """The floor of a mini-batch, and images a second of all processors there."""
     barrier, results = CONTEXT.Barrier(setup.workers), CONTEXT.SimpleQueue()
-    processes = [
-        CONTEXT.Process(target=_speeds, args=(setup, barrier, results), name=f"speeds {i}")
-        for i in range(setup.workers)
-    ]
-    for process in processes:
-        process.start()
-    join(processes, START_DEADLINE_S + 4 * setup.seconds)
-    found = [results.get() for _ in processes]
+    arguments = [(setup, barrier, results)] * setup.workers
+    deadline_s = START_DEADLINE_S + 4 * setup.seconds
+    run_all(_speeds, arguments, name="speeds", deadline_s=deadline_s)
+    found = [results.get() for _ in arguments]
     multiplied, moved = (sum(each) / len(found) for each in zip(*found, strict=True))
     torch.set_num_threads(1)
     model = PlainInception(setup, torch.channels_last).train()

@@ -27,7 +27,8 @@ from downpour.benchmarks.baselines.common import (
     Barrier,
     begin_child,
     count_steps,
-    join,
+    run_all,
+    write_result,
 )
 from downpour.benchmarks.models import with_pytorchs_norms
 from downpour.models.inception import Inception
@@ -127,14 +128,10 @@ def loop(setup: PlainSetup, barrier: Barrier, results: SimpleQueue[Any]) -> None
 def measure(setup: PlainSetup) -> dict[str, Any]:
     """Images a second over all processes, and the format of each."""
     barrier, results = CONTEXT.Barrier(setup.workers), CONTEXT.SimpleQueue()
-    processes = [
-        CONTEXT.Process(target=loop, args=(setup, barrier, results), name=f"loop {i}")
-        for i in range(setup.workers)
-    ]
-    for process in processes:
-        process.start()
-    join(processes, START_DEADLINE_S + setup.warmup_s + 2 * setup.seconds)
-    found = [results.get() for _ in processes]
+    arguments = [(setup, barrier, results)] * setup.workers
+    deadline_s = START_DEADLINE_S + setup.warmup_s + 2 * setup.seconds
+    run_all(loop, arguments, name="loop", deadline_s=deadline_s)
+    found = [results.get() for _ in arguments]
     return {
         "images_per_s": setup.batch_size * sum(rate for _, rate in found),
         "format": ", ".join(sorted({name for name, _ in found})),
@@ -144,10 +141,7 @@ def measure(setup: PlainSetup) -> dict[str, Any]:
 
 def child_main(do: Callable[[PlainSetup], dict[str, Any]]) -> None:
     """The main of a module of this room."""
-    setup, result = PlainSetup(**json.loads(sys.argv[1])), Path(sys.argv[2])
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps(do(setup)))
-    partial.rename(result)
+    write_result(Path(sys.argv[2]), do(PlainSetup(**json.loads(sys.argv[1]))))
 
 
 if __name__ == "__main__":
