@@ -8,20 +8,7 @@ from downpour.benchmarks import standby, suite, system
 from downpour.benchmarks.harness import BadSettings, Settings
 from downpour.benchmarks.system import SystemMeasurement
 from downpour.cluster.config.run import RunConfig
-
-
-def measured(updates_per_s: float) -> SystemMeasurement:
-    return SystemMeasurement(
-        updates_per_s=updates_per_s,
-        updates=100,
-        seconds=1.0,
-        cpu_ms_per_update=2.0,
-        cpu_ms_by_role={},
-        staleness_mean=3.0,
-        duplicates=0,
-        refused=0,
-        replicas=4,
-    )
+from tests.helpers.measurements import measured
 
 
 def test_each_way_is_compared_with_the_same_without_a_follower(
@@ -32,7 +19,7 @@ def test_each_way_is_compared_with_the_same_without_a_follower(
 
     def measure(config: RunConfig, settings: Settings, **_: Any) -> SystemMeasurement:
         asked.append((config.server.network.transport, config.server.hot_standby))
-        return measured(next(rates))
+        return measured(next(rates), replicas=4)
 
     monkeypatch.setattr(system, "measure", measure)
     found = standby.run(Settings(repeat=1), lambda line: None)

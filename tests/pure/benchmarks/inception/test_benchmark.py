@@ -8,6 +8,7 @@ from downpour.benchmarks import suite, system
 from downpour.benchmarks.harness import BadSettings, Settings
 from downpour.benchmarks.inception import benchmark
 from downpour.cluster.config.run import RunConfig
+from tests.helpers.measurements import measured
 
 RATES = {
     "plain loops, float32": 100.0,
@@ -25,17 +26,7 @@ def test_everybody_is_compared_within_a_round(monkeypatch: pytest.MonkeyPatch) -
         assert config.replicas.slots == 50
         assert config.model.all_arguments == {"width": 0.25}
         rate = RATES[f"10 x 5, {config.replicas.steps.precision}"]
-        return system.SystemMeasurement(
-            updates_per_s=rate / 32,
-            updates=100,
-            seconds=1.0,
-            cpu_ms_per_update=2.0,
-            cpu_ms_by_role={},
-            staleness_mean=3.0,
-            duplicates=0,
-            refused=0,
-            replicas=10,
-        )
+        return measured(rate / 32, replicas=10)
 
     monkeypatch.setattr(benchmark, "_child", child)
     monkeypatch.setattr(benchmark, "make_rows", lambda *_, **__: None)
