@@ -1,10 +1,11 @@
 """One image at a time: from the bytes of a file to the pixels that a network sees.
 
 JPEGs go through libjpeg-turbo (simplejpeg), which gave the same pixels as Pillow in 0.72 of its
-time for photographs and in 0.11 of it for 32x32 images; what it does not read (PNG and other
-formats, CMYK, damaged streams that can be mended) goes through Pillow (`any_format`). Resizing,
-turning and colours are OpenCV's. All three release Python's lock while they work. What is to be cut
-and changed is decided in `crops` and `augment`; batches are `decode`'s.
+time for photographs and in 0.11 of it for 32x32 images. Plain PNGs go through OpenCV
+(`formats.png`). What neither reads (other formats, CMYK, damaged streams that can be mended) goes
+through Pillow (`any_format`). Resizing, turning and colours are OpenCV's. All three release
+Python's lock while they work. What is to be cut and changed is decided in `crops` and `augment`;
+batches are `decode`'s.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from downpour.shuffler.images import any_format, bounds
 from downpour.shuffler.images.any_format import Buffer, Pixels
 from downpour.shuffler.images.crops import View
+from downpour.shuffler.images.formats.png import decode_plain
 from downpour.shuffler.images.orientation import UPRIGHT, jpeg_orientation
 from downpour.shuffler.images.reading import AS_SEEN, Reading
 
@@ -107,7 +109,7 @@ def decode_file(file: ImageFile, channels: int, min_height: int = 0, min_width: 
 
 
 def decode_any(data: Buffer, channels: int, reading: Reading = AS_SEEN) -> Pixels:
-    """Return the pixels of an image file of any format that Pillow reads: [h, w, channels].
+    """Return the pixels of an image file of any format that is read: [h, w, channels].
 
     Raises:
         DecodeError: see `any_format.decode`.
@@ -116,6 +118,8 @@ def decode_any(data: Buffer, channels: int, reading: Reading = AS_SEEN) -> Pixel
 
 
 def _any(data: Buffer, channels: int, reading: Reading) -> tuple[Pixels, str | None]:
+    if (plain := decode_plain(data, channels)) is not None:
+        return plain, None
     pixels, orientation, note = any_format.decode(data, channels, reading)
     return turn(pixels, orientation), note
 
