@@ -57,6 +57,8 @@ class Task:
     """Rate; it has no influence on speed."""
     momentum: float = 0.9
     """Momentum, as torch.optim.SGD has it."""
+    nesterov: bool = False
+    """Nesterov's momentum, as torch.optim.SGD has it."""
     fused: bool = False
     """torch's fused implementation of SGD in place of the default one."""
     seed: int = 0
@@ -72,6 +74,7 @@ class Task:
             model.parameters(),
             lr=self.learning_rate,
             momentum=self.momentum,
+            nesterov=self.nesterov,
             fused=self.fused or None,
         )
 

@@ -255,6 +255,7 @@ def plain_setting(setting: Setting) -> dict[str, Any]:
         "decay": setting.decay,
         "average": setting.average,
         "momentum": setting.momentum,
+        "nesterov": setting.nesterov,
     }
 
 
@@ -297,8 +298,8 @@ def _notes(result: Mapping[str, Any], seeds: int) -> tuple[str, ...]:
     ]
     return (
         *never,
-        "mini-batch, rate, decay an epoch, momentum and average of the weights (kept at every 32 "
-        f"examples), from the same search for all: {settings}.",
+        "mini-batch, rate, decay an epoch, kind and share of momentum, and average of the "
+        f"weights (kept at every 32 examples), from the same search for all: {settings}.",
         *earlier,
         f"seconds are medians of {seeds} seed(s); the ratios are those of training seconds to the "
         "plain loop's, and to those of the loop that averages. Wall seconds are from the command "

@@ -36,13 +36,15 @@ class Bounds:
 
     goals: tuple[float, ...] = (0.97, 0.975)
     """Accuracies on the test split, ascending. A training stops at the last."""
-    base_rates: tuple[float, ...] = (0.15, 0.25, 0.1)
+    base_rates: tuple[float, ...] = (0.25, 0.4, 0.15, 0.1)
     """Rates for steps of 32 examples at a momentum of 0.9; larger steps get more by the linear
     rule, and so does a smaller momentum."""
     decays: tuple[float, ...] = (0.75, 0.85)
     """What the rate is multiplied by every epoch."""
     momenta: tuple[float, ...] = (0.9, 0.8)
     """Shares of the velocity that are kept at every step."""
+    nesterov: tuple[bool, ...] = (True, False)
+    """Whether the momentum is Nesterov's: for a push on old weights it looks ahead."""
     epochs: int = 20
     """Epochs at most."""
     looks_per_epoch: int = 4
@@ -69,6 +71,7 @@ class Bounds:
             decays=self.decays,
             averages=peer.averages,
             momenta=self.momenta,
+            nesterov=self.nesterov,
         )
 
 
@@ -78,6 +81,7 @@ QUICK = Bounds(
     base_rates=(0.1,),
     decays=(0.75,),
     momenta=(0.9,),
+    nesterov=(True,),
     epochs=40,  # so that no run is over before its evaluator is up
     evaluate_every_s=0.2,
     run_s=20.0,

@@ -56,5 +56,6 @@ def _setting(plain: Mapping[str, Any], peer: Peer) -> Setting | None:
                 plain["decay"],
                 plain.get("average"),
                 plain.get("momentum", REFERENCE_MOMENTUM),
+                nesterov=plain.get("nesterov", False),
             )
     return None

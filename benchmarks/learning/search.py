@@ -1,7 +1,7 @@
 """The search for a peer's best setting: the same for all. Pure, but for the trials it is given.
 
 Shapes (workers and mini-batch size) are tried first, at the first rate, momentum, decay and
-average; then all of these at the best shape. A trial ends once it has taken longer than the best
+average; then all of these at the best shape, with Nesterov's momentum and with the plain one. A trial ends once it has taken longer than the best
 one so far, so the first candidates should be good guesses.
 """
 
@@ -49,6 +49,8 @@ class Setting:
     """Share of the weights' average that is kept at every 32 examples; None averages nothing."""
     momentum: float = REFERENCE_MOMENTUM
     """Share of the velocity that is kept at every step."""
+    nesterov: bool = True
+    """Whether the momentum is Nesterov's."""
 
     @classmethod
     def at_rate(
@@ -58,9 +60,18 @@ class Setting:
         decay: float,
         average: float | None = None,
         momentum: float = REFERENCE_MOMENTUM,
+        *,
+        nesterov: bool = True,
     ) -> Setting:
         """The setting that has this rate for this shape and momentum."""
-        one = cls(shape=shape, base_rate=1.0, decay=decay, average=average, momentum=momentum)
+        one = cls(
+            shape=shape,
+            base_rate=1.0,
+            decay=decay,
+            average=average,
+            momentum=momentum,
+            nesterov=nesterov,
+        )
         return dataclasses.replace(one, base_rate=learning_rate / one.learning_rate)
 
     @property
@@ -77,7 +88,8 @@ class Setting:
         """For people."""
         rate = f"{self.shape.batch_size}, rate {self.learning_rate:g} x{self.decay:g}"
         average = "" if self.average is None else f", averaged {self.average:g}"
-        return f"{rate}, momentum {self.momentum:g}{average}"
+        rule = "nesterov" if self.nesterov else "momentum"
+        return f"{rate}, {rule} {self.momentum:g}{average}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +101,25 @@ class Grid:
     decays: tuple[float, ...]
     averages: tuple[float | None, ...] = (None,)
     momenta: tuple[float, ...] = (REFERENCE_MOMENTUM,)
+    nesterov: tuple[bool, ...] = (True,)
 
     def settings(self, shape: Shape) -> list[Setting]:
-        """Every average, rate, momentum and decay for `shape`, good guesses first.
+        """Every average, rate, kind and share of momentum, and decay for `shape`, good guesses first.
 
         Those are the first of each. If weights are averaged it is the last decay, the slowest,
         because the average does the work of a rate that falls.
         """
         return [
-            Setting(shape=shape, base_rate=rate, decay=decay, average=average, momentum=momentum)
-            for average, rate, momentum in itertools.product(
-                self.averages, self.base_rates, self.momenta
+            Setting(
+                shape=shape,
+                base_rate=rate,
+                decay=decay,
+                average=average,
+                momentum=momentum,
+                nesterov=nesterov,
+            )
+            for average, rate, nesterov, momentum in itertools.product(
+                self.averages, self.base_rates, self.nesterov, self.momenta
             )
             for decay in (self.decays if average is None else reversed(self.decays))
         ]

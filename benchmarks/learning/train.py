@@ -59,6 +59,7 @@ def train(
         "batch_size": setting.shape.batch_size,
         "learning_rate": setting.learning_rate,
         "momentum": setting.momentum,
+        "nesterov": setting.nesterov,
         "fused": True,
         "decay": setting.decay,
         "average": setting.average,
@@ -87,7 +88,11 @@ def configure(setting: Setting, *, seed: int, bounds: Bounds) -> RunConfig:
         recipe,
         data=dataclasses.replace(recipe.data, batch_size=setting.shape.batch_size),
         server=dataclasses.replace(
-            server, schedule=schedule, momentum=setting.momentum, ema=setting.average
+            server,
+            rule="nesterov" if setting.nesterov else "momentum",
+            schedule=schedule,
+            momentum=setting.momentum,
+            ema=setting.average,
         ),
         replicas=dataclasses.replace(recipe.replicas, replicas=setting.shape.workers),
         policy=dataclasses.replace(

@@ -48,7 +48,8 @@ def mnist_bn() -> RunConfig:
 
     Rate, decay, L2 weight and average are this project's choice. The rate is that of a plain loop:
     steps pull fresh weights, so neither a warm start nor a lower rate is needed. The average of the
-    weights is the run's model: it is at its goal sooner than weights whose rate decays faster.
+    weights is the run's model: it is at its goal sooner than weights whose rate decays faster. The
+    momentum is Nesterov's, because some pushes are computed on weights that are one push old.
     """
     return RunConfig(
         recipe="mnist-bn",
@@ -56,11 +57,11 @@ def mnist_bn() -> RunConfig:
         # Windows of 26 joint passes: few enough for Ray, and none of them ends with a short pass.
         data=DataConfig(batch_size=32, window_batches=130),
         server=ServerConfig(
-            rule="momentum",
-            momentum=0.8,
+            rule="nesterov",
+            momentum=0.9,
             weight_decay=1e-4,
             ema=0.998,
-            schedule=Schedule(learning_rate=0.5, decay_factor=0.8, warmup_epochs=0.25),
+            schedule=Schedule(learning_rate=0.4, decay_factor=0.8, warmup_epochs=0.25),
         ),
         replicas=ReplicaConfig(
             replicas=10,

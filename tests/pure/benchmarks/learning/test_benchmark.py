@@ -25,11 +25,16 @@ def test_one_that_never_arrives_is_later_than_all() -> None:
 
 def test_this_system_trains_its_recipe_as_it_is_but_for_what_the_search_sets() -> None:
     peer = peers(2)[SYSTEM]
-    setting = benchmark.FULL.grid(peer).settings(peer.shapes[0])[-1]
+    first, *_, setting = benchmark.FULL.grid(peer).settings(peer.shapes[0])
+    assert (setting.nesterov, configure(first, seed=7, bounds=benchmark.FULL).server.rule) == (
+        False,
+        "nesterov",
+    )
     config = configure(setting, seed=7, bounds=benchmark.FULL)
     assert config.server.schedule.learning_rate == setting.learning_rate
     assert config.server.schedule.decay_factor == setting.decay
     assert (config.server.ema, config.server.momentum) == (setting.average, setting.momentum)
+    assert config.server.rule == "momentum"
     assert (config.replicas.replicas, config.replicas.steps.concurrent_steps) == (10, 5)
     assert (config.data.batch_size, config.policy.seed) == (32, 7)
 

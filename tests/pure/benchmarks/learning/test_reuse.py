@@ -37,7 +37,8 @@ def test_a_setting_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_record_from_before_there_were_averages_has_none(tmp_path: Path) -> None:
     plain = {"workers": 1, "batch_size": 64, "learning_rate": 0.2, "decay": 0.75}
     found = found_before(record(tmp_path / "a.json", {LIMIT: plain}), peers(2))
-    assert (found[LIMIT].best.average, found[LIMIT].best.momentum) == (None, 0.9)
+    best = found[LIMIT].best
+    assert (best.average, best.momentum, best.nesterov) == (None, 0.9, False)
     assert found[LIMIT].best.learning_rate == pytest.approx(0.2)
 
 

@@ -98,10 +98,10 @@ def test_the_rate_follows_the_examples_of_a_step() -> None:
     for shape, rate in ((SMALL, 0.1), (LARGE, 0.4), (ranks, 0.4)):
         setting = Setting(shape=shape, base_rate=0.1, decay=0.75)
         assert setting.learning_rate == pytest.approx(rate)
-    assert str(setting) == "64, rate 0.4 x0.75, momentum 0.9"
+    assert str(setting) == "64, rate 0.4 x0.75, nesterov 0.9"
     averaged = Setting.at_rate(ranks, 0.4, 0.75, 0.999)
     assert averaged.base_rate == pytest.approx(0.1)
-    assert str(averaged) == "64, rate 0.4 x0.75, momentum 0.9, averaged 0.999"
+    assert str(averaged) == "64, rate 0.4 x0.75, nesterov 0.9, averaged 0.999"
 
 
 def test_a_smaller_momentum_has_a_larger_rate() -> None:
@@ -110,3 +110,12 @@ def test_a_smaller_momentum_has_a_larger_rate() -> None:
     assert Setting.at_rate(LARGE, 0.8, 0.75, momentum=0.8).base_rate == pytest.approx(0.1)
     grid = Grid(shapes=(SMALL,), base_rates=(0.1,), decays=(0.75,), momenta=(0.9, 0.8))
     assert [round(s.learning_rate, 9) for s in grid.settings(SMALL)] == [0.1, 0.2]
+
+
+def test_both_kinds_of_momentum_are_tried_at_each_rate() -> None:
+    grid = Grid(shapes=(SMALL,), base_rates=(0.1, 0.2), decays=(0.75,), nesterov=(True, False))
+    kinds = [(s.base_rate, s.nesterov) for s in grid.settings(SMALL)]
+    assert kinds == [(0.1, True), (0.1, False), (0.2, True), (0.2, False)]
+    plain = grid.settings(SMALL)[1]
+    assert str(plain) == "32, rate 0.1 x0.75, momentum 0.9"
+    assert Setting.at_rate(SMALL, 0.1, 0.75, nesterov=False) == plain

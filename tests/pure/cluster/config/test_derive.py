@@ -15,7 +15,7 @@ from downpour.cluster.config.derive import (
     window_that_fits,
 )
 from downpour.cluster.config.options import apply
-from downpour.paramserver.rules.update import Adagrad, Momentum
+from downpour.paramserver.rules.update import Adagrad, Nesterov
 from downpour.shuffler.config import WINDOW_BYTES, DataConfig
 from downpour.shuffler.errors import PlanError
 
@@ -24,7 +24,7 @@ def test_rules_by_name() -> None:
     config = apply(recipes.find("mnist-bn"), {"rule": "adagrad"})
     plan = make_plan(config, 60_000)
     assert update_config(config, plan).rule == Adagrad()
-    assert update_config(recipes.find("mnist-bn"), plan).rule == Momentum(momentum=0.8)
+    assert update_config(recipes.find("mnist-bn"), plan).rule == Nesterov(momentum=0.9)
     assert update_config(config, plan).batches_per_epoch == 1877
 
 

@@ -60,7 +60,7 @@ def test_help_shows_the_values_of_the_configuration_that_is_named():
 
 def test_help_of_a_recipe_shows_its_values():
     text = " ".join(CliRunner().invoke(real_train, ["mnist-bn", "--help"]).output.split())
-    assert re.search(r"--learning-rate FLOAT .{,80}?\[default: 0.5\]", text)
+    assert re.search(r"--learning-rate FLOAT .{,80}?\[default: 0.4\]", text)
     text = " ".join(CliRunner().invoke(real_train, ["mnist", "--help"]).output.split())
     assert re.search(r"--learning-rate FLOAT .{,80}?\[default: 0.02\]", text)
     text = " ".join(CliRunner().invoke(real_train, ["bn-x5", "--help"]).output.split())
