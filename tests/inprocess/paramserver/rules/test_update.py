@@ -73,3 +73,19 @@ def test_equals_torch_over_many_steps(
     assert not torch.equal(weights, start)
     # A fused multiply-add rounds once where two operations round twice: no more than that.
     torch.testing.assert_close(weights, torch.cat([decayed, rest]).detach(), rtol=1e-5, atol=5e-6)
+
+
+def test_nesterov_keeps_the_weights_that_momentum_will_have_an_update_later() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(P, generator=generator, dtype=torch.float64)
+    plain, ahead = Momentum(momentum=0.9), Nesterov(momentum=0.9)
+    behind, before, seen, state = start.clone(), plain.init(P), start.clone(), ahead.init(P)
+    before = {name: vector.double() for name, vector in before.items()}
+    state = {name: vector.double() for name, vector in state.items()}
+    for _ in range(50):
+        # Any gradient, wherever it was computed: each rule gets the same one.
+        gradient = torch.randn(P, generator=generator, dtype=torch.float64)
+        plain.update(behind, gradient.clone(), before, 0.05, behind)
+        ahead.update(seen, gradient.clone(), state, 0.05, seen)
+        coming = behind - 0.05 * 0.9 * before["velocity"]
+        torch.testing.assert_close(seen, coming, rtol=0, atol=1e-12)
