@@ -104,7 +104,7 @@ class Grid:
     nesterov: tuple[bool, ...] = (True,)
 
     def settings(self, shape: Shape) -> list[Setting]:
-        """Every average, rate, kind and share of momentum, and decay for `shape`, good guesses first.
+        """All averages, rates, momenta of both kinds and decays for `shape`, good guesses first.
 
         Those are the first of each. If weights are averaged it is the last decay, the slowest,
         because the average does the work of a rate that falls.
