@@ -1,8 +1,9 @@
 """The search for a peer's best setting: the same for all. Pure, but for the trials it is given.
 
 Shapes (workers and mini-batch size) are tried first, at the first rate, momentum, decay and
-average; then all of these at the best shape, with Nesterov's momentum and with the plain one. A trial ends once it has taken longer than the best
-one so far, so the first candidates should be good guesses.
+average; then all of these at the best shape, with Nesterov's momentum and with the plain one. A
+trial ends once it has taken longer than the best one so far, so the first candidates should be
+good guesses.
 """
 
 from __future__ import annotations
