@@ -30,7 +30,7 @@ from downpour.benchmarks.chaos import TITLES
 from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, median
 from downpour.benchmarks.processes import BenchmarkFailed, Child, descendants, measure_in_child
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.failures import SPARES_AFTER_S
+from downpour.cluster.controller.failures.account import SPARES_AFTER_S
 from downpour.cluster.monitoring.plots import Metrics, read_metrics
 from downpour.cluster.run.folder import EVENTS, METRICS, RunFolder
 
@@ -260,7 +260,7 @@ def _shown(value: float | None) -> str:
 
 def main() -> int:
     """Train the run whose folder is given, and report often."""
-    from downpour.cluster.controller import partitions
+    from downpour.cluster.controller.members import partitions
 
     partitions.REPORT_EVERY_S = REPORT_EVERY_S
     return system.main()

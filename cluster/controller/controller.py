@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller import events
-from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import Backend, Done, PendingCall, RunFailed
+from downpour.cluster.controller.protocol import events
+from downpour.cluster.controller.protocol import instructions as do
+from downpour.cluster.controller.protocol.backend import Backend, Done, PendingCall, RunFailed
 from downpour.cluster.controller.state import RunState
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.cluster.run.folder import ANSWERS, BEST, MODEL, RunFolder

@@ -1,7 +1,7 @@
 """The data of a run's state: its parts, what belongs to none of them alone, and the invariants.
 
-What changes it is in `reactions` (to what is heard) and in `stages` (as time passes). Its door is
-`state.RunState`.
+What changes it is in `reactions` and the modules it calls (to what is heard) and in `stages` (as
+time passes). Its door is `state.RunState`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Literal
 
 from downpour.cluster.config.derive import step_config
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.checkpointing import CheckpointSchedule
 from downpour.cluster.controller.departures.notice import Notice
-from downpour.cluster.controller.evaluation import EvaluationSchedule
-from downpour.cluster.controller.failure_policy import FailurePolicy
-from downpour.cluster.controller.failures import Failures
+from downpour.cluster.controller.failures.account import Failures
+from downpour.cluster.controller.failures.policy import FailurePolicy
 from downpour.cluster.controller.hangs.patience import Patience, Watch, limits
-from downpour.cluster.controller.instructions import Instruction
 from downpour.cluster.controller.leases.coverage import Flags
 from downpour.cluster.controller.leases.manager import LeaseManager
 from downpour.cluster.controller.leases.warm_start import WarmStart
-from downpour.cluster.controller.partitions import Partitions
-from downpour.cluster.controller.replica_processes import ReplicaProcesses
+from downpour.cluster.controller.members.checkpointing import CheckpointSchedule
+from downpour.cluster.controller.members.evaluation import EvaluationSchedule
+from downpour.cluster.controller.members.partitions import Partitions
+from downpour.cluster.controller.members.replica_processes import ReplicaProcesses
+from downpour.cluster.controller.protocol.instructions import Instruction
 from downpour.cluster.run.checkpoint import Checkpoint
 from downpour.cluster.run.early_stopping import EarlyStopping, Ended, Scoring, examples_at
 from downpour.shuffler.plan.plan import Plan

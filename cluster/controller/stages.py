@@ -1,12 +1,15 @@
 """What is due as time passes: the stages of a run, and what goes on all the time in them. Pure.
 
 Starting, resuming and training, then winding up. What follows from single answers is in
-`reactions`.
+`reactions`, from partitions, departures and hangs in the modules beside it.
 """
 
 from __future__ import annotations
 
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.hang_reactions import blame, end_hung_calls
+from downpour.cluster.controller.partition_reactions import hand_over
+from downpour.cluster.controller.parts import RunParts, Stage
+from downpour.cluster.controller.protocol.instructions import (
     AskDepartures,
     Finish,
     MakeSpares,
@@ -15,8 +18,7 @@ from downpour.cluster.controller.instructions import (
     RunWindow,
     Tell,
 )
-from downpour.cluster.controller.parts import RunParts, Stage
-from downpour.cluster.controller.reactions import blame, end_hung_calls, finish, hand_over
+from downpour.cluster.controller.reactions import finish
 from downpour.cluster.run.early_stopping import Ended
 
 DEPARTURES_EVERY_S = 5.0

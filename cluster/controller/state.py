@@ -3,13 +3,16 @@
 `RunState` decides everything that goes on in a run, without Ray, clocks, input or output. It keeps
 nothing that the partitions do not know: the leases follow from their applied sets, and are set
 right by them when a process or a partition is lost, and when a run is resumed. What it is made of
-is in `parts`, what it does in `reactions` and `stages`. The `controller` hands in the events and
-carries the instructions out.
+is in `parts`, what it does in `reactions`, `stages` and what these call. The `controller` hands in
+the events and carries the instructions out.
 """
 
 from __future__ import annotations
 
-from downpour.cluster.controller.events import (
+from downpour.cluster.controller.failures.account import GaveUp
+from downpour.cluster.controller.hang_reactions import stood_still
+from downpour.cluster.controller.parts import RunParts
+from downpour.cluster.controller.protocol.events import (
     Answered,
     Begin,
     EndRequested,
@@ -20,16 +23,15 @@ from downpour.cluster.controller.events import (
     StopRequested,
     Tick,
 )
-from downpour.cluster.controller.failures import GaveUp
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.protocol.instructions import (
     Call,
     Finish,
     GiveUp,
     Instruction,
     Tell,
 )
-from downpour.cluster.controller.parts import RunParts
-from downpour.cluster.controller.reactions import answered, failed, stood_still, wait_of
+from downpour.cluster.controller.protocol.waits import wait_of
+from downpour.cluster.controller.reactions import answered, failed
 from downpour.cluster.controller.stages import go_on
 
 

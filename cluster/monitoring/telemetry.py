@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.failure_policy import Part
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.failures.policy import Part
+from downpour.cluster.controller.parts import RunParts
+from downpour.cluster.controller.protocol.instructions import (
     AllReported,
     CheckpointFinished,
     Note,
@@ -23,7 +24,6 @@ from downpour.cluster.controller.instructions import (
     WeightsScored,
     WindowTrained,
 )
-from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.monitoring.cpu_usage import CpuTotals
 from downpour.cluster.monitoring.learning import Learning
 from downpour.cluster.monitoring.observation import Observation, Sink

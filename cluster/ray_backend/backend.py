@@ -19,7 +19,9 @@ import ray
 from downpour.cluster.config.derive import spares
 from downpour.cluster.config.resolve import RunSpecs
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.backend import (
+from downpour.cluster.controller.departures.notice import Departing
+from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.controller.protocol.backend import (
     Done,
     FollowerLost,
     PartitionLost,
@@ -27,8 +29,6 @@ from downpour.cluster.controller.backend import (
     ProcessLost,
     ShufflerLost,
 )
-from downpour.cluster.controller.departures.notice import Departing
-from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.ray_backend.actors import kill, start
 from downpour.cluster.ray_backend.leavers import Ends, Leavers
 from downpour.cluster.ray_backend.nodes import Nodes, leaving

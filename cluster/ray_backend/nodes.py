@@ -29,7 +29,7 @@ from downpour.cluster.config.placement import (
     standby_node,
     with_gpus,
 )
-from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.workers.config import ReplicaConfig
 
 NODES_EVERY_S = 1.0

@@ -58,7 +58,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _told(actor: type, error: Exception) -> Exception:
     """What to tell of an error in a constructor: the user's own with its file and line."""
-    from downpour.cluster.controller.backend import RunFailed
+    from downpour.cluster.controller.protocol.backend import RunFailed
     from downpour.cluster.errors import user_message
     from downpour.models.lookup import place_of
 

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from downpour.cluster.config.derive import make_decoder
 from downpour.cluster.config.placement import NoPlace, disk_of
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import user_message
 from downpour.cluster.ray_backend.actors import kill, start
 from downpour.cluster.ray_backend.nodes import SEE_DEADLINE_S, Nodes

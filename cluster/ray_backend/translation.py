@@ -13,7 +13,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from downpour.cluster.controller.backend import PartitionLost, RunFailed, WriteFailed
+from downpour.cluster.controller.protocol.backend import PartitionLost, RunFailed, WriteFailed
 from downpour.cluster.errors import one_line, user_message
 from downpour.paramserver.errors import ConnectionLost, DeadlineExceeded
 

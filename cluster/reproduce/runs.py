@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.plots import read_metrics, series
 from downpour.cluster.run.folder import METRICS, RESULT, RunFolder

@@ -38,7 +38,7 @@ from downpour.paramserver.transport.names import BYTES_AN_ELEMENT
 from downpour.shuffler.processors import processors
 
 if TYPE_CHECKING:
-    from downpour.cluster.controller.instructions import RunOutcome
+    from downpour.cluster.controller.protocol.instructions import RunOutcome
     from downpour.cluster.monitoring.observation import Onlooker, Sink
     from downpour.cluster.ray_backend.nodes import Nodes
 

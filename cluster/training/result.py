@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import UserError, one_line
 from downpour.cluster.monitoring.display import print_result
 from downpour.cluster.monitoring.plots import ReportError, plot_run
@@ -18,7 +18,7 @@ from downpour.cluster.monitoring.telemetry import merged_staleness
 from downpour.cluster.run.folder import RESULT, RunFolder
 
 if TYPE_CHECKING:
-    from downpour.cluster.controller.instructions import RunOutcome
+    from downpour.cluster.controller.protocol.instructions import RunOutcome
 
 
 SKIPPED_SHOWN = 5

@@ -6,7 +6,7 @@ A main module.
 import sys
 
 from downpour.cluster.cli.main import main
-from downpour.cluster.controller import partitions
+from downpour.cluster.controller.members import partitions
 
 REPORT_EVERY_S = 0.1
 

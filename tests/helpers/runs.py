@@ -11,8 +11,8 @@ import torch
 from downpour.cluster.config.derive import make_plan
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.controller import Controller
-from downpour.cluster.controller.instructions import RunOutcome
 from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.controller.protocol.instructions import RunOutcome
 from downpour.cluster.monitoring.progress import Progress
 from downpour.cluster.monitoring.telemetry import Telemetry
 from downpour.cluster.replay.replay import Taken

@@ -20,7 +20,9 @@ import numpy as np
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.resolve import Facts, resolve
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.backend import (
+from downpour.cluster.controller.departures.notice import Departing
+from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.controller.protocol.backend import (
     Done,
     FollowerLost,
     PartitionLost,
@@ -28,8 +30,6 @@ from downpour.cluster.controller.backend import (
     ShufflerLost,
     WriteFailed,
 )
-from downpour.cluster.controller.departures.notice import Departing
-from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.paramserver.access import Access
 from downpour.paramserver.actor import FollowerActor, PartitionActor

@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller import events
-from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import (
+from downpour.cluster.controller.departures.notice import Departing
+from downpour.cluster.controller.protocol import events
+from downpour.cluster.controller.protocol import instructions as do
+from downpour.cluster.controller.protocol.backend import (
     FollowerLost,
     PartitionLost,
     ProcessLost,
     ShufflerLost,
 )
-from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.state import RunState
 from downpour.paramserver.actor import PartitionReport
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED, WAITING

@@ -287,7 +287,7 @@ def test_a_mini_batch_that_goes_into_the_weights_twice_is_told(
 def test_a_delivery_that_is_stuck_for_good_is_made_by_another_shuffler(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("downpour.cluster.controller.members.partitions.REPORT_EVERY_S", 0.02)
     impatient = Limit(first_s=60.0, least_s=1.0)
     monkeypatch.setitem(cast(dict[Wait, Limit], LIMITS), "life", impatient)
     run, done = Run(tmp_path / "run", tiny.config(data, epochs=4)), list[int]()

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import pytest
 
-from downpour.cluster.controller import partitions, stages
+from downpour.cluster.controller import stages
 from downpour.cluster.controller.departures.notice import Departing
 from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.controller.members import partitions
 from downpour.paramserver.config import NetworkConfig
 from downpour.paramserver.rules.policy import StalenessPolicy
 from tests.helpers import tiny

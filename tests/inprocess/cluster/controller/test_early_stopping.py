@@ -20,9 +20,9 @@ from rich.console import Console
 from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller import reactions
-from downpour.cluster.controller.instructions import RunOutcome
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.controller.parts import RunParts
+from downpour.cluster.controller.protocol.instructions import RunOutcome
 from downpour.cluster.run.folder import BEST, MODEL, RESULT
 from downpour.cluster.training.result import conclude
 from downpour.paramserver.partition.applied_set import APPLIED, WAITING

@@ -47,7 +47,7 @@ def last_losses(run: Run) -> list[float]:
 @pytest.fixture
 def actives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many replicas the guard lets train, decision by decision."""
-    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("downpour.cluster.controller.members.partitions.REPORT_EVERY_S", 0.02)
     found: list[int] = []
     decide = RampGuard.decide
 
@@ -106,7 +106,7 @@ def test_a_rate_that_all_replicas_together_do_not_bear(
 def test_a_resumed_run_goes_on_with_what_the_guard_remembers(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("downpour.cluster.controller.members.partitions.REPORT_EVERY_S", 0.02)
     run = Run(tmp_path / "run", guarded(data, 2.0))
 
     def stop(backend: ThreadBackend, replica: int, lease: Lease) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import UserError
 from downpour.cluster.ray_backend import parent_death
 from downpour.models.lookup import import_named

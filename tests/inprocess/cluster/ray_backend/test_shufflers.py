@@ -15,7 +15,7 @@ from ray.exceptions import NodeDiedError, RayTaskError
 from downpour.cluster.config.placement import Node, PlacementConfig, disks
 from downpour.cluster.config.resolve import shuffler_specs
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.ray_backend import shufflers
 from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.training.inputs import check_data

@@ -75,7 +75,7 @@ def test_an_error_of_its_second_half_comes_to_who_waits_for_it(data: str) -> Non
 def test_spares_are_made_when_all_are_there_and_again_when_one_was_used(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("downpour.cluster.controller.failures.SPARES_AFTER_S", 0.0)
+    monkeypatch.setattr("downpour.cluster.controller.failures.account.SPARES_AFTER_S", 0.0)
     made_before_death: list[int] = []
 
     def kill_one(backend: ThreadBackend, replica: int, lease: Lease) -> None:

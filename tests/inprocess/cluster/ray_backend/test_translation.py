@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayTaskError
 
-from downpour.cluster.controller.backend import (
+from downpour.cluster.controller.protocol.backend import (
     PartitionLost,
     ProcessLost,
     RunFailed,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from downpour.cluster.controller.backend import RunFailed
+from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import UserError
 from downpour.cluster.reproduce import ensemble, family, family_report
 from downpour.cluster.reproduce.runs import Curve, curve_of, train_all

@@ -60,7 +60,7 @@ def test_a_clock_that_jumps_by_three_minutes_changes_no_duration_and_ends_nobody
     monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
     began_s = time.monotonic()
     data = tiny.dataset(tmp_path / "data")
-    monkeypatch.setattr("downpour.cluster.controller.failures.SPARES_AFTER_S", 0.0)
+    monkeypatch.setattr("downpour.cluster.controller.failures.account.SPARES_AFTER_S", 0.0)
     plain = tiny.config(data, replicas=2, partitions=2)
     network = dataclasses.replace(plain.server.network, transport="network")
     server = dataclasses.replace(plain.server, network=network, hot_standby=True)

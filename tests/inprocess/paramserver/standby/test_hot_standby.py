@@ -30,8 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("downpour.cluster.controller.failures.SPARES_AFTER_S", 0.0)
-    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("downpour.cluster.controller.failures.account.SPARES_AFTER_S", 0.0)
+    monkeypatch.setattr("downpour.cluster.controller.members.partitions.REPORT_EVERY_S", 0.02)
 
 
 def config(

@@ -5,16 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from downpour.cluster.controller import events
-from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import (
+from downpour.cluster.controller.departures.notice import Departing
+from downpour.cluster.controller.protocol import events
+from downpour.cluster.controller.protocol import instructions as do
+from downpour.cluster.controller.protocol.backend import (
     FollowerLost,
     PartitionLost,
     ProcessLost,
     RunFailed,
     ShufflerLost,
 )
-from downpour.cluster.controller.departures.notice import Departing
 from downpour.paramserver.partition.applied_set import APPLIED, WAITING
 from downpour.paramserver.rules.policy import StalenessPolicy
 from tests.helpers.world import Made, World, configured

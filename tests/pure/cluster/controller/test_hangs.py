@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from downpour.cluster.controller import events
-from downpour.cluster.controller import instructions as do
 from downpour.cluster.controller.hangs.patience import LIMITS
+from downpour.cluster.controller.protocol import events
+from downpour.cluster.controller.protocol import instructions as do
 from downpour.paramserver.partition.applied_set import APPLIED
 from tests.helpers.world import Made, World, configured
 

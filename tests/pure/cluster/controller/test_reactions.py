@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from downpour.cluster.controller import events
-from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import (
+from downpour.cluster.controller.members.followers import LATE_S
+from downpour.cluster.controller.protocol import events
+from downpour.cluster.controller.protocol import instructions as do
+from downpour.cluster.controller.protocol.backend import (
     PartitionLost,
     ProcessLost,
     ShufflerLost,
     WriteFailed,
 )
-from downpour.cluster.controller.followers import LATE_S
 from downpour.paramserver.partition.applied_set import REFUSED
 from downpour.paramserver.standby.trouble import Trouble
 from tests.helpers.world import Made, configured

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from downpour.cluster.controller import events
-from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import ProcessLost, WriteFailed
-from downpour.cluster.controller.evaluation import MAX_TRIES, TRY_AGAIN_S
 from downpour.cluster.controller.hangs.patience import LIMITS
+from downpour.cluster.controller.members.evaluation import MAX_TRIES, TRY_AGAIN_S
+from downpour.cluster.controller.protocol import events
+from downpour.cluster.controller.protocol import instructions as do
+from downpour.cluster.controller.protocol.backend import ProcessLost, WriteFailed
 from downpour.paramserver.partition.applied_set import APPLIED
 from tests.helpers.world import Made, configured
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from downpour.cluster.controller import events
-from downpour.cluster.controller import instructions as do
-from downpour.cluster.controller.backend import ProcessLost, RunFailed
-from downpour.cluster.controller.failure_policy import Failure, FailurePolicy, Recovery
+from downpour.cluster.controller.failures.policy import Failure, FailurePolicy, Recovery
+from downpour.cluster.controller.protocol import events
+from downpour.cluster.controller.protocol import instructions as do
+from downpour.cluster.controller.protocol.backend import ProcessLost, RunFailed
 from downpour.cluster.errors import UserError
 from downpour.paramserver.partition.applied_set import APPLIED
 from downpour.workers.tasks import Figure

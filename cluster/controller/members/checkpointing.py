@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from downpour.cluster.config.policy import PolicyConfig
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.members.partitions import PartitionMember
+from downpour.cluster.controller.protocol.instructions import (
     BeginCheckpoint,
     CheckpointFinished,
     DiscardCheckpoint,
@@ -18,7 +19,6 @@ from downpour.cluster.controller.instructions import (
     Tell,
     WriteSnapshot,
 )
-from downpour.cluster.controller.partitions import PartitionMember
 from downpour.cluster.errors import one_line
 from downpour.cluster.run.checkpoint import Checkpoint
 from downpour.paramserver.partition.snapshot import SnapshotFile

@@ -1,14 +1,14 @@
 """The account of failures: what is decided about each is told, and how long members are missing.
 
 Also when reserves (spares, followers) are to be made again. The decisions are the policy's
-(`failure_policy`). Bringing a member back is up to the part that looks after its kind.
+(`policy`). Bringing a member back is up to the part that looks after its kind.
 """
 
 from __future__ import annotations
 
-from downpour.cluster.controller.backend import RunFailed
-from downpour.cluster.controller.failure_policy import Failure, FailurePolicy, Recovery
-from downpour.cluster.controller.instructions import Instruction, Tell
+from downpour.cluster.controller.failures.policy import Failure, FailurePolicy, Recovery
+from downpour.cluster.controller.protocol.backend import RunFailed
+from downpour.cluster.controller.protocol.instructions import Instruction, Tell
 
 SPARES_AFTER_S = 5.0
 """A spare's start takes a second of a processor: it waits until those that are back get going."""

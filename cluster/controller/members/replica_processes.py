@@ -9,11 +9,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from downpour.cluster.controller.backend import PartitionLost, ProcessLost
-from downpour.cluster.controller.failure_policy import Cause, Failure, stragglers
-from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
+from downpour.cluster.controller.failures.account import Failures, GaveUp, detail_of
+from downpour.cluster.controller.failures.policy import Cause, Failure, stragglers
 from downpour.cluster.controller.hangs.patience import Patience
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.leases.manager import LeaseManager
+from downpour.cluster.controller.members.partitions import REPORT_EVERY_S, Partitions
+from downpour.cluster.controller.protocol.backend import PartitionLost, ProcessLost
+from downpour.cluster.controller.protocol.instructions import (
     AddProcess,
     Instruction,
     ReconnectProcess,
@@ -21,8 +23,6 @@ from downpour.cluster.controller.instructions import (
     StopProcess,
     Tell,
 )
-from downpour.cluster.controller.leases.manager import LeaseManager
-from downpour.cluster.controller.partitions import REPORT_EVERY_S, Partitions
 from downpour.cluster.errors import user_message
 from downpour.workers.config import ReplicaConfig
 

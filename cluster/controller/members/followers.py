@@ -17,9 +17,9 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from downpour.cluster.controller.failure_policy import Failure
-from downpour.cluster.controller.failures import Failures
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.failures.account import Failures
+from downpour.cluster.controller.failures.policy import Failure
+from downpour.cluster.controller.protocol.instructions import (
     Instruction,
     LetAlone,
     StartFollower,

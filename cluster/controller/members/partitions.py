@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from downpour.cluster.controller.departures.notice import Departing
-from downpour.cluster.controller.failure_policy import Cause, Failure
-from downpour.cluster.controller.failures import Failures, detail_of
-from downpour.cluster.controller.followers import Followers
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.failures.account import Failures, detail_of
+from downpour.cluster.controller.failures.policy import Cause, Failure
+from downpour.cluster.controller.leases.manager import Census
+from downpour.cluster.controller.members.followers import Followers
+from downpour.cluster.controller.protocol.instructions import (
     AskFlags,
     AskReport,
     Instruction,
@@ -23,7 +24,6 @@ from downpour.cluster.controller.instructions import (
     StartPartition,
     Tell,
 )
-from downpour.cluster.controller.leases.manager import Census
 
 if TYPE_CHECKING:
     from downpour.cluster.run.early_stopping import Point

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from downpour.cluster.controller.backend import FollowerLost
-from downpour.cluster.controller.failure_policy import MAX_IN_A_ROW, FailurePolicy
-from downpour.cluster.controller.failures import Failures
-from downpour.cluster.controller.followers import (
+from downpour.cluster.controller.failures.account import Failures
+from downpour.cluster.controller.failures.policy import MAX_IN_A_ROW, FailurePolicy
+from downpour.cluster.controller.members.followers import (
     LATE_S,
     REPORTS_TO_FOLLOW,
     Followers,
     Suspicion,
 )
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.protocol.backend import FollowerLost
+from downpour.cluster.controller.protocol.instructions import (
     Instruction,
     LetAlone,
     StartFollower,

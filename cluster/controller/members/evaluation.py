@@ -6,11 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 from downpour.cluster.config.policy import PolicyConfig, next_evaluation_s
-from downpour.cluster.controller.backend import PartitionLost, ProcessLost, WriteFailed
-from downpour.cluster.controller.failure_policy import Cause, Failure, Recovery
-from downpour.cluster.controller.failures import Failures, GaveUp, detail_of
+from downpour.cluster.controller.failures.account import Failures, GaveUp, detail_of
+from downpour.cluster.controller.failures.policy import Cause, Failure, Recovery
 from downpour.cluster.controller.hangs.patience import Patience
-from downpour.cluster.controller.instructions import (
+from downpour.cluster.controller.members.partitions import Partitions
+from downpour.cluster.controller.protocol.backend import PartitionLost, ProcessLost, WriteFailed
+from downpour.cluster.controller.protocol.instructions import (
     AskProgress,
     Evaluate,
     Instruction,
@@ -19,7 +20,6 @@ from downpour.cluster.controller.instructions import (
     Tell,
     WeightsScored,
 )
-from downpour.cluster.controller.partitions import Partitions
 from downpour.cluster.errors import user_message
 from downpour.workers.tasks import ACCURACY, Figure, goodness
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from downpour.cluster.controller.instructions import Call
+from downpour.cluster.controller.protocol.instructions import Call
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from downpour.cluster.controller.failure_policy import (
+from downpour.cluster.controller.failures.policy import (
     LONGEST_PAUSE_S,
     MAX_IN_A_ROW,
     MAX_RECONNECTS,

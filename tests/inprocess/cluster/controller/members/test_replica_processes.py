@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from downpour.cluster.controller.backend import ProcessLost, RunFailed
 from downpour.cluster.controller.leases.book import Lease
+from downpour.cluster.controller.protocol.backend import ProcessLost, RunFailed
 from downpour.cluster.run.folder import RunFolder
 from tests.helpers import tiny
 from tests.helpers.runs import Run
@@ -77,7 +77,7 @@ def test_a_process_that_loses_its_connections_is_connected_again(tmp_path: Path,
 def test_replicas_come_and_go_while_the_run_trains(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("downpour.cluster.controller.partitions.REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr("downpour.cluster.controller.members.partitions.REPORT_EVERY_S", 0.02)
     run = Run(tmp_path / "run", tiny.config(data, replicas=2, epochs=12))
     seen: set[int] = set()
 

@@ -1,0 +1,1 @@
+"""What is done about a failure, and the account of failures. Pure."""

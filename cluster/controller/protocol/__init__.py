@@ -1,0 +1,1 @@
+"""What the controller and a backend say to each other: events in, instructions out."""
