@@ -52,7 +52,7 @@ def one_replica_with_one_step_in_flight_is_torch_optim(
     optimizer: Optimizer,
     options: dict[str, Any],
 ) -> None:
-    steps, batch_size, decay = 300, 20, 1e-3
+    steps, batch_size, decay = 150, 20, 1e-3
     generator = torch.Generator().manual_seed(11)
     images = (torch.rand(steps * batch_size // 10, 784, generator=generator) > 0.8).float()
     labels = (images[:, :392].sum(1) - images[:, 392:].sum(1)).add(50).div(10).long().clamp(0, 9)

@@ -97,6 +97,7 @@ def test_startup(tmp_path: Path) -> None:
     assert result["time_to_all_replicas_multiple"] > 0
 
 
+@pytest.mark.soak
 def test_push_pull(tmp_path: Path) -> None:
     result = bench("push-pull", "--only", "0.4", tmp_path=tmp_path)["result"]["0.4"]
     assert all(value > 0 for value in result["ms"].values())

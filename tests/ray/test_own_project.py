@@ -128,6 +128,7 @@ def head(home: Path, tmp_path: Path) -> Iterator[str]:
             commands.wait_for(lambda: not commands.alive(family), "the end of the head's processes")
 
 
+@pytest.mark.soak
 def test_it_trains_here(
     user: wheel.Environment, project: Path, home: Path, elsewhere: Path
 ) -> None:

@@ -150,6 +150,7 @@ def test_the_key_opens_every_path_and_is_written_nowhere(place: _Place, server: 
     _check_the_key(place, server)
 
 
+@pytest.mark.soak
 def test_a_key_of_the_users_own_and_a_line_that_is_full(place: _Place) -> None:
     own = place.home / "key"
     own.write_text("0123456789abcdef0123\n")

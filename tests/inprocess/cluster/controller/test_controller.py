@@ -58,11 +58,11 @@ def test_every_mini_batch_is_applied_exactly_once_on_every_partition(
 def test_one_replica_with_one_step_in_flight_is_torch_optim(
     tmp_path: Path, data: str, rule: RuleName
 ) -> None:
-    """The whole system against a plain loop over the plan's mini-batches: 268 steps.
+    """The whole system against a plain loop over the plan's mini-batches: 126 steps.
 
     With AdamW the rate follows a cosine, and the weights are averaged.
     """
-    config = tiny.config(data, replicas=1, concurrent_steps=1, epochs=4)
+    config = tiny.config(data, replicas=1, concurrent_steps=1, epochs=2)
     server = dataclasses.replace(config.server, rule=rule, weight_decay=1e-3)
     if rule == "adamw":
         schedule = Schedule(shape="cosine", learning_rate=server.schedule.learning_rate)
@@ -74,7 +74,7 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
     outcome = run.go()
     run.assert_exactly_once(outcome)
     assert outcome.reports[0].staleness == {
-        0: [4 * run.plan.num_batches]
+        0: [2 * run.plan.num_batches]
     }  # always computed on the latest version
 
     model = FlatModel(model_spec(config).build())
@@ -96,7 +96,7 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
     reader = RowReader(Dataset.open(data, "train"))
     model.module.train()
     average, num_steps, examples = model.weights.clone(), 0, 0
-    for epoch in range(4):
+    for epoch in range(2):
         for window in run.plan.window_order(epoch).tolist():
             for batch in run.plan.window_batches_order(epoch, window).tolist():
                 rows = reader.take(run.plan.rows(epoch, batch))
@@ -106,7 +106,7 @@ def test_one_replica_with_one_step_in_flight_is_torch_optim(
                 functional.cross_entropy(outputs, torch.from_numpy(labels)).backward()
                 if rule == "adamw":  # mini-batches are not all of one size, so by examples
                     for group in optimizer.param_groups:
-                        group["lr"] = rate * (1 + math.cos(math.pi * examples / 4000)) / 2
+                        group["lr"] = rate * (1 + math.cos(math.pi * examples / 2000)) / 2
                 optimizer.step()
                 num_steps, examples = num_steps + 1, examples + len(labels)
                 average.lerp_(model.weights, max(0.01, 1 / num_steps))

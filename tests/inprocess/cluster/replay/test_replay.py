@@ -48,7 +48,7 @@ def test_a_run_whose_replicas_were_killed(tmp_path: Path, data: str, precision: 
     assert found.pushes >= 9 * run.plan.num_batches
 
 
-@pytest.mark.parametrize("wire", ["float32", "int4"])
+@pytest.mark.parametrize("wire", ["float32", pytest.param("int4", marks=pytest.mark.soak)])
 def test_a_run_whose_partitions_were_killed_and_that_was_resumed(
     tmp_path: Path, data: str, wire: WireName
 ) -> None:

@@ -68,7 +68,9 @@ def assert_let_go(devices: list[Device]) -> None:
     assert not any(device.locked for device in devices if isinstance(device, LateDevice))
 
 
-@pytest.mark.parametrize(("n_push", "n_fetch"), [(1, 1), (3, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("n_push", "n_fetch"), [(1, 1), pytest.param(3, 1, marks=pytest.mark.soak), (3, 3)]
+)
 def test_one_step_in_flight_gives_the_weights_of_processors(
     tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, n_push: int, n_fetch: int
 ) -> None:
