@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from downpour.cluster.cli import bench, clusters, datasets, inference, runs, training
-from downpour.cluster.reproduce.commands import reproduce
+from downpour.cluster.cli.reproduce import reproduce
 from downpour.cluster.simulate.commands import simulate
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from downpour.cluster.controller.departure_reactions import shufflers_failed
-from downpour.cluster.controller.hangs.patience import Wait
 from downpour.cluster.controller.partition_reactions import partition_lost
 from downpour.cluster.controller.parts import RunParts
 from downpour.cluster.controller.protocol.backend import (
@@ -19,7 +18,6 @@ from downpour.cluster.controller.protocol.instructions import (
     AskFlags,
     AskReport,
     FindLateShufflers,
-    Instruction,
     LetAlone,
     MoveShufflers,
     Promote,
@@ -41,29 +39,6 @@ if TYPE_CHECKING:
 
 TOLD_STILL_S = 10.0
 """People hear of it if the driver stood still for so long."""
-
-
-def wait_of(given: Instruction) -> Wait | None:
-    """Return what an instruction that is answered later is waited for as.
-
-    None if it is done at once, or seen by its progress.
-    """
-    match given:
-        case AskReport(inquiry=None):
-            return "report"
-        case AskReport() | AskFlags() | LetAlone():
-            return "answer"
-        case WriteSnapshot():
-            return "snapshot"
-        case RunWindow():
-            return "window"
-        case StartPartition() | StartProcess() | StartFollower() | StartEvaluator():
-            return "start"
-        case MoveShufflers():
-            return "start"
-        case Promote() | ReconnectProcess() | ReconnectEvaluator():
-            return "connection"
-    return None
 
 
 def stood_still(run: RunParts, seconds: float) -> None:

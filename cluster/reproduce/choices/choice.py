@@ -6,7 +6,7 @@ Gaussian, no threshold of the binary images, and no BN statistics for the test. 
 here differs from the first one, the default of `reproduce mnist`, in what its name says.
 
 Here: the choices, and which nets an experiment has. Not here: their arithmetic (`joint_nets`),
-training and records (`choices_training`), the report (`choices_report`).
+training and records (`training`), the report (`page`).
 """
 
 from __future__ import annotations

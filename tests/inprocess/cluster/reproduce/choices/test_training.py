@@ -9,11 +9,12 @@ import torch
 
 from downpour.cluster.cli.commands import downpour
 from downpour.cluster.errors import run_cli
-from downpour.cluster.reproduce import choices_training, mnist
-from downpour.cluster.reproduce.choices import CHOICES, ChoicesConfig
-from downpour.cluster.reproduce.choices_report import summary
-from downpour.cluster.reproduce.choices_training import NetRecord
-from downpour.cluster.reproduce.mnist import MnistConfig, train
+from downpour.cluster.reproduce.choices import training as choices_training
+from downpour.cluster.reproduce.choices.choice import CHOICES, ChoicesConfig
+from downpour.cluster.reproduce.choices.page import summary
+from downpour.cluster.reproduce.choices.training import NetRecord
+from downpour.cluster.reproduce.mnist import experiment as mnist
+from downpour.cluster.reproduce.mnist.experiment import MnistConfig, train
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import TupleValue
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.bars import progress_bar
-from downpour.cluster.reproduce.choices import CHOICES
+from downpour.cluster.reproduce.choices.choice import CHOICES
 
 LINES_EVERY_S = 5.0
 """Between two lines on how far an experiment is, if there is no terminal."""
@@ -54,8 +54,8 @@ def mnist(output: Path | None, as_json: bool, **given: Any) -> None:
 
     import torch
 
-    from downpour.cluster.reproduce.mnist import VARIANTS, MnistConfig, summary, train
-    from downpour.cluster.reproduce.mnist_report import make_report
+    from downpour.cluster.reproduce.mnist.experiment import VARIANTS, MnistConfig, summary, train
+    from downpour.cluster.reproduce.mnist.page import make_report
 
     values = {name: value for name, value in given.items() if value is not None}
     try:
@@ -110,9 +110,9 @@ def mnist_choices(output: Path | None, only: tuple[str, ...], **given: Any) -> N
     """
     import torch
 
-    from downpour.cluster.reproduce.choices import ChoicesConfig
-    from downpour.cluster.reproduce.choices_report import make_report
-    from downpour.cluster.reproduce.choices_training import train
+    from downpour.cluster.reproduce.choices.choice import ChoicesConfig
+    from downpour.cluster.reproduce.choices.page import make_report
+    from downpour.cluster.reproduce.choices.training import train
 
     values = {name: value for name, value in given.items() if value is not None}
     try:
@@ -193,8 +193,8 @@ def inception(
     variants follow in the paper's proportions. All other options are the same for all runs: for
     a small machine, give `--width 0.25 --image-size 32 --epochs 10`.
     """
-    from downpour.cluster.reproduce.family import best_rate, family, trials
-    from downpour.cluster.reproduce.family_report import make_report
+    from downpour.cluster.reproduce.family.experiment import best_rate, family, trials
+    from downpour.cluster.reproduce.family.page import make_report
     from downpour.cluster.reproduce.runs import curve_of, train_all
 
     if search_rates and "learning_rate" in given:
@@ -295,8 +295,8 @@ def asynchrony(
     one replica, of all, of the server and of Algorithm 2. It is also trained under several ways of
     shuffling.
     """
-    from downpour.cluster.reproduce import asynchrony as experiment
-    from downpour.cluster.reproduce.asynchrony_report import make_report
+    from downpour.cluster.reproduce.asynchrony import experiment
+    from downpour.cluster.reproduce.asynchrony.page import make_report
     from downpour.cluster.reproduce.runs import curve_of, train_all
 
     folder, console = output or Path("runs", "reproduce", "asynchrony"), Console(stderr=True)

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import UserError
-from downpour.cluster.reproduce import ensemble, family, family_report
+from downpour.cluster.reproduce import ensemble
+from downpour.cluster.reproduce.family import experiment as family
+from downpour.cluster.reproduce.family import page as family_report
 from downpour.cluster.reproduce.runs import Curve, curve_of, train_all
 from downpour.cluster.run.folder import RunFolder
 from downpour.cluster.serving import inference

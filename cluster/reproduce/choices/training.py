@@ -23,9 +23,9 @@ from torch import Tensor
 
 from downpour.cluster.config.recipes import BINARY_MNIST
 from downpour.cluster.errors import UserError
-from downpour.cluster.reproduce.choices import Choice, ChoicesConfig, Pixels
-from downpour.cluster.reproduce.joint_nets import JointNets
-from downpour.cluster.reproduce.mnist import MiniBatches, newest_share, read_split
+from downpour.cluster.reproduce.choices.choice import Choice, ChoicesConfig, Pixels
+from downpour.cluster.reproduce.choices.joint_nets import JointNets
+from downpour.cluster.reproduce.mnist.experiment import MiniBatches, newest_share, read_split
 from downpour.cluster.reproduce.report import write_text
 from downpour.paramserver import durable
 from downpour.shuffler.plan.keys import stream_key

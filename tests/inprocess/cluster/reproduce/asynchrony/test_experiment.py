@@ -15,9 +15,9 @@ from downpour.cluster.config import recipes
 from downpour.cluster.controller.controller import Controller
 from downpour.cluster.errors import UserError, run_cli
 from downpour.cluster.monitoring.telemetry import Telemetry
-from downpour.cluster.reproduce import asynchrony as experiment
-from downpour.cluster.reproduce.asynchrony import AVERAGED, ONE, RECOMPUTED, SERVER
-from downpour.cluster.reproduce.asynchrony_report import make_report
+from downpour.cluster.reproduce.asynchrony import experiment
+from downpour.cluster.reproduce.asynchrony.experiment import AVERAGED, ONE, RECOMPUTED, SERVER
+from downpour.cluster.reproduce.asynchrony.page import make_report
 from downpour.cluster.reproduce.runs import Curve
 from downpour.cluster.run.checkpoint import CheckpointStore
 from downpour.cluster.run.folder import RunFolder

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from downpour.cluster.reproduce.choices import Choice, NetLoss, Normalized, initial_std
+from downpour.cluster.reproduce.choices.choice import Choice, NetLoss, Normalized, initial_std
 from downpour.models.batchnorm import DEFAULT_EPS
 from downpour.models.layers import LinearBN
 from downpour.models.mlp import MnistNet

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from downpour.cluster.reproduce.choices import CHOICES, Choice
-from downpour.cluster.reproduce.joint_nets import CLASSES, INPUTS, LAYERS, UNITS, JointNets
+from downpour.cluster.reproduce.choices.choice import CHOICES, Choice
+from downpour.cluster.reproduce.choices.joint_nets import CLASSES, INPUTS, LAYERS, UNITS, JointNets
 from downpour.models.mlp import MnistNet
 
 SEED = 5

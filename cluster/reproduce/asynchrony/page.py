@@ -8,7 +8,7 @@ from typing import Any
 
 from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.reproduce.asynchrony import (
+from downpour.cluster.reproduce.asynchrony.experiment import (
     AVERAGED,
     BATCHES,
     FLIGHTS,

@@ -22,7 +22,7 @@ from downpour.cluster.config.derive import model_spec
 from downpour.cluster.config.options import apply
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
-from downpour.cluster.reproduce.local_statistics import LocalStatistics
+from downpour.cluster.reproduce.asynchrony.local_statistics import LocalStatistics
 from downpour.cluster.reproduce.runs import fitted
 from downpour.cluster.run.folder import RESULT, RunFolder
 from downpour.paramserver import durable

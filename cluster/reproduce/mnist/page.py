@@ -1,4 +1,4 @@
-"""The page with Figure 1 and its numbers, from the records of `mnist.train`."""
+"""The page with Figure 1 and its numbers, from the records of `experiment.train`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from downpour.cluster.reproduce.mnist import PERCENTILES, Curves, MnistConfig, summary, typical_unit
+from downpour.cluster.reproduce.mnist.experiment import (
+    PERCENTILES,
+    Curves,
+    MnistConfig,
+    summary,
+    typical_unit,
+)
 from downpour.cluster.reproduce.report import (
     new_figure,
     paragraph,

@@ -9,7 +9,7 @@ import torch
 
 from downpour.cluster.cli.commands import downpour
 from downpour.cluster.errors import run_cli
-from downpour.cluster.reproduce.mnist import (
+from downpour.cluster.reproduce.mnist.experiment import (
     Curves,
     MnistConfig,
     first_step_at,

@@ -4,7 +4,7 @@ The paper chose its rates for Inception on ImageNet. At another scale, the rate 
 Inception learns best is chosen first, by short runs (`trials`). The rates of the other variants are
 derived from it as in the paper: x1, x1, x5, x30, x5.
 
-Here: the runs, and what their curves say. Not here: the page (`family_report`).
+Here: the runs, and what their curves say. Not here: the page (`page`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 import torch
 
-from downpour.cluster.reproduce.local_statistics import LocalStatistics
+from downpour.cluster.reproduce.asynchrony.local_statistics import LocalStatistics
 from downpour.paramserver.rules.statistics import StatisticsRule
 
 

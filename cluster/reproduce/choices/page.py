@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from downpour.cluster.reproduce.choices import ChoicesConfig
-from downpour.cluster.reproduce.choices_training import TRAINING_ROWS, NetRecord
+from downpour.cluster.reproduce.choices.choice import ChoicesConfig
+from downpour.cluster.reproduce.choices.training import TRAINING_ROWS, NetRecord
 from downpour.cluster.reproduce.report import (
     new_figure,
     paragraph,

@@ -9,7 +9,7 @@ from typing import Any
 from downpour.cluster.config import inception_recipes
 from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.run import RunConfig
-from downpour.cluster.reproduce.family import (
+from downpour.cluster.reproduce.family.experiment import (
     ALL_IN_FLIGHT,
     FLAT,
     by_variant,

@@ -1,0 +1,1 @@
+"""BN statistics and shuffling under asynchronous training."""
