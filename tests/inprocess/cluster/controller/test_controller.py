@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from downpour.cluster.config.derive import model_spec
 from downpour.cluster.controller.hangs.patience import LIMITS, Limit, Wait
 from downpour.cluster.controller.leases.book import Lease
 from downpour.cluster.errors import user_message
+from downpour.cluster.training.result import make_result
 from downpour.models.flat import FlatModel, flatten
 from downpour.paramserver.client import ParameterClient
 from downpour.paramserver.partition.applied_set import APPLIED, REFUSED
@@ -192,10 +194,27 @@ def test_a_stopped_run_is_resumed_to_the_same_end(tmp_path: Path, data: str) -> 
 
     again = Run(tmp_path / "run", run.config, resume=True)
     assert again.resumed is not None
+    began_s = time.monotonic()
     outcome = again.go()
     again.assert_exactly_once(outcome)
     assert min(r.updates_before for r in outcome.reports) == again.resumed.updates > 0
     assert outcome.elapsed_s > outcome.wall_s
+
+    # The result is of both sessions, but for how fast this one was.
+    result = make_result(again.folder, again.config, outcome, began_s)
+    total = 3 * run.plan.num_batches
+    assert result["updates"] == result["batches_applied"] == total
+    assert result["examples"] == 3 * run.plan.num_rows
+    pushes = sum(count for _, count in result["staleness"]["histogram"])
+    assert pushes == result["partitions"] * total
+    first_s = again.resumed.elapsed_s
+    assert result["elapsed_s"] == pytest.approx(first_s + outcome.wall_s, abs=0.02)  # rounded
+    session = total - again.resumed.updates
+    assert outcome.first_update_s is not None
+    assert outcome.last_update_s is not None
+    seconds = outcome.last_update_s - outcome.first_update_s
+    assert result["updates_per_s"] == pytest.approx(session / seconds, abs=0.06)
+    assert result["training_s"] == pytest.approx(seconds, abs=0.006)
 
 
 def poisoned_data(folder: Path) -> str:
