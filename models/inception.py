@@ -12,13 +12,24 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from downpour.models.batchnorm import DEFAULT_EPS
 from downpour.models.errors import BatchError, ModelError
-from downpour.models.layers import Activation, ActivationBatchNorm, ConvBN
+from downpour.models.layers import (
+    Activation,
+    ActivationBatchNorm,
+    ConvBN,
+    ReducedConvBN,
+    SeparableConvBN,
+    concatenated,
+    is_pointwise,
+    may_join,
+    pointwise,
+)
 
 ACTIVATIONS: dict[str, Activation] = {"relu": torch.relu, "sigmoid": torch.sigmoid}
 DEPTH_MULTIPLIER = 8
@@ -162,50 +173,6 @@ def _stages(stem_stride: int) -> Iterable[Stage]:
             yield stage
 
 
-class SeparableConvBN(nn.Module):
-    """`g(BN(W2 W1 u))`: W1 is `multiplier` filters for each channel by itself, W2 1x1 over them.
-
-    `[m, C_in, h, w] -> [m, C_out, p, q]`. Nothing stands between the two maps, so BN follows the
-    second alone.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int,
-        multiplier: int,
-        batch_norm: bool,
-        activation: Activation,
-        eps: float,
-    ) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(
-            in_channels,
-            in_channels * multiplier,
-            kernel_size,
-            stride=stride,
-            padding=(kernel_size - 1) // 2,
-            groups=in_channels,
-            bias=False,
-        )
-        self.pointwise = ConvBN(
-            in_channels * multiplier,
-            out_channels,
-            1,
-            batch_norm=batch_norm,
-            activation=activation,
-            eps=eps,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[m, C_in, h, w] -> [m, C_out, p, q]`."""
-        y: Tensor = self.pointwise(self.depthwise(x))
-        return y
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Style:
     """What all convolutions of a network have in common."""
@@ -277,7 +244,31 @@ class InceptionModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[m, C_in, s, s] -> [m, C_out, s/stride, s/stride]`."""
+        if may_join(self, x):
+            return self._joined(x)
         return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """As `forward`, with the 1x1 convolutions of `x` computed as one.
+
+        A projection is computed before its average pooling, not after it: both are linear maps,
+        one over channels and one over places, and fewer channels come out of it than go in.
+        """
+        chains = [list(b) if isinstance(b, nn.Sequential) else [b] for b in self.branches]
+        heads = [c[-1] if isinstance(c[0], nn.AvgPool2d) else c[0] for c in chains]
+        joined = [h for h in heads if isinstance(h, ConvBN) and is_pointwise(h.conv)]
+        found = dict(zip(joined, pointwise(x, [h.conv.weight for h in joined]), strict=True))
+        outputs = []
+        for chain, head in zip(chains, heads, strict=True):
+            y, rest = x, chain
+            if head in found:
+                y = found[head] if chain[0] is head else chain[0](found[head])
+                y = head.activation(head.bn(y))
+                rest = chain[1:] if chain[0] is head else []
+            for layer in rest:
+                y = layer(y)
+            outputs.append(y)
+        return concatenated(outputs)
 
 
 class Inception(nn.Module):
@@ -363,8 +354,27 @@ class Inception(nn.Module):
                 f"it takes [m, 3, {self.image_size}, {self.image_size}]"
             )
         x = (2 * x - 1).contiguous(memory_format=torch.channels_last)
-        y: Tensor = self.output(self.dropout(self.pool(self.stages(x)).flatten(1)))
+        maps = self._maps(x) if may_join(self, x) else self.stages(x)
+        y: Tensor = self.output(self.dropout(self.pool(maps).flatten(1)))
         return y
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """What the stages give. A nonlinearity before a max pooling is computed after it.
+
+        Both nonlinearities rise, so the largest value of a window stays the largest, and there are
+        fewer values to compute.
+        """
+        late: Activation | None = None
+        for stage, following in pairwise([*self.stages, None]):
+            if late is not None:
+                x, late = late(stage(x)), None
+            elif isinstance(stage, ConvBN | SeparableConvBN | ReducedConvBN) and isinstance(
+                following, nn.MaxPool2d
+            ):
+                x, late = stage.preactivation(x), stage.activation
+            else:
+                x = stage(x)
+        return x
 
 
 def _stage(planned: Planned, style: _Style, *, separable: bool, per_activation: bool) -> nn.Module:
@@ -374,7 +384,7 @@ def _stage(planned: Planned, style: _Style, *, separable: bool, per_activation: 
     if isinstance(stage, Module):
         return InceptionModule(planned, style, per_activation=per_activation)
     if stage.reduce is not None:
-        return nn.Sequential(
+        return ReducedConvBN(
             style.conv(into, stage.reduce, 1),
             style.conv(scaled(stage.reduce, style.width), stage.filters, stage.size),
         )
