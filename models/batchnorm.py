@@ -297,8 +297,9 @@ class _BlockNorm(torch.autograd.Function):
         x = x.contiguous(memory_format=layout)
         y = torch.empty_like(x)
         means, variances = mean.view(k, -1), variance.view(k, -1)
-        saved = mean.new_empty(2, k, means.shape[1])
-        for j, (part, out) in enumerate(zip(_blocks(x, k), _blocks(y, k), strict=True)):
+        saved = mean.new_empty(2 * k, means.shape[1])
+        parts, rows = _blocks(x, k), [saved[i] for i in range(2 * k)]
+        for j, (part, out) in enumerate(zip(parts, _blocks(y, k), strict=True)):
             torch.native_batch_norm(
                 part,
                 weight,
@@ -308,25 +309,24 @@ class _BlockNorm(torch.autograd.Function):
                 True,
                 1.0,
                 eps,
-                out=(out, saved[0, j], saved[1, j]),
+                out=(out, rows[j], rows[k + j]),
             )
-        ctx.save_for_backward(x, weight, saved)
+        ctx.save_for_backward(weight, *parts, *rows)
         ctx.k, ctx.eps, ctx.layout = k, eps, layout
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Of the output `[k*m, C, ...]`; gives those of `x`, `weight` and `bias`."""
-        x, weight, saved = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
+        weight, *saved = ctx.saved_tensors
+        k, wanted = ctx.k, list(ctx.needs_input_grad[:3])
+        parts, means, scales = saved[:k], saved[k : 2 * k], saved[2 * k :]
         given = gradients[0].contiguous(memory_format=ctx.layout)
         found = [
             torch.ops.aten.native_batch_norm_backward(
-                dy, part, weight, None, None, saved[0, j], saved[1, j], True, ctx.eps, wanted
+                dy, part, weight, None, None, mean, scale, True, ctx.eps, wanted
             )
-            for j, (dy, part) in enumerate(
-                zip(_blocks(given, ctx.k), _blocks(x, ctx.k), strict=True)
-            )
+            for dy, part, mean, scale in zip(_blocks(given, k), parts, means, scales, strict=True)
         ]
         by_x, by_weight, by_bias = zip(*found, strict=True)
         return (
