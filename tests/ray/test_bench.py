@@ -1,6 +1,6 @@
 """Every benchmark runs to its end in small, gives whole JSON, and leaves nothing behind.
 
-Most of them start several Rays or systems of others, which makes them tests for the soak.
+They start several Rays or systems of others, which makes them tests for the soak.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from downpour.benchmarks.policies import POLICIES
 from tests.helpers import commands
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(480)]
 
 
 def bench(*arguments: str, tmp_path: Path) -> dict[str, Any]:
@@ -38,7 +38,6 @@ def bench(*arguments: str, tmp_path: Path) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.soak
 def test_peers(tmp_path: Path) -> None:
     chosen = ("rpc", "ddp")  # the system itself is measured below, and Ray's server much alike
     options = [word for name in chosen for word in ("--only", name)]
@@ -51,7 +50,6 @@ def test_peers(tmp_path: Path) -> None:
     assert result["plain"]["cpu_ms_per_update"] > 0
 
 
-@pytest.mark.soak
 def test_replicas(tmp_path: Path) -> None:
     record = bench("replicas", tmp_path=tmp_path)
     (found,) = record["result"]["mnist"].values()
@@ -62,7 +60,6 @@ def test_replicas(tmp_path: Path) -> None:
     assert measured["staleness_mean"] > 0
 
 
-@pytest.mark.soak
 def test_inception(tmp_path: Path) -> None:
     (found,) = bench("inception", tmp_path=tmp_path)["result"].values()
     assert found["10 x 5, float32"]["images_per_s"] > 0
@@ -70,7 +67,6 @@ def test_inception(tmp_path: Path) -> None:
     assert found["floor"]["float32"]["move_ms"] > 0
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("chosen", [("ddp", "rpc"), ("ray",), ("downpour",)])
 def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
     options = [word for name in chosen for word in ("--only", name)]
@@ -89,7 +85,6 @@ def test_learning(chosen: tuple[str, ...], tmp_path: Path) -> None:
     assert record["result"]["plain-averaged"]["goals"]["0.3"]["ratio_to_averaged"] == 1
 
 
-@pytest.mark.soak
 def test_startup(tmp_path: Path) -> None:
     result = bench("startup", tmp_path=tmp_path)["result"]
     assert result["ray_init_and_actor_s"] > 0
@@ -97,14 +92,12 @@ def test_startup(tmp_path: Path) -> None:
     assert result["time_to_all_replicas_multiple"] > 0
 
 
-@pytest.mark.soak
 def test_push_pull(tmp_path: Path) -> None:
     result = bench("push-pull", "--only", "0.4", tmp_path=tmp_path)["result"]["0.4"]
     assert all(value > 0 for value in result["ms"].values())
     assert result["floor"]["ratio"] == result["ms"]["echo"] / result["floor"]["ms"]
 
 
-@pytest.mark.soak
 def test_shuffle(tmp_path: Path) -> None:
     parts = ("rows", "small", "pairs", "memory")  # "images" is "small" with larger ones
     options = [word for name in parts for word in ("--only", name)]
@@ -120,14 +113,12 @@ def test_shuffle(tmp_path: Path) -> None:
     assert result["resident_4x"]["complete"]
 
 
-@pytest.mark.soak
 def test_policies(tmp_path: Path) -> None:
     (result,) = bench("policies", tmp_path=tmp_path)["result"].values()
     assert set(result) == set(POLICIES)
     assert all(ms > 0 for ms in result.values())
 
 
-@pytest.mark.soak
 def test_simulate(tmp_path: Path) -> None:
     record = bench("simulate", tmp_path=tmp_path)
     assert record["rounds"][0]["2"]["measured"]["step_s"] > 0
@@ -136,7 +127,6 @@ def test_simulate(tmp_path: Path) -> None:
         assert 0.3 < record["result"]["2"][key]["predicted_ratio"] < 3
 
 
-@pytest.mark.soak
 def test_recovery(tmp_path: Path) -> None:
     result = bench("recovery", "--only", "hot", tmp_path=tmp_path)["result"]
     assert result["actor_s"] > 0

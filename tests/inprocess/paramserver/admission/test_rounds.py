@@ -77,7 +77,7 @@ def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
 ) -> None:
     """Eight slots with mini-batches of 16, against a loop with mini-batches of 128."""
     rounds = Rounds(monkeypatch)
-    config = tiny.config(data, replicas=4, concurrent_steps=2, partitions=partitions, epochs=3)
+    config = tiny.config(data, replicas=4, concurrent_steps=2, partitions=partitions, epochs=2)
     arguments = {**config.model.arguments, "batch_norm": False}
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, arguments=arguments)
@@ -85,7 +85,7 @@ def test_without_backup_it_is_torchs_sgd_on_mini_batches_as_large_as_a_round(
     run = Run(tmp_path / "run", synchronous(config, transport=transport))
     outcome = run.go()
     run.assert_exactly_once(outcome)
-    total = 3 * run.plan.num_batches
+    total = 2 * run.plan.num_batches
     for report in outcome.reports:
         assert report.dropped == report.duplicates == 0
         assert {len(counts) for counts in report.staleness.values()} == {1}  # never stale

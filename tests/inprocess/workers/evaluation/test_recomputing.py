@@ -39,8 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.dataset(tmp_path_factory.mktemp("data"), 4000)
 
 
-def config(data: str, **policy: Any) -> RunConfig:
-    return tiny.config(data, replicas=2, epochs=3, **policy)
+def config(data: str, epochs: int = 3, **policy: Any) -> RunConfig:
+    return tiny.config(data, replicas=2, epochs=epochs, **policy)
 
 
 def whole_split(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,7 +135,7 @@ def test_the_servers_averages_have_their_turn_and_so_has_the_runs_model(
 def test_with_moving_statistics_the_servers_are_scored_and_written(
     tmp_path: Path, data: str
 ) -> None:
-    run = Run(tmp_path / "run", config(data, bn_statistics="moving"))
+    run = Run(tmp_path / "run", config(data, epochs=1, bn_statistics="moving"))
     outcome = run.go()
     assert outcome.evaluation is not None
     assert (outcome.evaluation.moving, outcome.evaluation.num_recomputed) == (None, 0)
@@ -162,7 +162,7 @@ def test_a_training_split_that_is_not_there_is_told_once(tmp_path: Path, data: s
 def test_a_network_without_batch_normalization_recomputes_nothing(
     tmp_path: Path, data: str
 ) -> None:
-    base = config(data)
+    base = config(data, epochs=1)
     arguments = {**base.model.arguments, "batch_norm": False}
     model = dataclasses.replace(base.model, arguments=arguments)
     run = Run(tmp_path / "run", dataclasses.replace(base, model=model))
