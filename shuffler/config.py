@@ -49,7 +49,8 @@ class DataConfig:
     shufflers: int = 1
     """Actors that read the training rows; each has shards of its own."""
     shuffler_cache_mb: int = 1024
-    """Most megabytes of decoded row groups that each of them keeps."""
+    """Most megabytes of row groups, and of small pictures' decoded pixels, that each of them
+    keeps."""
     node_folder: str | None = None
     """Folder on each node's own disk that has some of the training split's shards; `{node}` in it
     is the node's label downpour-node, or its address. The manifest and the split to score are where

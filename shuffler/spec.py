@@ -8,6 +8,7 @@ from downpour.shuffler.dataset.columns import Columns
 from downpour.shuffler.dataset.encoding import PLAIN
 from downpour.shuffler.dataset.reader import DEFAULT_CACHE_BYTES
 from downpour.shuffler.holdings import Holding
+from downpour.shuffler.images.specs import InputSpec
 from downpour.shuffler.plan.plan import Plan
 
 
@@ -30,7 +31,9 @@ class ShufflerSpec:
     columns: Columns = PLAIN
     """Which columns are the input and the target."""
     cache_bytes: int = DEFAULT_CACHE_BYTES
-    """Most bytes of decoded row groups that it keeps in memory."""
+    """Most bytes of row groups, and of small pictures' pixels, that it keeps in memory."""
+    input: InputSpec | None = None
+    """What the network takes: of small pictures, it delivers the pixels. None: rows as they are."""
     holding: Holding | None = None
     """The shards that it reads from a folder of its own node; None divides the shards at `data`."""
     prefetch_windows: int = 2

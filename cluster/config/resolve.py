@@ -182,6 +182,7 @@ def shuffler_specs(config: RunConfig, plan: Plan) -> tuple[ShufflerSpec, ...]:
             num_classes=config.model.num_classes,
             columns=config.model.columns,
             cache_bytes=config.data.shuffler_cache_mb << 20,
+            input=config.model.input,
         )
         for index in range(config.data.shufflers)
     )

@@ -112,6 +112,16 @@ class Dataset:
         return sum(shard.num_bytes for shard in self.shards) / max(1, self.num_rows)
 
     @property
+    def decoded_bytes(self) -> int:
+        """About as many bytes as all row groups take in memory."""
+        metadata = [shard.metadata for shard in self.shards]
+        return sum(
+            each.row_group(i).total_byte_size
+            for each in metadata
+            for i in range(each.num_row_groups)
+        )
+
+    @property
     def shard_rows(self) -> tuple[int, ...]:
         """Rows of each shard."""
         return tuple(shard.num_rows for shard in self.shards)

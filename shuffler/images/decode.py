@@ -24,7 +24,14 @@ from downpour.shuffler.images.augment import AugmentConfig, Variations, vary
 from downpour.shuffler.images.bits import unpack
 from downpour.shuffler.images.bounds import check_views
 from downpour.shuffler.images.crops import views_of
-from downpour.shuffler.images.rows import REMEDY, describe, image_buffers, undecodable
+from downpour.shuffler.images.rows import (
+    REMEDY,
+    describe,
+    image_buffers,
+    pixel_block,
+    row_pixels,
+    undecodable,
+)
 from downpour.shuffler.images.specs import ImageSpec, InputSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -117,7 +124,8 @@ class Decoder:
         """Return the inputs and the targets of rows.
 
         Args:
-            batch: n rows as `reader` returns them, of either encoding.
+            batch: n rows as `reader` returns them, of either encoding, or with pixels in place of
+                files (`rows.with_pixels`).
             epoch: names the random streams, with the seed and each row's number.
             rows: int64 [n], the rows' numbers in the dataset; needed where images are varied,
                 otherwise for messages only.
@@ -177,9 +185,13 @@ class Decoder:
         problems: dict[int, str] = {}
         files: list[ImageFile | None] = []
         room = _DECODED_BYTES
+        ready = row_pixels(batch, channels)
         for position, data in enumerate(image_buffers(batch.column("image"))):
             file = None
-            if data is None:
+            if (there := ready[position]) is not None:
+                height, width = there.shape[:2]
+                file = pixels.ImageFile(b"", height, width, reading, decoded=there)
+            elif data is None:
                 problems[position] = f"{describe(batch, position, rows)} has no bytes"
             else:
                 try:
@@ -207,6 +219,8 @@ class Decoder:
         from downpour.shuffler.images import pixels
 
         spec, channels = self._images, self._images.channels
+        if (taken := self._taken(batch)) is not None:
+            return taken
         kept: list[int] = []
         files, problems = self.opened(batch, rows)
         masks = self._masks(batch, files, problems, rows)
@@ -242,6 +256,23 @@ class Decoder:
             sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
             problems=lines,
             notes=notes,
+        )
+
+    def _taken(self, batch: pa.RecordBatch) -> _Seen | None:
+        """Return images that come as pixels and are taken as they are; None if some are not."""
+        spec = self._images
+        if self.columns.kind == "mask" or spec.fit == "crop" or not self.augment.changes_nothing:
+            return None
+        block = pixel_block(batch, spec.height, spec.width, spec.channels)
+        if block is None:
+            return None
+        return _Seen(
+            planes=np.moveaxis(block, 3, 1),
+            masks=None,
+            kept=np.arange(len(block), dtype=np.int64),
+            sizes=np.tile(np.array([spec.height, spec.width], np.int64), (len(block), 1)),
+            problems=(),
+            notes={},
         )
 
     def _masks(

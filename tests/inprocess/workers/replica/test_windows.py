@@ -6,6 +6,7 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from downpour.shuffler.delivery import Part, join
 from downpour.shuffler.errors import DatasetError, DecodeError
 from downpour.shuffler.images.augment import AugmentConfig
 from downpour.shuffler.images.decode import Decoder
+from downpour.shuffler.images.rows import PIXELS
 from downpour.shuffler.images.specs import ImageSpec
 from downpour.shuffler.plan.plan import Plan
 from downpour.shuffler.spec import ShufflerSpec
@@ -35,8 +37,10 @@ def data(tmp_path):
     return str(tmp_path)
 
 
-def shufflers(data: str, plan: Plan, count: int) -> list[ShufflerActor]:
-    spec = ShufflerSpec(num_shufflers=count, data=data, plan=plan, num_classes=tiny.CLASSES)
+def shufflers(data: str, plan: Plan, count: int, **options: Any) -> list[ShufflerActor]:
+    spec = ShufflerSpec(
+        num_shufflers=count, data=data, plan=plan, num_classes=tiny.CLASSES, **options
+    )
     return [ShufflerActor(replace(spec, index=i)) for i in range(count)]
 
 
@@ -61,6 +65,33 @@ def test_shufflers_own_disjoint_shards_and_make_up_every_window(data, count):
         assert (delivery.lengths == lengths).all()
         assert delivery.batch.equals(alone.take(rows))
     alone.close()
+
+
+@pytest.mark.parametrize("decoder", [Decoder(spec=SPEC), VARIED])
+@pytest.mark.parametrize("count", [1, 3])
+def test_pixels_that_shufflers_keep_change_no_mini_batch(data, count, decoder):
+    """To the bit: first and second epoch, a shuffler that begins again, and too little room."""
+    plan = Plan(num_rows=300, batch_size=16, window_batches=5, past_bound="rekey")
+    files = shufflers(data, plan, count)
+    taken = sum(each.deliver(0, tuple(range(plan.num_batches))).batch.nbytes for each in files)
+    ample = shufflers(data, plan, count, input=SPEC)
+    scarce = shufflers(data, plan, count, input=SPEC, cache_bytes=2 * taken // count)
+    anew = shufflers(data, plan, count, input=SPEC)
+    without = 0
+    for epoch, window in itertools.product((0, 1), range(plan.num_windows)):
+        batches = tuple(plan.window_batches_order(epoch, window).tolist())
+        wanted = join([each.deliver(epoch, batches) for each in files])
+        expected = decoder.decode(wanted.batch, epoch=epoch, rows=wanted.rows)
+        for group in (ample, scarce, anew) if epoch else (ample, scarce):
+            found = join([each.deliver(epoch, batches) for each in group])
+            missing = found.batch.column(PIXELS).null_count
+            assert not missing or group is scarce
+            without += missing
+            decoded = decoder.decode(found.batch, epoch=epoch, rows=found.rows)
+            assert np.array_equal(decoded.inputs, expected.inputs)
+            assert np.array_equal(decoded.labels, expected.labels)
+            assert np.array_equal(found.lengths, wanted.lengths)
+    assert 0 < without < 2 * plan.num_rows
 
 
 def test_parts_that_do_not_make_up_a_window(data):
