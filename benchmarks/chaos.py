@@ -13,6 +13,7 @@ seed of its own (without faults: a run that nobody disturbs), in one record:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ import pyarrow.fs
 from rich.console import Console
 
 from downpour.benchmarks.harness import BadSettings, Report, Say, Settings, machine, record, show
-from downpour.benchmarks.processes import BenchmarkFailed, alone, descendants
+from downpour.benchmarks.processes import BenchmarkFailed, Child, alone, descendants
 from downpour.cluster.config.paths import ROOT
 from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore
 from downpour.cluster.run.folder import EVENTS, METRICS, RESULT, RunFolder
+from downpour.cluster.training.launch import OUTLIVED
+from downpour.cluster.training.session import before_ray, on_ray
 from downpour.paramserver.partition import snapshot
 
 DEADLINE_S = 240.0
@@ -59,6 +62,8 @@ WEIGHTS = {"replicas": 6, "partition": 6, "shuffler": 3, "evaluator": 3, "driver
 """How often each is hit, relatively."""
 FAULTS, QUICK_FAULTS = 100, 10
 FAULTS_A_RUN = 25
+HOLD = "--hold-ray"
+"""Has this module start a Ray and hold it, see `ray_cluster`."""
 BATCHES_AN_EPOCH, EXAMPLES_AN_EPOCH = 1877, 60_000
 
 
@@ -71,6 +76,8 @@ class Disturbed:
     best_accuracy: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     resumed: int = 0
+    taken_over: int = 0
+    """Of it, with the processes that had outlived their driver."""
     duplicates: int = 0
     recomputed: int = 0
     """Mini-batches that were run again, and examples' worth of them lost with a driver."""
@@ -137,18 +144,20 @@ def disturbed(
     pause_s: tuple[float, float] = (0.2, 5.0),
     kinds: Sequence[str] = (),
     deadline_s: float = DEADLINE_S,
+    cluster: Cluster | None = None,
 ) -> Disturbed:
     """One run of `mnist-bn` to its end, with up to so many faults; checks what it must show.
 
-    `kinds` are the victims, in this order; without it they are drawn by `WEIGHTS`. Raises
-    `BenchmarkFailed` where it does not show it. The run may be over before its faults are.
+    `kinds` are the victims, in this order; without it they are drawn by `WEIGHTS`. With `cluster`
+    the run is on that Ray, which outlives its drivers. Raises `BenchmarkFailed` where it does not
+    show it. The run may be over before its faults are.
     """
     began_s, rng = time.monotonic(), random.Random(seed)
     found = Disturbed(seed=seed)
     with tempfile.TemporaryDirectory(prefix="downpour-chaos-") as scratch:
         log, folder = Path(scratch) / "log", Path(scratch) / "runs" / "a"
         command = ["train", "mnist-bn", "--runs", str(folder.parent), "--name", "a"]
-        options = ["--no-dashboard"]
+        options = ["--no-dashboard"] if cluster is None else ["--address", cluster.address]
         driver = start_driver([*command, "--checkpoint-every-s", "1", *arguments, *options], log)
         family: dict[int, tuple[str, str]] = {}
         try:
@@ -156,7 +165,8 @@ def disturbed(
             next_s = time.monotonic() + rng.uniform(*pause_s)  # the random time of the fault
             while found.faults.total() < faults and not _ended(driver, next_s):
                 next_s = time.monotonic() + TRY_AGAIN_S  # unless somebody is hit now
-                family = family_of(driver.pid)
+                root = driver.pid if cluster is None else cluster.pid
+                family = family_of(root)
                 kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
                 if kinds:
                     kind = kinds[found.faults.total()]
@@ -167,16 +177,20 @@ def disturbed(
                         continue
                     driver.kill()
                     driver.wait()
-                    await_end(ours(family), "a driver that was killed", END_DEADLINE_S)
+                    if cluster is None:
+                        await_end(ours(family), "a driver that was killed", END_DEADLINE_S)
                     if (folder / RESULT).exists():
                         break  # it had come to its end just before
                     store = CheckpointStore(RunFolder.open(folder).checkpoints_uri)
                     newest = store.latest()[0]
-                    found.recomputed += _batches_since(folder, store, newest)
+                    since = _batches_since(folder, store, newest)
                     driver = start_driver(["resume", str(folder), *options], log)
-                    _until_resumed(newest, driver, log)
+                    if not _until_resumed(newest, driver, log, found.taken_over):
+                        found.recomputed += since
+                    else:
+                        found.taken_over += 1
                     found.resumed += 1
-                elif not _kill_one(driver.pid, titles_of(kind), rng):
+                elif not _kill_one(root, titles_of(kind), rng):
                     continue
                 found.faults[kind] += 1
                 say(f"chaos: killed {kind}")
@@ -188,7 +202,8 @@ def disturbed(
         if status != 0 and not (folder / RESULT).exists():
             raise BenchmarkFailed(f"the run ended with {status}:\n{log.read_text()[-3000:]}")
         await_end(ours(family), "the run", END_DEADLINE_S)
-        await_end(family, "the run", RAY_END_DEADLINE_S)
+        if cluster is None:
+            await_end(family, "the run", RAY_END_DEADLINE_S)
         result = json.loads((folder / RESULT).read_text())
         check_exactly_once(folder, result["epochs"])
         found.accuracy, found.best_accuracy = result["accuracy"], result["best_accuracy"]
@@ -242,6 +257,7 @@ def check_exactly_once(folder: Path, epochs: int) -> None:
 
 def start_driver(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    before_ray("local", environment)  # as what holds a cluster has it
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "downpour", *arguments],
@@ -270,14 +286,54 @@ def until(ready: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path)
         time.sleep(LOOK_EVERY_S)
 
 
-def _until_resumed(newest: Any, driver: subprocess.Popen[bytes], log: Path) -> None:
-    """The resumed run has to begin with the newest checkpoint that there was."""
+def _until_resumed(
+    newest: Any, driver: subprocess.Popen[bytes], log: Path, taken_over: int
+) -> bool:
+    """Wait until a run is resumed; returns whether its processes had outlived their driver.
+
+    If not, it has to begin with the newest checkpoint that there was. `taken_over` says how often
+    they had before.
+    """
     wanted = (
         "starting from the beginning"
         if newest is None
         else f"resuming from checkpoint {newest.number} at {newest.updates:,}"
     )
-    until(lambda: wanted in re.sub(r"\s+", " ", log.read_text()), driver, log)
+
+    def said() -> str:
+        return re.sub(r"\s+", " ", log.read_text())
+
+    until(lambda: wanted in said() or said().count(OUTLIVED) > taken_over, driver, log)
+    return said().count(OUTLIVED) > taken_over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A Ray that outlives the drivers of its runs."""
+
+    address: str
+    pid: int
+    """The process that all of it descends from."""
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Cluster]:
+    """A Ray on this machine, held by a process of its own."""
+    with Child("Ray", ["-m", "downpour.benchmarks.chaos", HOLD]) as child:
+        said = re.compile(r"^cluster (\S+)$", re.MULTILINE)
+        until(lambda: said.search(child.log.read_text()) is not None, child.process, child.log)
+        found = said.search(child.log.read_text())
+        assert found is not None
+        yield Cluster(address=found[1], pid=child.process.pid)
+
+
+def _hold_ray() -> None:
+    """Start a Ray, say where it is, and hold it until this process is killed."""
+    with on_ray(address="local", dashboard=False):
+        import ray
+
+        print(f"cluster {ray.get_runtime_context().gcs_address}", flush=True)
+        signal.pause()
 
 
 def titles_of(kind: str) -> tuple[str, ...]:
@@ -339,6 +395,9 @@ def started_at(pid: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """One run, added to a record of others."""
+    if list(argv) == [HOLD]:
+        _hold_ray()
+        return 0
     parser = argparse.ArgumentParser(
         prog="python -m downpour.benchmarks.chaos", description=__doc__
     )

@@ -2,7 +2,8 @@
 
 Runs of `mnist-bn` of the same length, one after the other in one session. In all but the first
 something is killed (kill -9) every 15 seconds, in turn: a process of replicas, a partition, a
-shuffler, the evaluator, and, unless the driver is spared, the driver, which is then resumed.
+shuffler, the evaluator, and, unless the driver is spared, the driver, which is then resumed. A run
+starts a Ray of its own, which ends with its driver, or is in a cluster, which goes on.
 Goodput is the time of the undisturbed run over that of another: both do the same updates, so it is
 useful updates a second over useful updates a second. That each example was applied once comes from
 the last checkpoint.
@@ -10,6 +11,7 @@ the last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 
@@ -24,12 +26,15 @@ MEMBERS = ("replicas", "partition", "shuffler", "evaluator")
 IN_TURN = (*MEMBERS, "driver")
 MOST_DEATHS, QUICK_MOST = 1000, 2
 RUN_DEADLINE_S = 3600.0
+IN_A_CLUSTER = ", in a cluster"
 WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hot standby": (("--hot-standby",), IN_TURN),
     "hot standby, driver spared": (("--hot-standby",), MEMBERS),
+    f"hot standby{IN_A_CLUSTER}": (("--hot-standby",), IN_TURN),
     "checkpoints": ((), IN_TURN),
 }
-"""What a partition that dies starts from, as options; and who dies in turn."""
+"""What a partition that dies starts from, as options; and who dies in turn. The name says so if
+Ray goes on when the driver dies."""
 
 
 def run(settings: Settings, say: Say) -> Report:
@@ -41,21 +46,29 @@ def run(settings: Settings, say: Say) -> Report:
     rounds = []
     for number in range(settings.repeat):
         pairs: dict[str, tuple[Disturbed, Disturbed]] = {}
-        calm: dict[tuple[str, ...], Disturbed] = {}
+        calm: dict[tuple[object, ...], Disturbed] = {}
         for way in wanted:
             options, victims = WAYS[way]
             arguments = ["--epochs", str(epochs), *options]
-            if options not in calm:
-                calm[options] = _run((), arguments, number, settings, say)
-            hit = _run(victims, arguments, number, settings, say)
-            pairs[way] = (calm[options], hit)
+            in_cluster = way.endswith(IN_A_CLUSTER)
+            with chaos.ray_cluster() if in_cluster else contextlib.nullcontext() as cluster:
+                key = (in_cluster, *options)
+                if key not in calm:
+                    calm[key] = _run((), arguments, number, settings, say, cluster)
+                hit = _run(victims, arguments, number, settings, say, cluster)
+            pairs[way] = (calm[key], hit)
             say(f"goodput, {way}: {goodput(*pairs[way]):.3f}")
         rounds.append(pairs)
     return report(rounds, epochs, QUICK_EVERY_S if settings.quick else EVERY_S)
 
 
 def _run(
-    victims: tuple[str, ...], arguments: list[str], seed: int, settings: Settings, say: Say
+    victims: tuple[str, ...],
+    arguments: list[str],
+    seed: int,
+    settings: Settings,
+    say: Say,
+    cluster: chaos.Cluster | None,
 ) -> Disturbed:
     """One run in which `victims` die in turn; nobody does if there are none."""
     every_s = QUICK_EVERY_S if settings.quick else EVERY_S
@@ -68,6 +81,7 @@ def _run(
         pause_s=(every_s, every_s),
         kinds=tuple(itertools.islice(itertools.cycle(victims), most)),
         deadline_s=RUN_DEADLINE_S,
+        cluster=cluster,
     )
 
 
@@ -111,7 +125,8 @@ def report(
         notes=(
             "repeated and recomputed are mini-batches; had an example been lost or applied twice, "
             "by the applied sets and sums in the last checkpoint, there would be no record.",
-            "times are of the whole command, Ray's start included, also that of resumed drivers.",
+            "times are of the whole command, also of resumed drivers; Ray's start is part of it, "
+            "except in a cluster.",
         ),
         configuration={
             "epochs": epochs,

@@ -21,7 +21,13 @@ from downpour.paramserver.partition import snapshot
 from downpour.paramserver.partition.snapshot import Snapshot, SnapshotFile
 from downpour.paramserver.partition.state import PartitionState
 from downpour.paramserver.server.server import PartitionServer
-from downpour.paramserver.spec import Average, PartitionSpec, PartitionStart, Restore
+from downpour.paramserver.spec import (
+    Average,
+    Papers,
+    PartitionSpec,
+    PartitionStart,
+    Restore,
+)
 from downpour.paramserver.standby.trouble import Trouble
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.names import NODE
@@ -57,12 +63,12 @@ class PartitionReport:
     connections_closed: dict[str, int]
     """Connections that the partition closed, by reason."""
     first_update_age_s: float | None
-    """Seconds since the first update since the actor started. No time of day: clocks of machines
+    """Seconds since the first update since the session began. No time of day: clocks of machines
     differ, and are set."""
     last_update_age_s: float | None
-    """Seconds since the latest update since the actor started."""
+    """Seconds since the latest update since the session began."""
     updates_before: int
-    """The version that the actor started from."""
+    """The version that the session, or the actor in it, began with."""
     has_follower: bool = False
     """Whether a second process has all that this one answers."""
     waits_for_word: int | None = None
@@ -99,11 +105,12 @@ class PartitionActor:
             network=_listen(spec.listen, start.credentials),
             waits_for_follower=spec.standby_wait,
         )
-        self._start(server, spec.record)
+        self._start(server, spec, start)
 
-    def _start(self, server: PartitionServer, record: str | None) -> None:
-        if record is not None:
-            server.record(Path(record))
+    def _start(self, server: PartitionServer, spec: PartitionSpec, start: PartitionStart) -> None:
+        self._papers = start.key, start.credentials, start.client_credentials
+        if spec.record is not None:
+            server.record(Path(spec.record))
         self._server = server.start()
         self._updates_before = server.call(lambda state: state.version)
         self._snapshots = threading.Lock()
@@ -118,6 +125,12 @@ class PartitionActor:
     def endpoint(self) -> Endpoint:
         """The endpoint for replicas."""
         return self._server.endpoint
+
+    def begin_session(self) -> Papers:
+        """Go on for another driver, whose session begins now."""
+        version = self._updates_before = self._server.begin_session()
+        key, credentials, clients = self._papers
+        return Papers(version=version, key=key, credentials=credentials, client_credentials=clients)
 
     def report(self) -> PartitionReport:
         """Where this partition stands."""
@@ -207,7 +220,7 @@ class FollowerActor(PartitionActor):
             generation=start.follower,
             client_credentials=start.client_credentials,
         )
-        self._start(server, spec.record)
+        self._start(server, spec, start)
 
     def __repr__(self) -> str:
         """What Ray's dashboard and log prefixes show, of one that has been promoted, too."""

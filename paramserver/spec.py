@@ -61,9 +61,24 @@ class PartitionStart:
     credentials: Credentials | None = None
     """For connections over the network; None encrypts nothing."""
     client_credentials: Credentials | None = None
-    """For a follower's own connection to its primary."""
+    """For connections to partitions: a follower's own to its primary, and those of replicas, which
+    another driver is told of."""
     follower: int = 1
     """Counts the partition's followers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Papers:
+    """What a driver has to know of a partition that it has not started itself."""
+
+    version: int
+    """Pushes applied."""
+    key: bytes = field(repr=False)
+    """The run's key."""
+    credentials: Credentials | None
+    """As in `PartitionStart`."""
+    client_credentials: Credentials | None
+    """As in `PartitionStart`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from downpour.cluster.config.run import RunConfig
@@ -54,6 +54,7 @@ class Controller:
         store: CheckpointStore,
         listener: RunListener,
         resumed: Checkpoint | None = None,
+        followers_before: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
         began_s: float | None = None,
     ) -> None:
@@ -67,6 +68,7 @@ class Controller:
             store: its checkpoints.
             listener: is told what happens.
             resumed: the checkpoint that the partitions start from, if any.
+            followers_before: see `Followers`.
             clock: seconds from some moment on.
             began_s: when the command began, by `clock`; now if None.
         """
@@ -91,6 +93,7 @@ class Controller:
             now=clock(),
             began_s=began_s,
             resumed=resumed,
+            followers_before=followers_before,
             newest_checkpoint=max([0, *store.numbers()]),
         )
 

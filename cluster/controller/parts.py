@@ -56,6 +56,7 @@ class RunParts:
         began_s: float | None = None,
         resumed: Checkpoint | None = None,
         newest_checkpoint: int = 0,
+        followers_before: Sequence[int] = (),
         failure_policy: FailurePolicy | None = None,
         warm_start: WarmStart | None = None,
         early_stopping: EarlyStopping | None = None,
@@ -73,6 +74,7 @@ class RunParts:
             began_s: when the session began, by the same clock; now if None.
             resumed: the checkpoint that the partitions start from, if any.
             newest_checkpoint: the highest number that a checkpoint of the run has had.
+            followers_before: see `Followers`.
             failure_policy: decides about failures; by default with the configured bound.
             warm_start: decides how many replicas train; by default as configured.
             early_stopping: decides whether a score ends the run; by default as configured.
@@ -141,6 +143,7 @@ class RunParts:
         self.partitions = Partitions(
             num_partitions,
             hot_standby=config.server.hot_standby,
+            followers_before=followers_before,
             joins_quietly=bool(config.server.policy.versions_kept),
             failures=self.failures,
             out=self.out,

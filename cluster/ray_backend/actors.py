@@ -17,6 +17,7 @@ def start(
     *arguments: Any,
     scheduling: Any,
     unhurried: bool = False,
+    driver: str | None = None,
     **options: Any,
 ) -> Any:
     """Start an actor; does not wait for it.
@@ -27,11 +28,13 @@ def start(
         arguments: of its constructor.
         scheduling: Ray's scheduling strategy.
         unhurried: whether nobody waits for it, see `unhurried`.
+        driver: Ray's id of this driver's job, if the actor is to outlive it, see `orphans`.
         options: further options of Ray's.
     """
     # Ray's overloads know neither the options of actors nor a class that is not spelled out.
     remote: Any = ray.remote
-    made = remote(ending_with_parent(actor, *([Unhurried] if unhurried else []))).options(
+    first = [Unhurried] if unhurried else []
+    made = remote(ending_with_parent(actor, *first, driver=driver)).options(
         num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=scheduling, **options
     )
     return made.remote(*arguments)

@@ -29,8 +29,13 @@ from downpour.cluster.controller.protocol.backend import (
     ProcessLost,
     ShufflerLost,
 )
-from downpour.cluster.ray_backend.actors import kill, start
 from downpour.cluster.ray_backend.leavers import Ends, Leavers
+from downpour.cluster.ray_backend.members import (
+    Members,
+    Survivors,
+    partition_role,
+    process_role,
+)
 from downpour.cluster.ray_backend.nodes import Nodes, leaving
 from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.ray_backend.spares import PartitionSpare, ReplicasSpare
@@ -40,7 +45,7 @@ from downpour.cluster.run.provenance import write_about
 from downpour.paramserver.access import Access
 from downpour.paramserver.actor import FollowerActor, PartitionActor
 from downpour.paramserver.config import NetworkConfig
-from downpour.paramserver.spec import Origin, PartitionSpec, PartitionStart, Restore
+from downpour.paramserver.spec import Origin, Papers, PartitionSpec, PartitionStart, Restore
 from downpour.paramserver.transport.endpoint import Endpoint
 from downpour.paramserver.transport.network.security import Credentials, issue
 from downpour.workers.actor import EvaluatorActor, ReplicasActor
@@ -52,6 +57,9 @@ PARTITION_CALLS = 4
 
 EVALUATOR_CALLS = 2
 """That the evaluator answers at a time: it scores, and says how far it is."""
+
+EVALUATOR = "evaluator"
+"""What it is for, in the notes of `members`."""
 
 Parts = Sequence[tuple[Any, Any]]
 """Parts of a window that are being delivered, each with the shuffler that does it."""
@@ -71,8 +79,12 @@ class RayBackend:
         nodes: Nodes,
         resumed: Checkpoint | None,
         store: CheckpointStore,
+        members: Members,
+        survivors: Survivors | None = None,
     ) -> None:
         """Start the partitions, shufflers, replicas and the evaluator; none of them is waited for.
+
+        Those that have outlived their driver (`survivors`) are not started again.
 
         If one machine has fewer processors than these want, only the first process of replicas
         starts now: each takes a processor for a second, to import PyTorch, and training can begin
@@ -80,31 +92,45 @@ class RayBackend:
         every processor busy, the first score would come seconds late.
         """
         self._config, self._specs, self._nodes = config, specs, nodes
-        self._key, self._weights, self._store = key, weights, store
-        self._statistics = statistics
-        self._access, self._credentials = _network(config.server.network, specs.partitions[0])
+        self._weights, self._store = weights, store
+        self._statistics, self._members = statistics, members
+        papers = None if survivors is None else survivors.papers
+        self._key = key if papers is None else papers.key
+        self._access, self._credentials = _network(
+            config.server.network, specs.partitions[0], papers
+        )
         self.num_partitions = len(specs.partitions)
         self.processes = tuple(spec.replicas for spec in specs.processes)
         record = specs.partitions[0].record
         if record is not None:
             write_about(Path(record), threads=specs.resolved.threads)
         count = len(self.processes)
+        living = {} if survivors is None else dict(survivors.others)
         self._spares: dict[type, tuple[Any, Any]] = {}
         """Processes that can become actors of a class, each with the call that says that it can."""
+        for actor in (ReplicasActor, PartitionActor):
+            if (spare := living.pop(_spare_role(actor), None)) is not None:
+                self._spares[actor] = (spare, spare.is_ready.remote())
         self._partitions: list[Any] = [None] * self.num_partitions
         self._followers: list[Any] = [None] * self.num_partitions
-        self._spawned_partitions: list[Any] = [
-            self._spawn_partition(i, resumed) for i in range(self.num_partitions)
-        ]
+        self._spawned_partitions: list[Any] = (
+            [self._spawn_partition(i, resumed) for i in range(self.num_partitions)]
+            if survivors is None
+            else list(survivors.partitions)
+        )
         self._endpoints: dict[int, Endpoint] = {}
         self._evaluator: Any = None
         self._process_actors: list[Any] = [None] * count
         enough = nodes.several or specs.resolved.processors >= self.num_partitions + count
         self._spawned: list[Any] = [
-            self._spawn_process(i) if enough or i == 0 else None for i in range(count)
+            living.pop(process_role(self.processes[i]), None)
+            or (self._spawn_process(i) if enough or i == 0 else None)
+            for i in range(count)
         ]
-        self._spawned_evaluator = self._spawn_evaluator()
-        self._shufflers = Shufflers(config, specs.shufflers, nodes)
+        self._spawned_evaluator = living.pop(EVALUATOR, None) or self._spawn_evaluator()
+        self._shufflers = Shufflers(config, specs.shufflers, nodes, members, living)
+        for actor in living.values():  # replicas that came later, see `downpour scale`
+            members.kill(actor)
         self._kinds: dict[PendingCall, tuple[type[Exception], str, Parts]] = {}
         self._averages: dict[PendingCall, list[Any]] = {}
         """What a scoring gets from each partition, if weights are averaged."""
@@ -119,7 +145,7 @@ class RayBackend:
 
     def start_partition(self, index: int, checkpoint: Checkpoint | None) -> PendingCall:
         """Start, or start again, a partition; done once it can be reached."""
-        kill(self._partitions[index])  # it may be out of reach only
+        self._members.kill(self._partitions[index])  # it may be out of reach only
         self.stop_follower(index)
         actor = self._spawned_partitions[index]
         if actor is None:
@@ -134,13 +160,12 @@ class RayBackend:
         """Start a follower of a partition that is up; gives its endpoint once it has the state."""
         self.stop_follower(index)
         origin = self._start_from(self._endpoints[index])
-        self._followers[index] = follower = start(
+        self._members.will_follow(index, number)
+        self._followers[index] = follower = self._members.start(
             FollowerActor,
             PARTITION_CALLS,
             self._specs.partitions[index],
-            dataclasses.replace(
-                origin, client_credentials=self._access.credentials, follower=number
-            ),
+            dataclasses.replace(origin, follower=number),
             scheduling=self._nodes.beside(self._partitions[index], index),
             unhurried=not self._nodes.several,  # elsewhere a node that is to leave may wait for it
         )
@@ -158,12 +183,13 @@ class RayBackend:
 
     def stop_follower(self, index: int) -> None:
         """End a partition's follower, if it has one."""
-        kill(self._followers[index])
+        self._members.kill(self._followers[index])
         self._followers[index] = None
 
     def promote(self, index: int) -> PendingCall:
         """End a partition and have its follower take its place; done once it can be reached."""
-        kill(self._partitions[index])  # should it live all the same, the follower fences it off
+        # Should it live all the same, the follower fences it off.
+        self._members.kill(self._partitions[index])
         self._partitions[index], self._followers[index] = self._followers[index], None
         pending = self._partition_call(index, self._partitions[index].promote.remote())
         self._arrivals[pending] = index
@@ -176,7 +202,7 @@ class RayBackend:
             actor = self._spawn_process(index)
         self._spawned[index] = None
         # It may be out of reach only: it must not come back beside the new one.
-        kill(self._process_actors[index])
+        self._members.kill(self._process_actors[index])
         self._process_actors[index] = actor
         return self.reconnect_process(index)
 
@@ -203,7 +229,8 @@ class RayBackend:
 
     def _make_spare(self, actor: type, kind: type, max_concurrency: int) -> None:
         if actor not in self._spares:
-            spare = start(kind, max_concurrency, scheduling="DEFAULT", unhurried=True)
+            spare = self._members.start(kind, max_concurrency, scheduling="DEFAULT", unhurried=True)
+            self._members.has_role(_spare_role(actor), spare)
             self._spares[actor] = (spare, spare.is_ready.remote())
 
     def _take_spare(self, actor: type) -> Any:
@@ -224,7 +251,7 @@ class RayBackend:
         """Have a spare become this actor, or start a new one."""
         spare = self._take_spare(actor)
         if spare is None:
-            return start(actor, max_concurrency, *arguments, **options)
+            return self._members.start(actor, max_concurrency, *arguments, **options)
         spare.assume.remote(*arguments)
         return spare
 
@@ -235,7 +262,7 @@ class RayBackend:
 
     def stop_process(self, index: int) -> None:
         """End a process of replicas that has no windows."""
-        kill(self._process_actors[index])
+        self._members.kill(self._process_actors[index])
         self._process_actors[index] = None
 
     def departing(self) -> Departing:
@@ -272,7 +299,7 @@ class RayBackend:
 
     def start_evaluator(self) -> PendingCall:
         """Start the evaluator; done once it is connected."""
-        kill(self._evaluator)
+        self._members.kill(self._evaluator)
         actor = self._spawned_evaluator
         if actor is None:
             actor = self._spawn_evaluator(unhurried=True)
@@ -357,6 +384,7 @@ class RayBackend:
         index = self._arrivals.pop(done.call, None)
         if index is not None and done.error is None:
             self._endpoints[index] = done.value
+            self._members.has_role(partition_role(index), self._partitions[index])
         return done
 
     def stop(self) -> None:
@@ -365,7 +393,8 @@ class RayBackend:
         actors = [*self._process_actors, *self._spawned, self._evaluator, self._spawned_evaluator]
         actors += [*(spare for spare, _ in self._spares.values()), *self._followers]
         for actor in [*actors, *self._partitions, *self._spawned_partitions]:
-            kill(actor)
+            self._members.kill(actor)
+        self._members.forget()
 
     def _spawn_partition(self, index: int, checkpoint: Checkpoint | None) -> Any:
         spec = self._specs.partitions[index]
@@ -388,27 +417,35 @@ class RayBackend:
         self, origin: Origin, statistics: npt.NDArray[np.float64] | None = None
     ) -> PartitionStart:
         return PartitionStart(
-            key=self._key, origin=origin, statistics=statistics, credentials=self._credentials
+            key=self._key,
+            origin=origin,
+            statistics=statistics,
+            credentials=self._credentials,
+            client_credentials=self._access.credentials,
         )
 
     def _spawn_process(self, index: int) -> Any:
         # A process that came later is like the first, with other replicas.
         spec = dataclasses.replace(self._specs.processes[0], replicas=self.processes[index])
-        return self._start_soon(
+        process = self._start_soon(
             ReplicasActor,
             self._calls_of_replicas(),
             spec,
             **self._nodes.options("replicas", index),
         )
+        self._members.has_role(process_role(self.processes[index]), process)
+        return process
 
     def _spawn_evaluator(self, *, unhurried: bool = False) -> Any:
-        return start(
+        evaluator = self._members.start(
             EvaluatorActor,
             EVALUATOR_CALLS,
             self._specs.evaluator,
             scheduling=self._nodes.scheduling("evaluator", 0),
             unhurried=unhurried,
         )
+        self._members.has_role(EVALUATOR, evaluator)
+        return evaluator
 
     def _names(self, index: int) -> str:
         return f"replicas {', '.join(map(str, self.processes[index]))}"
@@ -454,9 +491,21 @@ def _failure_of(call: Any, lost: type[Exception], what: str) -> Exception | None
     return None
 
 
-def _network(config: NetworkConfig, spec: PartitionSpec) -> tuple[Access, Credentials | None]:
-    """How clients reach the partitions, and the partitions' credentials, made here if need be."""
+def _spare_role(actor: type) -> str:
+    return f"spare of {actor.__name__}"
+
+
+def _network(
+    config: NetworkConfig, spec: PartitionSpec, papers: Papers | None
+) -> tuple[Access, Credentials | None]:
+    """How clients reach the partitions, and the partitions' credentials.
+
+    Credentials are made here if need be, unless the partitions have outlived their driver.
+    """
     access = Access(transport=config.transport, wire=config.wire)
+    if papers is not None:
+        access = dataclasses.replace(access, credentials=papers.client_credentials)
+        return access, papers.credentials
     if spec.listen is None or not config.encrypt:
         return access, None
     credentials = issue()

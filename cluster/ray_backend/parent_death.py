@@ -14,13 +14,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from downpour.cluster.ray_backend.orphans import Attendance, end_as_orphan
+
 PR_SET_PDEATHSIG = 1
 
 
-def ending_with_parent(actor: type, *first: type) -> type:
+def ending_with_parent(actor: type, *first: type, driver: str | None = None) -> type:
     """A class like `actor`, under the same name, whose process ends with its parent.
 
     The classes in `first` are bases, too, whose modules its process imports before the actor's.
+    With `driver` it ends by itself, too, once that driver is gone and no other has come (`attend`).
 
     Its constructor never raises: Ray would say of such an actor no more than that it died. Each
     call raises what kept it from starting instead.
@@ -29,6 +32,9 @@ def ending_with_parent(actor: type, *first: type) -> type:
     class EndingWithParent(*first, actor):  # type: ignore[misc]
         def __init__(self, *arguments: Any) -> None:
             end_with_parent()
+            if driver is not None:
+                self._attendance = Attendance(driver)
+                end_as_orphan(self._attendance)
             self._kept_from_starting: Exception | None = None
             try:
                 super().__init__(*arguments)
@@ -37,6 +43,10 @@ def ending_with_parent(actor: type, *first: type) -> type:
 
         def __repr__(self) -> str:
             return actor.__name__ if self._kept_from_starting else str(super().__repr__())
+
+        def attend(self, driver: str) -> None:
+            """Work for another driver from now on: the one before is gone."""
+            self._attendance.driver = driver
 
     for name in dir(actor):
         method = getattr(actor, name)

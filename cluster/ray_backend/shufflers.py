@@ -22,7 +22,7 @@ from downpour.cluster.config.placement import NoPlace, disk_of
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import user_message
-from downpour.cluster.ray_backend.actors import kill, start
+from downpour.cluster.ray_backend.members import Members
 from downpour.cluster.ray_backend.nodes import SEE_DEADLINE_S, Nodes
 from downpour.shuffler.actor import ShufflerActor
 from downpour.shuffler.errors import DatasetError
@@ -48,20 +48,34 @@ class _Post:
 class Shufflers:
     """The shufflers of one run."""
 
-    def __init__(self, config: RunConfig, specs: Sequence[ShufflerSpec], nodes: Nodes) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        specs: Sequence[ShufflerSpec],
+        nodes: Nodes,
+        members: Members,
+        living: dict[str, Any] | None = None,
+    ) -> None:
         """Start them; does not wait for them.
 
         Args:
             config: of the run.
             specs: those with the data in one place.
             nodes: of the cluster.
+            members: starts and ends actors.
+            living: actors that have outlived their driver, by what they are for; those that are
+                used here are taken out. A shuffler of a node's own disk is not.
 
         Raises:
             RunFailed: no node has a certain shard.
         """
-        self._config, self._specs, self._nodes = config, specs, nodes
+        self._config, self._specs, self._nodes, self._members = config, specs, nodes, members
         self._posts = self._find_posts()
-        self._actors = [self._start(i, post) for i, post in enumerate(self._posts)]
+        living = {} if living is None else living
+        self._actors = [
+            living.pop(_role(post), None) or self._start(i, post)
+            for i, post in enumerate(self._posts)
+        ]
         self._lost: list[Any] = []
         self._coming: tuple[list[_Post], list[Any]] | None = None
         """Those that are to deliver from when they are up, with their posts."""
@@ -107,7 +121,7 @@ class Shufflers:
         ]
         for actor in before:
             if actor in lost:
-                kill(actor)  # it may be out of reach only
+                self._members.kill(actor)  # it may be out of reach only
             elif actor not in self._actors:
                 self._leaving.append(actor)
         return len(lost)
@@ -157,19 +171,19 @@ class Shufflers:
         """End those that deliver no new window, except the `busy` ones."""
         for actor in [actor for actor in self._leaving if actor not in busy]:
             self._leaving.remove(actor)
-            kill(actor)
+            self._members.kill(actor)
 
     def _end_coming(self) -> None:
         coming, self._coming = self._coming, None
         for actor in coming[1] if coming else ():
             if actor not in self._actors:
-                kill(actor)
+                self._members.kill(actor)
 
     def stop(self) -> None:
         """End them."""
         self._end_coming()
         for actor in [*self._actors, *self._leaving]:
-            kill(actor)
+            self._members.kill(actor)
 
     def _start(self, index: int, post: _Post) -> Any:
         if post.node is None:
@@ -178,7 +192,10 @@ class Shufflers:
         else:
             spec = dataclasses.replace(self._specs[0], index=index, holding=post.holding)
             scheduling = NodeAffinitySchedulingStrategy(post.node, soft=False)
-        return start(ShufflerActor, SHUFFLER_CALLS, spec, scheduling=scheduling)
+        made = self._members.start(ShufflerActor, SHUFFLER_CALLS, spec, scheduling=scheduling)
+        if post.node is None:
+            self._members.has_role(_role(post), made)
+        return made
 
     def _find_posts(self, *, staying: bool = False) -> list[_Post]:
         """Who is to read what; from disks of nodes that are `staying` only, if that is asked."""
@@ -214,3 +231,8 @@ class Shufflers:
         except RayError:
             return ()
         return names
+
+
+def _role(post: _Post) -> str:
+    """What a shuffler is for, in the notes of `members`."""
+    return f"shuffler {post.share}" if post.node is None else f"shuffler on {post.node}"

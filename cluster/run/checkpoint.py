@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +234,25 @@ def partitions_before(folder: RunFolder) -> int | None:
         return int(folder.read_json(RESOLVED)["partitions"])
     checkpoint, _ = CheckpointStore(folder.checkpoints_uri).latest()
     return None if checkpoint is None else len(checkpoint.files)
+
+
+def going_on(
+    newest: Checkpoint | None, status: Mapping[str, Any], *, version: int, metric: str
+) -> Checkpoint:
+    """Return where a run stands whose partitions have outlived its driver.
+
+    Args:
+        newest: its newest checkpoint, if there is one.
+        status: what the run's status says, from the last second of that driver.
+        version: of the partition that is furthest behind.
+        metric: the figure that decides which weights are best.
+    """
+    before = newest or Checkpoint(number=0, updates=0, elapsed_s=0.0, files=())
+    elapsed_s = max(before.elapsed_s, float(status.get("elapsed_s", 0.0)))
+    scores = dict(before.scores or {})
+    if newest is not None:
+        more_s = elapsed_s - before.elapsed_s
+        scores["training_s"] = scores.get("training_s", 0.0) + more_s
+    if (best := status.get(f"best_{metric}")) is not None:
+        scores |= {"best": best, "metric": metric}
+    return replace(before, updates=version, elapsed_s=elapsed_s, scores=scores)

@@ -8,6 +8,7 @@ runs/<name>/
   status.json        where the run stands; replaced about once a second
   metrics.jsonl      a line a second, and a line for each evaluation
   control.json       what `downpour scale` asks for, while the run trains
+  members.json       names of the processes that a driver can take over, see `--hot-standby`
   events.jsonl       a line for each loss and what was done about it, and for other news
   checkpoints/       what `downpour resume` goes on from
   record/            every push, in its order, if that is recorded
@@ -44,6 +45,7 @@ from downpour.shuffler.dataset.bundled import at_hand
 CONFIG, RESOLVED = "config.json", "resolved.json"
 DATA, STATUS = "data.json", "status.json"
 METRICS, EVENTS, RESULT = "metrics.jsonl", "events.jsonl", "result.json"
+MEMBERS = "members.json"
 CONTROL, RECORD, ABOUT_RECORD = "control.json", "record", "about.json"
 BEGAN_IN = "folder"
 """In `data.json`: the folder that the run began in, which relative paths are meant from."""

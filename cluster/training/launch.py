@@ -14,21 +14,31 @@ Not here: decisions while it trains (`cluster.controller`), and how actors are s
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downpour.cluster.config.derive import model_spec
+from downpour.cluster.config.paths import ROOT
+from downpour.cluster.config.plain import to_plain
 from downpour.cluster.config.resolve import Facts, RunSpecs, resolve
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.errors import UserError
 from downpour.cluster.monitoring.display import TrainingDisplay
 from downpour.cluster.monitoring.progress import Progress
-from downpour.cluster.run.checkpoint import Checkpoint, CheckpointStore, partitions_before
-from downpour.cluster.run.folder import RECORD, RESOLVED, RESULT, RunFolder
+from downpour.cluster.run.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    going_on,
+    partitions_before,
+)
+from downpour.cluster.run.folder import MEMBERS, RECORD, RESOLVED, RESULT, RunFolder
 from downpour.cluster.training.inputs import Data, Model, build_model, check_data_unchanged
 from downpour.cluster.training.process import process_age_s, stop_on_signals
 from downpour.cluster.training.result import conclude, stopped
@@ -40,9 +50,11 @@ from downpour.shuffler.processors import processors
 if TYPE_CHECKING:
     from downpour.cluster.controller.protocol.instructions import RunOutcome
     from downpour.cluster.monitoring.observation import Onlooker, Sink
+    from downpour.cluster.ray_backend.members import Survivors
     from downpour.cluster.ray_backend.nodes import Nodes
 
 Show = Callable[[Progress], None]
+OUTLIVED = "the run's processes have outlived their driver"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +67,10 @@ class _Session:
     num_partitions: int | None
     """Partitions that the run has had so far, or that somebody chose; None if neither."""
     store: CheckpointStore
+    resumes: bool
+    """Whether it is not the run's first."""
     resumed: Checkpoint | None
-    """What it goes on from."""
+    """What it goes on from, if the run's processes have not outlived their driver."""
     began_s: float
     """By the monotonic clock."""
     console: Any
@@ -152,6 +166,7 @@ def _open(
         data=data,
         num_partitions=num_partitions,
         store=store,
+        resumes=resume,
         resumed=_find_checkpoint(folder, store, console) if resume else None,
         began_s=began_s,
         console=console,
@@ -169,12 +184,6 @@ def _find_checkpoint(folder: RunFolder, store: CheckpointStore, console: Any) ->
     for problem in passed:
         before = "; taking the one before" if checkpoint else ""
         console.print(f"{problem}{before}", style="yellow")
-    if checkpoint is None:
-        console.print("no checkpoint yet: starting from the beginning", style="yellow")
-    else:
-        console.print(
-            f"resuming from checkpoint {checkpoint.number} at {checkpoint.updates:,} updates"
-        )
     return checkpoint
 
 
@@ -249,17 +258,27 @@ def _control(
     from downpour.cluster.monitoring.observation import Handle
     from downpour.cluster.monitoring.telemetry import Telemetry
     from downpour.cluster.ray_backend.backend import RayBackend
+    from downpour.cluster.ray_backend.members import Members
 
-    backend = RayBackend(
-        config=session.config,
-        specs=specs,
-        weights=model.weights,
-        statistics=model.statistics,
-        key=secrets.token_bytes(KEY_BYTES),
-        nodes=nodes,
-        resumed=session.resumed,
-        store=session.store,
-    )
+    members = Members(*_notes(session, specs))
+    survivors = members.take_over(len(specs.partitions))
+    resumed = _where_it_stands(session, survivors)
+    try:
+        backend = RayBackend(
+            config=session.config,
+            specs=specs,
+            weights=model.weights,
+            statistics=model.statistics,
+            key=secrets.token_bytes(KEY_BYTES),
+            nodes=nodes,
+            resumed=resumed,
+            store=session.store,
+            members=members,
+            survivors=survivors,
+        )
+    except BaseException:
+        members.end()
+        raise
     sinks = _sinks(session, model)
     telemetry = Telemetry(
         config=session.config,
@@ -276,7 +295,8 @@ def _control(
         folder=session.folder,
         store=session.store,
         listener=telemetry,
-        resumed=session.resumed,
+        resumed=resumed,
+        followers_before=() if survivors is None else survivors.followers,
         began_s=session.began_s,
     )
     handle = Handle(
@@ -294,6 +314,37 @@ def _control(
         for sink in sinks:
             sink.close()
     return outcome, controller.stop_reason
+
+
+def _where_it_stands(session: _Session, survivors: Survivors | None) -> Checkpoint | None:
+    """Say what the run goes on from, and return it; None if it begins."""
+    resumed, console = session.resumed, session.console
+    if survivors is not None:
+        resumed = going_on(
+            resumed,
+            session.folder.status(),
+            version=survivors.papers.version,
+            metric=session.config.model.the_task.metric,
+        )
+        console.print(f"{OUTLIVED}: going on at {resumed.updates:,} updates")
+    elif resumed is not None:
+        console.print(f"resuming from checkpoint {resumed.number} at {resumed.updates:,} updates")
+    elif session.resumes:
+        console.print("no checkpoint yet: starting from the beginning", style="yellow")
+    return resumed
+
+
+def _notes(session: _Session, specs: RunSpecs) -> tuple[Path | None, str]:
+    """Where the run's processes are noted for another driver, and what they are made from."""
+    if not session.config.server.hot_standby:
+        return None, ""
+    made_from = {
+        "code": str(ROOT),
+        "config": to_plain(session.config),
+        "resolved": asdict(specs.resolved),
+    }
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode())
+    return session.folder.path / MEMBERS, digest.hexdigest()
 
 
 def _sinks(session: _Session, model: Model) -> list[Sink]:

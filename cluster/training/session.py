@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from downpour.cluster.errors import UserError
@@ -42,17 +42,18 @@ def ray_address(given: str | None) -> str:
     return given or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def before_ray(address: str) -> None:
+def before_ray(address: str, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what Ray reads when it is imported, unless somebody has set it.
 
     Args:
         address: of the cluster, see `ray_address`.
+        environment: where it is set.
     """
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        environment.setdefault("RAY_AUTH_MODE", "token")
         # As Ray does on a Mac: it then listens on loopback only.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @contextlib.contextmanager

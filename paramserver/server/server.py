@@ -241,6 +241,15 @@ class PartitionServer:
         """
         self.call(self._become_primary, deadline_s)
 
+    def begin_session(self) -> int:
+        """Begin anew to note when updates are, and return the version that is there."""
+
+        def begin(state: PartitionState) -> int:
+            self._versions.first_update_s = self._versions.last_update_s = None
+            return state.version
+
+        return self.call(begin)
+
     def let_alone(self, generation: int, deadline_s: float = 60.0) -> None:
         """Answer without a follower on another machine, which will not be the partition any more.
 
@@ -304,12 +313,14 @@ class PartitionServer:
 
     @property
     def first_update_age_s(self) -> float | None:
-        """Seconds since the first update since `start`; of a follower, since its primary's."""
+        """Seconds since the first update since `start`, or since the session began; of a follower,
+        since its primary's.
+        """
         return _age_s(self._versions.first_update_s)
 
     @property
     def last_update_age_s(self) -> float | None:
-        """Seconds since the latest update since `start`."""
+        """Seconds since the latest update since `start`, or since the session began."""
         return _age_s(self._versions.last_update_s)
 
     @property

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from downpour.cluster.run.checkpoint import CheckpointStore
+from downpour.cluster.run.folder import RunFolder
 from tests.helpers import commands
 from tests.helpers.small_run import NUM_ROWS, SMALL, check_result
 
@@ -44,6 +46,8 @@ def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> 
         assert f'"state": "{told}' in state.read_text()
         command = ("resume", run, "--no-dashboard")
 
+    newest, _ = CheckpointStore(RunFolder.open(run).checkpoints_uri).latest()
+    assert newest is not None
     assert commands.run(*command, log=log) == 0, log.read_text()
     output = log.read_text()
     assert output.count("resuming from checkpoint") == 2
@@ -51,6 +55,11 @@ def test_a_driver_that_dies_is_resumed_to_every_example_once(tmp_path: Path) -> 
     result = commands.result(run)
     check_result(result, epochs=4)
     assert 0 < before < 4 * NUM_ROWS
+    # It is of all sessions, and not of the last one alone.
+    assert newest.updates > 0
+    assert result["elapsed_s"] >= newest.elapsed_s + result["training_s"] - 0.02  # both rounded
+    pushes = sum(count for _, count in result["staleness"]["histogram"])
+    assert pushes == result["partitions"] * result["updates"]
 
 
 def test_what_is_wrong_with_the_model_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ the earlier one reports is not heard any more.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,14 +83,24 @@ class Followers:
     """The followers of all partitions of one run."""
 
     def __init__(
-        self, num_partitions: int, *, wanted: bool, failures: Failures, out: list[Instruction]
+        self,
+        num_partitions: int,
+        *,
+        wanted: bool,
+        failures: Failures,
+        out: list[Instruction],
+        before: Sequence[int] = (),
     ) -> None:
-        """None has been started. None ever will be, unless they are `wanted`."""
+        """None has been started. None ever will be, unless they are `wanted`.
+
+        `before` says how many followers each partition has had under an earlier driver, if it has
+        outlived that one. An earlier one that comes late is then refused.
+        """
         self._failures = failures
         self._out = out
         first = Standing.MISSING if wanted else Standing.LEFT_OUT
         self._standing = [first] * num_partitions
-        self._starts = [0] * num_partitions
+        self._starts = list(before) or [0] * num_partitions
         self._without = [0] * num_partitions
         self._successors: dict[int, int] = {}
         """Partitions that have a follower only to move, and how many of those were lost."""

@@ -87,12 +87,13 @@ class Partitions:
         num_partitions: int,
         *,
         hot_standby: bool,
+        followers_before: Sequence[int] = (),
         joins_quietly: bool = False,
         failures: Failures,
         out: list[Instruction],
         now: float,
     ) -> None:
-        """None is up.
+        """None is up; for `followers_before` see `Followers`.
 
         If followers join `quietly`, they do not take pushes that were computed before they came.
         """
@@ -111,7 +112,9 @@ class Partitions:
         """When its latest update was."""
         self.inquiries: dict[int, Inquiry] = {}
         """Inquiries under way, by number."""
-        self.followers = Followers(num_partitions, wanted=hot_standby, failures=failures, out=out)
+        self.followers = Followers(
+            num_partitions, wanted=hot_standby, failures=failures, out=out, before=followers_before
+        )
         self._joins_quietly = joins_quietly
         self.leaving: set[int] = set()
         """Those whose nodes are to leave, and whose followers are to take their places."""

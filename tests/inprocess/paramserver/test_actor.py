@@ -44,6 +44,20 @@ def test_the_actor_serves_reports_snapshots_and_comes_back(tmp_path: Path) -> No
     path = tmp_path / file.name
     assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
     client.close()
+
+    assert (report.updates_before, report.first_update_age_s is None) == (0, False)
+    papers = first.begin_session()  # for another driver
+    assert (papers.version, papers.key) == (1, KEY)
+    report = first.report()
+    assert (report.updates_before, report.version) == (1, 1)
+    assert (report.first_update_age_s, report.last_update_age_s) == (None, None)
+    client = ParameterClient([first.endpoint()], key=papers.key, num_mailboxes=1)
+    assert push(client, 0, replica=4) is Outcome.DUPLICATE
+    assert push(client, 2, replica=4) is Outcome.APPLIED
+    report = first.report()
+    assert report.version == 2
+    assert report.first_update_age_s is not None
+    client.close()
     first.stop()
 
     origin = Restore(uri=path.as_uri(), sha256=file.sha256)

@@ -1,6 +1,7 @@
 """What `bench goodput` makes of its runs."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 
@@ -28,11 +29,13 @@ def test_goodput_is_the_time_of_a_calm_run_over_that_of_a_disturbed_one() -> Non
 
 def test_everything_dies_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, tuple[str, ...]]] = []
+    clusters: list[object] = []
 
     def disturbed(faults: int, arguments: list[str], **about: object) -> Disturbed:
         kinds = about["kinds"]
         assert isinstance(kinds, tuple)
         asked.append((faults, kinds[:6]))
+        clusters.append(about["cluster"])
         return Disturbed(seed=0, run_s=1.0)
 
     monkeypatch.setattr("downpour.benchmarks.chaos.disturbed", disturbed)
@@ -44,6 +47,11 @@ def test_everything_dies_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     spared = (*goodput.MEMBERS, *goodput.MEMBERS[:2])
     every = (*goodput.IN_TURN, "replicas")
     assert asked == [(0, ()), (1000, every), (1000, spared)], "they share the undisturbed run"
+    asked.clear()
+    monkeypatch.setattr("downpour.benchmarks.chaos.ray_cluster", lambda: nullcontext("a Ray"))
+    goodput.run(Settings(repeat=1, only=(ways[0], "hot standby, in a cluster")), lambda line: None)
+    assert asked == [(0, ()), (1000, every), (0, ()), (1000, every)], "it has one of its own"
+    assert clusters[-4:] == [None, None, "a Ray", "a Ray"]
     with pytest.raises(BadSettings, match="give one of"):
         goodput.run(Settings(repeat=1, only=("magic",)), lambda line: None)
 

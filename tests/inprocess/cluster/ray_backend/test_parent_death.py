@@ -8,6 +8,7 @@ import pytest
 from downpour.cluster.controller.protocol.backend import RunFailed
 from downpour.cluster.errors import UserError
 from downpour.cluster.ray_backend import parent_death
+from downpour.cluster.ray_backend.orphans import Attendance
 from downpour.models.lookup import import_named
 
 THEIRS = """
@@ -66,3 +67,15 @@ def test_an_error_with_a_remedy_stays_itself() -> None:
     for _ in range(2):
         with pytest.raises(UserError, match=r"^give another$"):
             actor.add(1)
+
+
+def test_an_actor_works_for_another_driver_once_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[Attendance] = []
+    monkeypatch.setattr(parent_death, "end_as_orphan", watched.append)
+    actor = parent_death.ending_with_parent(Counting, driver="a")(3)
+    assert actor.add(1) == 4
+    assert [attendance.driver for attendance in watched] == ["a"]
+    actor.attend("b")
+    assert [attendance.driver for attendance in watched] == ["b"]
+    parent_death.ending_with_parent(Counting)(3)
+    assert len(watched) == 1

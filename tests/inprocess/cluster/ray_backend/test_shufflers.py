@@ -18,7 +18,8 @@ from downpour.cluster.config.placement import Node, PlacementConfig, disks
 from downpour.cluster.config.resolve import shuffler_specs
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.controller.protocol.backend import RunFailed
-from downpour.cluster.ray_backend import shufflers
+from downpour.cluster.ray_backend import members, shufflers
+from downpour.cluster.ray_backend.members import Members
 from downpour.cluster.ray_backend.shufflers import Shufflers
 from downpour.cluster.training.inputs import check_data
 from downpour.shuffler.dataset.reader import RowReader
@@ -118,13 +119,13 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
     played = Played(str(tmp_path / "{node}"))
     monkeypatch.setattr(shufflers.ray, "remote", played.remote)
     monkeypatch.setattr(shufflers.ray, "get", played.get)
-    monkeypatch.setattr(shufflers, "start", played.start)
-    monkeypatch.setattr(shufflers, "kill", played.killed.append)
+    monkeypatch.setattr(members.actors, "start", played.start)
+    monkeypatch.setattr(members.actors, "kill", played.killed.append)
     return played
 
 
 def shufflers_of(config: RunConfig, plan: Plan, played: Any) -> Shufflers:
-    return Shufflers(config, shuffler_specs(config, plan), played)
+    return Shufflers(config, shuffler_specs(config, plan), played, Members(None))
 
 
 def configured(played: Played) -> RunConfig:

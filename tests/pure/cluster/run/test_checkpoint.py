@@ -11,6 +11,7 @@ from downpour.cluster.errors import UserError
 from downpour.cluster.run.checkpoint import (
     Checkpoint,
     CheckpointStore,
+    going_on,
     partitions_before,
     slowest,
 )
@@ -150,3 +151,18 @@ def test_a_run_that_ended_in_its_first_checkpoint_begins_anew(store: CheckpointS
     found, passed = store.to_resume()
     assert found is not None
     assert (found.number, passed) == (2, [])
+
+
+def test_a_run_whose_partitions_live_stands_where_its_last_status_says() -> None:
+    scores = {"best": 0.5, "metric": "accuracy", "training_s": 8.0, "reached": {"0.5": {}}}
+    newest = Checkpoint(
+        number=3, updates=70, elapsed_s=10.0, ramp={"a": 1}, scores=scores, files=()
+    )
+    status = {"elapsed_s": 14.0, "best_accuracy": 0.6}
+    found = going_on(newest, status, version=90, metric="accuracy")
+    assert (found.number, found.updates, found.elapsed_s, found.ramp) == (3, 90, 14.0, {"a": 1})
+    assert found.scores == {**scores, "best": 0.6, "training_s": 12.0}
+    # Without a status, or a checkpoint: it may not have come so far.
+    assert going_on(newest, {}, version=90, metric="accuracy").scores == scores
+    found = going_on(None, {"elapsed_s": 4.0}, version=5, metric="accuracy")
+    assert (found.number, found.updates, found.elapsed_s, found.scores) == (0, 5, 4.0, {})

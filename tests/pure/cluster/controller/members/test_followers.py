@@ -30,10 +30,12 @@ from downpour.paramserver.standby.trouble import Kind, Trouble
 class Script:
     """The followers of one partition, and what they ask for."""
 
-    def __init__(self, *, wanted: bool = True, max_restarts: int = 100) -> None:
+    def __init__(
+        self, *, wanted: bool = True, max_restarts: int = 100, before: tuple[int, ...] = ()
+    ) -> None:
         self.out: list[Instruction] = []
         failures = Failures(FailurePolicy(max_restarts=max_restarts), run="runs/a", out=self.out)
-        self.followers = Followers(1, wanted=wanted, failures=failures, out=self.out)
+        self.followers = Followers(1, wanted=wanted, failures=failures, out=self.out, before=before)
 
     def taken(self, kind: type[Any]) -> list[Any]:
         """What has been asked for of a kind since the last look."""
@@ -182,3 +184,11 @@ def test_a_partition_whose_connections_to_both_have_ended_is_gone() -> None:
         "it is gone, and replicas lost their connection, too"
     )
     assert silent.confirmed(10.0, 9.9, 10.0) is None
+
+
+def test_followers_are_counted_on_from_those_of_an_earlier_driver() -> None:
+    """One that the earlier driver had started and that comes late has a lower number."""
+    script = Script(before=(3,))
+    script.report(False, waits_for_word=3)
+    assert [word.follower for word in script.taken(LetAlone)] == [3]
+    assert script.start().start == 4
