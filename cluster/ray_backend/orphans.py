@@ -11,10 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 ORPHAN_S = 60.0
 """How long an actor waits for another driver."""
 LOOK_EVERY_S = 5.0
+ASK_DEADLINE_S = 10.0
 
 
 class Attendance:
@@ -58,10 +60,21 @@ def _watch(attendance: Attendance) -> None:
 
 
 def is_over(driver: str) -> bool:
-    """Whether a driver of this cluster is gone, by what Ray knows; False if Ray does not tell."""
-    from ray._private.state import jobs  # Ray has no public name for it that is as cheap
+    """Whether a driver of this cluster is gone, by what Ray knows; False if Ray does not tell.
 
+    Args:
+        driver: Ray's id of its job.
+    """
+    from ray._private.worker import global_worker  # Ray has no public name that asks for one job
+
+    client: Any = global_worker.gcs_client
     try:
-        return any(job["IsDead"] for job in jobs() if job["JobID"] == driver)  # type: ignore[no-untyped-call]
-    except Exception:  # Ray's head is out of reach: with it this process would end, too
+        jobs = client.get_all_job_info(
+            job_or_submission_id=driver,
+            skip_submission_job_info_field=True,
+            skip_is_running_tasks_field=True,
+            timeout=ASK_DEADLINE_S,
+        )
+    except Exception:  # Ray's head is out of reach: if it stays so, Ray ends this process
         return False
+    return any(job.is_dead for id, job in jobs.items() if id.hex() == driver)

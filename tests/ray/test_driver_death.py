@@ -10,7 +10,7 @@ from tests.helpers.ray_nodes import RayNodes
 from tests.helpers.small_run import SMALL, check_result
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(480)]
-KINDS = ("Partition", "Replica", "Evaluator", "Shuffler")
+KINDS = ("Partition", "Replica", "Evaluator", "Shuffler", "Follower")
 
 
 def test_processes_outlive_their_driver_and_go_on_for_the_next(
@@ -25,19 +25,17 @@ def test_processes_outlive_their_driver_and_go_on_for_the_next(
         log=log,
     )
     try:
-        commands.wait_for(lambda: commands.examples(run) > 5000, "some training")
-        lived = {kind: ray_here.processes(kind) for kind in KINDS}
+        commands.wait_for(lambda: commands.updates(run) > 20, "some training")
+        (partition,) = ray_here.processes("Partition")
     finally:
         process.kill()
         process.wait(commands.DEADLINE_S)
-    assert all(lived.values()), lived
     before = commands.updates(run)
 
     process = commands.start("resume", run, "--address", ray_here.address, log=log)
     try:
         commands.wait_for(lambda: commands.updates(run) > before + 20, "updates of the next driver")
-        for kind, processes in lived.items():
-            assert processes <= ray_here.processes(kind) | ray_here.processes("Follower"), kind
+        assert commands.alive({partition})
         assert process.wait(commands.DEADLINE_S) == 0, log.read_text()
     finally:
         process.kill()
@@ -47,12 +45,11 @@ def test_processes_outlive_their_driver_and_go_on_for_the_next(
     assert "Traceback" not in output
     result = commands.result(run)
     check_result(result, epochs=1)
-    assert result["process_restarts"] == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [line["updates"] for line in lines if "replicas_alive" in line]
     assert updates == sorted(updates), "a version went back"
     assert not (run / "members.json").exists()
     commands.wait_for(
-        lambda: not any(ray_here.processes(kind) for kind in (*KINDS, "Follower")),
+        lambda: not any(ray_here.processes(kind) for kind in KINDS),
         "the end of every process of the run",
     )
