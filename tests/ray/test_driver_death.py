@@ -19,7 +19,7 @@ def test_processes_outlive_their_driver_and_go_on_for_the_next(
     """There is no checkpoint, so each update of the first session is there because it lived on."""
     log, run = tmp_path / "log", tmp_path / "runs" / "a"
     process = commands.start(
-        *("train", "mnist-bn", "--runs", run.parent, "--name", "a", "--epochs", "1"),
+        *("train", "mnist-bn", "--runs", run.parent, "--name", "a", "--epochs", "4"),
         *("--hot-standby", "--spares", "none", "--checkpoint-every-s", "1000"),
         *("--address", ray_here.address, *SMALL),
         log=log,
@@ -44,7 +44,7 @@ def test_processes_outlive_their_driver_and_go_on_for_the_next(
     assert "starting from the beginning" not in output
     assert "Traceback" not in output
     result = commands.result(run)
-    check_result(result, epochs=1)
+    check_result(result, epochs=4)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [line["updates"] for line in lines if "replicas_alive" in line]
     assert updates == sorted(updates), "a version went back"
