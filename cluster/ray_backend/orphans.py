@@ -65,9 +65,10 @@ def is_over(driver: str) -> bool:
     Args:
         driver: Ray's id of its job.
     """
-    from ray._private.worker import global_worker  # Ray has no public name that asks for one job
+    from ray._private import worker  # Ray has no public name that asks for one job
 
-    client: Any = global_worker.gcs_client
+    ours: Any = worker.global_worker
+    client = ours.gcs_client
     try:
         jobs = client.get_all_job_info(
             job_or_submission_id=driver,
