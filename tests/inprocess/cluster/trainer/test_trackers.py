@@ -24,6 +24,7 @@ from downpour.cluster.trainer.result import Result
 from downpour.cluster.trainer.trackers import MLflow, TensorBoard, WandB
 
 METRICS = {"updates": 7, "accuracy": 0.5, "note": "text", "time": 1e9}
+RATE = recipes.find("mnist-bn").server.schedule.learning_rate
 
 
 def tell(callback: Any, run: Path, result: Result | None) -> list[str]:
@@ -88,7 +89,7 @@ def test_wandb_gets_configuration_figures_and_result(
         "mine",
         "offline",
     )
-    assert fake.begun["config"]["learning_rate"] == 0.5
+    assert fake.begun["config"]["learning_rate"] == RATE
     assert fake.begun["config"]["argument.batch_norm"] is True
     model = str(tmp_path / "a" / "model.safetensors")
     assert fake.logged == [{"updates": 7.0, "accuracy": 0.5}, ("a", model)]
@@ -151,7 +152,7 @@ def test_mlflow_gets_configuration_figures_and_result(
     monkeypatch.setitem(sys.modules, "mlflow", module)
     run = tmp_path / "a"
     assert tell(MLflow("mine"), run, result_of(run) if finished else None) == []
-    assert fake.params["learning_rate"] == "0.5"
+    assert fake.params["learning_rate"] == str(RATE)
     assert ("accuracy", 0.5, 7) in fake.metrics
     assert (("result.accuracy", 0.75, 0) in fake.metrics) is finished
     assert fake.status == ("FINISHED" if finished else "FAILED")
