@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 import downpour
 
-RATES = (0.5, 1.5, 0.15, 5.0, 0.05, 0.015, 0.005, 0.0015)
+RATES = (0.4, 1.2, 0.12, 4.0, 0.04, 0.012, 0.004, 0.0012)
 """The recipe's own first, then from there outwards. ASHA judges a trial by those that came before
 it: if good rates come early, the others end soon. Rates that grow steadily would each seem the best
 so far."""
