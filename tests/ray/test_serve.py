@@ -195,6 +195,14 @@ def _check_the_key(place: _Place, server: _Server) -> None:
 
 
 def _read(*places: Path) -> dict[str, bytes]:
-    """Contents of all files there, but for sockets and the like."""
-    files = [f for p in places for f in (p.rglob("*") if p.is_dir() else [p])]
-    return {str(f): f.read_bytes() for f in files if f.is_file() and os.access(f, os.R_OK)}
+    """Contents of all files there, but for sockets and the like, and what goes meanwhile."""
+    files = [p for p in places if not p.is_dir()]
+    for place in places:
+        # Not rglob: Ray removes folders of its own, and rglob fails at one that is gone.
+        files += [Path(top, name) for top, _, names in os.walk(place) for name in names]
+    found = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            if file.is_file() and os.access(file, os.R_OK):
+                found[str(file)] = file.read_bytes()
+    return found
