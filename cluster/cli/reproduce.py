@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -15,8 +17,10 @@ from downpour.cluster.config.options import ConfigCommand, config_options
 from downpour.cluster.config.run import RunConfig
 from downpour.cluster.config.settings import TupleValue
 from downpour.cluster.errors import UserError
-from downpour.cluster.monitoring.bars import progress_bar
+from downpour.cluster.monitoring.bars import Show, progress_bar
 from downpour.cluster.reproduce.choices.choice import CHOICES
+
+ConfigT = TypeVar("ConfigT")
 
 LINES_EVERY_S = 5.0
 """Between two lines on how far an experiment is, if there is no terminal."""
@@ -27,6 +31,32 @@ output_option = click.option(
     default=None,
     help="Folder of the report and of what the experiment goes on from; default: runs/reproduce/…",
 )
+
+
+def _made_of(kind: Callable[..., ConfigT], given: Mapping[str, Any]) -> ConfigT:
+    """The configuration with what was given of it.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
+    try:
+        return kind(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _steps_shown(console: Console) -> Iterator[Show]:
+    """Show the steps of an experiment that computes here, on one thread, and goes on if stopped."""
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        with progress_bar("steps", console=console, lines_every_s=LINES_EVERY_S) as show:
+            yield show
+    except KeyboardInterrupt:
+        console.print("stopped: the same command goes on from what was saved")
+        raise
 
 
 @click.group()
@@ -52,31 +82,19 @@ def mnist(output: Path | None, as_json: bool, **given: Any) -> None:
     """Section 4.1: MNIST with and without batch normalization, and Figure 1."""
     import json
 
-    import torch
-
     from downpour.cluster.reproduce.mnist.experiment import VARIANTS, MnistConfig, summary, train
     from downpour.cluster.reproduce.mnist.page import make_report
 
-    values = {name: value for name, value in given.items() if value is not None}
-    try:
-        config = MnistConfig(**values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config = _made_of(MnistConfig, given)
     folder = output or Path("runs", "reproduce", "mnist")
-    torch.set_num_threads(1)
-    console = Console(stderr=True)
     done = dict.fromkeys(VARIANTS, 0)
-    try:
-        with progress_bar("steps", console=console, lines_every_s=LINES_EVERY_S) as show:
+    with _steps_shown(Console(stderr=True)) as show:
 
-            def told(variant: str, step: int) -> None:
-                done[variant] = step
-                show(sum(done.values()), len(done) * config.steps)
+        def told(variant: str, step: int) -> None:
+            done[variant] = step
+            show(sum(done.values()), len(done) * config.steps)
 
-            found = train(config, folder / "state", show=told)
-    except KeyboardInterrupt:
-        console.print("stopped: the same command goes on from what was saved")
-        raise
+        found = train(config, folder / "state", show=told)
     page = make_report(folder, config, found, command_line())
     if as_json:
         click.echo(json.dumps(summary(config, found)))
@@ -108,29 +126,18 @@ def mnist_choices(output: Path | None, only: tuple[str, ...], **given: Any) -> N
     Rate, decay and momentum, initial weights, pixels, where BN stands, and the loss. Nets are
     trained several at once, on one thread. A look at fewer steps is `--steps 15000 --seeds 1`.
     """
-    import torch
-
     from downpour.cluster.reproduce.choices.choice import ChoicesConfig
     from downpour.cluster.reproduce.choices.page import make_report
     from downpour.cluster.reproduce.choices.training import train
 
-    values = {name: value for name, value in given.items() if value is not None}
-    try:
-        config = ChoicesConfig(only=only, **values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config = _made_of(ChoicesConfig, {"only": only, **given})
     folder = output or Path("runs", "reproduce", "mnist-choices")
-    torch.set_num_threads(1)
     console = Console(stderr=True)
     if config.left_out:
         names = ", ".join(choice.name for choice in config.left_out)
         console.print(f"left out without --grey: {names}", style="yellow", markup=False)
-    try:
-        with progress_bar("steps", console=console, lines_every_s=LINES_EVERY_S) as show:
-            records = train(config, folder / "state", show=show)
-    except KeyboardInterrupt:
-        console.print("stopped: the same command goes on from what was saved")
-        raise
+    with _steps_shown(console) as show:
+        records = train(config, folder / "state", show=show)
     click.echo(str(make_report(folder, config, records, command_line())))
 
 
